@@ -1,0 +1,177 @@
+// The Python module _C: integers in, exceptions out. The only file that knows pybind11. Pointers come as
+// integers from tensors that mas_ext/kernels/native.py has checked; nothing else may call this module.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using mas::DType;
+using Pointer = std::uintptr_t;
+using Pointers = std::vector<Pointer>;
+
+template <class T>
+T* as(Pointer pointer) {
+  return reinterpret_cast<T*>(pointer);  // NOLINT: addresses are integers on the Python side
+}
+
+// Where each tensor's part of the flat state starts and which chunks are its own. Built once for a list
+// of tensors, then used on every step.
+class Layout {
+ public:
+  Layout(const std::vector<std::int64_t>& sizes, const std::vector<std::int64_t>& offsets) {
+    if (sizes.size() != offsets.size()) {
+      throw std::invalid_argument("offsets: got " + std::to_string(offsets.size()) +
+                                  " numbers, expected one for each of " +
+                                  std::to_string(sizes.size()) + " sizes");
+    }
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+      if (sizes[i] < 0 || offsets[i] < 0) {
+        throw std::invalid_argument("sizes and offsets: expected numbers from 0 up");
+      }
+      segments_.push_back({nullptr, nullptr, sizes[i], offsets[i], chunks_});
+      chunks_ += (sizes[i] + mas::kChunk - 1) / mas::kChunk;
+    }
+  }
+
+  std::int64_t chunks() const { return chunks_; }
+
+  std::vector<mas::Segment> with(const Pointers& x, const Pointers& y) const {
+    if (x.size() != segments_.size() || (!y.empty() && y.size() != x.size())) {
+      throw std::invalid_argument("pointers: expected one for each of " +
+                                  std::to_string(segments_.size()) + " tensors");
+    }
+    std::vector<mas::Segment> segments = segments_;
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      segments[i].x = as<void>(x[i]);
+      segments[i].y = y.empty() ? nullptr : as<void>(y[i]);
+    }
+    return segments;
+  }
+
+ private:
+  std::vector<mas::Segment> segments_;
+  std::int64_t chunks_ = 0;
+};
+
+DType dtype_of(int dtype) {
+  if (dtype < 0 || dtype > 3) {
+    throw std::invalid_argument("dtype: got " + std::to_string(dtype) + ", expected 0 to 3");
+  }
+  return static_cast<DType>(dtype);
+}
+
+// The flat state buffers of one group of parameters, with the dtypes that go with them.
+struct State {
+  State(int theta, int omega, Pointer omega_pointer, Pointer anchor, std::int64_t stride,
+        std::int64_t rows, Pointer alpha, Pointer remainder)
+      : theta_dtype(dtype_of(theta)),
+        omega_dtype(dtype_of(omega)),
+        pointers{as<void>(omega_pointer), as<void>(anchor),         stride, rows,
+                 as<const double>(alpha), as<const double>(remainder)} {
+    const bool wide = omega_dtype == DType::float64 && theta_dtype == DType::float64;
+    if (omega_dtype != DType::float32 && omega_dtype != DType::bfloat16 && !wide) {
+      throw std::invalid_argument(
+          "omega: expected float32 or bfloat16, or float64 beside float64 parameters");
+    }
+  }
+
+  DType theta_dtype;
+  DType omega_dtype;
+  mas::State pointers;
+};
+
+// Threads of a CPU kernel, or the stream of a CUDA kernel: the last argument of every call.
+struct OnCpu {
+  using Where = int;
+  static constexpr auto penalty = mas::cpu::penalty;
+  static constexpr auto proximal = mas::cpu::proximal;
+  static constexpr auto accumulate = mas::cpu::accumulate;
+  static constexpr auto merge = mas::cpu::merge;
+  static int where(int threads) { return threads; }
+};
+
+#ifdef MAS_CUDA
+struct OnCuda {
+  using Where = Pointer;
+  static constexpr auto penalty = mas::cuda::penalty;
+  static constexpr auto proximal = mas::cuda::proximal;
+  static constexpr auto accumulate = mas::cuda::accumulate;
+  static constexpr auto merge = mas::cuda::merge;
+  static void* where(Pointer stream) { return as<void>(stream); }
+};
+#endif
+
+template <class Device>
+void bind(py::module_ m, const char* name) {
+  using Where = typename Device::Where;
+  py::module_ sub = m.def_submodule(name);
+
+  sub.def("penalty", [](const Layout& layout, const State& state, const Pointers& theta,
+                        const Pointers& grad, int gradient, Pointer grad_output, Pointer partial,
+                        Pointer value, int value_dtype, Where where) {
+    const auto segments = layout.with(theta, grad);
+    const auto mode = static_cast<mas::Gradient>(gradient);
+    if (gradient < 0 || gradient > 2 || (gradient != 0 && grad.size() != theta.size())) {
+      throw std::invalid_argument("gradient: expected 0, or 1 or 2 with one pointer a tensor");
+    }
+    py::gil_scoped_release release;
+    Device::penalty({segments.data(), static_cast<std::int64_t>(segments.size()), layout.chunks()},
+                    state.theta_dtype, state.pointers, state.omega_dtype, mode,
+                    as<const double>(grad_output), as<double>(partial), as<void>(value),
+                    dtype_of(value_dtype), Device::where(where));
+  });
+
+  sub.def("proximal", [](const Layout& layout, const State& state, const Pointers& theta,
+                         const Pointers& second_moment, double eta, double correction, double eps,
+                         Where where) {
+    const auto segments = layout.with(theta, second_moment);
+    py::gil_scoped_release release;
+    Device::proximal({segments.data(), static_cast<std::int64_t>(segments.size()), layout.chunks()},
+                     state.theta_dtype, state.pointers, state.omega_dtype, {eta, correction, eps},
+                     Device::where(where));
+  });
+
+  sub.def("accumulate", [](const Layout& layout, const Pointers& omega, const Pointers& grad,
+                           int grad_dtype, double weight, Where where) {
+    const auto segments = layout.with(omega, grad);
+    py::gil_scoped_release release;
+    Device::accumulate(
+        {segments.data(), static_cast<std::int64_t>(segments.size()), layout.chunks()},
+        dtype_of(grad_dtype), weight, Device::where(where));
+  });
+
+  sub.def("merge", [](const Layout& layout, const State& state, const Pointers& theta,
+                      const Pointers& importance, double keep, double gain, int anchor,
+                      std::int64_t entry, Pointer partial, Pointer remainder, Where where) {
+    if (anchor < 0 || anchor > 2) throw std::invalid_argument("anchor: expected 0, 1 or 2");
+    const auto segments = layout.with(theta, importance);
+    py::gil_scoped_release release;
+    Device::merge({segments.data(), static_cast<std::int64_t>(segments.size()), layout.chunks()},
+                  state.theta_dtype, state.pointers, state.omega_dtype,
+                  {keep, gain, static_cast<mas::Anchor>(anchor), entry}, as<double>(partial),
+                  as<double>(remainder), Device::where(where));
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(MAS_MODULE_NAME, m) {
+  py::class_<Layout>(m, "Layout", py::module_local())
+      .def(py::init<const std::vector<std::int64_t>&, const std::vector<std::int64_t>&>())
+      .def_property_readonly("chunks", &Layout::chunks);
+  py::class_<State>(m, "State", py::module_local())
+      .def(py::init<int, int, Pointer, Pointer, std::int64_t, std::int64_t, Pointer, Pointer>());
+  m.def("instruction_set", &mas::cpu::instruction_set);
+  bind<OnCpu>(m, "cpu");
+#ifdef MAS_CUDA
+  bind<OnCuda>(m, "cuda");
+#endif
+}

@@ -1,0 +1,71 @@
+// Chooses, once, the best instruction set that this processor has, and forwards to its kernels.
+#include "../kernels.h"
+
+namespace mas::cpu {
+
+#define MAS_DECLARE_LEVEL(level)   \
+  namespace level {                \
+  decltype(cpu::penalty) penalty;  \
+  decltype(cpu::proximal) proximal; \
+  decltype(cpu::accumulate) accumulate; \
+  decltype(cpu::merge) merge;      \
+  }
+
+MAS_DECLARE_LEVEL(baseline)
+#ifdef MAS_X86
+MAS_DECLARE_LEVEL(avx2)
+MAS_DECLARE_LEVEL(avx512)
+#endif
+
+namespace {
+
+struct Level {
+  const char* name;
+  decltype(&cpu::penalty) penalty;
+  decltype(&cpu::proximal) proximal;
+  decltype(&cpu::accumulate) accumulate;
+  decltype(&cpu::merge) merge;
+};
+
+#define MAS_LEVEL_TABLE(level) \
+  Level { #level, level::penalty, level::proximal, level::accumulate, level::merge }
+
+Level choose() {
+#ifdef MAS_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return MAS_LEVEL_TABLE(avx512);
+  }
+  if (__builtin_cpu_supports("avx2")) return MAS_LEVEL_TABLE(avx2);
+#endif
+  return MAS_LEVEL_TABLE(baseline);
+}
+
+const Level level = choose();
+
+}  // namespace
+
+const char* instruction_set() { return level.name; }
+
+void penalty(Segments segments, DType theta, State state, DType omega, Gradient gradient,
+             const double* grad_output, double* partial, void* value, DType value_dtype,
+             int threads) {
+  level.penalty(segments, theta, state, omega, gradient, grad_output, partial, value, value_dtype,
+                threads);
+}
+
+void proximal(Segments segments, DType theta, State state, DType omega, StepSize step,
+              int threads) {
+  level.proximal(segments, theta, state, omega, step, threads);
+}
+
+void accumulate(Segments segments, DType grad, double weight, int threads) {
+  level.accumulate(segments, grad, weight, threads);
+}
+
+void merge(Segments segments, DType theta, State state, DType omega, MergeRule rule,
+           double* partial, double* remainder, int threads) {
+  level.merge(segments, theta, state, omega, rule, partial, remainder, threads);
+}
+
+}  // namespace mas::cpu

@@ -1,0 +1,74 @@
+// From run-time dtypes to template arguments, for both devices. The bindings have refused every other
+// combination, so nothing falls through.
+#pragma once
+
+#include "elementwise.h"
+#include "kernels.h"
+
+namespace mas {
+namespace {
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+template <class F>
+void with_float(DType dtype, F f) {
+  if (dtype == DType::float32) f(Type<float>{});
+  if (dtype == DType::float64) f(Type<double>{});
+  if (dtype == DType::bfloat16) f(Type<bfloat16>{});
+  if (dtype == DType::float16) f(Type<float16>{});
+}
+
+// f(theta's type, omega's type): omega is float32 or bfloat16, or float64 beside a float64 theta.
+template <class F>
+void with_state(DType theta, DType omega, F f) {
+  with_float(theta, [&](auto t) {
+    if (omega == DType::float32) f(t, Type<float>{});
+    if (omega == DType::bfloat16) f(t, Type<bfloat16>{});
+    if constexpr (std::is_same_v<typename decltype(t)::type, double>) {
+      if (omega == DType::float64) f(t, Type<double>{});
+    }
+  });
+}
+
+template <class F>
+void with_gradient(Gradient gradient, F f) {
+  if (gradient == Gradient::none) f(std::integral_constant<Gradient, Gradient::none>{});
+  if (gradient == Gradient::write) f(std::integral_constant<Gradient, Gradient::write>{});
+  if (gradient == Gradient::add) f(std::integral_constant<Gradient, Gradient::add>{});
+}
+
+// The segment that holds a chunk: the last one whose first chunk is not behind it. Empty tensors own
+// no chunk and share the number of their successor, so they are never found.
+MAS_FN const Segment& segment_of(const Segment* segments, std::int64_t count, std::int64_t chunk) {
+  std::int64_t low = 0;
+  std::int64_t high = count;
+  while (high - low > 1) {
+    const std::int64_t middle = (low + high) / 2;
+    if (segments[middle].first_chunk <= chunk) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return segments[low];
+}
+
+// One chunk: `size` elements from `begin` on within its segment.
+struct Chunk {
+  const Segment& segment;
+  std::int64_t begin;
+  std::int64_t size;
+};
+
+MAS_FN Chunk chunk_of(const Segment* segments, std::int64_t count, std::int64_t chunk) {
+  const Segment& segment = segment_of(segments, count, chunk);
+  const std::int64_t begin = (chunk - segment.first_chunk) * kChunk;
+  const std::int64_t left = segment.size - begin;
+  return {segment, begin, left < kChunk ? left : kChunk};
+}
+
+}  // namespace
+}  // namespace mas

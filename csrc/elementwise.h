@@ -1,0 +1,195 @@
+// The maths of one element, once, for both devices: conversions between storage and arithmetic types,
+// the penalty's pull, the proximal step and the merge. Everything has internal linkage: these functions
+// are compiled for several instruction sets, and the linker must never pick one set's copy for another.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__CUDACC__) || defined(MAS_EMULATE_CUDA)
+#define MAS_FN static __host__ __device__ __forceinline__
+#else
+#define MAS_FN static inline __attribute__((always_inline))
+#endif
+
+namespace mas {
+namespace {
+
+struct bfloat16 {
+  std::uint16_t bits;
+};
+
+struct float16 {
+  std::uint16_t bits;
+};
+
+// The arithmetic type of a storage type: float64 stays, everything else is float32.
+template <class T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class To, class From>
+MAS_FN To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+MAS_FN double load(double x) { return x; }
+
+MAS_FN float load(float x) { return x; }
+
+MAS_FN float load(bfloat16 x) { return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+
+MAS_FN float load(float16 x) {
+  const std::uint32_t magnitude = x.bits & 0x7fffu;
+  const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
+  const std::uint32_t shifted = magnitude << 13;
+  const std::uint32_t normal = shifted + (112u << 23);
+  const std::uint32_t special = shifted | 0x7f800000u;
+  // A subnormal is read through a normal number, so that flush-to-zero modes do not touch it.
+  const float subnormal = bit_cast<float>(shifted + (113u << 23)) - bit_cast<float>(113u << 23);
+  const std::uint32_t bits = magnitude >= 0x7c00u  ? special
+                             : magnitude < 0x0400u ? bit_cast<std::uint32_t>(subnormal)
+                                                   : normal;
+  return bit_cast<float>(bits | sign);
+}
+
+template <class T>
+MAS_FN T store(compute_t<T> x) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const auto u = bit_cast<std::uint32_t>(x);
+    const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const std::uint32_t nan = (u >> 16) | 0x40u;
+    return {static_cast<std::uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+  } else if constexpr (std::is_same_v<T, float16>) {
+    const auto u = bit_cast<std::uint32_t>(x);
+    const std::uint32_t a = u & 0x7fffffffu;
+    const std::uint32_t large = a > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const std::uint32_t normal = (a + ((a >> 13) & 1u) - (112u << 23) + 0xfffu) >> 13;
+    const float shifted = bit_cast<float>(a) + 0.5f;  // rounds to a multiple of 2^-24
+    const std::uint32_t subnormal = bit_cast<std::uint32_t>(shifted) - (126u << 23);
+    const std::uint32_t half = a >= 0x47800000u ? large : a < 0x38800000u ? subnormal : normal;
+    return {static_cast<std::uint16_t>(half | ((u >> 16) & 0x8000u))};
+  } else {
+    return x;
+  }
+}
+
+// A hash of (index, entry), uniform in 32 bits: the finaliser of MurmurHash3 over both numbers.
+MAS_FN std::uint32_t hash(std::int64_t index, std::int64_t entry) {
+  const auto i = static_cast<std::uint64_t>(index);
+  std::uint32_t h = static_cast<std::uint32_t>(i) * 0x9e3779b9u ^
+                    static_cast<std::uint32_t>(i >> 32) * 0x85ebca6bu ^
+                    static_cast<std::uint32_t>(entry) * 0xc2b2ae35u;
+  h = (h ^ (h >> 16)) * 0x85ebca6bu;
+  h = (h ^ (h >> 13)) * 0xc2b2ae35u;
+  return h ^ (h >> 16);
+}
+
+// Omega's own rounding. bfloat16 is rounded up with the probability of the cut-off part: rounding to
+// nearest would stop growing after some 250 entries of equal size.
+template <class O, class C>
+MAS_FN O store_omega(C x, std::int64_t index, std::int64_t entry) {
+  if constexpr (std::is_same_v<O, bfloat16>) {
+    const auto u = bit_cast<std::uint32_t>(static_cast<float>(x));
+    const bool finite = (u & 0x7f800000u) != 0x7f800000u;
+    const std::uint32_t raised = u + (hash(index, entry) & 0xffffu);
+    return finite ? bfloat16{static_cast<std::uint16_t>(raised >> 16)}
+                  : store<bfloat16>(static_cast<float>(x));
+  } else {
+    return static_cast<O>(x);
+  }
+}
+
+// A factor that is finite in C, so that a huge lam times a zero pull stays zero and not NaN.
+template <class C>
+MAS_FN C finite_factor(double x) {
+  constexpr double largest = std::numeric_limits<C>::max();
+  return static_cast<C>(x > largest ? largest : x < -largest ? -largest : x);
+}
+
+// One task's share of the penalty at one element: value Omega (theta - A)^2 and half its gradient.
+template <class C>
+struct Pull {
+  C half_gradient;
+  double value;
+};
+
+template <class C>
+MAS_FN Pull<C> pull(C omega, C theta, C anchor) {
+  const C distance = theta - anchor;
+  const C half_gradient = omega * distance;
+  return {half_gradient, static_cast<double>(half_gradient) * static_cast<double>(distance)};
+}
+
+// The running minimiser of a sum of quadratics, relative to theta, in a form that moves nothing
+// (not even by rounding) while theta lies on the anchor.
+template <class C>
+struct Target {
+  C weight;
+  C distance;  // minimiser - theta
+};
+
+template <class C>
+MAS_FN Target<C> with_task(Target<C> target, C omega, C theta, C anchor) {
+  const C weight = target.weight + omega;
+  const C share = weight > C(0) ? omega / weight : C(0);
+  return {weight, target.distance + share * ((anchor - theta) - target.distance)};
+}
+
+// Tasks enter the target by their share of the largest alpha, so that a huge lam can't overflow.
+MAS_FN double largest_alpha(const double* alpha, std::int64_t rows) {
+  double largest = 0;
+  for (std::int64_t row = 0; row < rows; ++row) largest = alpha[row] > largest ? alpha[row] : largest;
+  return largest;
+}
+
+MAS_FN double relative_alpha(double alpha, double largest) {
+  return largest > 0 ? alpha / largest : 0.0;
+}
+
+constexpr double kLargestPull = 1e30;
+
+// theta + c / (1 + c) (minimiser - theta), c = strength * weight. A c that overflows, or is NaN for
+// lack of any step length, counts as the largest pull.
+template <class C>
+MAS_FN C proximal_element(C theta, Target<C> target, C strength) {
+  const C product = strength * target.weight;
+  const C c = product < C(kLargestPull) ? product : C(kLargestPull);
+  return theta + c / (C(1) + c) * target.distance;
+}
+
+// One element's step length of Adam, relative to the learning rate.
+template <class C>
+MAS_FN C adaptive(C second_moment, C correction, C eps) {
+  return C(1) / (std::sqrt(second_moment * correction) + eps);
+}
+
+template <class C>
+struct Merged {
+  C omega;
+  C anchor;
+  double remainder;
+};
+
+// W' = max(0, keep W + gain Omega_t). With Anchor::mean (keep is 1) the anchor becomes the weighted mean
+// and the remainder takes up what the two quadratics cost at their common minimum.
+template <class C>
+MAS_FN Merged<C> merge_element(C omega, C anchor, C importance, C theta, C keep, C gain, bool mean, bool move) {
+  const C entry = gain * importance;
+  const C sum = keep * omega + entry;
+  const C total = sum > C(0) ? sum : C(0);
+  if (!mean) return {total, move ? theta : anchor, 0.0};
+  const C share = omega > C(0) ? entry / total : C(1);
+  const C distance = theta - anchor;
+  const C moved = omega > C(0) ? anchor + share * distance : theta;
+  const C half = omega * share * distance;
+  return {total, moved, static_cast<double>(half) * static_cast<double>(distance)};
+}
+
+}  // namespace
+}  // namespace mas

@@ -1,0 +1,105 @@
+// The seam between the bindings and the kernels: every kernel's signature, once for each device.
+// Raw pointers and int64 sizes only. No torch, no pybind11, so that one build serves every torch.
+#pragma once
+
+#include <cstdint>
+
+namespace mas {
+
+enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+// What happens to the gradient while the penalty is read: nothing, written anew, added to.
+enum class Gradient : int { none = 0, write = 1, add = 2 };
+
+// Where a merge puts the anchor: the weighted mean of old and new, the new values, or unchanged.
+enum class Anchor : int { mean = 0, move = 1, keep = 2 };
+
+// Work is cut into chunks of this many elements of one tensor. A sum has one slot per chunk, summed
+// in order, so that its bits depend neither on the number of threads nor on the grid.
+constexpr std::int64_t kChunk = 8192;
+
+// One parameter: two tensors of `size` elements in the same memory order, and its part of the flat
+// state buffers, which starts at `offset`. x and y are, by kernel: penalty: theta and gradient;
+// proximal: theta and second moment (may be null); accumulate: omega and gradient; merge: theta and
+// importance.
+struct Segment {
+  void* x;
+  void* y;
+  std::int64_t size;
+  std::int64_t offset;
+  std::int64_t first_chunk;
+};
+
+struct Segments {
+  const Segment* data;
+  std::int64_t count;
+  std::int64_t chunks;
+};
+
+// The quadratic sum_t alpha_t (sum_i Omega_ti (theta_i - A_ti)^2) + alpha_0 * remainder: `rows` tasks
+// of `stride` elements each in omega and anchor. The anchor is float64 for a float64 theta, else float32.
+struct State {
+  void* omega;
+  void* anchor;
+  std::int64_t stride;
+  std::int64_t rows;
+  const double* alpha;
+  const double* remainder;
+};
+
+// W' = max(0, keep W + gain Omega_t); `entry` is the entry's number, which seeds bfloat16's rounding.
+struct MergeRule {
+  double keep;
+  double gain;
+  Anchor anchor;
+  std::int64_t entry;
+};
+
+// A step length per element, eta_i = eta / (sqrt(v_i * correction) + eps), or eta where v is absent.
+struct StepSize {
+  double eta;
+  double correction;
+  double eps;
+};
+
+namespace cpu {
+
+// The instruction set that the kernels below chose on this machine.
+const char* instruction_set();
+
+// value, one float32 or float64, is written; the gradient goes to y as 2 alpha Omega (theta - A), times
+// *grad_output (null: 1). partial: `chunks` doubles of scratch.
+void penalty(Segments segments, DType theta, State state, DType omega, Gradient gradient,
+             const double* grad_output, double* partial, void* value, DType value_dtype,
+             int threads);
+
+void proximal(Segments segments, DType theta, State state, DType omega, StepSize step, int threads);
+
+// x += weight * abs(y); x is float64 for a float64 y, else float32.
+void accumulate(Segments segments, DType grad, double weight, int threads);
+
+// remainder: one double per segment, what the merge adds to r. The importance has the anchor's dtype.
+void merge(Segments segments, DType theta, State state, DType omega, MergeRule rule,
+           double* partial, double* remainder, int threads);
+
+}  // namespace cpu
+
+namespace cuda {
+
+// The same, on the current device and the given stream. Pointers are device pointers, those in the
+// segments included; the segments themselves lie on the host.
+void penalty(Segments segments, DType theta, State state, DType omega, Gradient gradient,
+             const double* grad_output, double* partial, void* value, DType value_dtype,
+             void* stream);
+
+void proximal(Segments segments, DType theta, State state, DType omega, StepSize step,
+              void* stream);
+
+void accumulate(Segments segments, DType grad, double weight, void* stream);
+
+void merge(Segments segments, DType theta, State state, DType omega, MergeRule rule,
+           double* partial, double* remainder, void* stream);
+
+}  // namespace cuda
+
+}  // namespace mas

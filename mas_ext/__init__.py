@@ -1,0 +1,1 @@
+"""Memory Aware Synapses for PyTorch: learning one task after another without forgetting."""

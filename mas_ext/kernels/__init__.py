@@ -1,0 +1,1 @@
+"""The kernels: operators (ops), their compiled implementation (native) and specification (reference)."""

@@ -1,0 +1,234 @@
+"""The kernels in plain PyTorch: the specification of the compiled ones, and the fallback.
+
+Shapes, for every function: `theta` is a list of dense tensors; tensor i of n_i elements owns the elements
+[offsets[i], offsets[i] + n_i) of each row of the flat state, in its own memory order. `omega` and
+`anchor` have shape (rows, total), one row per task kept apart (one row in all when tasks are merged),
+`alpha` shape (rows,) in float64, `remainder` is a float64 scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+LARGEST_PULL = 1e30
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the arithmetic on a parameter of `dtype` is done."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def part(flat: Tensor, row: int, offset: int, like: Tensor) -> Tensor:
+    """The part of one row that belongs to a tensor, as a view with that tensor's shape and strides."""
+    start = flat.storage_offset() + row * flat.stride(0) + offset
+    return flat.as_strided(like.shape, like.stride(), start)
+
+
+def _factor(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A scalar as `dtype`, kept finite so that a huge lam times a zero pull is zero and not NaN."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
+
+
+def _pulls(
+    theta: Sequence[Tensor],
+    offsets: Sequence[int],
+    omega: Tensor,
+    anchor: Tensor,
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """For each tensor and row: Omega (theta - A), and theta - A."""
+    for x, offset in zip(theta, offsets, strict=True):
+        dtype = compute_dtype(x.dtype)
+        rows = []
+        for row in range(omega.shape[0]):
+            distance = x.to(dtype) - part(anchor, row, offset, x)
+            rows.append((part(omega, row, offset, x).to(dtype) * distance, distance))
+        yield rows
+
+
+def _value(
+    theta: Sequence[Tensor],
+    offsets: Sequence[int],
+    omega: Tensor,
+    anchor: Tensor,
+    alpha: Tensor,
+    remainder: Tensor,
+) -> Tensor:
+    value = alpha[0] * remainder
+    for rows in _pulls(theta, offsets, omega, anchor):
+        for row, (half, distance) in enumerate(rows):
+            value = value + alpha[row] * (half.double() * distance.double()).sum()
+    return value.to(compute_dtype(anchor.dtype))
+
+
+def _gradients(
+    theta: Sequence[Tensor],
+    offsets: Sequence[int],
+    omega: Tensor,
+    anchor: Tensor,
+    alpha: Tensor,
+    grad_output: Tensor | float,
+) -> Iterator[Tensor]:
+    for rows in _pulls(theta, offsets, omega, anchor):
+        gradient = torch.zeros_like(rows[0][0])
+        for row, (half, _) in enumerate(rows):
+            gradient += _factor(2 * alpha[row] * grad_output, half.dtype) * half
+        yield gradient
+
+
+def penalty(
+    theta: Sequence[Tensor],
+    offsets: Sequence[int],
+    omega: Tensor,
+    anchor: Tensor,
+    alpha: Tensor,
+    remainder: Tensor,
+) -> Tensor:
+    """sum_t alpha_t sum_i Omega_ti (theta_i - A_ti)^2 + alpha_0 remainder, summed in float64.
+
+    Returns a 0-dim tensor, float64 for float64 parameters, else float32.
+    """
+    return _value(theta, offsets, omega, anchor, alpha, remainder)
+
+
+def penalty_with_grad(
+    theta: Sequence[Tensor],
+    offsets: Sequence[int],
+    omega: Tensor,
+    anchor: Tensor,
+    alpha: Tensor,
+    remainder: Tensor,
+    grad_output: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
+    """The value, and grad_output * sum_t 2 alpha_t Omega_t (theta - A_t) in new tensors like theta."""
+    value = _value(theta, offsets, omega, anchor, alpha, remainder)
+    gradients = _gradients(theta, offsets, omega, anchor, alpha, grad_output.double())
+    return value, [torch.empty_like(x).copy_(g) for x, g in zip(theta, gradients, strict=True)]
+
+
+def add_grad_(
+    theta: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    offsets: Sequence[int],
+    omega: Tensor,
+    anchor: Tensor,
+    alpha: Tensor,
+    remainder: Tensor,
+) -> Tensor:
+    """grad += sum_t 2 alpha_t Omega_t (theta - A_t); returns the value."""
+    value = _value(theta, offsets, omega, anchor, alpha, remainder)
+    for g, added in zip(
+        grad, _gradients(theta, offsets, omega, anchor, alpha, 1.0), strict=True
+    ):
+        g.copy_(g.to(added.dtype) + added)
+    return value
+
+
+def proximal_(
+    theta: Sequence[Tensor],
+    offsets: Sequence[int],
+    omega: Tensor,
+    anchor: Tensor,
+    alpha: Tensor,
+    second_moment: Sequence[Tensor],
+    eta: float,
+    correction: float,
+    eps: float,
+) -> None:
+    """theta <- theta + c / (1 + c) (A - theta) with c = 2 eta W, clamped at 1e30.
+
+    W = sum_t alpha_t Omega_t and A the W-weighted mean of the anchors. With `second_moment` (v, one
+    tensor like each parameter, as Adam keeps it) the step length is eta / (sqrt(v correction) + eps).
+    """
+    largest = alpha.max().clamp(min=0)
+    share = torch.where(largest > 0, alpha / largest, torch.zeros_like(alpha))
+    for i, (x, offset) in enumerate(zip(theta, offsets, strict=True)):
+        dtype = compute_dtype(x.dtype)
+        strength = _factor(2 * eta * largest, dtype)
+        weight = torch.zeros_like(x, dtype=dtype)
+        distance = torch.zeros_like(x, dtype=dtype)
+        for row in range(omega.shape[0]):
+            task = share[row].to(dtype) * part(omega, row, offset, x).to(dtype)
+            weight = weight + task
+            step = torch.where(weight > 0, task / weight, torch.zeros_like(weight))
+            distance += step * ((part(anchor, row, offset, x) - x.to(dtype)) - distance)
+        if second_moment:
+            v = second_moment[i].to(dtype)
+            finite = min(correction, torch.finfo(dtype).max)
+            root = (v * torch.tensor(finite, dtype=dtype, device=v.device)).sqrt()
+            strength = strength * (1 / (root + torch.tensor(eps, dtype=dtype, device=v.device)))
+        product = strength * weight
+        c = torch.where(product < LARGEST_PULL, product, torch.full_like(product, LARGEST_PULL))
+        x.copy_(x.to(dtype) + c / (1 + c) * distance)
+
+
+def accumulate_(omega: Sequence[Tensor], grad: Sequence[Tensor], weight: float) -> None:
+    """omega += weight * abs(grad); omega is float64 for a float64 gradient, else float32."""
+    for total, g in zip(omega, grad, strict=True):
+        total += torch.tensor(weight, dtype=total.dtype, device=total.device) * g.to(
+            total.dtype
+        ).abs()
+
+
+def merge_(
+    omega: Tensor,
+    anchor: Tensor,
+    theta: Sequence[Tensor],
+    importance: Sequence[Tensor],
+    offsets: Sequence[int],
+    keep: float,
+    gain: float,
+    anchor_rule: str,
+    entry: int,
+) -> Tensor:
+    """One task into the merged state (rows = 1): W' = max(0, keep W + gain Omega_t).
+
+    `anchor_rule`: "mean" (keep is 1): A' = A + w / W' (theta - A) with w = gain Omega_t, and theta where
+    W is 0; "move": A' = theta; "keep": A' = A. Returns, for each tensor, what the merge adds to the
+    remainder: sum W w / W' (theta - A)^2 under "mean", else 0, as a float64 tensor of shape (tensors,).
+    A bfloat16 omega is rounded stochastically by a hash of (index in the row, entry).
+    """
+    added = torch.zeros(len(theta), dtype=torch.float64, device=omega.device)
+    for i, (x, new, offset) in enumerate(zip(theta, importance, offsets, strict=True)):
+        dtype = compute_dtype(x.dtype)
+        w = _factor(torch.tensor(gain, dtype=torch.float64, device=x.device), dtype) * new
+        old_omega, old_anchor = part(omega, 0, offset, x), part(anchor, 0, offset, x)
+        old = old_omega.to(dtype)
+        total = (torch.tensor(keep, dtype=dtype, device=x.device) * old + w).clamp(min=0)
+        if anchor_rule == "mean":
+            held = old > 0
+            share = torch.where(held, w / total, torch.ones_like(w))
+            distance = x.to(dtype) - old_anchor
+            half = old * share * distance
+            added[i] = (half.double() * distance.double()).sum()
+            old_anchor.copy_(torch.where(held, old_anchor + share * distance, x.to(dtype)))
+        elif anchor_rule == "move":
+            old_anchor.copy_(x)
+        if omega.dtype == torch.bfloat16:
+            index = torch.arange(omega.shape[1], device=omega.device)[None]
+            total = _round_stochastically(total, part(index, 0, offset, x), entry)
+        old_omega.copy_(total)
+    return added
+
+
+def _round_stochastically(x: Tensor, index: Tensor, entry: int) -> Tensor:
+    """bfloat16, rounded up with the probability of the part cut off."""
+    low32 = 0xFFFFFFFF
+
+    def times(a: Tensor, factor: int) -> Tensor:
+        # In two halves: the product of two 32-bit numbers does not fit in a signed 64-bit one.
+        return (a * (factor & 0xFFFF) + ((a * (factor >> 16) & 0xFFFF) << 16)) & low32
+
+    h = times(index & low32, 0x9E3779B9) ^ times(index >> 32, 0x85EBCA6B)
+    h = h ^ (entry * 0xC2B2AE35 & low32)
+    h = times(h ^ (h >> 16), 0x85EBCA6B)
+    h = times(h ^ (h >> 13), 0xC2B2AE35)
+    h = (h ^ (h >> 16)) & 0xFFFF
+    bits = x.float().contiguous().view(torch.int32).to(torch.int64) & low32
+    raised = ((bits + h.reshape(bits.shape)) & 0xFFFF0000).to(torch.int64)
+    signed = torch.where(raised >= 1 << 31, raised - (1 << 32), raised).to(torch.int32)
+    rounded = signed.view(torch.float32).to(torch.bfloat16)
+    return torch.where(x.isfinite(), rounded, x.to(torch.bfloat16))
