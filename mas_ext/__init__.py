@@ -1,1 +1,11 @@
-"""Memory Aware Synapses for PyTorch: learning one task after another without forgetting."""
+"""Memory Aware Synapses for PyTorch: learning one task after another without forgetting.
+
+`FusedMASPenalty` holds a model's important parameters near their old values; `estimate_importance`
+measures how important they are, without labels; `info` tells which kernels do the work.
+"""
+
+from mas_ext.importance import estimate_importance
+from mas_ext.info import info
+from mas_ext.penalty import FusedMASPenalty
+
+__all__ = ["FusedMASPenalty", "estimate_importance", "info"]

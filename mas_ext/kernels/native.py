@@ -175,12 +175,7 @@ def _check_flat(name: str, t: Tensor, rows: int, known: _Checked, dtypes: Sequen
 
 
 def _check_float64(name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if (
-        t.dtype != torch.float64
-        or t.device != device
-        or t.shape != shape
-        or not t.is_contiguous()
-    ):
+    if t.dtype != torch.float64 or t.device != device or t.shape != shape or not t.is_contiguous():
         raise ValueError(
             f"{name}: got {t.dtype} on {t.device} of shape {tuple(t.shape)}, expected contiguous "
             f"float64 on {device} of shape {shape}"
@@ -253,9 +248,7 @@ def penalty(
 ) -> Tensor:
     """As reference.penalty; reads 12 bytes per float32 parameter."""
     known = _checked("theta", theta, offsets)
-    return _penalty(
-        theta, [], _NO_GRADIENT, offsets, omega, anchor, alpha, remainder, None, known
-    )
+    return _penalty(theta, [], _NO_GRADIENT, offsets, omega, anchor, alpha, remainder, None, known)
 
 
 def penalty_with_grad(
@@ -272,9 +265,7 @@ def penalty_with_grad(
     upstream = grad_output.double()
     _check_float64("grad_output", upstream, (), known.device)
     grad = [torch.empty_like(t) for t in theta]
-    value = _penalty(
-        theta, grad, _WRITE, offsets, omega, anchor, alpha, remainder, upstream, known
-    )
+    value = _penalty(theta, grad, _WRITE, offsets, omega, anchor, alpha, remainder, upstream, known)
     return value, grad
 
 
@@ -290,13 +281,9 @@ def add_grad_(
     """As reference.add_grad_; moves 20 bytes per float32 parameter."""
     known = _checked("theta", theta, offsets)
     if _check_like("grad", grad, known, known.dtype):
-        return _penalty(
-            theta, grad, _ADD, offsets, omega, anchor, alpha, remainder, None, known
-        )
+        return _penalty(theta, grad, _ADD, offsets, omega, anchor, alpha, remainder, None, known)
     aligned = _like(grad, theta)
-    value = _penalty(
-        theta, aligned, _ADD, offsets, omega, anchor, alpha, remainder, None, known
-    )
+    value = _penalty(theta, aligned, _ADD, offsets, omega, anchor, alpha, remainder, None, known)
     for g, a in zip(grad, aligned, strict=True):
         g.copy_(a)
     return value

@@ -91,9 +91,7 @@ def _fake_nothing(*args: Any) -> None:
     return None
 
 
-def _fake_merge_(
-    omega: Tensor, anchor: Tensor, theta: Sequence[Tensor], *args: Any
-) -> Tensor:
+def _fake_merge_(omega: Tensor, anchor: Tensor, theta: Sequence[Tensor], *args: Any) -> Tensor:
     return omega.new_empty(len(theta), dtype=torch.float64)
 
 
@@ -135,6 +133,4 @@ def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
 torch.library.register_autograd(
     "mas_ext::penalty", _backward, setup_context=_keep_for_backward, lib=_library
 )
-torch.library.register_autograd(
-    "mas_ext::penalty_with_grad", _refuse_double_backward, lib=_library
-)
+torch.library.register_autograd("mas_ext::penalty_with_grad", _refuse_double_backward, lib=_library)

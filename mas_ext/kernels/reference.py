@@ -120,9 +120,7 @@ def add_grad_(
 ) -> Tensor:
     """grad += sum_t 2 alpha_t Omega_t (theta - A_t); returns the value."""
     value = _value(theta, offsets, omega, anchor, alpha, remainder)
-    for g, added in zip(
-        grad, _gradients(theta, offsets, omega, anchor, alpha, 1.0), strict=True
-    ):
+    for g, added in zip(grad, _gradients(theta, offsets, omega, anchor, alpha, 1.0), strict=True):
         g.copy_(g.to(added.dtype) + added)
     return value
 
@@ -168,9 +166,9 @@ def proximal_(
 def accumulate_(omega: Sequence[Tensor], grad: Sequence[Tensor], weight: float) -> None:
     """omega += weight * abs(grad); omega is float64 for a float64 gradient, else float32."""
     for total, g in zip(omega, grad, strict=True):
-        total += torch.tensor(weight, dtype=total.dtype, device=total.device) * g.to(
-            total.dtype
-        ).abs()
+        total += (
+            torch.tensor(weight, dtype=total.dtype, device=total.device) * g.to(total.dtype).abs()
+        )
 
 
 def merge_(

@@ -1,0 +1,165 @@
+"""The penalty inside an optimizer's step: as a gradient before it, or as a proximal step after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Mode = Literal["gradient", "proximal"]
+
+
+class Pulling(Protocol):
+    """What of a penalty the hooks need."""
+
+    def add_grad_to(self, only: set[int]) -> Tensor:
+        """Add the penalty's gradient into .grad of the parameters with these ids."""
+
+    def proximal_(
+        self,
+        parameters: Sequence[Tensor],
+        eta: float,
+        second_moment: Mapping[int, Tensor] | None = None,
+        correction: float = 1.0,
+        eps: float = 0.0,
+    ) -> None:
+        """Move the parameters towards their anchor."""
+
+
+class Handle:
+    """Ends what `attach` began."""
+
+    def __init__(self, hook: Any) -> None:
+        """hook: what the optimizer gave back for its hook."""
+        self._hook = hook
+
+    def remove(self) -> None:
+        """The penalty is no longer applied."""
+        self._hook.remove()
+
+
+class _Step(NamedTuple):
+    """Parameters that share a step length: eta, or eta / (sqrt(v correction) + eps)."""
+
+    parameters: list[Tensor]
+    eta: float
+    second_moment: dict[int, Tensor] | None = None
+    correction: float = 1.0
+    eps: float = 0.0
+
+
+def attach(
+    penalty: Pulling, optimizer: torch.optim.Optimizer, mode: Mode, eta: float | None
+) -> Handle:
+    """Register the penalty with an optimizer.
+
+    "gradient": before every step, 2 alpha Omega (theta - A) is added into .grad, as if the penalty were
+    part of the loss. Clip gradients before, and the penalty is not clipped.
+
+    "proximal": after every step, theta <- theta + c / (1 + c) (A - theta) with c = 2 eta scale W, stable for
+    every lam. eta is what the optimizer multiplies the gradient by: SGD lr (1 - dampening) / (1 - momentum),
+    Nesterov too; Adam and AdamW lr / (sqrt(v_hat) + eps) from their state. A parameter that Adam has not
+    stepped yet stays where it is.
+
+    Raises:
+        TypeError: LBFGS, or an optimizer whose step length is unknown and no eta.
+        ValueError: an unknown mode, a wrong eta, or maximize=True.
+    """
+    if mode not in ("gradient", "proximal"):
+        raise ValueError(f"mode: got {mode!r}, expected 'gradient' or 'proximal'")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "optimizer: got LBFGS, which evaluates the loss inside its step; add penalty() to the loss "
+            "in its closure instead"
+        )
+    if mode == "gradient":
+        if eta is not None:
+            raise ValueError(f'eta: got {eta} with mode="gradient", expected none')
+
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _add_gradient(penalty, optimizer, args, kwargs)
+
+        return Handle(optimizer.register_step_pre_hook(before))
+
+    steps = _given(eta) if eta is not None else _STEPS.get(type(optimizer))
+    if steps is None:
+        raise TypeError(
+            f"optimizer: got {type(optimizer).__name__}, whose step length is unknown, expected SGD, Adam "
+            'or AdamW; pass eta= for mode="proximal" or use mode="gradient"'
+        )
+    for group in optimizer.param_groups:
+        if group.get("maximize"):
+            raise ValueError("optimizer: got maximize=True, expected False: a penalty is minimised")
+
+    def after(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            for step in steps(group, optimizer.state):
+                penalty.proximal_(*step)
+
+    return Handle(optimizer.register_step_post_hook(after))
+
+
+def _add_gradient(
+    penalty: Pulling,
+    optimizer: torch.optim.Optimizer,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    # The hook runs before the closure, which computes the gradients anew and would drop what was added.
+    if any(callable(a) for a in (*args[:1], kwargs.get("closure"))):
+        raise RuntimeError(
+            "closure: got one, expected none: with step(closure) add penalty() to the loss instead"
+        )
+    if getattr(optimizer, "grad_scale", None) is not None:
+        raise RuntimeError(
+            "optimizer: got fused=True under a GradScaler, whose gradients are still scaled here; add "
+            "penalty() to the loss instead"
+        )
+    penalty.add_grad_to({id(p) for group in optimizer.param_groups for p in group["params"]})
+
+
+_State = Mapping[Tensor, Mapping[str, Any]]
+_Steps = Callable[[dict[str, Any], _State], Iterator[_Step]]
+
+
+def _given(eta: float) -> _Steps:
+    if not 0 <= eta < float("inf"):
+        raise ValueError(f"eta: got {eta}, expected a finite number from 0 up")
+
+    def steps(group: dict[str, Any], state: _State) -> Iterator[_Step]:
+        yield _Step(group["params"], eta)
+
+    return steps
+
+
+def _sgd(group: dict[str, Any], state: _State) -> Iterator[_Step]:
+    momentum = group["momentum"]
+    # Without momentum SGD ignores dampening.
+    damped = 1 - group["dampening"] if momentum else 1.0
+    yield _Step(group["params"], float(group["lr"]) * damped / (1 - momentum))
+
+
+def _adam(group: dict[str, Any], state: _State) -> Iterator[_Step]:
+    beta2 = float(group["betas"][1])
+    key = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
+    by_step: dict[float, list[Tensor]] = {}
+    for p in group["params"]:
+        if key in state.get(p, {}):
+            by_step.setdefault(float(state[p]["step"]), []).append(p)
+    for step, parameters in by_step.items():
+        yield _Step(
+            parameters,
+            float(group["lr"]),
+            {id(p): state[p][key] for p in parameters},
+            1 / (1 - beta2**step),
+            group["eps"],
+        )
+
+
+_STEPS: dict[type, _Steps] = {
+    torch.optim.SGD: _sgd,
+    torch.optim.Adam: _adam,
+    torch.optim.AdamW: _adam,
+}

@@ -1,0 +1,66 @@
+"""Tensors in a file: safetensors, replaced atomically, with a checksum that finds flipped bits."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    crc = 0
+    for name in sorted(tensors):
+        t = tensors[name]
+        crc = zlib.crc32(f"{name} {t.dtype} {tuple(t.shape)}".encode(), crc)
+        # As bytes through a view: numpy knows no bfloat16.
+        crc = zlib.crc32(memoryview(t.reshape(-1).view(torch.uint8).numpy()), crc)
+    return f"{crc:08x}"
+
+
+def save(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write the tensors; the file that was there before survives until the new one is complete.
+
+    Raises:
+        OSError: the file can't be written; the old one is as it was.
+    """
+    path = Path(path)
+    kept = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        safetensors.torch.save_file(kept, temporary, metadata={"crc32": _checksum(kept)})
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: could not be written ({error})") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the tensors; never runs code from the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, cut off, damaged or of another kind.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            checksum = (file.metadata() or {}).get("crc32")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: got a damaged file, expected safetensors ({error})") from error
+    if checksum is None:
+        raise ValueError(f"{path}: got no checksum, expected a file that mas_ext wrote")
+    if checksum != _checksum(tensors):
+        raise ValueError(f"{path}: got a damaged file, its checksum does not fit its content")
+    return tensors

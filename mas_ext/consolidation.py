@@ -1,0 +1,545 @@
+"""The state of consolidation: one quadratic for any number of tasks, its merge rules, save and load.
+
+sum_t alpha_t Omega_t (theta - theta*_t)^2 is a quadratic in theta. It is kept as
+scale * (sum_i W_i (theta_i - A_i)^2 + r) in two buffers (store "merged"), or task by task (store
+"per_task"). The state knows parameters by name, as tensors; it knows no model and no estimator.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mas_ext.kernels import native, ops
+from mas_ext.kernels.reference import compute_dtype, part
+from mas_ext.parameters import Layout, check_supported, layouts
+
+Merge = Literal["consistent", "sum", "latest", "decay"]
+Store = Literal["merged", "per_task"]
+AlphaSum = Literal["tasks", "lam"]
+Backend = Literal["auto", "native", "reference"]
+
+FORMAT = 1
+_OMEGA_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+# Every tensor's part of the flat state starts at a multiple of this many elements: 16-byte loads.
+_ALIGNMENT = 64
+
+
+class Entry(NamedTuple):
+    """One consolidated task: S = sum_i Omega_i, and its weight."""
+
+    total: float
+    weight: float
+
+
+class Part(NamedTuple):
+    """One parameter's state: omega and anchor of shape (rows, *shape), and its share of r."""
+
+    omega: Tensor
+    anchor: Tensor
+    remainder: Tensor
+
+
+@dataclass
+class Group:
+    """The flat state of the parameters of one device and dtype; see kernels/reference.py for shapes."""
+
+    names: list[str]
+    layout: list[Layout]
+    offsets: list[int]
+    omega: Tensor
+    anchor: Tensor
+    remainders: Tensor
+    alpha: Tensor
+    remainder: Tensor
+    native: bool
+
+    def part(self, index: int) -> Part:
+        """The state of one parameter, as views."""
+        _, _, shape, stride = self.layout[index]
+
+        def rows(flat: Tensor) -> Tensor:
+            return flat.as_strided(
+                (flat.shape[0], *shape), (flat.stride(0), *stride), self.offsets[index]
+            )
+
+        return Part(rows(self.omega), rows(self.anchor), self.remainders[index])
+
+
+class Memory(NamedTuple):
+    """All that is remembered, replaced as one, so that an interruption leaves the old one whole.
+
+    `absent` holds the state of parameters that the model lacks at the moment.
+    """
+
+    entries: list[Entry]
+    groups: list[Group]
+    absent: dict[str, Part]
+
+    def parts(self) -> dict[str, Part]:
+        """The state of every parameter by name, as views."""
+        present = {
+            name: group.part(i) for group in self.groups for i, name in enumerate(group.names)
+        }
+        return {**present, **self.absent}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How tasks are put together: the constructor arguments of the penalty that concern the state.
+
+    alpha per task, with S_t = sum_i Omega_t,i and weights w_t: "consistent": alpha_t S_t / w_t equal for
+    all t and sum_t alpha_t = lam sum_t w_t (alpha_sum "tasks") or lam ("lam"), the consistency extension
+    of MAS; "sum": lam w_t; "latest" (Aljundi et al. 2018, section 4): W <- W + Omega_t with one anchor;
+    "decay" (online EWC, Schwarz et al. 2018): W <- gamma W + Omega_t with one anchor.
+    """
+
+    merge: Merge = "consistent"
+    store: Store = "merged"
+    alpha_sum: AlphaSum = "tasks"
+    gamma: float = 1.0
+    omega_dtype: torch.dtype = torch.float32
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse what is not one of the choices."""
+        _check_choice("merge", self.merge, ("consistent", "sum", "latest", "decay"))
+        _check_choice("store", self.store, ("merged", "per_task"))
+        _check_choice("alpha_sum", self.alpha_sum, ("tasks", "lam"))
+        _check_choice("backend", self.backend, ("auto", "native", "reference"))
+        _check_choice("omega_dtype", self.omega_dtype, tuple(_OMEGA_DTYPES.values()))
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma: got {self.gamma}, expected a number from 0 to 1")
+        if self.store == "per_task" and not self.own_anchors:
+            raise ValueError(
+                f'store: got "per_task" with merge={self.merge!r}, expected "merged": that rule has '
+                "one anchor"
+            )
+
+    @property
+    def own_anchors(self) -> bool:
+        """Whether each task keeps its own anchor."""
+        return self.merge in ("consistent", "sum")
+
+    def scale(self, lam: float, entries: Sequence[Entry]) -> float:
+        """What the stored quadratic is multiplied by."""
+        if self.merge != "consistent" or not entries:
+            return lam
+        tasks = sum(e.weight for e in entries) if self.alpha_sum == "tasks" else 1.0
+        inverse = sum(e.weight / e.total for e in entries)
+        return lam * tasks / inverse if inverse > 0 else 0.0
+
+    def gain(self, entry: Entry) -> float:
+        """The factor of Omega_t in W."""
+        return entry.weight / entry.total if self.merge == "consistent" else entry.weight
+
+    def alpha(self, lam: float, entries: Sequence[Entry]) -> list[float]:
+        """alpha_t of every entry: the factor of Omega_t in the penalty."""
+        faded = self.gamma if self.merge == "decay" else 1.0
+        scale = self.scale(lam, entries)
+        return [
+            scale * self.gain(entry) * faded**age
+            for age, entry in zip(range(len(entries) - 1, -1, -1), entries, strict=True)
+        ]
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_lam(lam: float) -> float:
+    """The strength as a float; a ValueError unless it is finite and at least 0."""
+    lam = float(lam)
+    if not 0 <= lam < float("inf"):
+        raise ValueError(f"lam: got {lam}, expected a finite number from 0 up")
+    return lam
+
+
+def check_weight(weight: float) -> float:
+    """A task's weight as a float; a ValueError unless it is finite and at least 0."""
+    weight = float(weight)
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"weight: got {weight}, expected a finite number from 0 up")
+    return weight
+
+
+@dataclass
+class Consolidation:
+    """The memory and the rules by which it changes; a change builds the new before it drops the old."""
+
+    rule: Rule
+    lam: float
+    memory: Memory = field(default_factory=lambda: Memory([], [], {}))
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    @property
+    def scale(self) -> float:
+        """The factor of the stored quadratic."""
+        return self.rule.scale(self.lam, self.memory.entries)
+
+    @property
+    def alpha(self) -> list[float]:
+        """alpha_t of every entry."""
+        return self.rule.alpha(self.lam, self.memory.entries)
+
+    def quadratic(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """W and A by name, such that the penalty is scale * (sum W (theta - A)^2 + r)."""
+        if self.rule.store == "merged":
+            return {n: (p.omega[0], p.anchor[0]) for n, p in self.memory.parts().items()}
+        gains = [self.rule.gain(entry) for entry in self.memory.entries]
+        merged = {}
+        for name, p in self.memory.parts().items():
+            weight = torch.zeros_like(p.anchor[0])
+            anchor = p.anchor[-1].clone()
+            for gain, omega, own in zip(gains, p.omega, p.anchor, strict=True):
+                new = gain * omega.to(weight.dtype)
+                weight = weight + new
+                share = torch.where(weight > 0, new / weight, torch.zeros_like(weight))
+                anchor = anchor + share * (own - anchor)
+            merged[name] = (weight, anchor)
+        return merged
+
+    # -- changing ----------------------------------------------------------------------------------
+
+    def set_lam(self, lam: float) -> None:
+        """Change the strength, in place where captured graphs read it."""
+        self.lam = check_lam(lam)
+        self._write_alpha(self.memory)
+
+    def set_weight(self, task: int, weight: float) -> None:
+        """Change one task's weight, in place where captured graphs read alpha."""
+        entries = list(self.memory.entries)
+        entries[task] = entries[task]._replace(weight=check_weight(weight))
+        memory = self.memory._replace(entries=entries)
+        self._write_alpha(memory)
+        self.memory = memory
+
+    def fit(self, theta: Mapping[str, Tensor]) -> None:
+        """Follow parameters that were moved, cast, widened, removed or brought back."""
+        parts = self.memory.parts()
+        known = {name: x for name, x in theta.items() if name in parts}
+        groups = self._pack(known, parts, self._rows(len(self.memory.entries)))
+        absent = {name: p for name, p in parts.items() if name not in theta}
+        memory = Memory(self.memory.entries, groups, absent)
+        self._write_alpha(memory)
+        self.memory = memory
+
+    def add_task(
+        self,
+        theta: Mapping[str, Tensor],
+        importance: Mapping[str, Tensor],
+        weight: float = 1.0,
+        move_anchor: bool = True,
+    ) -> None:
+        """Merge one task's importance, with the present parameters as its anchor.
+
+        Args:
+            theta: the model's parameters by name; those neither known nor in `importance` are ignored.
+            importance: Omega_t by name, >= 0, in the parameters' shapes; a name left out counts as 0.
+            weight: multiplies Omega_t (and 1/S_t under "consistent").
+            move_anchor: under "latest" and "decay", whether the anchor moves to theta.
+
+        Raises:
+            ValueError: importance that is negative, not finite, of another shape or vanishing.
+        """
+        weight = check_weight(weight)
+        total = self._check_importance(theta, importance)
+        if total is None:
+            warnings.warn(
+                "consolidate: no parameter requires a gradient, nothing is consolidated",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return
+        entry = Entry(total, weight)
+        entries = [*self.memory.entries, entry]
+        old = self.memory.parts()
+        gone = sorted(name for name in old if name not in theta)
+        if gone:
+            warnings.warn(
+                f"consolidate: the model has no parameter {', '.join(map(repr, gone[:4]))}"
+                f"{', ...' if len(gone) > 4 else ''} any more; what was remembered of it is dropped "
+                "(rename() keeps it)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        names = [name for name in theta if name in old or name in importance]
+        known = {name: theta[name].detach() for name in names}
+        groups = self._pack(known, old, self._rows(len(entries)))
+        if self.rule.store == "merged":
+            self._merge(groups, known, importance, entry, move_anchor)
+        else:
+            self._write_row(groups, known, importance, len(entries) - 1)
+        memory = Memory(entries, groups, {})
+        self._write_alpha(memory)
+        self.memory = memory
+
+    def drop(self, task: int) -> None:
+        """Forget one task; store "per_task" only."""
+        kept = [t for t in range(len(self.memory.entries)) if t != task]
+        entries = [self.memory.entries[t] for t in kept]
+        parts = {
+            name: Part(p.omega[kept], p.anchor[kept], p.remainder)
+            for name, p in self.memory.parts().items()
+            if kept
+        }
+        self.memory = Memory(entries, [], parts)
+
+    def rename(self, old: str, new: str) -> None:
+        """What was remembered under one name counts for another from now on."""
+        parts = self.memory.parts()
+        if old not in parts:
+            raise KeyError(f"old: got {old!r}, expected one of the consolidated parameters")
+        if new in parts:
+            raise KeyError(f"new: got {new!r}, which is a consolidated parameter already")
+        renamed = {new if name == old else name: p for name, p in parts.items()}
+        self.memory = Memory(self.memory.entries, [], renamed)
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _check_importance(
+        self, theta: Mapping[str, Tensor], importance: Mapping[str, Tensor]
+    ) -> float | None:
+        """S, after every check; None where there is nothing to consolidate."""
+        if not importance:
+            return None
+        sums = []
+        for name, omega in importance.items():
+            if name not in theta:
+                raise KeyError(f"importance: got {name!r}, which the model has no parameter for")
+            check_supported(name, theta[name])
+            if omega.shape != theta[name].shape:
+                raise ValueError(
+                    f"importance of {name!r}: got shape {tuple(omega.shape)}, expected "
+                    f"{tuple(theta[name].shape)}"
+                )
+            sums.append(omega.sum(dtype=torch.float64).cpu())
+            smallest = float(omega.min()) if omega.numel() else 0.0
+            if not (smallest >= 0 and torch.isfinite(sums[-1])):
+                raise ValueError(
+                    f"importance of {name!r}: got values with minimum {smallest} and sum "
+                    f"{float(sums[-1])}, expected finite values from 0 up"
+                )
+            if not torch.isfinite(theta[name]).all():
+                raise ValueError(f"parameter {name!r}: got NaN or Inf, expected finite values")
+        total = float(torch.stack(sums).sum())
+        if self.rule.merge == "consistent":
+            known = [entry.total for entry in self.memory.entries]
+            if total <= 1e-6 * (statistics.median(known) if known else 0.0):
+                raise ValueError(
+                    f"importance: got a sum of {total:.3g}, expected one above rounding level"
+                    f"{f' ({statistics.median(known):.3g} is the median so far)' if known else ''}; "
+                    "the usual cause is an output of constant norm, such as a normalised embedding: "
+                    "choose another objective"
+                )
+            if known and total < 1e-3 * statistics.median(known):
+                warnings.warn(
+                    f"importance: its sum {total:.3g} is under a thousandth of the median so far, "
+                    f"{statistics.median(known):.3g}; this task weighs on all parameters by "
+                    "rounding noise more than the others",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
+        return total
+
+    def _rows(self, entries: int) -> int:
+        return 1 if self.rule.store == "merged" else entries
+
+    def _omega_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        wide = self.rule.omega_dtype == torch.float64 and dtype != torch.float64
+        return torch.float32 if wide else self.rule.omega_dtype
+
+    def _compiled(self, device: torch.device) -> bool:
+        if self.rule.backend == "reference":
+            return False
+        reason = native.why_not(device)
+        if reason is not None and self.rule.backend == "native":
+            raise RuntimeError(f'backend: got "native", but {reason}')
+        if reason is not None:
+            native.announce_fallback()
+        return reason is None
+
+    def _pack(
+        self, theta: Mapping[str, Tensor], parts: Mapping[str, Part], rows: int
+    ) -> list[Group]:
+        """New groups for these parameters, holding what the parts know; the rest has Omega 0."""
+        kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+        for name, x in theta.items():
+            check_supported(name, x)
+            kinds.setdefault((x.device, x.dtype), []).append(name)
+        groups = []
+        for (device, dtype), names in kinds.items():
+            offsets, end = [], 0
+            for name in names:
+                offsets.append(end)
+                end += -(-theta[name].numel() // _ALIGNMENT) * _ALIGNMENT
+            group = Group(
+                names,
+                layouts(theta[name] for name in names),
+                offsets,
+                torch.zeros(rows, end, dtype=self._omega_dtype(dtype), device=device),
+                torch.zeros(rows, end, dtype=compute_dtype(dtype), device=device),
+                torch.zeros(len(names), dtype=torch.float64, device=device),
+                torch.zeros(rows, dtype=torch.float64, device=device),
+                torch.zeros((), dtype=torch.float64, device=device),
+                self._compiled(device),
+            )
+            for i, name in enumerate(names):
+                self._fill(group, i, theta[name], parts.get(name), rows)
+            group.remainder.copy_(group.remainders.sum())
+            groups.append(group)
+        return groups
+
+    def _fill(self, group: Group, index: int, x: Tensor, old: Part | None, rows: int) -> None:
+        if old is not None and old.omega.dim() != x.dim() + 1:
+            raise ValueError(
+                f"parameter {group.names[index]!r}: got shape {tuple(x.shape)}, expected "
+                f"{old.omega.dim() - 1} dimensions as when it was consolidated"
+            )
+        offset = group.offsets[index]
+        for row in range(rows):
+            omega, anchor = part(group.omega, row, offset, x), part(group.anchor, row, offset, x)
+            anchor.copy_(x.detach())
+            if old is not None and row < old.omega.shape[0]:
+                # A widened parameter keeps its leading part.
+                kept = tuple(
+                    slice(0, min(a, b)) for a, b in zip(x.shape, old.omega.shape[1:], strict=True)
+                )
+                omega[kept] = old.omega[row][kept].to(omega)
+                anchor[kept] = old.anchor[row][kept].to(anchor)
+        if old is not None:
+            group.remainders[index] = old.remainder
+
+    def _write_row(
+        self,
+        groups: list[Group],
+        theta: Mapping[str, Tensor],
+        importance: Mapping[str, Tensor],
+        row: int,
+    ) -> None:
+        for group in groups:
+            for name, offset in zip(group.names, group.offsets, strict=True):
+                x = theta[name]
+                part(group.anchor, row, offset, x).copy_(x)
+                if name in importance:
+                    part(group.omega, row, offset, x).copy_(importance[name])
+
+    def _merge(
+        self,
+        groups: list[Group],
+        theta: Mapping[str, Tensor],
+        importance: Mapping[str, Tensor],
+        entry: Entry,
+        move_anchor: bool,
+    ) -> None:
+        decay = self.rule.merge == "decay"
+        anchor = "mean" if self.rule.own_anchors else "move" if move_anchor else "keep"
+        for group in groups:
+            x = [theta[name] for name in group.names]
+            dtype = group.anchor.dtype
+            omegas = [
+                importance[name].to(t.device, dtype)
+                if name in importance
+                else torch.zeros_like(t, dtype=dtype)
+                for name, t in zip(group.names, x, strict=True)
+            ]
+            group.remainders += ops.merge_(
+                group.omega,
+                group.anchor,
+                x,
+                omegas,
+                group.offsets,
+                self.rule.gamma if decay else 1.0,
+                self.rule.gain(entry),
+                anchor,
+                len(self.memory.entries),
+                group.native,
+            )
+            if not self.rule.own_anchors:
+                group.remainders.zero_()
+            group.remainder.copy_(group.remainders.sum())
+
+    def _write_alpha(self, memory: Memory) -> None:
+        if self.rule.store == "merged":
+            alpha = [self.rule.scale(self.lam, memory.entries)]
+        else:
+            alpha = self.rule.alpha(self.lam, memory.entries)
+        for group in memory.groups:
+            group.alpha.copy_(torch.tensor(alpha, dtype=torch.float64))
+
+    # -- state dict --------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as named tensors; the settings that belong to it as JSON in bytes."""
+        config = {
+            "format": FORMAT,
+            "merge": self.rule.merge,
+            "store": self.rule.store,
+            "lam": self.lam,
+            "entries": [list(entry) for entry in self.memory.entries],
+        }
+        found = {"config": torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)}
+        for name, p in self.memory.parts().items():
+            found[f"omega.{name}"] = p.omega
+            found[f"anchor.{name}"] = p.anchor
+            found[f"remainder.{name}"] = p.remainder
+        return found
+
+    def load_tensors(self, found: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` gave, for these parameters; nothing changes on an error."""
+        config = _config(found)
+        for key, own in (("merge", self.rule.merge), ("store", self.rule.store)):
+            if config[key] != own:
+                raise ValueError(f"state: got {key}={config[key]!r}, expected {own!r}")
+        names = [key[len("omega.") :] for key in found if key.startswith("omega.")]
+        entries = [Entry(*map(float, entry)) for entry in config["entries"]]
+        rows = self._rows(len(entries))
+        parts = {}
+        for name in names:
+            if name not in theta:
+                raise KeyError(f"state: got {name!r}, which the model has no parameter for")
+            got = [found.get(f"{kind}.{name}") for kind in Part._fields]
+            if any(t is None for t in got):
+                raise KeyError(f"state of {name!r}: expected omega, anchor and remainder")
+            p = Part(*got)  # type: ignore[arg-type]
+            shape = (rows, *theta[name].shape)
+            for kind, t in p._asdict().items():
+                expected = () if kind == "remainder" else shape
+                if tuple(t.shape) != expected:
+                    raise ValueError(
+                        f"state, {kind} of {name!r}: got shape {tuple(t.shape)}, expected {expected}"
+                    )
+                if not torch.isfinite(t).all() or (kind != "anchor" and (t < 0).any()):
+                    raise ValueError(
+                        f"state, {kind} of {name!r}: got NaN, Inf or negative values, expected "
+                        "finite ones"
+                    )
+            parts[name] = p
+        lam = check_lam(config["lam"])
+        known = {name: x for name, x in theta.items() if name in parts}
+        memory = Memory(entries, self._pack(known, parts, rows), {})
+        self.lam = lam
+        self._write_alpha(memory)
+        self.memory = memory
+
+
+def _config(found: Mapping[str, Tensor]) -> dict[str, Any]:
+    if "config" not in found:
+        raise KeyError("state: got no 'config', expected the state of a FusedMASPenalty")
+    try:
+        config: dict[str, Any] = json.loads(bytes(found["config"].tolist()))
+        version = config["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"state: got a 'config' that can't be read ({error})") from error
+    if version != FORMAT:
+        raise ValueError(f"state: got format {version}, expected {FORMAT}; update mas_ext")
+    return config

@@ -1,0 +1,216 @@
+"""Importance (Omega) of a model's parameters, from unlabelled data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mas_ext.importance import batches as batch_of
+from mas_ext.importance import objectives
+from mas_ext.importance.batch import add_batch
+from mas_ext.importance.exact import add_exact
+from mas_ext.importance.objectives import Objective
+from mas_ext.kernels import native, ops
+from mas_ext.kernels.reference import compute_dtype
+from mas_ext.parameters import check_supported, named_parameters
+
+Method = Literal["exact", "batch"]
+Forward = Callable[[Any, Any], Tensor]
+
+METHODS = {"exact": add_exact, "batch": add_batch}
+
+
+def _default_forward(model: nn.Module, batch: Any) -> Tensor:
+    output: Tensor = model(batch_of.first(batch))
+    return output
+
+
+@contextmanager
+def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """eval() with gradients on; modes and random state are put back, whatever happens."""
+    modes = {module: module.training for module in model.modules()}
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def _refuse_interacting(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"model: {name or type(module).__name__} normalises over the batch even in eval "
+                "mode (it has no running statistics), so that a sample has no gradient of its own; "
+                'use method="batch" or another normalisation'
+            )
+
+
+class ImportanceSum:
+    """Importance gathered batch by batch: sums over samples, and how many there were.
+
+    `sums` maps names to tensors like the parameters, float64 for float64 parameters, else float32.
+    `objective_sum` is the sum of |objective| over the samples.
+    """
+
+    def __init__(
+        self,
+        method: Method = "exact",
+        objective: Objective = "l2",
+        forward: Forward | None = None,
+        exclude: Sequence[str] = (),
+        max_outputs: int = 64,
+        native: bool | None = None,
+    ) -> None:
+        """See estimate_importance; native: compiled kernels or not, None for whatever the device has."""
+        if method not in METHODS:
+            raise ValueError(f"method: got {method!r}, expected one of {tuple(METHODS)}")
+        objectives.check(objective)
+        self.method, self.objective, self.forward = method, objective, forward or _default_forward
+        self.exclude, self.max_outputs, self.native = tuple(exclude), max_outputs, native
+        self.sums: dict[str, Tensor] = {}
+        self.samples = 0
+        self.objective_sum = 0.0
+
+    def add(self, model: nn.Module, batch: Any) -> None:
+        """Add a batch: every sample counts the same, whatever the size of its batch.
+
+        Every parameter that requires a gradient now takes part. The model's modes, gradients and
+        statistics and the random state are left as they were; on an error, so are the sums.
+        """
+        theta = {
+            name: p for name, p in named_parameters(model, self.exclude).items() if p.requires_grad
+        }
+        for name, p in theta.items():
+            check_supported(name, p)
+            old = self.sums.get(name)
+            if old is not None and old.shape != p.shape:
+                raise ValueError(
+                    f"parameter {name!r}: got shape {tuple(p.shape)}, expected {tuple(old.shape)} as "
+                    "in the batches before; consolidate before a parameter changes"
+                )
+        samples = batch_of.size(batch)
+        if samples == 0 or not theta:
+            return
+        if self.method == "exact":
+            _refuse_interacting(model)
+        sums = {
+            name: self.sums[name].clone()
+            if name in self.sums
+            else torch.zeros_like(p, dtype=compute_dtype(p.dtype), requires_grad=False)
+            for name, p in theta.items()
+        }
+        parameters, targets = list(theta.values()), list(sums.values())
+        device = parameters[0].device
+
+        def values(batch: Any, samples: int) -> Tensor:
+            output = self.forward(model, batch)
+            return objectives.values(output, self.objective, samples, self.max_outputs)
+
+        def add(grads: Sequence[Tensor | None]) -> None:
+            kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+            for total, grad in zip(targets, grads, strict=True):
+                if grad is not None:
+                    pair = kinds.setdefault((grad.device, grad.dtype), ([], []))
+                    pair[0].append(total)
+                    pair[1].append(grad)
+            for (where, _), (totals, found) in kinds.items():
+                compiled = native.why_not(where) is None if self.native is None else self.native
+                ops.accumulate_(totals, found, 1.0, compiled)
+
+        with _evaluating(model, device):
+            added = METHODS[self.method](
+                values, batch_of.to(batch, device), samples, parameters, add
+            )
+        self.sums = {**self.sums, **sums}
+        self.samples += samples
+        self.objective_sum += float(added)
+
+    def mean(self) -> dict[str, Tensor]:
+        """Omega = sum / samples, by name."""
+        return {name: total / self.samples for name, total in self.sums.items()}
+
+
+def gather(
+    total: ImportanceSum,
+    model: nn.Module,
+    batches: Iterable[Any],
+    max_samples: int | None = None,
+    progress: bool = False,
+) -> None:
+    """Add batches to a sum, at most max_samples samples in all; no sample at all is an error."""
+    if isinstance(batches, (Tensor, dict)):
+        raise TypeError(
+            f"batches: got a single {type(batches).__name__}, expected an iterable of batches; "
+            "wrap it in a list"
+        )
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples: got {max_samples}, expected at least 1")
+    start = total.samples
+    for batch in _shown(batches, progress):
+        left = None if max_samples is None else max_samples - (total.samples - start)
+        if left is not None and left < batch_of.size(batch):
+            batch = batch_of.part(batch, 0, left)
+        total.add(model, batch)
+        if left is not None and total.samples - start >= max_samples:  # type: ignore[operator]
+            break
+    if total.samples == start and named_parameters(model, total.exclude):
+        raise ValueError("batches: got no samples, expected at least one")
+
+
+def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if not progress:
+        return batches
+    from tqdm import tqdm
+
+    shown: Iterable[Any] = tqdm(batches, desc="importance", unit="batch")
+    return shown
+
+
+def estimate_importance(
+    model: nn.Module,
+    batches: Iterable[Any],
+    method: Method = "exact",
+    objective: Objective = "l2",
+    forward: Forward | None = None,
+    max_samples: int | None = None,
+    progress: bool = False,
+    exclude: Sequence[str] = (),
+    max_outputs: int = 64,
+) -> dict[str, Tensor]:
+    """Omega_i, how sensitive the model's output is to each parameter; no labels are needed.
+
+    "exact": 1/N sum_k abs(d obj(F(x_k)) / d theta_i) (Aljundi et al. 2018, equation 2);
+    "batch": 1/N sum_batches abs(sum_{k in batch} d obj(F(x_k)) / d theta_i). The model runs in eval mode.
+
+    Args:
+        model: any module. Parameters that require a gradient take part.
+        batches: iterable of tensors, or of tuples, lists or dicts whose first item is the input. Samples
+            are dimension 0 of every tensor. Batches are moved to the first parameter's device.
+        method: "exact" or "batch".
+        objective: "l2", "l1", "vector" or a callable, output -> tensor (samples,).
+        forward: forward(model, batch) -> output tensor with samples in dimension 0. By default the
+            model is called with the batch's first item.
+        max_samples: stop after this many.
+        progress: show a progress bar.
+        exclude: fnmatch patterns on the names of parameters to leave out.
+        max_outputs: the most outputs that "vector" takes, one backward pass each.
+
+    Returns:
+        Omega by parameter name, in the parameter's shape, units of objective per parameter; float64 for
+        float64 parameters, else float32.
+
+    Raises:
+        ValueError: no samples, wrong shapes, or samples that can't be told apart.
+        TypeError: an output that is no tensor, or a parameter of an unsupported kind.
+    """
+    total = ImportanceSum(method, objective, forward, exclude, max_outputs)
+    gather(total, model, batches, max_samples, progress)
+    return total.mean()

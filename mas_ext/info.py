@@ -1,0 +1,41 @@
+"""What runs on this machine: backend, why not a better one, versions, threads, GPU."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from mas_ext.kernels import native
+
+
+def info() -> dict[str, Any]:
+    """The backend in use and everything that decided it.
+
+    Returns:
+        backend: "native" or "reference" (plain PyTorch); cpu_instruction_set: the CPU kernels' choice;
+        threads: of the CPU kernels; cuda_kernels: whether the extension has them; gpu: its name or None;
+        why_not: reasons why something better is not in use; versions of mas_ext, torch, CUDA and Python.
+    """
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    reasons = [native.why_not(cpu)] if native.WHY_NOT else [native.why_not(cuda)]
+    if gpu is None:
+        reasons.append(
+            "torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
+        )
+    return {
+        "mas_ext": version("mas_ext"),
+        "backend": "reference" if native.WHY_NOT else "native",
+        "why_not": [reason for reason in reasons if reason],
+        "cpu_instruction_set": None if native.WHY_NOT else native._C.instruction_set(),
+        "threads": torch.get_num_threads(),
+        "cuda_kernels": native.why_not(cuda) is None,
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }

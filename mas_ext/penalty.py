@@ -1,0 +1,531 @@
+"""FusedMASPenalty: the penalty of a model, in its loss, in its gradients or in its optimizer.
+
+The only place with the convention of lambda: penalty = lam * sum W (theta - A)^2, without one-half.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mas_ext import checkpoint
+from mas_ext.attach import Handle, Mode, attach
+from mas_ext.consolidation import (
+    AlphaSum,
+    Backend,
+    Consolidation,
+    Group,
+    Merge,
+    Rule,
+    Store,
+    check_lam,
+)
+from mas_ext.importance import Forward, ImportanceSum, Method, Objective, gather
+from mas_ext.kernels import ops
+from mas_ext.parameters import Binding, check_patterns, layouts, named_parameters
+
+
+class FusedMASPenalty(nn.Module):
+    """lam-weighted pull of important parameters towards their old values, on fused kernels.
+
+        value = sum_t alpha_t sum_i Omega_t,i (theta_i - theta*_t,i)^2 = scale (sum_i W_i (theta_i - A_i)^2 + r)
+
+    exactly, in two buffers W and A whatever the number of tasks (store "merged"), or task by task
+    ("per_task"). Memory Aware Synapses (Aljundi et al., ECCV 2018, equations 2 and 3) is merge "latest".
+
+    Args:
+        model: any module; a strong reference is kept, and not registered as a submodule.
+        lam: strength, finite and >= 0. No one-half anywhere: the gradient is 2 lam W (theta - A).
+        importance: "exact" or "batch", see estimate_importance.
+        objective: "l2", "l1", "vector" or a callable, see estimate_importance.
+        forward: forward(model, batch) -> output, see estimate_importance.
+        merge: "consistent" (alpha_t equalise the tasks' total importance), "sum", "latest" or "decay".
+        alpha_sum: what the alpha_t of "consistent" add up to in equalised units: lam times the number of
+            "tasks" (the strength of "sum" at the same lam), or "lam".
+        gamma: "decay": W <- gamma W + Omega.
+        store: "merged", 8 bytes per float32 parameter, or "per_task", 8 bytes per parameter and task.
+        exclude: fnmatch patterns on whole parameter names; one that matches nothing raises.
+        backend: "auto", "native" (compiled kernels or an error) or "reference" (plain PyTorch).
+        omega_dtype: float32, bfloat16 (rounded stochastically), or float64 for float64 parameters.
+
+    Raises:
+        ValueError: an argument that is not one of the choices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lam: float = 1.0,
+        importance: Method = "exact",
+        objective: Objective = "l2",
+        forward: Forward | None = None,
+        merge: Merge = "consistent",
+        alpha_sum: AlphaSum = "tasks",
+        gamma: float = 1.0,
+        store: Store = "merged",
+        exclude: Sequence[str] = (),
+        backend: Backend = "auto",
+        omega_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        check_patterns(model, exclude)
+        self._estimator = {
+            "method": importance,
+            "objective": objective,
+            "forward": forward,
+            "exclude": tuple(exclude),
+            "native": False if backend == "reference" else None,
+        }
+        self._pending = ImportanceSum(**self._estimator)  # type: ignore[arg-type]
+        rule = Rule(merge, store, alpha_sum, gamma, omega_dtype, backend)
+        self._state = Consolidation(rule, check_lam(lam))
+        self._find_model: Callable[[], nn.Module] = _Always(model)
+        self._bindings: list[Binding] | None = None
+
+    # -- the penalty -------------------------------------------------------------------------------
+
+    def forward(self) -> Tensor:
+        """The value as a differentiable 0-dim tensor; 0 before the first consolidation.
+
+        float64 if any parameter is, else float32, on the first consolidated parameter's device. One fused
+        pass forward (12 bytes per float32 parameter) and one backward (16).
+        """
+        values = [
+            ops.penalty(theta, g.offsets, g.omega, g.anchor, g.alpha, g.remainder, g.native)
+            for g, theta in self._bound()
+        ]
+        return _total(values) if values else torch.zeros((), requires_grad=True)
+
+    @torch.no_grad()
+    def add_grad_(self) -> Tensor:
+        """Instead of the loss form: after backward, add 2 alpha Omega (theta - A) into .grad, in one pass.
+
+        20 bytes per float32 parameter. A parameter without .grad gets one; a frozen one stays without.
+
+        Returns:
+            The value, detached.
+        """
+        return self.add_grad_to(None)
+
+    @torch.no_grad()
+    def add_grad_to(self, only: Collection[int] | None) -> Tensor:
+        """add_grad_ for the parameters with these ids alone; None: for all."""
+        values = []
+        for g, theta in self._bound():
+            chosen = [
+                i
+                for i, p in enumerate(theta)
+                if p.requires_grad and (only is None or id(p) in only)
+            ]
+            # The other parameters' value, where not all are chosen: the constant r goes with it.
+            rest = len(chosen) < len(theta)
+            if rest:
+                others = sorted(set(range(len(theta))) - set(chosen))
+                values.append(ops.penalty(*_subset(g, theta, others), g.remainder, g.native))
+            if chosen:
+                picked, *state = _subset(g, theta, chosen) if rest else _subset(g, theta, None)
+                grads = [_grad(p) for p in picked]
+                remainder = torch.zeros_like(g.remainder) if rest else g.remainder
+                values.append(ops.add_grad_(picked, grads, *state, remainder, g.native))
+        return _total(values) if values else torch.zeros(())
+
+    @torch.no_grad()
+    def proximal_(
+        self,
+        parameters: Sequence[Tensor],
+        eta: float,
+        second_moment: Mapping[int, Tensor] | None = None,
+        correction: float = 1.0,
+        eps: float = 0.0,
+    ) -> None:
+        """theta <- theta + c / (1 + c) (A - theta), c = 2 eta scale W: stable for every lam.
+
+        The exact minimiser of penalty + |theta' - theta|^2 / (2 eta). 16 bytes per float32 parameter.
+
+        Args:
+            parameters: the ones to move; those that are not consolidated are left alone.
+            eta: step length, finite and >= 0.
+            second_moment: by id of the parameter, v of Adam; the step length is then
+                eta / (sqrt(v correction) + eps).
+            correction: 1 / (1 - beta2^step), Adam's bias correction.
+            eps: Adam's eps.
+        """
+        wanted = {id(p) for p in parameters}
+        for g, theta in self._bound():
+            chosen = [i for i, p in enumerate(theta) if id(p) in wanted]
+            if chosen:
+                picked, *state = _subset(g, theta, chosen if len(chosen) < len(theta) else None)
+                moments = [second_moment[id(p)] for p in picked] if second_moment else []
+                ops.proximal_(picked, *state, moments, eta, correction, eps, g.native)
+
+    def attach(
+        self, optimizer: torch.optim.Optimizer, mode: Mode = "gradient", eta: float | None = None
+    ) -> Handle:
+        """Apply the penalty at every optimizer.step() from now on, instead of penalty() in the loss.
+
+        See mas_ext.attach.attach.
+
+        Args:
+            optimizer: any torch optimizer but LBFGS; only its own parameters are touched.
+            mode: "gradient": add_grad_ before the step; "proximal": proximal_ after it.
+            eta: for "proximal": the step length, where the optimizer is neither SGD, Adam nor AdamW.
+
+        Returns:
+            A handle; handle.remove() ends it.
+        """
+        return attach(self, optimizer, mode, eta)
+
+    # -- tasks -------------------------------------------------------------------------------------
+
+    def consolidate(
+        self, batches: Iterable[Any] | None = None, weight: float = 1.0, progress: bool = False
+    ) -> None:
+        """End of a task: its importance is merged, and the parameters as they are become its anchor.
+
+        Args:
+            batches: unlabelled data of the task, see estimate_importance. Without it the importance
+                comes from the batches that were observed.
+            weight: multiplies this task's importance (and 1/S_t under "consistent").
+            progress: show a progress bar.
+
+        Raises:
+            RuntimeError: both observed batches and `batches`, or neither.
+            ValueError: see estimate_importance; importance that is not finite or vanishes.
+        """
+        if batches is not None and self._pending.samples:
+            raise RuntimeError(
+                f"batches: got some, but {self._pending.samples} samples were observed already; call "
+                "consolidate() without batches"
+            )
+        if batches is None and not self._pending.samples:
+            raise RuntimeError("batches: got none, expected some, or observe(batch) before")
+        total = self._pending
+        if batches is not None:
+            total = ImportanceSum(**self._estimator)  # type: ignore[arg-type]
+            gather(total, self.model, batches, progress=progress)
+        self._add(total, weight, move_anchor=True)
+        self._pending = ImportanceSum(**self._estimator)  # type: ignore[arg-type]
+
+    def observe(self, batch: Any) -> None:
+        """Gather importance online: averaged over all samples observed since the last consolidation."""
+        self._pending.add(self.model, batch)
+
+    def adapt(self, batches: Iterable[Any], weight: float = 1.0) -> None:
+        """Unlabelled data met in deployment: one more weighted entry.
+
+        Under "consistent" and "sum" its anchor is the present parameters, under "latest" and "decay" the
+        anchor stays. See consolidate.
+        """
+        total = ImportanceSum(**self._estimator)  # type: ignore[arg-type]
+        gather(total, self.model, batches)
+        self._add(total, weight, move_anchor=False)
+
+    def set_weight(self, t: int, w: float) -> None:
+        """Change the weight of entry t; store "per_task" only."""
+        self._state.set_weight(self._task(t), w)
+
+    def drop(self, t: int) -> None:
+        """Forget entry t; store "per_task" only."""
+        self._state.drop(self._task(t))
+        self._bind()
+
+    def rename(self, old: str, new: str) -> None:
+        """What is remembered of parameter `old` counts for parameter `new` from now on."""
+        self._state.rename(old, new)
+        self._bind()
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The model whose parameters are held."""
+        return self._find_model()
+
+    @property
+    def lam(self) -> float:
+        """Strength; may be set at any time, for captured graphs too."""
+        return self._state.lam
+
+    @lam.setter
+    def lam(self, lam: float) -> None:
+        self._state.set_lam(lam)
+
+    @property
+    def omega(self) -> dict[str, Tensor]:
+        """W by parameter name: value = scale * (sum W (theta - A)^2 + r). Views in store "merged"."""
+        return {name: w for name, (w, _) in self._quadratic().items()}
+
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """A by parameter name. Views in store "merged"."""
+        return {name: a for name, (_, a) in self._quadratic().items()}
+
+    @property
+    def scale(self) -> Tensor:
+        """The factor of the stored quadratic, 0-dim float64."""
+        return torch.tensor(self._state.scale, dtype=torch.float64)
+
+    @property
+    def alpha(self) -> Tensor:
+        """alpha_t by entry, float64 of shape (num_tasks,): the factor of Omega_t in the penalty."""
+        return torch.tensor(self._state.alpha, dtype=torch.float64)
+
+    @property
+    def num_tasks(self) -> int:
+        """The number of entries."""
+        return len(self._state.memory.entries)
+
+    # -- save and load -----------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write state and settings to a safetensors file, replacing it atomically.
+
+        Callables (`forward`, a callable `objective`) are not saved: give them to `load` again.
+        """
+        rule, estimator = self._state.rule, self._estimator
+        objective = estimator["objective"]
+        settings = {
+            "importance": estimator["method"],
+            "objective": None if callable(objective) else objective,
+            "alpha_sum": rule.alpha_sum,
+            "gamma": rule.gamma,
+            "exclude": estimator["exclude"],
+            "omega_dtype": str(rule.omega_dtype).removeprefix("torch."),
+            "merge": rule.merge,
+            "store": rule.store,
+        }
+        encoded = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+        checkpoint.save({**self.state_dict(), "settings": encoded}, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        objective: Objective | None = None,
+        forward: Forward | None = None,
+        backend: Backend = "auto",
+    ) -> FusedMASPenalty:
+        """A penalty from a file that `save` wrote, for a model with the same parameters.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a damaged file, wrong shapes, NaN, another format.
+            KeyError: a parameter that the model lacks.
+        """
+        tensors = checkpoint.load(path)
+        if "settings" not in tensors:
+            raise ValueError(
+                f"{path}: got no settings, expected a file that FusedMASPenalty.save wrote"
+            )
+        settings = json.loads(bytes(tensors.pop("settings").tolist()))
+        settings["omega_dtype"] = getattr(torch, settings["omega_dtype"])
+        saved = settings.pop("objective")
+        if saved is None and objective is None:
+            raise ValueError("objective: got none, expected the callable that the file can't hold")
+        penalty = cls(
+            model, objective=objective or saved, forward=forward, backend=backend, **settings
+        )
+        penalty._load(tensors)
+        return penalty
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        found = self._state.tensors()
+        found["pending_samples"] = torch.tensor(self._pending.samples)
+        found["pending_objective"] = torch.tensor(self._pending.objective_sum, dtype=torch.float64)
+        found.update({f"pending.{name}": t for name, t in self._pending.sums.items()})
+        destination.update({prefix + key: t.detach() for key, t in found.items()})
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        missing, _, _ = args[-3:]
+        found = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        if "config" in found:
+            self._load(found)
+        else:
+            missing.append(prefix + "config")
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Take over a state_dict(), lam included; nothing changes on an error.
+
+        Raises:
+            KeyError: a parameter that the model lacks, or incomplete state.
+            ValueError: wrong shapes, NaN, another merge rule, store or format.
+        """
+        self._load(state_dict)
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    def _load(self, found: Mapping[str, Tensor]) -> None:
+        theta = named_parameters(self.model, self._exclude)
+        pending = ImportanceSum(**self._estimator)  # type: ignore[arg-type]
+        pending.samples = int(found.get("pending_samples", 0))
+        pending.objective_sum = float(found.get("pending_objective", 0.0))
+        for key, t in found.items():
+            name = key.removeprefix("pending.")
+            if name != key:
+                if name not in theta or theta[name].shape != t.shape:
+                    raise KeyError(
+                        f"state, pending importance of {name!r}: got shape {tuple(t.shape)}, expected "
+                        "that of a parameter of the model"
+                    )
+                pending.sums[name] = t.to(theta[name].device).clone()
+        self._state.load_tensors(found, theta)
+        self._pending = pending
+        self._bindings = None
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    @property
+    def _exclude(self) -> tuple[str, ...]:
+        return self._estimator["exclude"]  # type: ignore[return-value]
+
+    def _task(self, t: int) -> int:
+        if self._state.rule.store != "per_task":
+            raise RuntimeError('t: entries can be changed with store="per_task" only')
+        if not 0 <= t < self.num_tasks:
+            raise IndexError(f"t: got {t}, expected a number from 0 to {self.num_tasks - 1}")
+        return t
+
+    def _add(self, total: ImportanceSum, weight: float, move_anchor: bool) -> None:
+        theta = named_parameters(self.model, self._exclude)
+        importance = total.mean()
+        if importance and self._state.rule.merge == "consistent":
+            _refuse_rounding_noise(importance, theta, total.objective_sum / total.samples)
+        self._state.add_task(theta, importance, weight, move_anchor)
+        self._bindings = None
+
+    def _quadratic(self) -> dict[str, tuple[Tensor, Tensor]]:
+        self._bound()
+        return self._state.quadratic()
+
+    def _bind(self) -> None:
+        self._state.fit(named_parameters(self.model, self._exclude))
+        self._bindings = None
+
+    def _bound(self) -> list[tuple[Group, list[Tensor]]]:
+        """The groups with their parameters as they are now; the state follows what has changed."""
+        bound = self._lookup()
+        if bound is None:
+            self._bind()
+            bound = self._lookup()
+            if bound is None:
+                raise RuntimeError("the model's parameters change while the penalty is computed")
+        return bound
+
+    def _lookup(self) -> list[tuple[Group, list[Tensor]]] | None:
+        groups = self._state.memory.groups
+        if self._bindings is None:
+            self._bindings = [Binding(self.model, g.names) for g in groups]
+        bound = []
+        for group, binding in zip(groups, self._bindings, strict=True):
+            theta = binding.parameters()
+            if not binding.intact() or layouts(theta) != group.layout:
+                return None
+            bound.append((group, theta))
+        return bound
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedMASPenalty:
+        """.to(), .cuda(), .half(): the state follows the parameters' devices and keeps its dtypes."""
+        self._pending.sums = {
+            name: t.to(fn(t.new_empty(0)).device) for name, t in self._pending.sums.items()
+        }
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bindings": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedMASPenalty:
+        """Copied together with its model the copy holds the copied model, alone the same one."""
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        kept = {"_find_model", "_estimator"}
+        for key, value in self.__getstate__().items():
+            copied.__dict__[key] = value if key in kept else _copied(value, memo)
+        copied.__dict__["_find_model"] = _Copied(self.model, memo)
+        return copied
+
+
+class _Always:
+    """Finds the model: always this one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __call__(self) -> nn.Module:
+        return self._model
+
+
+class _Copied:
+    """Finds the model's copy in a deep copy's memo, which is complete only after the copying."""
+
+    def __init__(self, model: nn.Module, memo: dict[int, Any]) -> None:
+        self._model, self._memo = model, memo
+
+    def __call__(self) -> nn.Module:
+        self._model, self._memo = self._memo.get(id(self._model), self._model), {}
+        return self._model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Always, (self(),)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    import copy
+
+    return copy.deepcopy(value, memo)
+
+
+def _total(values: Sequence[Tensor]) -> Tensor:
+    """The sum over groups, on the first one's device, float64 if any is."""
+    if len(values) == 1:
+        return values[0]
+    return (
+        torch.stack([v.to(values[0].device, torch.float64) for v in values])
+        .sum()
+        .to(torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32)
+    )
+
+
+def _subset(group: Group, theta: list[Tensor], chosen: list[int] | None) -> tuple[Any, ...]:
+    """The operators' arguments for some of a group's parameters, or for all of them."""
+    offsets = group.offsets
+    if chosen is not None:
+        theta, offsets = [theta[i] for i in chosen], [offsets[i] for i in chosen]
+    return theta, offsets, group.omega, group.anchor, group.alpha
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _refuse_rounding_noise(
+    importance: Mapping[str, Tensor], theta: Mapping[str, Tensor], objective: float
+) -> None:
+    """An output of constant norm has no sensitivity: what is left of it is rounding.
+
+    sum_i Omega_i |theta_i| is at least of the order of the objective for a network that is homogeneous in
+    its parameters (Euler), and of the order of its rounding error for an output of constant norm.
+    """
+    change = sum(
+        float((omega.double() * (theta[name].detach().double().abs() + 0.01)).sum())
+        for name, omega in importance.items()
+    )
+    wide = all(omega.dtype == torch.float64 for omega in importance.values())
+    level = torch.finfo(torch.float64 if wide else torch.float32).eps ** 0.5
+    if change <= level * objective:
+        raise ValueError(
+            f"importance: got a relative sensitivity of {change / max(objective, 1e-300):.3g}, expected "
+            f"more than {level:.3g}, the level of rounding; the usual cause is an output of constant "
+            "norm, such as a normalised embedding: choose another objective"
+        )
