@@ -1,5 +1,6 @@
-// The Python module _C: integers in, exceptions out. The only file that knows pybind11. Pointers come as
-// integers from tensors that mas_ext/kernels/native.py has checked; nothing else may call this module.
+// The Python module _C: integers in, exceptions out. The only file that knows pybind11. Pointers
+// come as integers from tensors that mas_ext/kernels/native.py has checked; nothing else may call
+// this module.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,8 +23,8 @@ T* as(Pointer pointer) {
   return reinterpret_cast<T*>(pointer);  // NOLINT: addresses are integers on the Python side
 }
 
-// Where each tensor's part of the flat state starts and which chunks are its own. Built once for a list
-// of tensors, then used on every step.
+// Where each tensor's part of the flat state starts and which chunks are its own. Built once for a
+// list of tensors, then used on every step.
 class Layout {
  public:
   Layout(const std::vector<std::int64_t>& sizes, const std::vector<std::int64_t>& offsets) {
@@ -74,7 +75,7 @@ struct State {
         std::int64_t rows, Pointer alpha, Pointer remainder)
       : theta_dtype(dtype_of(theta)),
         omega_dtype(dtype_of(omega)),
-        pointers{as<void>(omega_pointer), as<void>(anchor),         stride, rows,
+        pointers{as<void>(omega_pointer), as<void>(anchor),           stride, rows,
                  as<const double>(alpha), as<const double>(remainder)} {
     const bool wide = omega_dtype == DType::float64 && theta_dtype == DType::float64;
     if (omega_dtype != DType::float32 && omega_dtype != DType::bfloat16 && !wide) {

@@ -1,5 +1,5 @@
-// From run-time dtypes to template arguments, for both devices. The bindings have refused every other
-// combination, so nothing falls through.
+// From run-time dtypes to template arguments, for both devices. The bindings have refused every
+// other combination, so nothing falls through.
 #pragma once
 
 #include "elementwise.h"
@@ -40,8 +40,8 @@ void with_gradient(Gradient gradient, F f) {
   if (gradient == Gradient::add) f(std::integral_constant<Gradient, Gradient::add>{});
 }
 
-// The segment that holds a chunk: the last one whose first chunk is not behind it. Empty tensors own
-// no chunk and share the number of their successor, so they are never found.
+// The segment that holds a chunk: the last one whose first chunk is not behind it. Empty tensors
+// own no chunk and share the number of their successor, so they are never found.
 MAS_FN const Segment& segment_of(const Segment* segments, std::int64_t count, std::int64_t chunk) {
   std::int64_t low = 0;
   std::int64_t high = count;

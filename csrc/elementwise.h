@@ -1,6 +1,7 @@
-// The maths of one element, once, for both devices: conversions between storage and arithmetic types,
-// the penalty's pull, the proximal step and the merge. Everything has internal linkage: these functions
-// are compiled for several instruction sets, and the linker must never pick one set's copy for another.
+// The maths of one element, once, for both devices: conversions between storage and arithmetic
+// types, the penalty's pull, the proximal step and the merge. Everything has internal linkage:
+// these functions are compiled for several instruction sets, and the linker must never pick one
+// set's copy for another.
 #pragma once
 
 #include <cmath>
@@ -90,8 +91,8 @@ MAS_FN std::uint32_t hash(std::int64_t index, std::int64_t entry) {
   return h ^ (h >> 16);
 }
 
-// Omega's own rounding. bfloat16 is rounded up with the probability of the cut-off part: rounding to
-// nearest would stop growing after some 250 entries of equal size.
+// Omega's own rounding. bfloat16 is rounded up with the probability of the cut-off part: rounding
+// to nearest would stop growing after some 250 entries of equal size.
 template <class O, class C>
 MAS_FN O store_omega(C x, std::int64_t index, std::int64_t entry) {
   if constexpr (std::is_same_v<O, bfloat16>) {
@@ -144,7 +145,8 @@ MAS_FN Target<C> with_task(Target<C> target, C omega, C theta, C anchor) {
 // Tasks enter the target by their share of the largest alpha, so that a huge lam can't overflow.
 MAS_FN double largest_alpha(const double* alpha, std::int64_t rows) {
   double largest = 0;
-  for (std::int64_t row = 0; row < rows; ++row) largest = alpha[row] > largest ? alpha[row] : largest;
+  for (std::int64_t row = 0; row < rows; ++row)
+    largest = alpha[row] > largest ? alpha[row] : largest;
   return largest;
 }
 
@@ -176,10 +178,11 @@ struct Merged {
   double remainder;
 };
 
-// W' = max(0, keep W + gain Omega_t). With Anchor::mean (keep is 1) the anchor becomes the weighted mean
-// and the remainder takes up what the two quadratics cost at their common minimum.
+// W' = max(0, keep W + gain Omega_t). With Anchor::mean (keep is 1) the anchor becomes the weighted
+// mean and the remainder takes up what the two quadratics cost at their common minimum.
 template <class C>
-MAS_FN Merged<C> merge_element(C omega, C anchor, C importance, C theta, C keep, C gain, bool mean, bool move) {
+MAS_FN Merged<C> merge_element(C omega, C anchor, C importance, C theta, C keep, C gain, bool mean,
+                               bool move) {
   const C entry = gain * importance;
   const C sum = keep * omega + entry;
   const C total = sum > C(0) ? sum : C(0);

@@ -36,8 +36,9 @@ struct Segments {
   std::int64_t chunks;
 };
 
-// The quadratic sum_t alpha_t (sum_i Omega_ti (theta_i - A_ti)^2) + alpha_0 * remainder: `rows` tasks
-// of `stride` elements each in omega and anchor. The anchor is float64 for a float64 theta, else float32.
+// The quadratic sum_t alpha_t (sum_i Omega_ti (theta_i - A_ti)^2) + alpha_0 * remainder: `rows`
+// tasks of `stride` elements each in omega and anchor. The anchor is float64 for a float64 theta,
+// else float32.
 struct State {
   void* omega;
   void* anchor;
@@ -47,7 +48,8 @@ struct State {
   const double* remainder;
 };
 
-// W' = max(0, keep W + gain Omega_t); `entry` is the entry's number, which seeds bfloat16's rounding.
+// W' = max(0, keep W + gain Omega_t); `entry` is the entry's number, which seeds bfloat16's
+// rounding.
 struct MergeRule {
   double keep;
   double gain;
@@ -55,7 +57,8 @@ struct MergeRule {
   std::int64_t entry;
 };
 
-// A step length per element, eta_i = eta / (sqrt(v_i * correction) + eps), or eta where v is absent.
+// A step length per element, eta_i = eta / (sqrt(v_i * correction) + eps), or eta where v is
+// absent.
 struct StepSize {
   double eta;
   double correction;
@@ -67,8 +70,8 @@ namespace cpu {
 // The instruction set that the kernels below chose on this machine.
 const char* instruction_set();
 
-// value, one float32 or float64, is written; the gradient goes to y as 2 alpha Omega (theta - A), times
-// *grad_output (null: 1). partial: `chunks` doubles of scratch.
+// value, one float32 or float64, is written; the gradient goes to y as 2 alpha Omega (theta - A),
+// times *grad_output (null: 1). partial: `chunks` doubles of scratch.
 void penalty(Segments segments, DType theta, State state, DType omega, Gradient gradient,
              const double* grad_output, double* partial, void* value, DType value_dtype,
              int threads);
@@ -78,7 +81,8 @@ void proximal(Segments segments, DType theta, State state, DType omega, StepSize
 // x += weight * abs(y); x is float64 for a float64 y, else float32.
 void accumulate(Segments segments, DType grad, double weight, int threads);
 
-// remainder: one double per segment, what the merge adds to r. The importance has the anchor's dtype.
+// remainder: one double per segment, what the merge adds to r. The importance has the anchor's
+// dtype.
 void merge(Segments segments, DType theta, State state, DType omega, MergeRule rule,
            double* partial, double* remainder, int threads);
 

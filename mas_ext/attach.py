@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -14,7 +14,7 @@ Mode = Literal["gradient", "proximal"]
 class Pulling(Protocol):
     """What of a penalty the hooks need."""
 
-    def add_grad_to(self, only: set[int]) -> Tensor:
+    def add_grad_to(self, only: Collection[int]) -> None:
         """Add the penalty's gradient into .grad of the parameters with these ids."""
 
     def proximal_(

@@ -20,7 +20,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
         t = tensors[name]
         crc = zlib.crc32(f"{name} {t.dtype} {tuple(t.shape)}".encode(), crc)
         # As bytes through a view: numpy knows no bfloat16.
-        crc = zlib.crc32(memoryview(t.reshape(-1).view(torch.uint8).numpy()), crc)
+        crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().tobytes(), crc)
     return f"{crc:08x}"
 
 

@@ -365,7 +365,7 @@ class Consolidation:
         if reason is not None and self.rule.backend == "native":
             raise RuntimeError(f'backend: got "native", but {reason}')
         if reason is not None:
-            native.announce_fallback()
+            native.announce_fallback(reason)
         return reason is None
 
     def _pack(

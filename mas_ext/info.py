@@ -30,7 +30,7 @@ def info() -> dict[str, Any]:
         "mas_ext": version("mas_ext"),
         "backend": "reference" if native.WHY_NOT else "native",
         "why_not": [reason for reason in reasons if reason],
-        "cpu_instruction_set": None if native.WHY_NOT else native._C.instruction_set(),
+        "cpu_instruction_set": native.instruction_set(),
         "threads": torch.get_num_threads(),
         "cuda_kernels": native.why_not(cuda) is None,
         "gpu": gpu,

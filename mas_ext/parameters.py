@@ -127,7 +127,8 @@ class Binding:
 
     def intact(self) -> bool:
         """Whether every module on the way to a parameter is still the one that was bound."""
-        return all([modules.get(key) is module for modules, key, module in self._path])
+        # A list, not a generator: this runs on every step, and it is twice as fast.
+        return all([modules.get(key) is module for modules, key, module in self._path])  # noqa: C419
 
     def parameters(self) -> list[Tensor]:
         """The parameters as they are now, in the order of the names."""

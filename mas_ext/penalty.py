@@ -5,6 +5,7 @@ The only place with the convention of lambda: penalty = lam * sum W (theta - A)^
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -25,7 +26,8 @@ from mas_ext.consolidation import (
     Store,
     check_lam,
 )
-from mas_ext.importance import Forward, ImportanceSum, Method, Objective, gather
+from mas_ext.importance import Forward, ImportanceSum, Method, gather
+from mas_ext.importance.objectives import Objective
 from mas_ext.kernels import ops
 from mas_ext.parameters import Binding, check_patterns, layouts, named_parameters
 
@@ -75,14 +77,13 @@ class FusedMASPenalty(nn.Module):
         """See the class."""
         super().__init__()
         check_patterns(model, exclude)
-        self._estimator = {
-            "method": importance,
-            "objective": objective,
-            "forward": forward,
-            "exclude": tuple(exclude),
-            "native": False if backend == "reference" else None,
-        }
-        self._pending = ImportanceSum(**self._estimator)  # type: ignore[arg-type]
+        self._pending = ImportanceSum(
+            importance,
+            objective,
+            forward,
+            exclude,
+            native=False if backend == "reference" else None,
+        )
         rule = Rule(merge, store, alpha_sum, gamma, omega_dtype, backend)
         self._state = Consolidation(rule, check_lam(lam))
         self._find_model: Callable[[], nn.Module] = _Always(model)
@@ -111,29 +112,34 @@ class FusedMASPenalty(nn.Module):
         Returns:
             The value, detached.
         """
-        return self.add_grad_to(None)
+        bound = self._bound()
+        if not all(p.requires_grad for _, theta in bound for p in theta):
+            value = self.forward()
+            self.add_grad_to({id(p) for _, theta in bound for p in theta})
+            return value
+        values = [
+            ops.add_grad_(
+                theta,
+                [_grad(p) for p in theta],
+                g.offsets,
+                g.omega,
+                g.anchor,
+                g.alpha,
+                g.remainder,
+                g.native,
+            )
+            for g, theta in bound
+        ]
+        return _total(values) if values else torch.zeros(())
 
     @torch.no_grad()
-    def add_grad_to(self, only: Collection[int] | None) -> Tensor:
-        """add_grad_ for the parameters with these ids alone; None: for all."""
-        values = []
+    def add_grad_to(self, only: Collection[int]) -> None:
+        """add_grad_ for the parameters with these ids alone, and only while they are trained."""
         for g, theta in self._bound():
-            chosen = [
-                i
-                for i, p in enumerate(theta)
-                if p.requires_grad and (only is None or id(p) in only)
-            ]
-            # The other parameters' value, where not all are chosen: the constant r goes with it.
-            rest = len(chosen) < len(theta)
-            if rest:
-                others = sorted(set(range(len(theta))) - set(chosen))
-                values.append(ops.penalty(*_subset(g, theta, others), g.remainder, g.native))
+            chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in only]
             if chosen:
-                picked, *state = _subset(g, theta, chosen) if rest else _subset(g, theta, None)
-                grads = [_grad(p) for p in picked]
-                remainder = torch.zeros_like(g.remainder) if rest else g.remainder
-                values.append(ops.add_grad_(picked, grads, *state, remainder, g.native))
-        return _total(values) if values else torch.zeros(())
+                picked, *state = _subset(g, theta, chosen)
+                ops.add_grad_(picked, [_grad(p) for p in picked], *state, g.remainder, g.native)
 
     @torch.no_grad()
     def proximal_(
@@ -160,7 +166,7 @@ class FusedMASPenalty(nn.Module):
         for g, theta in self._bound():
             chosen = [i for i, p in enumerate(theta) if id(p) in wanted]
             if chosen:
-                picked, *state = _subset(g, theta, chosen if len(chosen) < len(theta) else None)
+                picked, *state = _subset(g, theta, chosen)
                 moments = [second_moment[id(p)] for p in picked] if second_moment else []
                 ops.proximal_(picked, *state, moments, eta, correction, eps, g.native)
 
@@ -207,10 +213,10 @@ class FusedMASPenalty(nn.Module):
             raise RuntimeError("batches: got none, expected some, or observe(batch) before")
         total = self._pending
         if batches is not None:
-            total = ImportanceSum(**self._estimator)  # type: ignore[arg-type]
+            total = self._pending.empty()
             gather(total, self.model, batches, progress=progress)
         self._add(total, weight, move_anchor=True)
-        self._pending = ImportanceSum(**self._estimator)  # type: ignore[arg-type]
+        self._pending = self._pending.empty()
 
     def observe(self, batch: Any) -> None:
         """Gather importance online: averaged over all samples observed since the last consolidation."""
@@ -222,7 +228,7 @@ class FusedMASPenalty(nn.Module):
         Under "consistent" and "sum" its anchor is the present parameters, under "latest" and "decay" the
         anchor stays. See consolidate.
         """
-        total = ImportanceSum(**self._estimator)  # type: ignore[arg-type]
+        total = self._pending.empty()
         gather(total, self.model, batches)
         self._add(total, weight, move_anchor=False)
 
@@ -288,14 +294,14 @@ class FusedMASPenalty(nn.Module):
 
         Callables (`forward`, a callable `objective`) are not saved: give them to `load` again.
         """
-        rule, estimator = self._state.rule, self._estimator
-        objective = estimator["objective"]
+        rule, estimator = self._state.rule, self._pending
+        objective = estimator.objective
         settings = {
-            "importance": estimator["method"],
+            "importance": estimator.method,
             "objective": None if callable(objective) else objective,
             "alpha_sum": rule.alpha_sum,
             "gamma": rule.gamma,
-            "exclude": estimator["exclude"],
+            "exclude": estimator.exclude,
             "omega_dtype": str(rule.omega_dtype).removeprefix("torch."),
             "merge": rule.merge,
             "store": rule.store,
@@ -365,8 +371,8 @@ class FusedMASPenalty(nn.Module):
         return nn.modules.module._IncompatibleKeys([], [])
 
     def _load(self, found: Mapping[str, Tensor]) -> None:
-        theta = named_parameters(self.model, self._exclude)
-        pending = ImportanceSum(**self._estimator)  # type: ignore[arg-type]
+        theta = named_parameters(self.model, self._pending.exclude)
+        pending = self._pending.empty()
         pending.samples = int(found.get("pending_samples", 0))
         pending.objective_sum = float(found.get("pending_objective", 0.0))
         for key, t in found.items():
@@ -384,10 +390,6 @@ class FusedMASPenalty(nn.Module):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    @property
-    def _exclude(self) -> tuple[str, ...]:
-        return self._estimator["exclude"]  # type: ignore[return-value]
-
     def _task(self, t: int) -> int:
         if self._state.rule.store != "per_task":
             raise RuntimeError('t: entries can be changed with store="per_task" only')
@@ -396,7 +398,7 @@ class FusedMASPenalty(nn.Module):
         return t
 
     def _add(self, total: ImportanceSum, weight: float, move_anchor: bool) -> None:
-        theta = named_parameters(self.model, self._exclude)
+        theta = named_parameters(self.model, self._pending.exclude)
         importance = total.mean()
         if importance and self._state.rule.merge == "consistent":
             _refuse_rounding_noise(importance, theta, total.objective_sum / total.samples)
@@ -408,7 +410,7 @@ class FusedMASPenalty(nn.Module):
         return self._state.quadratic()
 
     def _bind(self) -> None:
-        self._state.fit(named_parameters(self.model, self._exclude))
+        self._state.fit(named_parameters(self.model, self._pending.exclude))
         self._bindings = None
 
     def _bound(self) -> list[tuple[Group, list[Tensor]]]:
@@ -447,9 +449,8 @@ class FusedMASPenalty(nn.Module):
         """Copied together with its model the copy holds the copied model, alone the same one."""
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
-        kept = {"_find_model", "_estimator"}
-        for key, value in self.__getstate__().items():
-            copied.__dict__[key] = value if key in kept else _copied(value, memo)
+        kept = {key: value for key, value in self.__getstate__().items() if key != "_find_model"}
+        copied.__dict__.update(copy.deepcopy(kept, memo))
         copied.__dict__["_find_model"] = _Copied(self.model, memo)
         return copied
 
@@ -478,12 +479,6 @@ class _Copied:
         return _Always, (self(),)
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    import copy
-
-    return copy.deepcopy(value, memo)
-
-
 def _total(values: Sequence[Tensor]) -> Tensor:
     """The sum over groups, on the first one's device, float64 if any is."""
     if len(values) == 1:
@@ -495,12 +490,10 @@ def _total(values: Sequence[Tensor]) -> Tensor:
     )
 
 
-def _subset(group: Group, theta: list[Tensor], chosen: list[int] | None) -> tuple[Any, ...]:
-    """The operators' arguments for some of a group's parameters, or for all of them."""
-    offsets = group.offsets
-    if chosen is not None:
-        theta, offsets = [theta[i] for i in chosen], [offsets[i] for i in chosen]
-    return theta, offsets, group.omega, group.anchor, group.alpha
+def _subset(group: Group, theta: list[Tensor], chosen: list[int]) -> tuple[Any, ...]:
+    """The operators' arguments for some of a group's parameters."""
+    picked, offsets = [theta[i] for i in chosen], [group.offsets[i] for i in chosen]
+    return picked, offsets, group.omega, group.anchor, group.alpha
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -1,14 +1,17 @@
 // Chooses, once, the best instruction set that this processor has, and forwards to its kernels.
+#include <cstdlib>
+#include <cstring>
+
 #include "../kernels.h"
 
 namespace mas::cpu {
 
-#define MAS_DECLARE_LEVEL(level)   \
-  namespace level {                \
-  decltype(cpu::penalty) penalty;  \
-  decltype(cpu::proximal) proximal; \
+#define MAS_DECLARE_LEVEL(level)        \
+  namespace level {                     \
+  decltype(cpu::penalty) penalty;       \
+  decltype(cpu::proximal) proximal;     \
   decltype(cpu::accumulate) accumulate; \
-  decltype(cpu::merge) merge;      \
+  decltype(cpu::merge) merge;           \
   }
 
 MAS_DECLARE_LEVEL(baseline)
@@ -30,13 +33,20 @@ struct Level {
 #define MAS_LEVEL_TABLE(level) \
   Level { #level, level::penalty, level::proximal, level::accumulate, level::merge }
 
+// MAS_EXT_INSTRUCTION_SET may ask for less than the processor has, to compare or to track down a
+// fault.
 Level choose() {
 #ifdef MAS_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+  const char* wish = std::getenv("MAS_EXT_INSTRUCTION_SET");
+  const auto allowed = [wish](const char* name) {
+    return wish == nullptr || std::strcmp(wish, name) == 0;
+  };
+  if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
     return MAS_LEVEL_TABLE(avx512);
   }
-  if (__builtin_cpu_supports("avx2")) return MAS_LEVEL_TABLE(avx2);
+  if (allowed("avx2") && __builtin_cpu_supports("avx2")) return MAS_LEVEL_TABLE(avx2);
 #endif
   return MAS_LEVEL_TABLE(baseline);
 }

@@ -1,6 +1,7 @@
-// What the CPU kernels share. Each kernel file is compiled once per instruction set (MAS_LEVEL names it);
-// dispatch.cpp chooses among them at run time. No inline function of the standard library may be used in
-// such a file: the linker keeps one copy of those, perhaps one that an older processor can't run.
+// What the CPU kernels share. Each kernel file is compiled once per instruction set (MAS_LEVEL
+// names it); dispatch.cpp chooses among them at run time. No inline function of the standard
+// library may be used in such a file: the linker keeps one copy of those, perhaps one that an older
+// processor can't run.
 #pragma once
 
 #include "../dispatch.h"
@@ -12,8 +13,8 @@ namespace {
 // that every instruction set gives the same bits.
 constexpr std::int64_t kLanes = 16;
 
-// f(i, lanes) over [0, size): whole groups first, with a constant count that the compiler turns into
-// vector instructions, then the tail.
+// f(i, lanes) over [0, size): whole groups first, with a constant count that the compiler turns
+// into vector instructions, then the tail.
 template <class F>
 MAS_FN void in_lanes(std::int64_t size, F f) {
   std::int64_t i = 0;

@@ -20,8 +20,9 @@ double merge_chunk(Chunk chunk, const State& state, const MergeRule& rule) {
   double remainder[kLanes] = {};
   in_lanes(chunk.size, [&](std::int64_t i, auto lanes) __attribute__((always_inline)) {
     for (std::int64_t l = 0; l < lanes; ++l) {
-      const auto m = merge_element<C>(static_cast<C>(load(omega[i + l])), anchor[i + l], importance[i + l],
-                              load(theta[i + l]), keep, gain, mean, move);
+      const auto m =
+          merge_element<C>(static_cast<C>(load(omega[i + l])), anchor[i + l], importance[i + l],
+                           load(theta[i + l]), keep, gain, mean, move);
       omega[i + l] = store_omega<O>(m.omega, offset + i + l, rule.entry);
       anchor[i + l] = m.anchor;
       remainder[l] += m.remainder;
@@ -38,12 +39,13 @@ void merge(Segments segments, DType theta, State state, DType omega, MergeRule r
            double* partial, double* remainder, int threads) {
   with_state(theta, omega, [&](auto t, auto o) {
     for_each_chunk(segments, threads, [&](Chunk chunk, std::int64_t c) {
-      partial[c] = merge_chunk<typename decltype(t)::type, typename decltype(o)::type>(
-          chunk, state, rule);
+      partial[c] =
+          merge_chunk<typename decltype(t)::type, typename decltype(o)::type>(chunk, state, rule);
     });
   });
   for (std::int64_t s = 0; s < segments.count; ++s) {
-    const std::int64_t end = s + 1 < segments.count ? segments.data[s + 1].first_chunk : segments.chunks;
+    const std::int64_t end =
+        s + 1 < segments.count ? segments.data[s + 1].first_chunk : segments.chunks;
     remainder[s] = 0;
     for (std::int64_t c = segments.data[s].first_chunk; c < end; ++c) remainder[s] += partial[c];
   }

@@ -1,5 +1,5 @@
-// Penalty value, with its gradient written anew or added to an existing one, in one pass over memory.
-// Twin of cuda/penalty.cu.
+// Penalty value, with its gradient written anew or added to an existing one, in one pass over
+// memory. Twin of cuda/penalty.cu.
 #include "level.h"
 
 namespace mas::cpu::MAS_LEVEL {

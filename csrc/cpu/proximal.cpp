@@ -28,10 +28,9 @@ void proximal_chunk(Chunk chunk, const State& state, const StepSize& step, doubl
       }
     }
     for (std::int64_t l = 0; l < lanes; ++l) {
-      const C scale =
-          moment == nullptr
-              ? C(1)
-              : adaptive<C>(load(moment[chunk.begin + i + l]), correction, eps);
+      const C scale = moment == nullptr
+                          ? C(1)
+                          : adaptive<C>(load(moment[chunk.begin + i + l]), correction, eps);
       theta[i + l] = store<T>(proximal_element<C>(load(theta[i + l]), target[l], strength * scale));
     }
   });
@@ -45,7 +44,7 @@ void proximal(Segments segments, DType theta, State state, DType omega, StepSize
   with_state(theta, omega, [&](auto t, auto o) {
     for_each_chunk(segments, threads, [&](Chunk chunk, std::int64_t) {
       proximal_chunk<typename decltype(t)::type, typename decltype(o)::type>(chunk, state, step,
-                                                                           largest);
+                                                                             largest);
     });
   });
 }

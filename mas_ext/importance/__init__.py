@@ -14,7 +14,8 @@ from mas_ext.importance import objectives
 from mas_ext.importance.batch import add_batch
 from mas_ext.importance.exact import add_exact
 from mas_ext.importance.objectives import Objective
-from mas_ext.kernels import native, ops
+from mas_ext.kernels import native as compiled_kernels
+from mas_ext.kernels import ops
 from mas_ext.kernels.reference import compute_dtype
 from mas_ext.parameters import check_supported, named_parameters
 
@@ -79,6 +80,12 @@ class ImportanceSum:
         self.samples = 0
         self.objective_sum = 0.0
 
+    def empty(self) -> ImportanceSum:
+        """A new sum of nothing, with the same settings."""
+        return ImportanceSum(
+            self.method, self.objective, self.forward, self.exclude, self.max_outputs, self.native
+        )
+
     def add(self, model: nn.Module, batch: Any) -> None:
         """Add a batch: every sample counts the same, whatever the size of its batch.
 
@@ -122,7 +129,9 @@ class ImportanceSum:
                     pair[0].append(total)
                     pair[1].append(grad)
             for (where, _), (totals, found) in kinds.items():
-                compiled = native.why_not(where) is None if self.native is None else self.native
+                compiled = (
+                    compiled_kernels.why_not(where) is None if self.native is None else self.native
+                )
                 ops.accumulate_(totals, found, 1.0, compiled)
 
         with _evaluating(model, device):

@@ -27,12 +27,9 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 _ANCHOR_RULES = {"mean": 0, "move": 1, "keep": 2}
 _NO_GRADIENT, _WRITE, _ADD = 0, 1, 2
 
-if WHY_NOT is not None:
-    if os.environ.get("MAS_EXT_REQUIRE_NATIVE") == "1":
-        raise ImportError(f"MAS_EXT_REQUIRE_NATIVE is 1, but {WHY_NOT}")
-    _announced = False
-else:
-    _announced = True
+if WHY_NOT is not None and os.environ.get("MAS_EXT_REQUIRE_NATIVE") == "1":
+    raise ImportError(f"MAS_EXT_REQUIRE_NATIVE is 1, but {WHY_NOT}")
+_announced = False
 
 
 def why_not(device: torch.device) -> str | None:
@@ -48,14 +45,19 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def announce_fallback() -> None:
-    """Warn, once a process, that plain PyTorch does the work for want of a compiled extension."""
+def instruction_set() -> str | None:
+    """The instruction set that the CPU kernels chose, None without compiled kernels."""
+    return None if WHY_NOT else _C.instruction_set()
+
+
+def announce_fallback(reason: str) -> None:
+    """Warn, once a process, that plain PyTorch does the work."""
     global _announced
     if not _announced:
         _announced = True
         warnings.warn(
-            f"mas_ext uses plain PyTorch, slower and with more memory: {WHY_NOT}. Install a C++ "
-            "compiler and reinstall mas_ext; `mas-ext info` tells more.",
+            f"mas_ext uses plain PyTorch, slower and with more memory: {reason}; `mas-ext info` "
+            "tells more",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -1,0 +1,647 @@
+"""Every kernel against NumPy in float64: reference, CPU, CUDA sources on CPU threads, and CUDA on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import naive
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mas_ext.kernels import native, ops
+from mas_ext.kernels.reference import compute_dtype
+
+CHUNK = 8192
+FOLDER = Path(os.environ.get("MAS_EXT_EMULATED", Path(__file__).parents[1] / "build" / "emulated"))
+SANITIZED = "sanitized" in FOLDER.name
+
+
+def load_emulated() -> Any:
+    (path,) = FOLDER.glob("_C_emulated*.so")
+    spec = importlib.util.spec_from_file_location("_C_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+EMULATED = load_emulated()
+
+
+class Backend(NamedTuple):
+    """What runs the kernels: the operators' last argument, and the device of the tensors."""
+
+    native: bool
+    device: str
+
+
+@pytest.fixture(
+    params=["reference", "cpu", "emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
+)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    monkeypatch.setattr(native, "_recent", [])
+    if request.param == "emulated":
+        monkeypatch.setattr(native, "_C", EMULATED)
+        monkeypatch.setattr(
+            native, "_device_kernels", lambda device: (EMULATED.cuda, 0, nullcontext())
+        )
+    elif request.param == "cpu" and SANITIZED:
+        monkeypatch.setattr(native, "_C", EMULATED)
+    return Backend(request.param != "reference", "cuda" if request.param == "cuda" else "cpu")
+
+
+class Case(NamedTuple):
+    """One call's tensors, and the same numbers in NumPy's float64."""
+
+    theta: list[Tensor]
+    offsets: list[int]
+    omega: Tensor
+    anchor: Tensor
+    alpha: Tensor
+    remainder: Tensor
+
+    def rows(self, flat: Tensor, i: int) -> naive.Array:
+        n = self.theta[i].numel()
+        return array(flat[:, self.offsets[i] : self.offsets[i] + n])
+
+    def pieces(self) -> Iterator[tuple[int, naive.Array, naive.Array, naive.Array]]:
+        for i, t in enumerate(self.theta):
+            yield i, flat_array(t), self.rows(self.omega, i), self.rows(self.anchor, i)
+
+
+def array(t: Tensor) -> naive.Array:
+    return t.detach().double().cpu().numpy().copy()
+
+
+def flat_array(t: Tensor) -> naive.Array:
+    """A tensor's elements in memory order."""
+    return array(t.detach().as_strided((t.numel(),), (1,)))
+
+
+SHAPES = [(0,), (), (1,), (3, 5), (0, 4), (8191,), (8192,), (8193,), (2, 7919), (3, 4, 5, 6), (0,)]
+
+
+def make(
+    dtype: torch.dtype,
+    omega_dtype: torch.dtype = torch.float32,
+    rows: int = 1,
+    shapes: list[tuple[int, ...]] = SHAPES,
+    device: str = "cpu",
+) -> Case:
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    theta = [random(*s).to(dtype).to(device) for s in shapes]
+    offsets, end = [], 0
+    for t in theta:
+        offsets.append(end)
+        end += -(-t.numel() // 64) * 64
+    return Case(
+        theta,
+        offsets,
+        random(rows, end).abs().to(omega_dtype).to(device),
+        random(rows, end).to(compute_dtype(dtype)).to(device),
+        random(rows).abs().to(device),
+        random().abs().to(device),
+    )
+
+
+DTYPES = [
+    (theta, omega)
+    for theta in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for omega in (torch.float32, torch.bfloat16)
+] + [(torch.float64, torch.float64)]
+# Half a unit in the last place of the stored result, and a few roundings of the arithmetic.
+ROUNDING = {
+    torch.float64: 1e-14,
+    torch.float32: 1e-6,
+    torch.float16: 2**-11 + 1e-5,
+    torch.bfloat16: 2**-8 + 1e-5,
+}
+
+each_dtype = pytest.mark.parametrize(("dtype", "omega_dtype"), DTYPES)
+each_rows = pytest.mark.parametrize("rows", [1, 3])
+
+
+def close(got: Tensor, expected: naive.Array, scale: naive.Array | float = 0.0) -> None:
+    """Equal up to the rounding of got's dtype, relative to the result and to what it is made of."""
+    tolerance = ROUNDING[got.dtype]
+    error = np.abs(flat_array(got) - expected)
+    bound = tolerance * (np.abs(expected) + scale) + (1e-7 if got.dtype == torch.float16 else 1e-30)
+    assert np.all(error <= bound), f"{np.max(error - bound)} too much"
+
+
+def expected_value(case: Case) -> float:
+    alpha = array(case.alpha)
+    return float(alpha[0] * float(case.remainder)) + sum(
+        naive.penalty(x, w, a, alpha) for _, x, w, a in case.pieces()
+    )
+
+
+@each_dtype
+@each_rows
+def test_value(backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype, rows: int) -> None:
+    case = make(dtype, omega_dtype, rows, device=backend.device)
+    value = ops.penalty(*case, backend.native)
+    assert value.dtype == compute_dtype(dtype)
+    assert value.shape == ()
+    precision = 1e-14 if dtype == torch.float64 else 2e-7
+    assert float(value) == pytest.approx(expected_value(case), rel=precision)
+
+
+@each_dtype
+@each_rows
+def test_new_gradient(
+    backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype, rows: int
+) -> None:
+    case = make(dtype, omega_dtype, rows, device=backend.device)
+    upstream = torch.tensor(-1.5, dtype=compute_dtype(dtype), device=backend.device)
+    value, grads = ops.penalty_with_grad(*case, upstream, backend.native)
+    assert torch.equal(value, ops.penalty(*case, backend.native))
+    for i, x, w, a in case.pieces():
+        assert grads[i].dtype == dtype
+        assert grads[i].shape == case.theta[i].shape
+        terms = np.einsum("t,ti->i", array(case.alpha), w * np.abs(x - a))
+        close(grads[i], -1.5 * naive.gradient(x, w, a, array(case.alpha)), 6 * terms)
+
+
+@each_dtype
+@each_rows
+def test_gradient_is_added(
+    backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype, rows: int
+) -> None:
+    case = make(dtype, omega_dtype, rows, device=backend.device)
+    grads = [torch.full_like(t, 0.375) for t in case.theta]
+    value = ops.add_grad_(case.theta, grads, *case[1:], backend.native)
+    assert torch.equal(value, ops.penalty(*case, backend.native))
+    for i, x, w, a in case.pieces():
+        terms = np.einsum("t,ti->i", array(case.alpha), w * np.abs(x - a))
+        close(grads[i], 0.375 + naive.gradient(x, w, a, array(case.alpha)), 4 * terms + 0.4)
+
+
+@each_dtype
+@each_rows
+def test_proximal_step(
+    backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype, rows: int
+) -> None:
+    case = make(dtype, omega_dtype, rows, device=backend.device)
+    pieces = list(case.pieces())
+    ops.proximal_(case.theta, *case[1:5], [], 0.25, 1.0, 0.0, backend.native)
+    for i, x, w, a in pieces:
+        expected = naive.proximal(x, w, a, array(case.alpha), np.float64(0.25))
+        close(case.theta[i], expected, np.abs(x) + 4 * np.abs(a).max(0, initial=0))
+
+
+@each_dtype
+@each_rows
+def test_proximal_step_with_second_moment(
+    backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype, rows: int
+) -> None:
+    case = make(dtype, omega_dtype, rows, device=backend.device)
+    pieces = list(case.pieces())
+    moments = [torch.rand_like(t) for t in case.theta]
+    ops.proximal_(case.theta, *case[1:5], moments, 0.01, 4.0, 1e-2, backend.native)
+    for i, x, w, a in pieces:
+        eta = 0.01 / (np.sqrt(4 * flat_array(moments[i])) + float(np.float32(1e-2)))
+        expected = naive.proximal(x, w, a, array(case.alpha), eta)
+        tolerance = np.abs(x) + 4 * np.abs(a).max(0, initial=0)
+        close(case.theta[i], expected, tolerance * (8e6 if dtype == torch.float64 else 1))
+
+
+@pytest.mark.parametrize("alpha", [1e6, 1e38, 1e300])
+@each_rows
+def test_proximal_step_freezes_at_huge_strength(backend: Backend, alpha: float, rows: int) -> None:
+    case = make(torch.float32, rows=rows, device=backend.device)
+    case.alpha.fill_(alpha)
+    case.omega[:, : case.omega.shape[1] // 2] = 0
+    pieces = list(case.pieces())
+    ops.proximal_(case.theta, *case[1:5], [], 1.0, 1.0, 0.0, backend.native)
+    for i, x, w, a in pieces:
+        weight = w.sum(0)
+        mean = np.einsum("ti,ti->i", w, a) / np.where(weight > 0, weight, 1)
+        got = flat_array(case.theta[i])
+        assert np.array_equal(got[weight == 0], x[weight == 0])
+        held = weight > 1e-3
+        np.testing.assert_allclose(got[held], mean[held], rtol=1e-5, atol=5e-3)
+
+
+def test_proximal_step_moves_nothing_at_the_anchor(backend: Backend) -> None:
+    case = make(torch.float32, device=backend.device)
+    for t, offset in zip(case.theta, case.offsets, strict=True):
+        t.copy_(case.anchor[0, offset : offset + t.numel()].view(t.shape))
+    before = [t.clone() for t in case.theta]
+    ops.proximal_(case.theta, *case[1:5], [], 0.3, 1.0, 0.0, backend.native)
+    assert all(torch.equal(t, b) for t, b in zip(case.theta, before, strict=True))
+
+
+@pytest.mark.parametrize("alpha", [1e38, 1e300])
+def test_gradient_at_huge_strength_is_not_nan(backend: Backend, alpha: float) -> None:
+    case = make(torch.float32, device=backend.device)
+    case.alpha.fill_(alpha)
+    case.omega[:, ::2] = 0
+    one = torch.ones((), device=backend.device)
+    _, grads = ops.penalty_with_grad(*case, one, backend.native)
+    for i, x, w, a in case.pieces():
+        got = flat_array(grads[i])
+        assert np.all(got[w[0] == 0] == 0)
+        assert np.array_equal(np.sign(got), np.sign(w[0] * (x - a[0])))
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_accumulate(backend: Backend, dtype: torch.dtype) -> None:
+    grads = make(dtype, device=backend.device).theta
+    omegas = [torch.full_like(g, 0.5, dtype=compute_dtype(dtype)) for g in grads]
+    ops.accumulate_(omegas, grads, 0.3, backend.native)
+    for omega, grad in zip(omegas, grads, strict=True):
+        close(omega, 0.5 + 0.3 * np.abs(flat_array(grad)))
+
+
+@each_dtype
+@pytest.mark.parametrize(("rule", "keep"), [("mean", 1.0), ("move", 0.7), ("keep", 0.7)])
+def test_merge(
+    backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype, rule: str, keep: float
+) -> None:
+    case = make(dtype, omega_dtype, device=backend.device)
+    case.omega[:, ::3] = 0
+    importance = [torch.rand_like(t, dtype=compute_dtype(dtype)) for t in case.theta]
+    for t in importance:
+        t.view(-1)[::6] = 0
+    pieces = list(case.pieces())
+    added = ops.merge_(
+        case.omega,
+        case.anchor,
+        case.theta,
+        importance,
+        case.offsets,
+        keep,
+        0.8,
+        rule,
+        3,
+        backend.native,
+    )
+    assert added.shape == (len(case.theta),)
+    for i, x, w, a in pieces:
+        new = 0.8 * flat_array(importance[i])
+        total = keep * w[0] + new
+        got_omega, got_anchor = case.rows(case.omega, i)[0], case.rows(case.anchor, i)[0]
+        # Stochastic rounding goes to either neighbour, a whole unit in the last place at the most.
+        unit = {torch.bfloat16: 2**-7, torch.float32: 1e-6, torch.float64: 1e-14}[omega_dtype]
+        assert np.all(np.abs(got_omega - total) <= unit * total + 1e-30)
+        fine = 1e-14 if dtype == torch.float64 else 1e-6
+        if rule == "mean":
+            share = np.where(total > 0, new / np.where(total > 0, total, 1), 1)
+            expected = a[0] + share * (x - a[0])
+            cost = float(np.sum(w[0] * share * (x - a[0]) ** 2))
+            assert float(added[i]) == pytest.approx(cost, rel=10 * fine, abs=1e-30)
+        else:
+            expected = x if rule == "move" else a[0]
+            assert float(added[i]) == 0
+        np.testing.assert_allclose(got_anchor, expected, rtol=fine, atol=4 * fine)
+
+
+def test_merge_never_goes_below_zero(backend: Backend) -> None:
+    case = make(torch.float32, shapes=[(100,)], device=backend.device)
+    importance = [torch.full_like(case.theta[0], -1e9)]
+    ops.merge_(
+        case.omega, case.anchor, case.theta, importance, [0], 1.0, 1.0, "move", 0, backend.native
+    )
+    assert torch.equal(case.omega[0, :100], torch.zeros(100, device=backend.device))
+
+
+def test_bfloat16_omega_grows_without_bias(backend: Backend) -> None:
+    n, entries = 4096, 100
+    case = make(torch.float32, torch.bfloat16, shapes=[(n,)], device=backend.device)
+    case.omega.fill_(8.0)
+    importance = [torch.full_like(case.theta[0], 0.02)]
+    for entry in range(entries):
+        args = (case.theta, importance, [0], 1.0, 1.0, "mean", entry, backend.native)
+        ops.merge_(case.omega, case.anchor, *args)
+    mean = float(case.omega[0, :n].double().mean())
+    assert mean == pytest.approx(8.0 + 0.02 * entries, rel=0.005)
+    # Rounded to nearest, it would never have left 8.
+    assert torch.tensor(8.0 + 0.02).bfloat16() == 8.0
+
+
+@each_dtype
+def test_every_backend_gives_the_reference_bits(
+    backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype
+) -> None:
+    case = make(dtype, omega_dtype, 2, device=backend.device)
+    upstream = torch.tensor(0.7, dtype=compute_dtype(dtype), device=backend.device)
+    _, expected = ops.penalty_with_grad(*case, upstream, False)
+    _, got = ops.penalty_with_grad(*case, upstream, backend.native)
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+    one = make(dtype, omega_dtype, 1, device=backend.device)
+    importance = [torch.rand_like(t, dtype=compute_dtype(dtype)) for t in one.theta]
+    results = []
+    for compiled in (False, backend.native):
+        omega, anchor = one.omega.clone(), one.anchor.clone()
+        ops.merge_(omega, anchor, one.theta, importance, one.offsets, 1.0, 0.9, "mean", 7, compiled)
+        results.append((omega, anchor))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("shift", [1, 3])
+def test_misaligned_tensors(backend: Backend, shift: int) -> None:
+    case = make(torch.float32, shapes=[(10007,), (64,), (501,)], device=backend.device)
+    moved = []
+    for t in case.theta:
+        room = torch.full((t.numel() + 8,), float("nan"), device=backend.device)
+        moved.append(room[shift : shift + t.numel()].copy_(t))
+    grads = [torch.zeros(t.numel() + 8, device=backend.device) for t in case.theta]
+    shifted = [g[shift : shift + t.numel()] for g, t in zip(grads, moved, strict=True)]
+    value = ops.add_grad_(moved, shifted, *case[1:], backend.native)
+    assert float(value) == pytest.approx(expected_value(case), rel=2e-7)
+    for i, x, w, a in case.pieces():
+        close(shifted[i], naive.gradient(x, w, a, array(case.alpha)), 1e-3)
+        outside = torch.cat([grads[i][:shift], grads[i][shift + moved[i].numel() :]])
+        assert torch.equal(outside, torch.zeros(8, device=backend.device))
+
+
+def test_memory_order_is_followed(backend: Backend) -> None:
+    case = make(torch.float32, shapes=[(2, 3, 4, 5), (6, 7)], device=backend.device)
+    theta = [
+        case.theta[0].to(memory_format=torch.channels_last),
+        case.theta[1].t().contiguous().t(),
+    ]
+    assert not theta[0].is_contiguous()
+    case = case._replace(theta=theta)
+    one = torch.ones((), device=backend.device)
+    _, grads = ops.penalty_with_grad(*case, one, backend.native)
+    for i, x, w, a in case.pieces():
+        assert grads[i].stride() == theta[i].stride()
+        close(grads[i], naive.gradient(x, w, a, array(case.alpha)), 1e-3)
+
+
+def test_gradients_with_other_strides(backend: Backend) -> None:
+    case = make(torch.float32, shapes=[(6, 7), (5,)], device=backend.device)
+    grads = [torch.ones(7, 6, device=backend.device).t(), torch.ones(5, device=backend.device)]
+    ops.add_grad_(case.theta, grads, *case[1:], backend.native)
+    for i, x, w, a in case.pieces():
+        close(grads[i].contiguous(), 1 + naive.gradient(x, w, a, array(case.alpha)), 2.0)
+    expanded = [torch.ones(1, device=backend.device).expand(6, 7), grads[1]]
+    with pytest.raises(RuntimeError, match="single memory location"):
+        ops.add_grad_(case.theta, expanded, *case[1:], backend.native)
+
+
+def test_more_tensors_than_a_launch_holds(backend: Backend) -> None:
+    case = make(torch.float32, shapes=[(i % 5,) for i in range(1701)], device=backend.device)
+    grads = [torch.zeros_like(t) for t in case.theta]
+    value = ops.add_grad_(case.theta, grads, *case[1:], backend.native)
+    assert float(value) == pytest.approx(expected_value(case), rel=2e-7)
+    for i, x, w, a in case.pieces():
+        close(grads[i], naive.gradient(x, w, a, array(case.alpha)), 1e-3)
+
+
+def test_only_empty_tensors(backend: Backend) -> None:
+    case = make(torch.float32, shapes=[(0,), (3, 0)], device=backend.device)
+    value = ops.penalty(*case, backend.native)
+    assert float(value) == pytest.approx(float(case.alpha[0] * case.remainder), rel=1e-6)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(backend: Backend, poison: float) -> None:
+    case = make(torch.float32, shapes=[(100,)], device=backend.device)
+    case.theta[0][17] = poison
+    assert not torch.isfinite(ops.penalty(*case, backend.native))
+
+
+def test_the_same_bits_for_every_thread_count_and_run(backend: Backend) -> None:
+    case = make(torch.float32, shapes=[(300_007,), (5,), (70_001,)], device=backend.device)
+    threads = torch.get_num_threads()
+    seen = set()
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            if backend.native:
+                seen.add(float(ops.penalty(*case, True)))
+            else:
+                seen.add(float(ops.penalty(*case, False)) if count == 1 else next(iter(seen)))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 1
+
+
+def test_uninitialised_memory_is_never_read(backend: Backend) -> None:
+    case = make(torch.float32, rows=2, device=backend.device)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        one = torch.ones((), device=backend.device)
+        value, grads = ops.penalty_with_grad(*case, one, backend.native)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert float(value) == pytest.approx(expected_value(case), rel=2e-7)
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+SNIPPET = """
+import hashlib, torch
+from mas_ext.kernels import native, ops
+torch.manual_seed(0)
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    wide = dtype == torch.float64
+    theta = [torch.randn(20011).to(dtype), torch.randn(37).to(dtype)]
+    flat = torch.rand(2, 20096, dtype=torch.float64 if wide else torch.float32)
+    alpha = torch.rand(3, dtype=torch.float64)
+    args = (theta, [0, 20032], flat, flat.sin(), alpha[:2], alpha[2])
+    value, grads = ops.penalty_with_grad(*args, torch.ones((), dtype=flat.dtype), True)
+    moments = [t.abs() for t in theta]
+    ops.proximal_(theta, *args[1:5], moments, 0.1, 2.0, 1e-8, True)
+    for t in (value, *grads, *theta):
+        digest.update(t.detach().double().numpy().tobytes())
+print(native.instruction_set(), digest.hexdigest())
+"""
+
+
+def test_every_instruction_set_gives_the_same_bits() -> None:
+    results = {}
+    for wish in ("baseline", "avx2", "avx512"):
+        environment = {**os.environ, "MAS_EXT_INSTRUCTION_SET": wish}
+        environment.pop("LD_PRELOAD", None)
+        run = subprocess.run(
+            [sys.executable, "-c", SNIPPET],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        name, digest = run.stdout.split()
+        results[name] = digest
+    assert "baseline" in results
+    assert len(set(results.values())) == 1, results
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def refused(change: Callable[[Case], dict[str, Any]]) -> Callable[[], None]:
+    def call() -> None:
+        case = make(torch.float32, rows=2, shapes=[(4,), (3, 2)])
+        ops.penalty(*case._replace(**change(case)), True)
+
+    return call
+
+
+BAD_CALLS = {
+    "integers": (lambda c: {"theta": [t.int() for t in c.theta]}, "theta.0.: got torch.int32"),
+    "complex": (
+        lambda c: {"theta": [t.cfloat() for t in c.theta]},
+        "theta.0.: got torch.complex64",
+    ),
+    "mixed dtypes": (lambda c: {"theta": [c.theta[0], c.theta[1].double()]}, "theta.1."),
+    "no tensors": (lambda c: {"theta": [], "offsets": []}, "theta: got an empty list"),
+    "gaps": (lambda c: {"theta": [c.theta[0], torch.randn(3, 4)[:, ::2]]}, "theta.1.: got strides"),
+    "expanded": (
+        lambda c: {"theta": [torch.ones(1).expand(4), c.theta[1]]},
+        "theta.0.: got strides",
+    ),
+    "too few offsets": (lambda c: {"offsets": [0]}, "offsets: got 1"),
+    "negative offset": (lambda c: {"offsets": [0, -1]}, "offsets.1.: got -1"),
+    "offset behind the end": (lambda c: {"offsets": [0, 10**9]}, "omega: got"),
+    "short omega": (lambda c: {"omega": c.omega[:, :64].contiguous()}, "omega: got"),
+    "strided omega": (lambda c: {"omega": c.omega.t().contiguous().t()}, "omega: got"),
+    "float16 omega": (lambda c: {"omega": c.omega.half()}, "omega: got torch.float16"),
+    "float64 omega": (lambda c: {"omega": c.omega.double()}, "omega: got torch.float64"),
+    "float16 anchor": (lambda c: {"anchor": c.anchor.half()}, "anchor: got torch.float16"),
+    "other anchor": (lambda c: {"anchor": torch.zeros(2, 999)}, "anchor: got shape"),
+    "rows that are missing": (lambda c: {"omega": c.omega[:1].contiguous()}, "omega: got"),
+    "no alpha": (lambda c: {"alpha": c.alpha[:0]}, "alpha: got"),
+    "float32 alpha": (lambda c: {"alpha": c.alpha.float()}, "alpha: got torch.float32"),
+    "float32 remainder": (lambda c: {"remainder": c.remainder.float()}, "remainder: got"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_CALLS))
+def test_bad_state_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_recent", [])
+    change, message = BAD_CALLS[name]
+    with pytest.raises((ValueError, TypeError), match=message):
+        refused(change)()
+
+
+def test_bad_gradients_are_refused_before_anything_is_written() -> None:
+    case = make(torch.float32, shapes=[(4,), (3, 2)])
+    good = [torch.zeros_like(t) for t in case.theta]
+    for bad, message in (
+        (good[:1], "grad: got 1 tensors, expected 2"),
+        ([good[0], torch.zeros(2, 3)], "grad.1.: got .* of shape .2, 3."),
+        ([good[0], good[1].double()], "grad.1.: got torch.float64"),
+        ([good[0], good[1].to("meta")], "grad.1.: got .* on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            native.add_grad_(case.theta, bad, *case[1:])
+        assert torch.equal(good[0], torch.zeros(4))
+
+
+def test_a_layout_larger_than_32_bits_is_counted_right() -> None:
+    layout = EMULATED.Layout([2**31 - 1, 2**33, 0, 1], [0, 2**31, 0, 0])
+    assert layout.chunks == 2**18 + 2**20 + 1
+    with pytest.raises(ValueError, match="from 0 up"):
+        EMULATED.Layout([-1], [0])
+    with pytest.raises(ValueError, match="expected one for each"):
+        EMULATED.Layout([1, 2], [0])
+
+
+# -- the operators ---------------------------------------------------------------------------------
+
+
+def operator_calls(case: Case, compiled: bool) -> dict[str, tuple[Any, ...]]:
+    theta = [t.clone() for t in case.theta]
+    like = [torch.rand_like(t) for t in theta]
+    one = torch.ones((), dtype=compute_dtype(theta[0].dtype))
+    state = (case.offsets, case.omega.clone(), case.anchor.clone(), case.alpha)
+    return {
+        "penalty": (theta, *state, case.remainder, compiled),
+        "penalty_with_grad": (theta, *state, case.remainder, one, compiled),
+        "add_grad_": (theta, like, *state, case.remainder, compiled),
+        "proximal_": (theta, *state, like, 0.1, 1.5, 1e-8, compiled),
+        "accumulate_": (like, theta, 0.5, compiled),
+        "merge_": (*state[1:3], theta, like, case.offsets, 1.0, 0.5, "mean", 1, compiled),
+    }
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", list(ops._SCHEMAS))
+def test_opcheck(name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_recent", [])
+    args = operator_calls(make(torch.float32, shapes=[(4,), (3, 2)]), compiled)[name]
+    torch.library.opcheck(getattr(torch.ops.mas_ext, name).default, args)
+
+
+def test_opcheck_of_the_gradient(backend: Backend) -> None:
+    case = make(torch.float32, shapes=[(4,), (3, 2)], device=backend.device)
+    theta = [t.requires_grad_() for t in case.theta]
+    torch.library.opcheck(ops.penalty, (theta, *case[1:], backend.native))
+
+
+@each_rows
+def test_gradcheck(backend: Backend, rows: int) -> None:
+    case = make(torch.float64, torch.float64, rows, [(4,), (3, 2)], backend.device)
+    theta = [t.requires_grad_() for t in case.theta]
+    assert torch.autograd.gradcheck(
+        lambda *t: ops.penalty(list(t), *case[1:], backend.native), theta
+    )
+
+
+def test_double_backward_is_refused(backend: Backend) -> None:
+    case = make(torch.float64, shapes=[(4,)], device=backend.device)
+    theta = [t.requires_grad_() for t in case.theta]
+    value = ops.penalty(theta, *case[1:], backend.native)
+    (grad,) = torch.autograd.grad(value, theta, create_graph=True)
+    with pytest.raises(NotImplementedError, match="create_graph"):
+        grad.sum().backward()
+
+
+# -- any shape -------------------------------------------------------------------------------------
+
+
+@settings(
+    max_examples=10 if SANITIZED else 40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), min_size=1, max_size=6),
+    dtypes=st.sampled_from(DTYPES),
+    rows=st.integers(1, 4),
+    order=st.permutations(range(4)),
+)
+def test_any_shape(
+    backend: Backend,
+    shapes: list[tuple[int, ...]],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rows: int,
+    order: list[int],
+) -> None:
+    case = make(*dtypes, rows, shapes, backend.device)
+    theta = [
+        t.permute([k for k in order if k < t.dim()])
+        .contiguous()
+        .permute(np.argsort([k for k in order if k < t.dim()]).tolist())
+        if t.dim()
+        else t
+        for t in case.theta
+    ]
+    case = case._replace(theta=theta)
+    grads = [torch.zeros_like(t) for t in theta]
+    value = ops.add_grad_(theta, grads, *case[1:], backend.native)
+    assert float(value) == pytest.approx(expected_value(case), rel=1e-6)
+    for i, x, w, a in case.pieces():
+        terms = np.einsum("t,ti->i", array(case.alpha), w * np.abs(x - a))
+        close(grads[i], naive.gradient(x, w, a, array(case.alpha)), 4 * terms)
