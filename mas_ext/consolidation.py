@@ -486,6 +486,7 @@ class Consolidation:
             "store": self.rule.store,
             "lam": self.lam,
             "entries": [list(entry) for entry in self.memory.entries],
+            "names": list(self.memory.parts()),
         }
         found = {"config": torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)}
         for name, p in self.memory.parts().items():
@@ -500,11 +501,10 @@ class Consolidation:
         for key, own in (("merge", self.rule.merge), ("store", self.rule.store)):
             if config[key] != own:
                 raise ValueError(f"state: got {key}={config[key]!r}, expected {own!r}")
-        names = [key[len("omega.") :] for key in found if key.startswith("omega.")]
         entries = [Entry(*map(float, entry)) for entry in config["entries"]]
         rows = self._rows(len(entries))
         parts = {}
-        for name in names:
+        for name in config["names"]:
             if name not in theta:
                 raise KeyError(f"state: got {name!r}, which the model has no parameter for")
             got = [found.get(f"{kind}.{name}") for kind in Part._fields]

@@ -105,6 +105,7 @@ class ImportanceSum:
                 )
         samples = batch_of.size(batch)
         if samples == 0 or not theta:
+            self.samples += samples
             return
         if self.method == "exact":
             _refuse_interacting(model)
@@ -170,7 +171,7 @@ def gather(
         total.add(model, batch)
         if left is not None and total.samples - start >= max_samples:  # type: ignore[operator]
             break
-    if total.samples == start and named_parameters(model, total.exclude):
+    if total.samples == start:
         raise ValueError("batches: got no samples, expected at least one")
 
 

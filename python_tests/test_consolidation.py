@@ -1,0 +1,422 @@
+"""The merge rules against a list of every task's omega and anchor, summed term by term in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import naive
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mas_ext import consolidation
+from mas_ext.consolidation import Consolidation, Rule
+from mas_ext.kernels import ops
+
+SHAPES = {"w": (7, 5), "b": (7,), "s": (), "empty": (0, 3)}
+
+
+class Task(NamedTuple):
+    """One task, flat and in float64."""
+
+    omega: naive.Array
+    anchor: naive.Array
+    weight: float
+
+
+def flat(tensors: dict[str, Tensor]) -> naive.Array:
+    return np.concatenate([t.double().numpy().reshape(-1) for t in tensors.values()])
+
+
+def random(scale: float = 1.0, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    return {name: scale * torch.randn(shape, dtype=dtype) for name, shape in SHAPES.items()}
+
+
+def consolidated(
+    rule: Rule,
+    tasks: int,
+    lam: float = 0.7,
+    weights: list[float] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Consolidation, list[Task]]:
+    torch.manual_seed(0)
+    state, history = Consolidation(rule, lam), []
+    for t in range(tasks):
+        theta = random(dtype=dtype)
+        omega = {name: x.abs() * 10 ** (t % 3) for name, x in random(dtype=dtype).items()}
+        weight = weights[t] if weights else 1.0
+        state.add_task(theta, omega, weight)
+        history.append(Task(flat(omega), flat(theta), weight))
+    return state, history
+
+
+def measured(state: Consolidation, theta: dict[str, Tensor]) -> tuple[float, naive.Array]:
+    """Value and gradient, through the operator."""
+    (g,) = state.memory.groups
+    x = [theta[name].clone().requires_grad_() for name in g.names]
+    value = ops.penalty(x, g.offsets, g.omega, g.anchor, g.alpha, g.remainder, g.native)
+    grads = torch.autograd.grad(value, x)
+    return float(value.detach()), np.concatenate([t.double().numpy().reshape(-1) for t in grads])
+
+
+def alphas(rule: Rule, lam: float, history: list[Task]) -> list[float]:
+    """The definition: alpha_t S_t proportional to the weight, adding up to lam T or lam; or lam."""
+    if rule.merge == "sum":
+        return [lam * task.weight for task in history]
+    raw = [task.weight / task.omega.sum() for task in history]
+    tasks = sum(task.weight for task in history) if rule.alpha_sum == "tasks" else 1.0
+    # sum_t alpha_t, with a weight of w counting as w entries.
+    return [lam * tasks * r / sum(raw) for r in raw]
+
+
+WIDE = torch.float64
+RULES = [
+    Rule(merge, store, alpha_sum, omega_dtype=WIDE)
+    for merge, alpha_sum in (("consistent", "tasks"), ("consistent", "lam"), ("sum", "tasks"))
+    for store in ("merged", "per_task")
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("weights", [None, [1.0, 0.25, 3.0, 0.0, 2.0]])
+def test_own_anchors_give_the_sum_over_tasks(rule: Rule, weights: list[float] | None) -> None:
+    state, history = consolidated(rule, 5, weights=weights)
+    alpha = alphas(rule, 0.7, history)
+    np.testing.assert_allclose(state.alpha, alpha, rtol=1e-12)
+    theta = random()
+    omega, anchor = (np.stack([task[k] for task in history]) for k in (0, 1))
+    value, gradient = measured(state, theta)
+    assert value == pytest.approx(
+        naive.penalty(flat(theta), omega, anchor, np.array(alpha)), rel=1e-12
+    )
+    expected = naive.gradient(flat(theta), omega, anchor, np.array(alpha))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_consistent_equalises_total_importance() -> None:
+    state, history = consolidated(Rule(), 6, lam=2.0)
+    shares = [a * task.omega.sum() for a, task in zip(state.alpha, history, strict=True)]
+    np.testing.assert_allclose(shares, shares[0], rtol=1e-6)
+    assert sum(state.alpha) == pytest.approx(2.0 * 6, rel=1e-12)
+
+
+def test_consistent_does_not_depend_on_the_order_of_tasks() -> None:
+    torch.manual_seed(3)
+    tasks = [(random(), {k: v.abs() * 10**t for k, v in random().items()}) for t in range(4)]
+    theta = random()
+    values = []
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
+        state = Consolidation(Rule(omega_dtype=WIDE), 1.0)
+        for t in order:
+            state.add_task(*tasks[t])
+        values.append(measured(state, theta)[0])
+    np.testing.assert_allclose(values, values[0], rtol=1e-12)
+
+
+def test_latest_accumulates_omega_and_moves_the_anchor() -> None:
+    state, history = consolidated(Rule(merge="latest", omega_dtype=WIDE), 4)
+    theta = random()
+    omega = sum(task.omega for task in history)
+    expected = naive.penalty(flat(theta), omega[None], history[-1].anchor[None], np.array([0.7]))
+    assert measured(state, theta)[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_decay_fades_old_tasks() -> None:
+    rule = Rule(merge="decay", gamma=0.6, omega_dtype=WIDE)
+    state, history = consolidated(rule, 4, weights=[1.0, 0.4, 0.4, 0.4])
+    theta = random()
+    faded = [0.6 ** (3 - t) * task.weight for t, task in enumerate(history)]
+    omega = sum(f * task.omega for f, task in zip(faded, history, strict=True))
+    expected = naive.penalty(flat(theta), omega[None], history[-1].anchor[None], np.array([0.7]))
+    assert measured(state, theta)[0] == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_allclose(state.alpha, 0.7 * np.array(faded), rtol=1e-12)
+
+
+@pytest.mark.parametrize("merge", ["latest", "decay"])
+def test_the_anchor_may_stay(merge: consolidation.Merge) -> None:
+    state, history = consolidated(Rule(merge=merge, omega_dtype=WIDE), 2)
+    theta, omega = random(), {name: x.abs() for name, x in random().items()}
+    state.add_task(theta, omega, move_anchor=False)
+    total = sum(task.omega for task in history) + flat(omega)
+    expected = naive.penalty(flat(theta), total[None], history[-1].anchor[None], np.array([0.7]))
+    assert measured(state, theta)[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_thousand_tasks_in_float32() -> None:
+    state, history = consolidated(Rule(merge="sum"), 1000, dtype=torch.float32)
+    theta = random(dtype=torch.float32)
+    omega, anchor = (np.stack([task[k] for task in history]) for k in (0, 1))
+    alpha = np.full(1000, 0.7)
+    value, gradient = measured(state, theta)
+    assert value == pytest.approx(naive.penalty(flat(theta), omega, anchor, alpha), rel=1e-6)
+    expected = naive.gradient(flat(theta), omega, anchor, alpha)
+    assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+def test_any_number_of_tasks_in_constant_memory() -> None:
+    held = []
+    for tasks in (1, 50):
+        state, _ = consolidated(Rule(), tasks, dtype=torch.float32)
+        (g,) = state.memory.groups
+        held.append(sum(t.nbytes for t in (g.omega, g.anchor, g.alpha, g.remainders)))
+    assert held[0] == held[1]
+
+
+def test_weights_and_dropping_as_if_the_task_had_always_been_so() -> None:
+    rule = Rule(store="per_task", omega_dtype=WIDE)
+    state, history = consolidated(rule, 4)
+    theta = random()
+    state.set_weight(2, 0.5)
+    state.drop(0)
+    state.fit(theta)
+    kept = [history[1], history[2]._replace(weight=0.5), history[3]]
+    alpha = np.array(alphas(rule, 0.7, kept))
+    omega, anchor = (np.stack([task[k] for task in kept]) for k in (0, 1))
+    assert measured(state, theta)[0] == pytest.approx(
+        naive.penalty(flat(theta), omega, anchor, alpha), rel=1e-12
+    )
+
+
+def test_dropping_every_task_leaves_nothing() -> None:
+    state, _ = consolidated(Rule(store="per_task"), 2)
+    state.drop(1)
+    state.drop(0)
+    state.fit(random())
+    assert state.memory.groups == []
+    assert state.alpha == []
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_stored_quadratic_reproduces_the_value(rule: Rule) -> None:
+    state, _ = consolidated(rule, 3)
+    theta, other = random(), random()
+    quadratic = state.quadratic()
+
+    def value(x: dict[str, Tensor]) -> float:
+        return state.scale * sum(
+            float((w * (x[name] - a) ** 2).sum()) for name, (w, a) in quadratic.items()
+        )
+
+    # Equal up to the constant r.
+    expected = measured(state, theta)[0] - measured(state, other)[0]
+    assert value(theta) - value(other) == pytest.approx(expected, rel=1e-10)
+
+
+# -- parameters that come and go -------------------------------------------------------------------
+
+
+def stepwise(state: Consolidation, *tasks: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+    for theta, omega in tasks:
+        state.add_task(theta, omega)
+
+
+def row(n: int, value: float) -> Tensor:
+    return torch.full((n, 2), value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("store", ["merged", "per_task"])
+def test_a_widened_head_keeps_its_leading_part(store: consolidation.Store) -> None:
+    state = Consolidation(Rule("sum", store, omega_dtype=WIDE), 1.0)
+    stepwise(
+        state, ({"h": row(2, 1.0)}, {"h": row(2, 3.0)}), ({"h": row(4, 2.0)}, {"h": row(4, 5.0)})
+    )
+    value, gradient = measured(state, {"h": row(4, 0.0)})
+    # Two rows saw both tasks, two rows only the second.
+    assert value == pytest.approx(4 * (3 * 1 + 5 * 4) + 4 * (5 * 4), rel=1e-12)
+    np.testing.assert_allclose(gradient, [-2 * (3 + 10)] * 4 + [-2 * 10] * 4, rtol=1e-12)
+
+
+@pytest.mark.parametrize("store", ["merged", "per_task"])
+def test_a_new_head_enters_without_importance_for_old_tasks(store: consolidation.Store) -> None:
+    state = Consolidation(Rule("sum", store, omega_dtype=WIDE), 1.0)
+    body, head = {"b": row(1, 1.0)}, {"h": row(1, 4.0)}
+    stepwise(
+        state,
+        (body, {"b": row(1, 2.0)}),
+        ({**body, **head}, {"b": row(1, 2.0), "h": row(1, 3.0)}),
+    )
+    value, _ = measured(state, {"b": row(1, 1.0), "h": row(1, 5.0)})
+    assert value == pytest.approx(2 * 3 * 1.0, rel=1e-12)
+
+
+def test_a_removed_head_takes_its_share_of_the_value_along() -> None:
+    torch.manual_seed(0)
+    both = [
+        ({"b": row(1, t), "h": row(1, -t)}, {"b": row(1, 2.0), "h": row(1, 7.0)})
+        for t in (1.0, 3.0)
+    ]
+    state = Consolidation(Rule("sum", omega_dtype=WIDE), 1.0)
+    stepwise(state, *both)
+    state.fit({"b": row(1, 0.0)})
+    assert measured(state, {"b": row(1, 0.0)})[0] == pytest.approx(2 * 2 * (1 + 9), rel=1e-12)
+    # It comes back as it was.
+    state.fit({"b": row(1, 0.0), "h": row(1, 0.0)})
+    expected = 2 * 2 * (1 + 9) + 2 * 7 * (1 + 9)
+    assert measured(state, {"b": row(1, 0.0), "h": row(1, 0.0)})[0] == pytest.approx(expected)
+
+
+def test_what_is_gone_at_the_end_of_a_task_is_dropped_aloud() -> None:
+    state = Consolidation(Rule("sum"), 1.0)
+    state.add_task({"b": row(1, 1.0), "h": row(1, 1.0)}, {"b": row(1, 1.0), "h": row(1, 1.0)})
+    with pytest.warns(RuntimeWarning, match="no parameter 'h' any more"):
+        state.add_task({"b": row(1, 1.0)}, {"b": row(1, 1.0)})
+    assert set(state.memory.parts()) == {"b"}
+
+
+def test_a_renamed_parameter_keeps_what_is_known() -> None:
+    state = Consolidation(Rule("sum", omega_dtype=WIDE), 1.0)
+    state.add_task({"old": row(1, 1.0)}, {"old": row(1, 3.0)})
+    state.rename("old", "new")
+    state.fit({"new": row(1, 0.0)})
+    assert measured(state, {"new": row(1, 0.0)})[0] == pytest.approx(2 * 3)
+    with pytest.raises(KeyError, match="old: got 'old'"):
+        state.rename("old", "other")
+    with pytest.raises(KeyError, match="new: got 'new'"):
+        state.rename("new", "new")
+
+
+def test_a_parameter_with_other_dimensions_is_refused() -> None:
+    state = Consolidation(Rule("sum"), 1.0)
+    state.add_task({"b": row(1, 1.0)}, {"b": row(1, 1.0)})
+    with pytest.raises(ValueError, match=r"parameter 'b': got shape \(2,\), expected 2 dim"):
+        state.fit({"b": torch.ones(2)})
+    assert set(state.memory.parts()) == {"b"}
+
+
+def test_casting_and_relayout_keep_the_numbers() -> None:
+    state = Consolidation(Rule("sum"), 1.0)
+    theta = {"w": torch.randn(2, 3, 4, 5)}
+    omega = {"w": torch.full((2, 3, 4, 5), 1e-8)}
+    state.add_task(theta, omega)
+    for x in (
+        theta["w"].half(),
+        theta["w"].bfloat16(),
+        theta["w"].to(memory_format=torch.channels_last),
+        theta["w"],
+    ):
+        state.fit({"w": x})
+        (p,) = state.memory.parts().values()
+        assert p.omega.dtype == torch.float32
+        assert torch.equal(p.omega[0], omega["w"])
+        assert torch.equal(p.anchor[0], theta["w"])
+
+
+def test_every_dtype_of_state() -> None:
+    for dtype, omega_dtype, expected in (
+        (torch.float64, torch.float64, torch.float64),
+        (torch.float64, torch.float32, torch.float32),
+        (torch.float32, torch.float64, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32, torch.float32),
+    ):
+        state = Consolidation(Rule("sum", omega_dtype=omega_dtype), 1.0)
+        x = {"w": torch.ones(3, dtype=dtype)}
+        state.add_task(x, {"w": torch.ones(3)})
+        (g,) = state.memory.groups
+        assert g.omega.dtype == expected
+        assert g.anchor.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("omega", "message"),
+    [
+        (lambda: {"w": -row(1, 1.0)}, "importance of 'w': got values with minimum -1"),
+        (lambda: {"w": row(1, float("nan"))}, "importance of 'w'"),
+        (lambda: {"w": row(1, float("inf"))}, "importance of 'w'"),
+        (lambda: {"w": row(2, 1.0)}, r"importance of 'w': got shape \(2, 2\)"),
+        (lambda: {"x": row(1, 1.0)}, "importance: got 'x'"),
+        (lambda: {"w": row(1, 0.0)}, "importance: got a sum of 0"),
+        (lambda: {"w": row(1, 1e-9)}, "above rounding level"),
+    ],
+)
+def test_bad_importance_leaves_the_state_whole(
+    omega: Callable[[], dict[str, Tensor]], message: str
+) -> None:
+    state = Consolidation(Rule(), 1.0)
+    state.add_task({"w": row(1, 1.0)}, {"w": row(1, 1.0)})
+    before = state.memory
+    with pytest.raises((ValueError, KeyError), match=message):
+        state.add_task({"w": row(1, 1.0)}, omega())
+    assert state.memory is before
+
+
+def test_little_importance_is_warned_about() -> None:
+    state = Consolidation(Rule(), 1.0)
+    state.add_task({"w": row(1, 1.0)}, {"w": row(1, 1.0)})
+    with pytest.warns(RuntimeWarning, match="under a thousandth"):
+        state.add_task({"w": row(1, 1.0)}, {"w": row(1, 5e-4)})
+
+
+def test_nothing_to_consolidate_is_a_warning_and_no_entry() -> None:
+    state = Consolidation(Rule(), 1.0)
+    with pytest.warns(RuntimeWarning, match="nothing is consolidated"):
+        state.add_task({}, {})
+    assert state.memory.entries == []
+
+
+def test_anchors_that_are_not_finite_are_refused() -> None:
+    state = Consolidation(Rule(), 1.0)
+    with pytest.raises(ValueError, match="parameter 'w': got NaN or Inf"):
+        state.add_task({"w": row(1, float("nan"))}, {"w": row(1, 1.0)})
+
+
+@pytest.mark.parametrize("failure", [MemoryError, KeyboardInterrupt])
+def test_an_interruption_leaves_the_old_state_whole(
+    failure: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = Consolidation(Rule(omega_dtype=WIDE), 1.0)
+    theta = {"a": torch.randn(5, dtype=torch.float64), "b": torch.randn(4)}
+    omega = {"a": torch.rand(5, dtype=torch.float64), "b": torch.rand(4)}
+    state.add_task(theta, omega)
+    before = {k: t.clone() for k, t in state.tensors().items()}
+    real, calls = ops.merge_, []
+
+    def fails_at_the_second_group(*args: object) -> Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            raise failure
+        return real(*args)
+
+    monkeypatch.setattr(consolidation.ops, "merge_", fails_at_the_second_group)
+    with pytest.raises(failure):
+        state.add_task({k: t + 1 for k, t in theta.items()}, omega)
+    assert len(calls) == 2
+    after = state.tensors()
+    assert all(torch.equal(t, after[k]) for k, t in before.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"merge": "mean"}, "merge: got 'mean'"),
+        ({"store": "all"}, "store: got 'all'"),
+        ({"alpha_sum": 1}, "alpha_sum: got 1"),
+        ({"gamma": 1.5}, "gamma: got 1.5"),
+        ({"gamma": float("nan")}, "gamma: got nan"),
+        ({"omega_dtype": torch.float16}, "omega_dtype: got torch.float16"),
+        ({"backend": "cuda"}, "backend: got 'cuda'"),
+        ({"merge": "latest", "store": "per_task"}, 'store: got "per_task"'),
+    ],
+)
+def test_wrong_rules_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rule(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_wrong_strengths_and_weights_are_refused(value: float) -> None:
+    state, _ = consolidated(Rule(store="per_task"), 2)
+    for call in (
+        lambda: state.set_lam(value),
+        lambda: state.set_weight(0, value),
+        lambda: state.add_task(random(), random(), value),
+    ):
+        with pytest.raises(ValueError, match=r"(lam|weight): got"):
+            call()
+    assert state.lam == 0.7
+    assert len(state.alpha) == 2

@@ -1,0 +1,469 @@
+"""FusedMASPenalty inside models and loops, against autograd over the plain sum of tasks in float64."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mas_ext
+from mas_ext import FusedMASPenalty
+
+Snapshot = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+def make_model(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+
+
+def data(seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, 4, generator=generator, dtype=torch.float64).to(dtype) for n in (5, 3)]
+
+
+def importance(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    """Mean over samples of |d ||F||^2 / d theta|, a sample at a time."""
+    theta = dict(model.named_parameters())
+    total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in theta.items()}
+    samples = [x for batch in batches for x in batch]
+    for x in samples:
+        grads = torch.autograd.grad(model(x[None]).square().sum(), list(theta.values()))
+        for name, grad in zip(theta, grads, strict=True):
+            total[name] += grad.double().abs() / len(samples)
+    return total
+
+
+def snapshot(model: nn.Module, batches: list[Tensor]) -> Snapshot:
+    anchor = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    return importance(model, batches), anchor
+
+
+def shift(model: nn.Module, seed: int, by: float = 0.1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += by * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+
+def expected_penalty(model: nn.Module, history: list[Snapshot], alpha: list[float]) -> Tensor:
+    return sum(  # type: ignore[return-value]
+        a * (omega[name] * (p.double() - anchor[name]) ** 2).sum()
+        for a, (omega, anchor) in zip(alpha, history, strict=True)
+        for name, p in model.named_parameters()
+    )
+
+
+def trained(
+    tasks: int = 3, **arguments: Any
+) -> tuple[nn.Sequential, FusedMASPenalty, list[Snapshot]]:
+    model = make_model()
+    penalty = FusedMASPenalty(model, omega_dtype=torch.float64, **arguments)
+    history = []
+    for t in range(tasks):
+        history.append(snapshot(model, data(t)))
+        penalty.consolidate(data(t))
+        shift(model, t)
+    return model, penalty, history
+
+
+def consistent_alpha(history: list[Snapshot], lam: float) -> list[float]:
+    inverse = [1 / sum(float(w.sum()) for w in omega.values()) for omega, _ in history]
+    return [lam * len(history) * r / sum(inverse) for r in inverse]
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_value_and_gradient_in_the_loss(backend: str) -> None:
+    model, penalty, history = trained(lam=0.5, backend=backend)
+    alpha = consistent_alpha(history, 0.5)
+    expected = expected_penalty(model, history, alpha)
+    expected_grads = torch.autograd.grad(expected, list(model.parameters()))
+    value = penalty()
+    (3 * value).backward()
+    assert value.dtype == torch.float64
+    assert value.shape == ()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-10)
+    for p, grad in zip(model.parameters(), expected_grads, strict=True):
+        torch.testing.assert_close(p.grad, 3 * grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(penalty.alpha, torch.tensor(alpha, dtype=torch.float64))
+    assert penalty.num_tasks == 3
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_add_grad_is_the_loss_form_without_autograd(backend: str) -> None:
+    model, penalty, history = trained(lam=0.5, backend=backend)
+    expected = expected_penalty(model, history, consistent_alpha(history, 0.5))
+    grads = torch.autograd.grad(expected, list(model.parameters()))
+    first, *rest = model.parameters()
+    for p in rest:
+        p.grad = torch.ones_like(p)
+    value = penalty.add_grad_()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert not value.requires_grad
+    torch.testing.assert_close(first.grad, grads[0], rtol=1e-9, atol=1e-12)
+    for p, grad in zip(rest, grads[1:], strict=True):
+        torch.testing.assert_close(p.grad, 1 + grad, rtol=1e-9, atol=1e-12)
+
+
+def test_zero_before_the_first_task_and_differentiable() -> None:
+    model = make_model(torch.float32)
+    penalty = FusedMASPenalty(model)
+    value = penalty()
+    assert value.item() == 0
+    assert value.dtype == torch.float32
+    assert value.requires_grad
+    (model(torch.ones(1, 4)).sum() + value).backward()
+    assert penalty.add_grad_().item() == 0
+    assert penalty.omega == {}
+    assert penalty.alpha.shape == (0,)
+
+
+def test_the_model_stays_put_under_a_strong_penalty() -> None:
+    model, penalty, history = trained(tasks=1, lam=1e3)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        penalty().backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        important = history[0][0][name] > 1e-3
+        gone = (p - history[0][1][name])[important].abs()
+        assert gone.numel() > 0
+        assert gone.max() < 2e-2
+
+
+def test_omega_and_anchor_by_name_reproduce_the_value() -> None:
+    model, penalty, _ = trained()
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+
+    def quadratic() -> float:
+        return float(
+            penalty.scale
+            * sum((penalty.omega[n] * (p - penalty.anchor[n]) ** 2).sum() for n, p in theta.items())
+        )
+
+    before, was = quadratic(), penalty().item()
+    shift(model, 9)
+    assert quadratic() - before == pytest.approx(penalty().item() - was, rel=1e-9)
+    assert set(penalty.omega) == set(theta)
+
+
+def test_observing_is_consolidating_from_batches() -> None:
+    _, penalty, history = trained(tasks=1)
+    model = make_model()
+    online = FusedMASPenalty(model, omega_dtype=torch.float64)
+    for batch in data(0):
+        online.observe(batch)
+    with pytest.raises(RuntimeError, match="8 samples were observed already"):
+        online.consolidate(data(0))
+    online.consolidate()
+    for name, omega in online.omega.items():
+        torch.testing.assert_close(
+            omega * online._state.memory.entries[0].total, history[0][0][name]
+        )
+        torch.testing.assert_close(omega, penalty.omega[name])
+    with pytest.raises(RuntimeError, match="batches: got none"):
+        online.consolidate()
+
+
+@pytest.mark.parametrize("merge", ["consistent", "sum", "latest", "decay"])
+def test_adapting_adds_an_entry(merge: str) -> None:
+    model, penalty, history = trained(tasks=1, merge=merge, lam=2.0)
+    omega, anchor = snapshot(model, data(7))
+    penalty.adapt(data(7), weight=0.5)
+    shift(model, 8)
+    if merge in ("latest", "decay"):
+        anchor = history[0][1]
+    if merge == "consistent":
+        totals = [sum(float(w.sum()) for w in o.values()) for o in (history[0][0], omega)]
+        scale = 2.0 * 1.5 / (1 / totals[0] + 0.5 / totals[1])
+        alpha = [scale / totals[0], scale * 0.5 / totals[1]]
+    else:
+        alpha = [2.0, 1.0]
+    expected = expected_penalty(model, [history[0], (omega, anchor)], alpha)
+    assert penalty().item() == pytest.approx(expected.item(), rel=1e-9)
+    assert penalty.num_tasks == 2
+
+
+def test_lam_can_change_at_any_time() -> None:
+    model, penalty, history = trained(lam=0.5)
+    address = penalty._state.memory.groups[0].alpha.data_ptr()
+    penalty.lam = 4.0
+    expected = expected_penalty(model, history, consistent_alpha(history, 4.0))
+    assert penalty().item() == pytest.approx(expected.item(), rel=1e-10)
+    # In place, so that a captured graph sees it.
+    assert penalty._state.memory.groups[0].alpha.data_ptr() == address
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="lam: got"):
+            penalty.lam = bad
+    assert penalty.lam == 4.0
+
+
+def test_per_task_entries_can_be_weighted_and_dropped() -> None:
+    model, penalty, history = trained(store="per_task", merge="sum", lam=2.0)
+    penalty.set_weight(1, 0.25)
+    penalty.drop(0)
+    expected = expected_penalty(model, history[1:], [0.5, 2.0])
+    assert penalty().item() == pytest.approx(expected.item(), rel=1e-10)
+    with pytest.raises(IndexError, match="t: got 2"):
+        penalty.drop(2)
+    _, merged, _ = trained()
+    with pytest.raises(RuntimeError, match="per_task"):
+        merged.drop(0)
+
+
+def test_excluded_parameters_are_free() -> None:
+    model, penalty, _ = trained(exclude=("2.*",))
+    assert set(penalty.omega) == {"0.weight", "0.bias"}
+    penalty().backward()
+    assert model[2].weight.grad is None
+    with pytest.raises(ValueError, match=r"exclude: got 'head.\*', which matches no parameter"):
+        FusedMASPenalty(model, exclude=("head.*",))
+    with pytest.raises(TypeError, match="exclude: got the string"):
+        FusedMASPenalty(model, exclude="2.*")
+
+
+def test_frozen_parameters_count_in_the_value_and_get_no_gradient() -> None:
+    model, penalty, history = trained()
+    expected = expected_penalty(model, history, consistent_alpha(history, 1.0))
+    model[0].weight.requires_grad_(False)
+    assert penalty().item() == pytest.approx(expected.item(), rel=1e-10)
+    assert penalty.add_grad_().item() == pytest.approx(expected.item(), rel=1e-10)
+    assert model[0].weight.grad is None
+    (grad,) = torch.autograd.grad(expected, [model[0].bias])
+    torch.testing.assert_close(model[0].bias.grad, grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_replaced_head_is_noticed() -> None:
+    model, penalty, history = trained()
+    kept = [({k: v for k, v in o.items() if k[0] == "0"}, a) for o, a in history]
+    model[2] = nn.Linear(6, 5).double()
+    alpha = consistent_alpha(history, 1.0)
+    value = penalty()
+    # The old head's rows are the leading part of the wider one.
+    leading = {
+        name: p.detach()[:3] if name[0] == "2" else p.detach()
+        for name, p in model.named_parameters()
+    }
+    expected = sum(
+        a * float((omega[name] * (p - anchor[name]) ** 2).sum())
+        for a, (omega, anchor) in zip(alpha, history, strict=True)
+        for name, p in leading.items()
+    )
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+    model[2] = nn.Identity()
+    expected = sum(
+        a * float((omega[name] * (p.detach() - anchor[name]) ** 2).sum())
+        for a, (omega, anchor) in zip(alpha, kept, strict=True)
+        for name, p in model.named_parameters()
+    )
+    assert penalty().item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_tied_parameters_count_once() -> None:
+    model = make_model()
+    tied = nn.ModuleDict({"a": model[0], "b": model[0]})
+    tied.forward = lambda x: tied["a"](x) + tied["b"](x)  # type: ignore[method-assign]
+    penalty = FusedMASPenalty(tied, lam=1.0, merge="sum", omega_dtype=torch.float64)
+    history = [snapshot(tied, data(0))]
+    penalty.consolidate(data(0))
+    shift(model, 1)
+    assert set(penalty.omega) == {"a.weight", "a.bias"}
+    assert penalty().item() == pytest.approx(
+        expected_penalty(tied, history, [1.0]).item(), rel=1e-10
+    )
+
+
+def test_parameters_of_several_dtypes() -> None:
+    model = nn.Sequential(make_model(torch.float32)[0], nn.Linear(6, 2).double())
+    model.forward = lambda x: model[1](model[0](x.float()).double())  # type: ignore[method-assign]
+    history = [snapshot(model, data(0))]
+    penalty = FusedMASPenalty(model, merge="sum", omega_dtype=torch.float64)
+    penalty.consolidate(data(0))
+    shift(model, 1)
+    value = penalty()
+    assert value.dtype == torch.float64
+    assert value.item() == pytest.approx(expected_penalty(model, history, [1.0]).item(), rel=1e-5)
+    value.backward()
+    assert model[0].weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casting_the_model_keeps_small_importance(dtype: torch.dtype) -> None:
+    model = make_model(torch.float32)
+    penalty = FusedMASPenalty(model, merge="sum")
+    penalty.consolidate(data(0, torch.float32))
+    before = {name: w.clone() for name, w in penalty.omega.items()}
+    penalty.to(dtype)
+    model.to(dtype)
+    penalty()
+    for name, w in penalty.omega.items():
+        assert w.dtype == torch.float32
+        assert torch.equal(w, before[name])
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    shift(model, 1, by=0.5)
+    penalty.add_grad_()
+    theta = dict(model.named_parameters())
+    for name, a in penalty.anchor.items():
+        expected = 2 * before[name] * (theta[name].detach().float() - a)
+        torch.testing.assert_close(theta[name].grad.float(), expected, rtol=1e-2, atol=1e-6)
+
+
+def test_wrapped_models_have_the_same_names() -> None:
+    model = make_model()
+    wrapped = torch.compile(model, backend="eager")
+    penalty = FusedMASPenalty(nn.DataParallel(wrapped), exclude=("2.bias",))
+    penalty.consolidate(data(0))
+    assert set(penalty.omega) == {"0.weight", "0.bias", "2.weight"}
+
+
+def test_an_output_of_constant_norm_is_refused() -> None:
+    for dtype in (torch.float32, torch.float64):
+        model = make_model(dtype)
+        penalty = FusedMASPenalty(model, forward=lambda m, x: nn.functional.normalize(m(x), dim=1))
+        with pytest.raises(ValueError, match="constant norm"):
+            penalty.consolidate(data(0, dtype))
+        assert penalty.num_tasks == 0
+        penalty = FusedMASPenalty(
+            model, objective="l1", forward=lambda m, x: nn.functional.normalize(m(x), dim=1)
+        )
+        penalty.consolidate(data(0, dtype))
+        assert penalty.num_tasks == 1
+
+
+def test_no_trainable_parameter() -> None:
+    for model in (nn.ReLU(), make_model().requires_grad_(False)):
+        penalty = FusedMASPenalty(model)
+        with pytest.warns(RuntimeWarning, match="nothing is consolidated"):
+            penalty.consolidate(data(0))
+        assert penalty.num_tasks == 0
+        assert penalty().item() == 0
+
+
+def test_an_error_while_estimating_changes_nothing() -> None:
+    model, penalty, _ = trained(tasks=1)
+    before = penalty._state.memory
+
+    def batches() -> Any:
+        yield data(1)[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        penalty.consolidate(batches())
+    assert penalty._state.memory is before
+    assert model.training
+    with pytest.raises(ValueError, match="importance of"):
+        penalty.consolidate([torch.full((2, 4), float("nan"), dtype=torch.float64)])
+    assert penalty._state.memory is before
+
+
+# -- copies and files ------------------------------------------------------------------------------
+
+
+def pickled(x: Any) -> Any:
+    return pickle.loads(pickle.dumps(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("order", [("model", "penalty"), ("penalty", "model")])
+def test_copied_together_they_rebind(copied: Callable[[Any], Any], order: tuple[str, str]) -> None:
+    model, penalty, _ = trained()
+    both = {"model": model, "penalty": penalty}
+    new = copied({key: both[key] for key in order})
+    assert new["penalty"].model is new["model"]
+    assert new["penalty"]().item() == penalty().item()
+    shift(new["model"], 5)
+    assert new["penalty"]().item() != penalty().item()
+    new["penalty"].lam = 9.0
+    assert penalty.lam == 1.0
+
+
+def test_copied_alone_it_keeps_the_model() -> None:
+    model, penalty, _ = trained()
+    new = copy.deepcopy(penalty)
+    assert new.model is model
+    assert new().item() == penalty().item()
+    assert pickled(new)().item() == penalty().item()
+
+
+@pytest.mark.parametrize("store", ["merged", "per_task"])
+def test_state_dict_goes_on_to_the_same_bits(store: str) -> None:
+    model, penalty, _ = trained(lam=0.3, store=store)
+    penalty.observe(data(4)[0])
+    state = {key: t.clone() for key, t in penalty.state_dict().items()}
+    twin = copy.deepcopy(model)
+    other = FusedMASPenalty(twin, omega_dtype=torch.float64, store=store)
+    other.load_state_dict(state)
+    for p in (penalty, other):
+        p.observe(data(4)[1])
+        p.consolidate()
+        shift(p.model, 6)
+    assert other.lam == 0.3
+    assert torch.equal(penalty(), other())
+    assert torch.equal(penalty.alpha, other.alpha)
+
+
+def test_inside_another_module() -> None:
+    class Learner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = make_model()
+            self.penalty = FusedMASPenalty(self.body, omega_dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).sum() + self.penalty()
+
+    learner = Learner()
+    learner.penalty.consolidate(data(0))
+    shift(learner.body, 1)
+    assert [name for name, _ in learner.named_parameters()] == [
+        f"body.{name}" for name, _ in make_model().named_parameters()
+    ]
+    other = Learner()
+    other.load_state_dict(learner.state_dict())
+    assert other.penalty.model is other.body
+    assert torch.equal(other.penalty(), learner.penalty())
+    missing = {k: t for k, t in learner.state_dict().items() if not k.startswith("penalty.")}
+    with pytest.raises(RuntimeError, match=r"penalty\.config"):
+        other.load_state_dict(missing)
+    assert copy.deepcopy(learner).penalty().item() == learner.penalty().item()
+
+
+def test_a_state_for_another_rule_is_refused() -> None:
+    model, penalty, _ = trained()
+    state = penalty.state_dict()
+    other = FusedMASPenalty(model, merge="sum")
+    with pytest.raises(ValueError, match="merge='consistent', expected 'sum'"):
+        other.load_state_dict(state)
+    for name in ("omega.0.bias", "anchor.0.bias", "config"):
+        broken = {key: t for key, t in state.items() if key != name}
+        before = penalty._state.memory
+        with pytest.raises((KeyError, ValueError), match="state"):
+            penalty.load_state_dict(broken)
+        assert penalty._state.memory is before
+
+
+def test_the_public_names() -> None:
+    assert mas_ext.FusedMASPenalty is FusedMASPenalty
+    assert set(mas_ext.__all__) == {"FusedMASPenalty", "estimate_importance", "info"}
+
+
+def test_bfloat16_omega_holds_six_bytes_a_parameter() -> None:
+    model = nn.Linear(256, 256, bias=False)
+    penalty = FusedMASPenalty(model, merge="sum", omega_dtype=torch.bfloat16)
+    x = torch.randn(4, 256)
+    penalty.consolidate([x])
+    (group,) = penalty._state.memory.groups
+    assert group.omega.nbytes + group.anchor.nbytes == 6 * 256 * 256
+    expected = (2 * model(x).detach()[:, :, None] * x[:, None]).abs().mean(0)
+    error = (penalty.omega["weight"].float() - expected).abs() / expected
+    assert error.max() <= 2**-7
+    # Rounded to either neighbour by chance, the errors cancel.
+    mean = float(penalty.omega["weight"].double().sum() / expected.double().sum())
+    assert mean == pytest.approx(1.0, abs=1e-4)
