@@ -1,0 +1,147 @@
+// What the CUDA kernels share: the table of segments that travels in a kernel's arguments, the
+// launch over it, and what a block does with its chunk: elements in packs, and sums in a fixed
+// order.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "../dispatch.h"
+
+#ifndef MAS_EMULATE_CUDA  // else python_tests/emulation/cuda_emulation.h has all of this
+#include <cuda_runtime.h>
+#define MAS_LAUNCH(kernel, blocks, threads, stream, ...) \
+  kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
+// For loops over packs and tasks: many threads hide their latency already, and unrolled copies
+// would only take registers from those threads.
+#define MAS_NO_UNROLL _Pragma("unroll 1")
+#define MAS_THREADS 256
+#endif
+
+#define MAS_DEVICE static __device__ __forceinline__
+
+namespace mas::cuda {
+namespace {
+
+constexpr int kThreads = MAS_THREADS;
+constexpr int kWarp = 32;
+
+// Kernel arguments may take 32,764 bytes; this leaves room for a kernel's other ones. Pointers in
+// the arguments need neither a copy nor memory on the device, so that a CUDA graph can capture a
+// launch.
+constexpr std::int64_t kTableSize = 800;
+
+struct Table {
+  Segment segments[kTableSize];
+  std::int64_t count;
+};
+
+// f(table, its number of chunks, the index of its first segment), for as many tables as it takes.
+template <class F>
+void for_each_table(Segments segments, F f) {
+  for (std::int64_t first = 0; first < segments.count; first += kTableSize) {
+    const std::int64_t last = std::min(first + kTableSize, segments.count);
+    const std::int64_t end =
+        last < segments.count ? segments.data[last].first_chunk : segments.chunks;
+    Table table = {};
+    table.count = last - first;
+    std::copy(segments.data + first, segments.data + last, table.segments);
+    f(table, end - table.segments[0].first_chunk, first);
+  }
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), std::int64_t blocks, void* stream,
+            const Arguments&... arguments) {
+  if (blocks == 0) return;  // an empty grid is an error to CUDA
+  MAS_LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, static_cast<cudaStream_t>(stream),
+             arguments...);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("mas_ext could not launch a CUDA kernel: ") +
+                             cudaGetErrorString(error));
+  }
+}
+
+// The number of this block's chunk, which is also its slot among the partial sums.
+MAS_DEVICE std::int64_t chunk_number(const Table& table) {
+  return table.segments[0].first_chunk + blockIdx.x;
+}
+
+// Elements that a thread handles together: 16 bytes of float32.
+constexpr int kPack = 4;
+
+template <class T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
+  T lane[N];
+};
+
+template <int N, class T>
+MAS_DEVICE Pack<T, N> read(const T* from) {
+  return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+
+template <class T, int N>
+MAS_DEVICE void write(T* to, Pack<T, N> pack) {
+  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+}
+
+template <class... T>
+MAS_DEVICE bool aligned(const T*... pointers) {
+  return (... && (reinterpret_cast<std::uintptr_t>(pointers) % alignof(Pack<T, kPack>) == 0));
+}
+
+// The rows behind the first, whose own pointers are aligned.
+template <class O, class C>
+MAS_DEVICE bool rows_aligned(const State& state, const O* omega, const C* anchor) {
+  return state.rows <= 1 || aligned(omega + state.stride, anchor + state.stride);
+}
+
+// f(alpha, a pack of omega, a pack of the anchor) for each task.
+template <int N, class O, class C, class F>
+MAS_DEVICE void for_each_row(const State& state, const O* omega, const C* anchor, F f) {
+  MAS_NO_UNROLL
+  for (std::int64_t row = 0; row < state.rows; ++row) {
+    f(state.alpha[row], read<N>(omega + row * state.stride), read<N>(anchor + row * state.stride));
+  }
+}
+
+// f(i, lanes) over this thread's elements of [0, size): whole packs where the pointers allow it,
+// else one by one. Either way a thread meets the same elements in the same order, so that alignment
+// changes no bit of a sum.
+template <class F>
+MAS_DEVICE void for_each_pack(std::int64_t size, bool packs, F f) {
+  MAS_NO_UNROLL
+  for (std::int64_t i = threadIdx.x * kPack; i < size; i += kThreads * kPack) {
+    if (packs && i + kPack <= size) {
+      f(i, std::integral_constant<int, kPack>{});
+    } else {
+      MAS_NO_UNROLL
+      for (std::int64_t j = i; j < i + kPack && j < size; ++j) {
+        f(j, std::integral_constant<int, 1>{});
+      }
+    }
+  }
+}
+
+// The sum over the threads of a block, in a fixed order. At most once in a kernel: a second call
+// would overwrite what slower threads still read.
+MAS_DEVICE double block_sum(double x) {
+  __shared__ double warps[kThreads / kWarp];
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_down_sync(~0u, x, step);
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  double sum = 0;
+  for (const double warp : warps) sum += warp;
+  return sum;
+}
+
+MAS_DEVICE double block_sum(const double* from, std::int64_t count) {
+  double sum = 0;
+  for (std::int64_t i = threadIdx.x; i < count; i += kThreads) sum += from[i];
+  return block_sum(sum);
+}
+
+}  // namespace
+}  // namespace mas::cuda
