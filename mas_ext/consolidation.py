@@ -1,4 +1,4 @@
-"""The state of consolidation: one quadratic for any number of tasks, its merge rules, save and load.
+"""The state of consolidation: one quadratic for any number of tasks, and how tasks enter it.
 
 sum_t alpha_t Omega_t (theta - theta*_t)^2 is a quadratic in theta. It is kept as
 scale * (sum_i W_i (theta_i - A_i)^2 + r) in two buffers (store "merged"), or task by task (store
@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,23 +20,11 @@ from torch import Tensor
 from mas_ext.kernels import native, ops
 from mas_ext.kernels.reference import compute_dtype, part
 from mas_ext.parameters import Layout, check_supported, layouts
-
-Merge = Literal["consistent", "sum", "latest", "decay"]
-Store = Literal["merged", "per_task"]
-AlphaSum = Literal["tasks", "lam"]
-Backend = Literal["auto", "native", "reference"]
+from mas_ext.rules import Entry, Rule, check_lam, check_weight
 
 FORMAT = 1
-_OMEGA_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 # Every tensor's part of the flat state starts at a multiple of this many elements: 16-byte loads.
 _ALIGNMENT = 64
-
-
-class Entry(NamedTuple):
-    """One consolidated task: S = sum_i Omega_i, and its weight."""
-
-    total: float
-    weight: float
 
 
 class Part(NamedTuple):
@@ -89,86 +77,6 @@ class Memory(NamedTuple):
             name: group.part(i) for group in self.groups for i, name in enumerate(group.names)
         }
         return {**present, **self.absent}
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How tasks are put together: the constructor arguments of the penalty that concern the state.
-
-    alpha per task, with S_t = sum_i Omega_t,i and weights w_t: "consistent": alpha_t S_t / w_t equal for
-    all t and sum_t alpha_t = lam sum_t w_t (alpha_sum "tasks") or lam ("lam"), the consistency extension
-    of MAS; "sum": lam w_t; "latest" (Aljundi et al. 2018, section 4): W <- W + Omega_t with one anchor;
-    "decay" (online EWC, Schwarz et al. 2018): W <- gamma W + Omega_t with one anchor.
-    """
-
-    merge: Merge = "consistent"
-    store: Store = "merged"
-    alpha_sum: AlphaSum = "tasks"
-    gamma: float = 1.0
-    omega_dtype: torch.dtype = torch.float32
-    backend: Backend = "auto"
-
-    def __post_init__(self) -> None:
-        """Refuse what is not one of the choices."""
-        _check_choice("merge", self.merge, ("consistent", "sum", "latest", "decay"))
-        _check_choice("store", self.store, ("merged", "per_task"))
-        _check_choice("alpha_sum", self.alpha_sum, ("tasks", "lam"))
-        _check_choice("backend", self.backend, ("auto", "native", "reference"))
-        _check_choice("omega_dtype", self.omega_dtype, tuple(_OMEGA_DTYPES.values()))
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma: got {self.gamma}, expected a number from 0 to 1")
-        if self.store == "per_task" and not self.own_anchors:
-            raise ValueError(
-                f'store: got "per_task" with merge={self.merge!r}, expected "merged": that rule has '
-                "one anchor"
-            )
-
-    @property
-    def own_anchors(self) -> bool:
-        """Whether each task keeps its own anchor."""
-        return self.merge in ("consistent", "sum")
-
-    def scale(self, lam: float, entries: Sequence[Entry]) -> float:
-        """What the stored quadratic is multiplied by."""
-        if self.merge != "consistent" or not entries:
-            return lam
-        tasks = sum(e.weight for e in entries) if self.alpha_sum == "tasks" else 1.0
-        inverse = sum(e.weight / e.total for e in entries)
-        return lam * tasks / inverse if inverse > 0 else 0.0
-
-    def gain(self, entry: Entry) -> float:
-        """The factor of Omega_t in W."""
-        return entry.weight / entry.total if self.merge == "consistent" else entry.weight
-
-    def alpha(self, lam: float, entries: Sequence[Entry]) -> list[float]:
-        """alpha_t of every entry: the factor of Omega_t in the penalty."""
-        faded = self.gamma if self.merge == "decay" else 1.0
-        scale = self.scale(lam, entries)
-        return [
-            scale * self.gain(entry) * faded**age
-            for age, entry in zip(range(len(entries) - 1, -1, -1), entries, strict=True)
-        ]
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
-def check_lam(lam: float) -> float:
-    """The strength as a float; a ValueError unless it is finite and at least 0."""
-    lam = float(lam)
-    if not 0 <= lam < float("inf"):
-        raise ValueError(f"lam: got {lam}, expected a finite number from 0 up")
-    return lam
-
-
-def check_weight(weight: float) -> float:
-    """A task's weight as a float; a ValueError unless it is finite and at least 0."""
-    weight = float(weight)
-    if not 0 <= weight < float("inf"):
-        raise ValueError(f"weight: got {weight}, expected a finite number from 0 up")
-    return weight
 
 
 @dataclass

@@ -16,20 +16,12 @@ from torch import Tensor, nn
 
 from mas_ext import checkpoint
 from mas_ext.attach import Handle, Mode, attach
-from mas_ext.consolidation import (
-    AlphaSum,
-    Backend,
-    Consolidation,
-    Group,
-    Merge,
-    Rule,
-    Store,
-    check_lam,
-)
+from mas_ext.consolidation import Consolidation, Group
 from mas_ext.importance import Forward, ImportanceSum, Method, gather
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels import ops
 from mas_ext.parameters import Binding, check_patterns, layouts, named_parameters
+from mas_ext.rules import AlphaSum, Backend, Merge, Rule, Store, check_lam
 
 
 class FusedMASPenalty(nn.Module):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mas_ext import consolidation
-from mas_ext.consolidation import Consolidation, Rule
+from mas_ext.consolidation import Consolidation
 from mas_ext.kernels import ops
+from mas_ext.rules import Merge, Rule, Store
 
 SHAPES = {"w": (7, 5), "b": (7,), "s": (), "empty": (0, 3)}
 
@@ -135,7 +136,7 @@ def test_decay_fades_old_tasks() -> None:
 
 
 @pytest.mark.parametrize("merge", ["latest", "decay"])
-def test_the_anchor_may_stay(merge: consolidation.Merge) -> None:
+def test_the_anchor_may_stay(merge: Merge) -> None:
     state, history = consolidated(Rule(merge=merge, omega_dtype=WIDE), 2)
     theta, omega = random(), {name: x.abs() for name, x in random().items()}
     state.add_task(theta, omega, move_anchor=False)
@@ -217,7 +218,7 @@ def row(n: int, value: float) -> Tensor:
 
 
 @pytest.mark.parametrize("store", ["merged", "per_task"])
-def test_a_widened_head_keeps_its_leading_part(store: consolidation.Store) -> None:
+def test_a_widened_head_keeps_its_leading_part(store: Store) -> None:
     state = Consolidation(Rule("sum", store, omega_dtype=WIDE), 1.0)
     stepwise(
         state, ({"h": row(2, 1.0)}, {"h": row(2, 3.0)}), ({"h": row(4, 2.0)}, {"h": row(4, 5.0)})
@@ -229,7 +230,7 @@ def test_a_widened_head_keeps_its_leading_part(store: consolidation.Store) -> No
 
 
 @pytest.mark.parametrize("store", ["merged", "per_task"])
-def test_a_new_head_enters_without_importance_for_old_tasks(store: consolidation.Store) -> None:
+def test_a_new_head_enters_without_importance_for_old_tasks(store: Store) -> None:
     state = Consolidation(Rule("sum", store, omega_dtype=WIDE), 1.0)
     body, head = {"b": row(1, 1.0)}, {"h": row(1, 4.0)}
     stepwise(
