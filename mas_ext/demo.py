@@ -1,0 +1,185 @@
+"""The demo: five tasks of two digits each, learned one after another with and without a penalty."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from mas_ext import data, metrics
+from mas_ext.models import MLP
+from mas_ext.penalty import FusedMASPenalty
+from mas_ext.scenarios import Scenario, split
+
+HIDDEN = (100, 100)
+LEARNING_RATE, MOMENTUM = 0.02, 0.9
+IMPORTANCE_SAMPLES = 1000  # per task; with all of them MAS gains less than it differs by seed
+EPOCHS = {"digits": 20, "mnist": 3}
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Regularizer:
+    """How earlier tasks are kept: arguments of `FusedMASPenalty` and of its ``attach``."""
+
+    lam: float
+    merge: Literal["latest", "consistent"]
+    mode: Literal["gradient", "proximal"]
+
+
+METHODS = {
+    "fine-tuning": None,
+    "MAS": Regularizer(0.3, "latest", "gradient"),
+    "MAS-alpha": Regularizer(0.3, "consistent", "gradient"),
+    # The gradient form ends in NaN at a hundredth of this lam.
+    "proximal, lam = 1000": Regularizer(1000.0, "consistent", "proximal"),
+}
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found; ``accuracy[t, k]``, (T, T), by method, in [0, 1] and NaN for k > t."""
+
+    accuracy: dict[str, Tensor]
+    tasks: tuple[str, ...]
+    figure: Path
+    seconds: float
+
+    def table(self) -> str:
+        """Per method the final accuracy on every task, the average and the forgetting, in %."""
+        width = max(map(len, self.accuracy)) + 2
+        titles = [*self.tasks, "average", "forgetting"]
+        lines = ["accuracy in % after the last task, and forgetting in % points"]
+        lines += [" " * width + "".join(f"{title:>11}" for title in titles)]
+        for name, matrix in self.accuracy.items():
+            average, lost = metrics.average_accuracy(matrix), metrics.forgetting(matrix)
+            cells = [*matrix[-1].tolist(), average, lost]
+            lines += [f"{name:<{width}}" + "".join(f"{100 * cell:>11.1f}" for cell in cells)]
+        return "\n".join(lines)
+
+
+def run_demo(
+    dataset: str = "digits",
+    folder: str | Path | None = None,
+    out: str | Path = "mas-ext-demo.png",
+    seed: int = 0,
+    epochs: int | None = None,
+) -> DemoResult:
+    """Learn the five tasks with every method, showing progress, and draw the accuracies to ``out``.
+
+    ``dataset``, ``folder``: as in `mas_ext.data.load`. ``out``: a PNG file, overwritten. ``seed``:
+    fixes the initial weights and the order of the samples, the same for all methods. ``epochs``:
+    per task; None: what suits the data set. Raises ValueError for an argument that cannot be used.
+    """
+    out = Path(out)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"out must be the name of a .png file, got {str(out)!r}")
+    if not out.parent.is_dir():
+        raise ValueError(f"out must be in a folder that exists, got {str(out)!r}")
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    data.import_extra("matplotlib")  # better now than when everything has been learned
+    scenario = split(data.load(dataset, folder))
+    epochs = epochs or EPOCHS[dataset]
+
+    start = time.perf_counter()
+    accuracy = {}
+    total = len(METHODS) * len(scenario.tasks) * epochs
+    with tqdm(total=total, unit="epoch") as progress:
+        for name, regularizer in METHODS.items():
+            progress.set_description(name)
+            accuracy[name] = learn(scenario, regularizer, epochs, seed, progress.update)
+    seconds = time.perf_counter() - start
+
+    names = tuple(task.name for task in scenario.tasks)
+    draw(accuracy, names, out)
+    return DemoResult(accuracy, names, out, seconds)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Matrices this small are no work for two, who would wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def learn(
+    scenario: Scenario,
+    regularizer: Regularizer | None,
+    epochs: int,
+    seed: int,
+    epoch_done: Callable[[], object],
+) -> Tensor:
+    """Learn the tasks in turn with SGD: the (T, T) matrix accuracy[t, k], NaN for k > t."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MLP(scenario.in_features, HIDDEN, [len(task.classes) for task in scenario.tasks])
+    order = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM)
+    accuracy = torch.full((len(scenario.tasks), len(scenario.tasks)), math.nan)
+    current = 0
+
+    penalty = None
+    if regularizer is not None:
+        penalty = FusedMASPenalty(
+            model,
+            lam=regularizer.lam,
+            merge=regularizer.merge,
+            exclude=("heads.*",),
+            forward=lambda model, x: model(x, current),  # called when `current` is the task's
+        )
+        penalty.attach(optimizer, mode=regularizer.mode)
+
+    for current, task in enumerate(scenario.tasks):
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(task.y_train), generator=order).split(BATCH_SIZE):
+                loss = F.cross_entropy(model(task.x_train[chosen], current), task.y_train[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            epoch_done()
+        if penalty is not None:
+            penalty.consolidate(task.x_train[:IMPORTANCE_SAMPLES].split(BATCH_SIZE))
+        accuracy[current, : current + 1] = evaluate(model, scenario, current)
+    return accuracy
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, scenario: Scenario, current: int) -> Tensor:
+    """Accuracy on the test images of every task up to ``current``, (current + 1,)."""
+    tasks = enumerate(scenario.tasks[: current + 1])
+    return torch.tensor([metrics.accuracy(model(task.x_test, k), task.y_test) for k, task in tasks])
+
+
+def draw(accuracy: Mapping[str, Tensor], tasks: tuple[str, ...], out: Path) -> None:
+    """One panel per method: how the accuracy on each task changed as later ones were learned."""
+    from matplotlib.figure import Figure  # not pyplot: no global state, no window
+
+    figure = Figure(figsize=(3.2 * len(accuracy), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(accuracy), sharey=True, squeeze=False)[0]
+    for panel, (name, matrix) in zip(panels, accuracy.items(), strict=True):
+        for k, task in enumerate(tasks):
+            panel.plot(range(k, len(tasks)), 100 * matrix[k:, k], marker="o", label=task)
+        average, lost = metrics.average_accuracy(matrix), metrics.forgetting(matrix)
+        summary = f"average {100 * average:.1f} %, forgetting {100 * lost:.1f} %"
+        panel.set_title(f"{name}\n{summary}", fontsize="medium")
+        panel.set_xticks(range(len(tasks)), tasks)
+        panel.set_xlabel("after learning")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy on each task in %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", title="task")
+    figure.savefig(out, dpi=150)

@@ -1,0 +1,130 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_data import idx
+
+import mas_ext
+from mas_ext.cli import COMMANDS, main
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr about arguments that are not understood."""
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("dmeo", "did you mean 'demo'?"),
+        ("inof", "did you mean 'info'?"),
+        ("benchmark", "did you mean 'bench'?"),
+        ("qqq", "choose from demo, info, bench"),
+    ],
+)
+def test_unknown_command(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"unknown command '{word}', {hint}" in refused([word], capsys)
+    assert hint in refused(["--debug", word, "--seed", "1"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "COMMAND (see mas-ext --help)"),
+        (["demo", "--sede", "1"], "unrecognized arguments: --sede 1"),
+        (["demo", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["demo", "--dataset", "cifar"], "argument --dataset: invalid choice: 'cifar'"),
+    ],
+)
+def test_wrong_arguments(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in refused(words, capsys)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    for name in COMMANDS:
+        assert f"\n    {name} " in out
+
+
+def test_info_prints_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(mas_ext.info())
+
+
+def test_bench_passes_its_arguments_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = SimpleNamespace(run=lambda **given: given, table=lambda given: f"table of {given}")
+    monkeypatch.setitem(sys.modules, "mas_ext.benchmark", fake)
+    monkeypatch.setattr(mas_ext, "benchmark", fake, raising=False)
+    assert main(["bench", "--model", "gpt2", "--tasks", "3", "5", "--repeats", "7"]) == 0
+    given = {"model": "gpt2", "device": "cpu", "dtype": "float32", "tasks": [3, 5], "repeats": 7}
+    assert capsys.readouterr().out == f"table of {given}\n"
+
+
+def test_demo_on_idx_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 40), ("t10k", 20)):
+        # A bright pixel in the place of the class.
+        pixels = b"".join(
+            bytes(255 * (k % 10 == place) for place in range(10)) for k in range(count)
+        )
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(pixels, count, 2, 5))
+        labels = bytes(k % 10 for k in range(count))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels, count))
+    figure = tmp_path / "figure.png"
+    words = ["demo", "--dataset", "mnist", "--data", str(tmp_path), "--out", str(figure)]
+
+    assert main([*words, "--epochs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "fine-tuning" in out
+    assert "forgetting" in out
+    assert out.endswith(f"figure: {figure}\n")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+    (raw / "train-labels-idx1-ubyte").write_bytes(b"")
+    assert main(words) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith(f"mas-ext: error: {raw / 'train-labels-idx1-ubyte'}: expected a header")
+    assert err.count("\n") == 1
+
+
+def test_errors_show_where_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["demo", "--dataset", "mnist", "--data", str(tmp_path)]
+    assert main(words) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("mas-ext: error: no MNIST/raw folder in ")
+    assert err.endswith("(--debug shows where)\n")
+    for with_debug in ([*words, "--debug"], ["--debug", *words]):
+        assert main(with_debug) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("Traceback")
+        assert "FileNotFoundError: no MNIST/raw folder in " in err
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    fake = SimpleNamespace(run=interrupt)
+    monkeypatch.setitem(sys.modules, "mas_ext.benchmark", fake)
+    monkeypatch.setattr(mas_ext, "benchmark", fake, raising=False)
+    assert main(["bench"]) == 130
+    assert capsys.readouterr().err == "mas-ext: interrupted\n"
