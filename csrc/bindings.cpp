@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -39,10 +40,14 @@ class Layout {
       }
       segments_.push_back({nullptr, nullptr, sizes[i], offsets[i], chunks_});
       chunks_ += (sizes[i] + mas::kChunk - 1) / mas::kChunk;
+      end_ = std::max(end_, offsets[i] + sizes[i]);
     }
   }
 
   std::int64_t chunks() const { return chunks_; }
+
+  // Elements that a row of the state must have.
+  std::int64_t end() const { return end_; }
 
   std::vector<mas::Segment> with(const Pointers& x, const Pointers& y) const {
     if (x.size() != segments_.size() || (!y.empty() && y.size() != x.size())) {
@@ -60,6 +65,7 @@ class Layout {
  private:
   std::vector<mas::Segment> segments_;
   std::int64_t chunks_ = 0;
+  std::int64_t end_ = 0;
 };
 
 DType dtype_of(int dtype) {
@@ -77,11 +83,20 @@ struct State {
         omega_dtype(dtype_of(omega)),
         pointers{as<void>(omega_pointer), as<void>(anchor),           stride, rows,
                  as<const double>(alpha), as<const double>(remainder)} {
+    if (rows < 1) throw std::invalid_argument("rows: expected at least 1");
     const bool wide = omega_dtype == DType::float64 && theta_dtype == DType::float64;
     if (omega_dtype != DType::float32 && omega_dtype != DType::bfloat16 && !wide) {
       throw std::invalid_argument(
           "omega: expected float32 or bfloat16, or float64 beside float64 parameters");
     }
+  }
+
+  const mas::State& for_layout(const Layout& layout) const {
+    if (pointers.stride < layout.end()) {
+      throw std::invalid_argument("omega: expected rows of at least " +
+                                  std::to_string(layout.end()) + " elements");
+    }
+    return pointers;
   }
 
   DType theta_dtype;
@@ -96,7 +111,10 @@ struct OnCpu {
   static constexpr auto proximal = mas::cpu::proximal;
   static constexpr auto accumulate = mas::cpu::accumulate;
   static constexpr auto merge = mas::cpu::merge;
-  static int where(int threads) { return threads; }
+  static int where(int threads) {
+    if (threads < 1) throw std::invalid_argument("threads: expected at least 1");
+    return threads;
+  }
 };
 
 #ifdef MAS_CUDA
@@ -123,9 +141,12 @@ void bind(py::module_ m, const char* name) {
     if (gradient < 0 || gradient > 2 || (gradient != 0 && grad.size() != theta.size())) {
       throw std::invalid_argument("gradient: expected 0, or 1 or 2 with one pointer a tensor");
     }
+    if (value_dtype < 0 || value_dtype > 1) {
+      throw std::invalid_argument("value: expected float32 or float64");
+    }
     py::gil_scoped_release release;
     Device::penalty({segments.data(), static_cast<std::int64_t>(segments.size()), layout.chunks()},
-                    state.theta_dtype, state.pointers, state.omega_dtype, mode,
+                    state.theta_dtype, state.for_layout(layout), state.omega_dtype, mode,
                     as<const double>(grad_output), as<double>(partial), as<void>(value),
                     dtype_of(value_dtype), Device::where(where));
   });
@@ -136,8 +157,8 @@ void bind(py::module_ m, const char* name) {
     const auto segments = layout.with(theta, second_moment);
     py::gil_scoped_release release;
     Device::proximal({segments.data(), static_cast<std::int64_t>(segments.size()), layout.chunks()},
-                     state.theta_dtype, state.pointers, state.omega_dtype, {eta, correction, eps},
-                     Device::where(where));
+                     state.theta_dtype, state.for_layout(layout), state.omega_dtype,
+                     {eta, correction, eps}, Device::where(where));
   });
 
   sub.def("accumulate", [](const Layout& layout, const Pointers& omega, const Pointers& grad,
@@ -156,7 +177,7 @@ void bind(py::module_ m, const char* name) {
     const auto segments = layout.with(theta, importance);
     py::gil_scoped_release release;
     Device::merge({segments.data(), static_cast<std::int64_t>(segments.size()), layout.chunks()},
-                  state.theta_dtype, state.pointers, state.omega_dtype,
+                  state.theta_dtype, state.for_layout(layout), state.omega_dtype,
                   {keep, gain, static_cast<mas::Anchor>(anchor), entry}, as<double>(partial),
                   as<double>(remainder), Device::where(where));
   });

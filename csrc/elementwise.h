@@ -4,10 +4,10 @@
 // set's copy for another.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 
 #if defined(__CUDACC__) || defined(MAS_EMULATE_CUDA)
@@ -109,7 +109,7 @@ MAS_FN O store_omega(C x, std::int64_t index, std::int64_t entry) {
 // A factor that is finite in C, so that a huge lam times a zero pull stays zero and not NaN.
 template <class C>
 MAS_FN C finite_factor(double x) {
-  constexpr double largest = std::numeric_limits<C>::max();
+  constexpr double largest = std::is_same_v<C, double> ? DBL_MAX : FLT_MAX;
   return static_cast<C>(x > largest ? largest : x < -largest ? -largest : x);
 }
 
@@ -165,10 +165,11 @@ MAS_FN C proximal_element(C theta, Target<C> target, C strength) {
   return theta + c / (C(1) + c) * target.distance;
 }
 
-// One element's step length of Adam, relative to the learning rate.
+// The strength at one element under Adam, whose step length is relative to sqrt(v). A strength of
+// zero stays zero, also where v and eps are zero.
 template <class C>
-MAS_FN C adaptive(C second_moment, C correction, C eps) {
-  return C(1) / (std::sqrt(second_moment * correction) + eps);
+MAS_FN C adaptive(C strength, C second_moment, C correction, C eps) {
+  return strength > C(0) ? strength / (std::sqrt(second_moment * correction) + eps) : C(0);
 }
 
 template <class C>
@@ -185,9 +186,9 @@ MAS_FN Merged<C> merge_element(C omega, C anchor, C importance, C theta, C keep,
                                bool move) {
   const C entry = gain * importance;
   const C sum = keep * omega + entry;
-  const C total = sum > C(0) ? sum : C(0);
+  const C total = sum < C(0) ? C(0) : sum;  // NaN stays
   if (!mean) return {total, move ? theta : anchor, 0.0};
-  const C share = omega > C(0) ? entry / total : C(1);
+  const C share = omega > C(0) && total > C(0) ? entry / total : C(1);
   const C distance = theta - anchor;
   const C moved = omega > C(0) ? anchor + share * distance : theta;
   const C half = omega * share * distance;

@@ -239,6 +239,15 @@ def test_proximal_step_freezes_at_huge_strength(backend: Backend, alpha: float, 
         np.testing.assert_allclose(got[held], mean[held], rtol=1e-5, atol=5e-3)
 
 
+def test_proximal_step_of_length_zero_moves_nothing(backend: Backend) -> None:
+    case = make(torch.float32, device=backend.device)
+    before = [t.clone() for t in case.theta]
+    moments = [torch.zeros_like(t) for t in case.theta]
+    ops.proximal_(case.theta, *case[1:5], [], 0.0, 1.0, 0.0, backend.native)
+    ops.proximal_(case.theta, *case[1:5], moments, 0.0, 1.0, 0.0, backend.native)
+    assert all(torch.equal(t, b) for t, b in zip(case.theta, before, strict=True))
+
+
 def test_proximal_step_moves_nothing_at_the_anchor(backend: Backend) -> None:
     case = make(torch.float32, device=backend.device)
     for t, offset in zip(case.theta, case.offsets, strict=True):
@@ -322,6 +331,16 @@ def test_merge_never_goes_below_zero(backend: Backend) -> None:
     assert torch.equal(case.omega[0, :100], torch.zeros(100, device=backend.device))
 
 
+def test_merge_does_not_hide_nan(backend: Backend) -> None:
+    case = make(torch.float32, shapes=[(10,)], device=backend.device)
+    case.omega[:, ::2] = 0
+    importance = [torch.full_like(case.theta[0], float("nan"))]
+    ops.merge_(
+        case.omega, case.anchor, case.theta, importance, [0], 1.0, 1.0, "mean", 0, backend.native
+    )
+    assert case.omega[0, :10].isnan().all()
+
+
 def test_bfloat16_omega_grows_without_bias(backend: Backend) -> None:
     n, entries = 4096, 100
     case = make(torch.float32, torch.bfloat16, shapes=[(n,)], device=backend.device)
@@ -371,6 +390,18 @@ def test_misaligned_tensors(backend: Backend, shift: int) -> None:
         close(shifted[i], naive.gradient(x, w, a, array(case.alpha)), 1e-3)
         outside = torch.cat([grads[i][:shift], grads[i][shift + moved[i].numel() :]])
         assert torch.equal(outside, torch.zeros(8, device=backend.device))
+
+
+def test_rows_of_odd_length(backend: Backend) -> None:
+    case = make(torch.float32, rows=3, shapes=[(257,), (30,)], device=backend.device)
+    odd = case.omega.shape[1] + 1
+    omega, anchor = torch.rand(2, 3, odd, generator=torch.Generator().manual_seed(2))
+    case = case._replace(omega=omega.to(backend.device), anchor=anchor.to(backend.device))
+    grads = [torch.zeros_like(t) for t in case.theta]
+    value = ops.add_grad_(case.theta, grads, *case[1:], backend.native)
+    assert float(value) == pytest.approx(expected_value(case), rel=2e-7)
+    for i, x, w, a in case.pieces():
+        close(grads[i], naive.gradient(x, w, a, array(case.alpha)), 10.0)
 
 
 def test_memory_order_is_followed(backend: Backend) -> None:
@@ -556,6 +587,30 @@ def test_a_layout_larger_than_32_bits_is_counted_right() -> None:
         EMULATED.Layout([-1], [0])
     with pytest.raises(ValueError, match="expected one for each"):
         EMULATED.Layout([1, 2], [0])
+
+
+def test_the_extension_refuses_what_its_caller_should_have() -> None:
+    def state(rows: int, stride: int) -> Any:
+        return EMULATED.State(0, 0, 64, 64, stride, rows, 64, 64)
+
+    layout = EMULATED.Layout([10], [64])
+    for compiled in (EMULATED.cpu, EMULATED.cuda):
+        with pytest.raises(ValueError, match="rows of at least 74"):
+            compiled.penalty(layout, state(1, 73), [64], [], 0, 0, 64, 64, 0, 1)
+        with pytest.raises(ValueError, match="float32 or float64"):
+            compiled.penalty(layout, state(1, 128), [64], [], 0, 0, 64, 64, 2, 1)
+        with pytest.raises(ValueError, match="one pointer a tensor"):
+            compiled.penalty(layout, state(1, 128), [64], [], 2, 0, 64, 64, 0, 1)
+        with pytest.raises(ValueError, match="expected one for each"):
+            compiled.penalty(layout, state(1, 128), [64, 64], [], 0, 0, 64, 64, 0, 1)
+    with pytest.raises(ValueError, match="threads"):
+        EMULATED.cpu.penalty(layout, state(1, 128), [64], [], 0, 0, 64, 64, 0, 0)
+    with pytest.raises(ValueError, match="rows: expected at least 1"):
+        state(0, 128)
+    with pytest.raises(ValueError, match="dtype: got 4"):
+        EMULATED.State(4, 0, 64, 64, 1, 1, 64, 64)
+    with pytest.raises(ValueError, match="omega: expected float32 or bfloat16"):
+        EMULATED.State(0, 1, 64, 64, 1, 1, 64, 64)
 
 
 # -- the operators ---------------------------------------------------------------------------------

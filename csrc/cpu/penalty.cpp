@@ -12,7 +12,7 @@ template <class T, class O, Gradient G>
 double penalty_chunk(Chunk chunk, const State& state, double grad_output) {
   using C = compute_t<T>;
   const T* theta = static_cast<const T*>(chunk.segment.x) + chunk.begin;
-  T* grad = static_cast<T*>(chunk.segment.y) + chunk.begin;
+  T* grad = G == Gradient::none ? nullptr : static_cast<T*>(chunk.segment.y) + chunk.begin;
   const std::int64_t offset = chunk.segment.offset + chunk.begin;
   const O* omega = static_cast<const O*>(state.omega) + offset;
   const C* anchor = static_cast<const C*>(state.anchor) + offset;

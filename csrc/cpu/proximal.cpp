@@ -28,10 +28,10 @@ void proximal_chunk(Chunk chunk, const State& state, const StepSize& step, doubl
       }
     }
     for (std::int64_t l = 0; l < lanes; ++l) {
-      const C scale = moment == nullptr
-                          ? C(1)
-                          : adaptive<C>(load(moment[chunk.begin + i + l]), correction, eps);
-      theta[i + l] = store<T>(proximal_element<C>(load(theta[i + l]), target[l], strength * scale));
+      const C pull = moment == nullptr ? strength
+                                       : adaptive<C>(strength, load(moment[chunk.begin + i + l]),
+                                                     correction, eps);
+      theta[i + l] = store<T>(proximal_element<C>(load(theta[i + l]), target[l], pull));
     }
   });
 }

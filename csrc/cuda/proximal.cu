@@ -35,8 +35,9 @@ __global__ void proximal_chunks(const Table __grid_constant__ table, State state
       }
     });
     for (int l = 0; l < N; ++l) {
-      const C scale = moment == nullptr ? C(1) : adaptive<C>(load(v.lane[l]), correction, eps);
-      x.lane[l] = store<T>(proximal_element<C>(load(x.lane[l]), target[l], strength * scale));
+      const C pull =
+          moment == nullptr ? strength : adaptive<C>(strength, load(v.lane[l]), correction, eps);
+      x.lane[l] = store<T>(proximal_element<C>(load(x.lane[l]), target[l], pull));
     }
     write(theta + i, x);
   });

@@ -157,7 +157,8 @@ def proximal_(
             v = second_moment[i].to(dtype)
             finite = min(correction, torch.finfo(dtype).max)
             root = (v * torch.tensor(finite, dtype=dtype, device=v.device)).sqrt()
-            strength = strength * (1 / (root + torch.tensor(eps, dtype=dtype, device=v.device)))
+            adapted = strength / (root + torch.tensor(eps, dtype=dtype, device=v.device))
+            strength = torch.where(strength > 0, adapted, torch.zeros_like(adapted))
         product = strength * weight
         c = torch.where(product < LARGEST_PULL, product, torch.full_like(product, LARGEST_PULL))
         x.copy_(x.to(dtype) + c / (1 + c) * distance)
@@ -198,7 +199,7 @@ def merge_(
         total = (torch.tensor(keep, dtype=dtype, device=x.device) * old + w).clamp(min=0)
         if anchor_rule == "mean":
             held = old > 0
-            share = torch.where(held, w / total, torch.ones_like(w))
+            share = torch.where(held & (total > 0), w / total, torch.ones_like(w))
             distance = x.to(dtype) - old_anchor
             half = old * share * distance
             added[i] = (half.double() * distance.double()).sum()
