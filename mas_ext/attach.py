@@ -65,7 +65,7 @@ def attach(
 
     Raises:
         TypeError: LBFGS, or an optimizer whose step length is unknown and no eta.
-        ValueError: an unknown mode, a wrong eta, or maximize=True.
+        ValueError: an unknown mode, a wrong eta, maximize=True, or a momentum of 1.
     """
     if mode not in ("gradient", "proximal"):
         raise ValueError(f"mode: got {mode!r}, expected 'gradient' or 'proximal'")
@@ -74,6 +74,8 @@ def attach(
             "optimizer: got LBFGS, which evaluates the loss inside its step; add penalty() to the loss "
             "in its closure instead"
         )
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError("optimizer: got maximize=True, expected False: a penalty is minimised")
     if mode == "gradient":
         if eta is not None:
             raise ValueError(f'eta: got {eta} with mode="gradient", expected none')
@@ -89,14 +91,16 @@ def attach(
             f"optimizer: got {type(optimizer).__name__}, whose step length is unknown, expected SGD, Adam "
             'or AdamW; pass eta= for mode="proximal" or use mode="gradient"'
         )
-    for group in optimizer.param_groups:
-        if group.get("maximize"):
-            raise ValueError("optimizer: got maximize=True, expected False: a penalty is minimised")
 
     def after(*_: Any) -> None:
         for group in optimizer.param_groups:
             for step in steps(group, optimizer.state):
                 penalty.proximal_(*step)
+
+    for group in optimizer.param_groups:
+        list(
+            steps(group, optimizer.state)
+        )  # what is wrong with it shows here, not at the first step
 
     return Handle(optimizer.register_step_post_hook(after))
 
@@ -107,8 +111,9 @@ def _add_gradient(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    # The hook runs before the closure, which computes the gradients anew and would drop what was added.
-    if any(callable(a) for a in (*args[:1], kwargs.get("closure"))):
+    # args[0] is the optimizer. The hook runs before the closure, which computes the gradients anew
+    # and would drop what was added.
+    if any(callable(a) for a in (*args[1:], kwargs.get("closure"))):
         raise RuntimeError(
             "closure: got one, expected none: with step(closure) add penalty() to the loss instead"
         )
@@ -136,6 +141,8 @@ def _given(eta: float) -> _Steps:
 
 def _sgd(group: dict[str, Any], state: _State) -> Iterator[_Step]:
     momentum = group["momentum"]
+    if momentum >= 1:
+        raise ValueError(f"momentum: got {momentum}, expected less than 1")
     # Without momentum SGD ignores dampening.
     damped = 1 - group["dampening"] if momentum else 1.0
     yield _Step(group["params"], float(group["lr"]) * damped / (1 - momentum))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
+import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -31,18 +33,21 @@ def save(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
         OSError: the file can't be written; the old one is as it was.
     """
     path = Path(path)
-    kept = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    # Into new memory: a view of one element may claim to be contiguous with any stride.
+    kept = {n: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for n, t in tensors.items()}
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with open(temporary, "xb") as file:
+        mode = os.fstat(file.fileno()).st_mode
     try:
         safetensors.torch.save_file(kept, temporary, metadata={"crc32": _checksum(kept)})
+        os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written ({error})") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -64,3 +69,22 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if checksum != _checksum(tensors):
         raise ValueError(f"{path}: got a damaged file, its checksum does not fit its content")
     return tensors
+
+
+def encode(content: Mapping[str, Any]) -> Tensor:
+    """JSON in a tensor of bytes, for what belongs to a state but is no tensor."""
+    return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+
+
+def decode(name: str, encoded: Tensor | None, keys: Collection[str]) -> dict[str, Any]:
+    """What `encode` was given; a ValueError that calls it `name` unless it has exactly these keys."""
+    if encoded is None:
+        raise ValueError(f"state: got no {name!r}, expected what FusedMASPenalty saved")
+    try:
+        content = json.loads(bytes(encoded.tolist()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"state: got a {name!r} that can't be read ({error})") from error
+    if not isinstance(content, dict) or set(content) != set(keys):
+        got = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"state: got a {name!r} with {got}, expected {sorted(keys)}")
+    return content

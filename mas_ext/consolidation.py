@@ -7,7 +7,6 @@ scale * (sum_i W_i (theta_i - A_i)^2 + r) in two buffers (store "merged"), or ta
 
 from __future__ import annotations
 
-import json
 import statistics
 import warnings
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mas_ext import checkpoint
 from mas_ext.kernels import native, ops
 from mas_ext.kernels.reference import compute_dtype, part
 from mas_ext.parameters import Layout, check_supported, layouts
@@ -267,16 +267,6 @@ class Consolidation:
         wide = self.rule.omega_dtype == torch.float64 and dtype != torch.float64
         return torch.float32 if wide else self.rule.omega_dtype
 
-    def _compiled(self, device: torch.device) -> bool:
-        if self.rule.backend == "reference":
-            return False
-        reason = native.why_not(device)
-        if reason is not None and self.rule.backend == "native":
-            raise RuntimeError(f'backend: got "native", but {reason}')
-        if reason is not None:
-            native.announce_fallback(reason)
-        return reason is None
-
     def _pack(
         self, theta: Mapping[str, Tensor], parts: Mapping[str, Part], rows: int
     ) -> list[Group]:
@@ -300,7 +290,7 @@ class Consolidation:
                 torch.zeros(len(names), dtype=torch.float64, device=device),
                 torch.zeros(rows, dtype=torch.float64, device=device),
                 torch.zeros((), dtype=torch.float64, device=device),
-                self._compiled(device),
+                native.serves(device, self.rule.backend),
             )
             for i, name in enumerate(names):
                 self._fill(group, i, theta[name], parts.get(name), rows)
@@ -388,7 +378,7 @@ class Consolidation:
     # -- state dict --------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as named tensors; the settings that belong to it as JSON in bytes."""
+        """The state as named tensors; what is no tensor as JSON in bytes."""
         config = {
             "format": FORMAT,
             "merge": self.rule.merge,
@@ -396,59 +386,72 @@ class Consolidation:
             "lam": self.lam,
             "entries": [list(entry) for entry in self.memory.entries],
             "names": list(self.memory.parts()),
+            "absent": list(self.memory.absent),
         }
-        found = {"config": torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)}
+        found = {"config": checkpoint.encode(config)}
         for name, p in self.memory.parts().items():
-            found[f"omega.{name}"] = p.omega
-            found[f"anchor.{name}"] = p.anchor
-            found[f"remainder.{name}"] = p.remainder
+            found.update({f"{kind}.{name}": t for kind, t in p._asdict().items()})
         return found
 
     def load_tensors(self, found: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` gave, for these parameters; nothing changes on an error."""
-        config = _config(found)
-        for key, own in (("merge", self.rule.merge), ("store", self.rule.store)):
+        keys = ("format", "merge", "store", "lam", "entries", "names", "absent")
+        config = checkpoint.decode("config", found.get("config"), keys)
+        for key, own in (
+            ("format", FORMAT),
+            ("merge", self.rule.merge),
+            ("store", self.rule.store),
+        ):
             if config[key] != own:
-                raise ValueError(f"state: got {key}={config[key]!r}, expected {own!r}")
-        entries = [Entry(*map(float, entry)) for entry in config["entries"]]
+                hint = "; update mas_ext" if key == "format" else ""
+                raise ValueError(f"state: got {key} {config[key]!r}, expected {own!r}{hint}")
+        lam, entries = _numbers(config)
+        expected = {f"{kind}.{name}" for kind in Part._fields for name in config["names"]}
+        for key in sorted(expected ^ (set(found) - {"config"})):
+            got, wanted = ("no", "one") if key in expected else ("a", "none")
+            raise KeyError(f"state: got {got} {key!r}, expected {wanted}")
+        parts = {
+            name: Part(*(found[f"{kind}.{name}"] for kind in Part._fields))
+            for name in config["names"]
+        }
         rows = self._rows(len(entries))
-        parts = {}
-        for name in config["names"]:
-            if name not in theta:
+        for name, p in parts.items():
+            if name not in theta and name not in config["absent"]:
                 raise KeyError(f"state: got {name!r}, which the model has no parameter for")
-            got = [found.get(f"{kind}.{name}") for kind in Part._fields]
-            if any(t is None for t in got):
-                raise KeyError(f"state of {name!r}: expected omega, anchor and remainder")
-            p = Part(*got)  # type: ignore[arg-type]
-            shape = (rows, *theta[name].shape)
-            for kind, t in p._asdict().items():
-                expected = () if kind == "remainder" else shape
-                if tuple(t.shape) != expected:
-                    raise ValueError(
-                        f"state, {kind} of {name!r}: got shape {tuple(t.shape)}, expected {expected}"
-                    )
-                if not torch.isfinite(t).all() or (kind != "anchor" and (t < 0).any()):
-                    raise ValueError(
-                        f"state, {kind} of {name!r}: got NaN, Inf or negative values, expected "
-                        "finite ones"
-                    )
-            parts[name] = p
-        lam = check_lam(config["lam"])
+            shape = (rows, *theta[name].shape) if name in theta else tuple(p.omega.shape)
+            _check_part(name, p, shape)
         known = {name: x for name, x in theta.items() if name in parts}
-        memory = Memory(entries, self._pack(known, parts, rows), {})
+        absent = {name: p for name, p in parts.items() if name not in theta}
+        memory = Memory(entries, self._pack(known, parts, rows), absent)
         self.lam = lam
         self._write_alpha(memory)
         self.memory = memory
 
 
-def _config(found: Mapping[str, Tensor]) -> dict[str, Any]:
-    if "config" not in found:
-        raise KeyError("state: got no 'config', expected the state of a FusedMASPenalty")
+def _numbers(config: Mapping[str, Any]) -> tuple[float, list[Entry]]:
+    """lam and the entries of a loaded state, checked."""
     try:
-        config: dict[str, Any] = json.loads(bytes(found["config"].tolist()))
-        version = config["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"state: got a 'config' that can't be read ({error})") from error
-    if version != FORMAT:
-        raise ValueError(f"state: got format {version}, expected {FORMAT}; update mas_ext")
-    return config
+        lam = check_lam(config["lam"])
+        entries = [Entry(float(total), check_weight(weight)) for total, weight in config["entries"]]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"state: got a 'config' with wrong lam or entries ({error}), expected numbers"
+        ) from error
+    for total, _ in entries:
+        if not 0 <= total < float("inf") or (total == 0 and config["merge"] == "consistent"):
+            raise ValueError(f"state: got a 'config' with total {total}, expected finite and > 0")
+    return lam, entries
+
+
+def _check_part(name: str, p: Part, shape: tuple[int, ...]) -> None:
+    for kind, t in p._asdict().items():
+        expected = () if kind == "remainder" else shape
+        if tuple(t.shape) != expected or not t.is_floating_point():
+            raise ValueError(
+                f"state, {kind} of {name!r}: got {t.dtype} of shape {tuple(t.shape)}, expected "
+                f"floating point of shape {expected}"
+            )
+        if not torch.isfinite(t).all() or (kind != "anchor" and (t < 0).any()):
+            raise ValueError(
+                f"state, {kind} of {name!r}: got NaN, Inf or negative values, expected finite ones"
+            )

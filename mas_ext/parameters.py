@@ -42,20 +42,19 @@ def _walk(module: nn.Module, prefix: str, path: Path) -> Iterator[tuple[str, _Sl
 
 def _slots(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, _Slot]:
     found: dict[int, tuple[str, _Slot]] = {}
+    excluded = set()
     for name, slot in _walk(model, "", ()):
         found.setdefault(id(slot.parameter), (name, slot))
-    return {
-        name: slot
-        for name, slot in found.values()
-        if not any(fnmatchcase(name, pattern) for pattern in exclude)
-    }
+        if any(fnmatchcase(name, pattern) for pattern in exclude):
+            excluded.add(id(slot.parameter))
+    return {name: slot for key, (name, slot) in found.items() if key not in excluded}
 
 
 def named_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
     """The model's parameters by name, each once, without the excluded ones.
 
     Names are those of the bare model: wrappers by torch.compile, DDP, DataParallel, FSDP and activation
-    checkpointing leave no trace. A tied parameter counts once, under its first name.
+    checkpointing leave no trace. A tied parameter counts once, under its first name, and is excluded by any.
 
     Args:
         model: any module.

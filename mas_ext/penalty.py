@@ -6,7 +6,6 @@ The only place with the convention of lambda: penalty = lam * sum W (theta - A)^
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,8 +19,9 @@ from mas_ext.consolidation import Consolidation, Group
 from mas_ext.importance import Forward, ImportanceSum, Method, gather
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels import ops
+from mas_ext.kernels.native import Backend
 from mas_ext.parameters import Binding, check_patterns, layouts, named_parameters
-from mas_ext.rules import AlphaSum, Backend, Merge, Rule, Store, check_lam
+from mas_ext.rules import AlphaSum, Merge, Rule, Store, check_lam
 
 
 class FusedMASPenalty(nn.Module):
@@ -74,7 +74,7 @@ class FusedMASPenalty(nn.Module):
             objective,
             forward,
             exclude,
-            native=False if backend == "reference" else None,
+            backend=backend,
         )
         rule = Rule(merge, store, alpha_sum, gamma, omega_dtype, backend)
         self._state = Consolidation(rule, check_lam(lam))
@@ -147,7 +147,7 @@ class FusedMASPenalty(nn.Module):
         The exact minimiser of penalty + |theta' - theta|^2 / (2 eta). 16 bytes per float32 parameter.
 
         Args:
-            parameters: the ones to move; those that are not consolidated are left alone.
+            parameters: the ones to move; those frozen or not consolidated are left alone.
             eta: step length, finite and >= 0.
             second_moment: by id of the parameter, v of Adam; the step length is then
                 eta / (sqrt(v correction) + eps).
@@ -156,7 +156,7 @@ class FusedMASPenalty(nn.Module):
         """
         wanted = {id(p) for p in parameters}
         for g, theta in self._bound():
-            chosen = [i for i, p in enumerate(theta) if id(p) in wanted]
+            chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in wanted]
             if chosen:
                 picked, *state = _subset(g, theta, chosen)
                 moments = [second_moment[id(p)] for p in picked] if second_moment else []
@@ -298,7 +298,7 @@ class FusedMASPenalty(nn.Module):
             "merge": rule.merge,
             "store": rule.store,
         }
-        encoded = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+        encoded = checkpoint.encode(settings)
         checkpoint.save({**self.state_dict(), "settings": encoded}, path)
 
     @classmethod
@@ -318,12 +318,8 @@ class FusedMASPenalty(nn.Module):
             KeyError: a parameter that the model lacks.
         """
         tensors = checkpoint.load(path)
-        if "settings" not in tensors:
-            raise ValueError(
-                f"{path}: got no settings, expected a file that FusedMASPenalty.save wrote"
-            )
-        settings = json.loads(bytes(tensors.pop("settings").tolist()))
-        settings["omega_dtype"] = getattr(torch, settings["omega_dtype"])
+        settings = checkpoint.decode("settings", tensors.pop("settings", None), _SETTINGS)
+        settings["omega_dtype"] = getattr(torch, str(settings["omega_dtype"]), None)
         saved = settings.pop("objective")
         if saved is None and objective is None:
             raise ValueError("objective: got none, expected the callable that the file can't hold")
@@ -336,10 +332,7 @@ class FusedMASPenalty(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        found = self._state.tensors()
-        found["pending_samples"] = torch.tensor(self._pending.samples)
-        found["pending_objective"] = torch.tensor(self._pending.objective_sum, dtype=torch.float64)
-        found.update({f"pending.{name}": t for name, t in self._pending.sums.items()})
+        found = {**self._state.tensors(), **self._pending.tensors()}
         destination.update({prefix + key: t.detach() for key, t in found.items()})
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -365,18 +358,9 @@ class FusedMASPenalty(nn.Module):
     def _load(self, found: Mapping[str, Tensor]) -> None:
         theta = named_parameters(self.model, self._pending.exclude)
         pending = self._pending.empty()
-        pending.samples = int(found.get("pending_samples", 0))
-        pending.objective_sum = float(found.get("pending_objective", 0.0))
-        for key, t in found.items():
-            name = key.removeprefix("pending.")
-            if name != key:
-                if name not in theta or theta[name].shape != t.shape:
-                    raise KeyError(
-                        f"state, pending importance of {name!r}: got shape {tuple(t.shape)}, expected "
-                        "that of a parameter of the model"
-                    )
-                pending.sums[name] = t.to(theta[name].device).clone()
-        self._state.load_tensors(found, theta)
+        observed = {key: t for key, t in found.items() if key.startswith("pending")}
+        pending.load_tensors(observed, theta)
+        self._state.load_tensors({k: t for k, t in found.items() if k not in observed}, theta)
         self._pending = pending
         self._bindings = None
 
@@ -447,6 +431,18 @@ class FusedMASPenalty(nn.Module):
         return copied
 
 
+_SETTINGS = (
+    "importance",
+    "objective",
+    "alpha_sum",
+    "gamma",
+    "exclude",
+    "omega_dtype",
+    "merge",
+    "store",
+)
+
+
 class _Always:
     """Finds the model: always this one."""
 
@@ -491,6 +487,8 @@ def _subset(group: Group, theta: list[Tensor], chosen: list[int]) -> tuple[Any, 
 def _grad(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
+    elif parameter.grad.is_sparse:
+        parameter.grad = parameter.grad.to_dense()
     return parameter.grad
 
 
@@ -508,7 +506,8 @@ def _refuse_rounding_noise(
     )
     wide = all(omega.dtype == torch.float64 for omega in importance.values())
     level = torch.finfo(torch.float64 if wide else torch.float32).eps ** 0.5
-    if change <= level * objective:
+    # What is not finite is refused by name later.
+    if change <= level * objective < float("inf"):
         raise ValueError(
             f"importance: got a relative sensitivity of {change / max(objective, 1e-300):.3g}, expected "
             f"more than {level:.3g}, the level of rounding; the usual cause is an output of constant "

@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from mas_ext.kernels.native import Backend
+
 Merge = Literal["consistent", "sum", "latest", "decay"]
 Store = Literal["merged", "per_task"]
 AlphaSum = Literal["tasks", "lam"]
-Backend = Literal["auto", "native", "reference"]
 
 _OMEGA_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 

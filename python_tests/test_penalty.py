@@ -439,7 +439,7 @@ def test_a_state_for_another_rule_is_refused() -> None:
     model, penalty, _ = trained()
     state = penalty.state_dict()
     other = FusedMASPenalty(model, merge="sum")
-    with pytest.raises(ValueError, match="merge='consistent', expected 'sum'"):
+    with pytest.raises(ValueError, match="merge 'consistent', expected 'sum'"):
         other.load_state_dict(state)
     for name in ("omega.0.bias", "anchor.0.bias", "config"):
         broken = {key: t for key, t in state.items() if key != name}

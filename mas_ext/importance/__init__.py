@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,10 +15,10 @@ from mas_ext.importance import objectives
 from mas_ext.importance.batch import add_batch
 from mas_ext.importance.exact import add_exact
 from mas_ext.importance.objectives import Objective
-from mas_ext.kernels import native as compiled_kernels
-from mas_ext.kernels import ops
+from mas_ext.kernels import native, ops
+from mas_ext.kernels.native import Backend
 from mas_ext.kernels.reference import compute_dtype
-from mas_ext.parameters import check_supported, named_parameters
+from mas_ext.parameters import check_patterns, check_supported, named_parameters
 
 Method = Literal["exact", "batch"]
 Forward = Callable[[Any, Any], Tensor]
@@ -35,7 +36,7 @@ def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     """eval() with gradients on; modes and random state are put back, whatever happens."""
     modes = {module: module.training for module in model.modules()}
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
         try:
             model.eval()
             yield
@@ -68,14 +69,14 @@ class ImportanceSum:
         forward: Forward | None = None,
         exclude: Sequence[str] = (),
         max_outputs: int = 64,
-        native: bool | None = None,
+        backend: Backend = "auto",
     ) -> None:
-        """See estimate_importance; native: compiled kernels or not, None for whatever the device has."""
+        """See estimate_importance; backend: see kernels.native.serves."""
         if method not in METHODS:
             raise ValueError(f"method: got {method!r}, expected one of {tuple(METHODS)}")
         objectives.check(objective)
         self.method, self.objective, self.forward = method, objective, forward or _default_forward
-        self.exclude, self.max_outputs, self.native = tuple(exclude), max_outputs, native
+        self.exclude, self.max_outputs, self.backend = tuple(exclude), max_outputs, backend
         self.sums: dict[str, Tensor] = {}
         self.samples = 0
         self.objective_sum = 0.0
@@ -83,7 +84,7 @@ class ImportanceSum:
     def empty(self) -> ImportanceSum:
         """A new sum of nothing, with the same settings."""
         return ImportanceSum(
-            self.method, self.objective, self.forward, self.exclude, self.max_outputs, self.native
+            self.method, self.objective, self.forward, self.exclude, self.max_outputs, self.backend
         )
 
     def add(self, model: nn.Module, batch: Any) -> None:
@@ -109,39 +110,74 @@ class ImportanceSum:
             return
         if self.method == "exact":
             _refuse_interacting(model)
-        sums = {
-            name: self.sums[name].clone()
-            if name in self.sums
-            else torch.zeros_like(p, dtype=compute_dtype(p.dtype), requires_grad=False)
-            for name, p in theta.items()
-        }
-        parameters, targets = list(theta.values()), list(sums.values())
-        device = parameters[0].device
-
-        def values(batch: Any, samples: int) -> Tensor:
-            output = self.forward(model, batch)
-            return objectives.values(output, self.objective, samples, self.max_outputs)
-
-        def add(grads: Sequence[Tensor | None]) -> None:
-            kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-            for total, grad in zip(targets, grads, strict=True):
-                if grad is not None:
-                    pair = kinds.setdefault((grad.device, grad.dtype), ([], []))
-                    pair[0].append(total)
-                    pair[1].append(grad)
-            for (where, _), (totals, found) in kinds.items():
-                compiled = (
-                    compiled_kernels.why_not(where) is None if self.native is None else self.native
-                )
-                ops.accumulate_(totals, found, 1.0, compiled)
-
+        device = next(iter(theta.values())).device
         with _evaluating(model, device):
+            sums = {
+                name: self.sums[name].clone()
+                if name in self.sums
+                else torch.zeros_like(p, dtype=compute_dtype(p.dtype), requires_grad=False)
+                for name, p in theta.items()
+            }
             added = METHODS[self.method](
-                values, batch_of.to(batch, device), samples, parameters, add
+                partial(self._values, model),
+                batch_of.to(batch, device),
+                samples,
+                list(theta.values()),
+                partial(self._accumulate, list(sums.values())),
             )
         self.sums = {**self.sums, **sums}
         self.samples += samples
         self.objective_sum += float(added)
+
+    def _values(self, model: nn.Module, batch: Any, samples: int) -> Tensor:
+        output = self.forward(model, batch)
+        return objectives.values(output, self.objective, samples, self.max_outputs)
+
+    def _accumulate(self, sums: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        for total, grad in zip(sums, grads, strict=True):
+            if grad is not None:
+                grad = grad.to_dense() if grad.is_sparse else grad
+                pair = kinds.setdefault((grad.device, grad.dtype), ([], []))
+                pair[0].append(total)
+                pair[1].append(grad)
+        for (device, _), (totals, found) in kinds.items():
+            ops.accumulate_(totals, found, 1.0, native.serves(device, self.backend))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums and counts as named tensors."""
+        found = {f"pending.{name}": t for name, t in self.sums.items()}
+        found["pending_samples"] = torch.tensor(self.samples)
+        found["pending_objective"] = torch.tensor(self.objective_sum, dtype=torch.float64)
+        return found
+
+    def load_tensors(self, found: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` gave, for these parameters."""
+        try:
+            samples, objective = int(found["pending_samples"]), float(found["pending_objective"])
+        except KeyError as error:
+            raise KeyError(f"state: got no {error}, expected one") from error
+        if samples < 0 or not 0 <= objective < float("inf"):
+            raise ValueError(
+                f"state: got pending_samples {samples} and pending_objective {objective}, expected "
+                "finite numbers from 0 up"
+            )
+        sums = {}
+        for key, t in found.items():
+            name = key.removeprefix("pending.")
+            if name != key:
+                if name not in theta or theta[name].shape != t.shape:
+                    raise KeyError(
+                        f"state, pending importance of {name!r}: got shape {tuple(t.shape)}, expected "
+                        "that of a parameter of the model"
+                    )
+                if not torch.isfinite(t).all() or (t < 0).any():
+                    raise ValueError(
+                        f"state, pending importance of {name!r}: got NaN, Inf or negative values, "
+                        "expected finite ones"
+                    )
+                sums[name] = t.to(theta[name].device, compute_dtype(theta[name].dtype), copy=True)
+        self.sums, self.samples, self.objective_sum = sums, samples, objective
 
     def mean(self) -> dict[str, Tensor]:
         """Omega = sum / samples, by name."""
@@ -164,13 +200,15 @@ def gather(
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples: got {max_samples}, expected at least 1")
     start = total.samples
-    for batch in _shown(batches, progress):
-        left = None if max_samples is None else max_samples - (total.samples - start)
-        if left is not None and left < batch_of.size(batch):
-            batch = batch_of.part(batch, 0, left)
-        total.add(model, batch)
-        if left is not None and total.samples - start >= max_samples:  # type: ignore[operator]
-            break
+    # A loader draws its order while it is read.
+    with torch.random.fork_rng(devices=[]):
+        for batch in _shown(batches, progress):
+            left = None if max_samples is None else max_samples - (total.samples - start)
+            if left is not None and left < batch_of.size(batch):
+                batch = batch_of.part(batch, 0, left)
+            total.add(model, batch)
+            if max_samples is not None and total.samples - start >= max_samples:
+                break
     if total.samples == start:
         raise ValueError("batches: got no samples, expected at least one")
 
@@ -221,6 +259,7 @@ def estimate_importance(
         ValueError: no samples, wrong shapes, or samples that can't be told apart.
         TypeError: an output that is no tensor, or a parameter of an unsupported kind.
     """
+    check_patterns(model, exclude)
     total = ImportanceSum(method, objective, forward, exclude, max_outputs)
     gather(total, model, batches, max_samples, progress)
     return total.mean()

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch  # before _C: one OpenMP runtime, torch's, then serves both
 from torch import Tensor
@@ -22,6 +22,8 @@ except ImportError as error:
     WHY_NOT: str | None = f"the compiled extension is missing ({error})"
 else:
     WHY_NOT = None
+
+Backend = Literal["auto", "native", "reference"]
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ANCHOR_RULES = {"mean": 0, "move": 1, "keep": 2}
@@ -50,8 +52,23 @@ def instruction_set() -> str | None:
     return None if WHY_NOT else _C.instruction_set()
 
 
-def announce_fallback(reason: str) -> None:
-    """Warn, once a process, that plain PyTorch does the work."""
+def serves(device: torch.device, backend: Backend) -> bool:
+    """Whether the compiled kernels do the work on a device.
+
+    "auto": where they can, else plain PyTorch, with one warning a process; "native": a RuntimeError where
+    they can't; "reference": never.
+    """
+    if backend == "reference":
+        return False
+    reason = why_not(device)
+    if reason is not None and backend == "native":
+        raise RuntimeError(f'backend: got "native", but {reason}')
+    if reason is not None:
+        _announce_fallback(reason)
+    return reason is None
+
+
+def _announce_fallback(reason: str) -> None:
     global _announced
     if not _announced:
         _announced = True
@@ -59,7 +76,7 @@ def announce_fallback(reason: str) -> None:
             f"mas_ext uses plain PyTorch, slower and with more memory: {reason}; `mas-ext info` "
             "tells more",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=2,
         )
 
 

@@ -1,0 +1,244 @@
+"""Measures the penalty against other ways to compute it.
+
+All forms take turns within every repeat, together with plain copies of memory, so that whatever else
+the machine does hits all of them alike. Before that each form's result is checked against float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from mas_ext.benchmark_forms import MODELS, Case, Form, build, other_forms, own_forms
+
+# Fast forms are called this long per repeat, so that the clock and a cold cache don't count.
+SAMPLE_SECONDS = 0.02
+# Largest difference from the exact result, relative to its largest entry.
+TOLERANCE = {
+    torch.float64: 1e-5,  # its omega is float32
+    torch.float32: 1e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 4e-2,
+}
+
+
+def run(
+    model: str = "mlp",
+    device: str = "cpu",
+    dtype: str = "float32",
+    tasks: Sequence[int] = (1, 10, 100),
+    repeats: int = 31,
+) -> dict[str, Any]:
+    """Measure every form on the shapes of one model.
+
+    Args:
+        model: "mlp" (784-400-400-10), "resnet18", "vit_b" (ViT-B/16) or "gpt2" (small).
+        device: "cpu" or a CUDA device.
+        dtype: of the parameters: "float32", "float64", "bfloat16" or "float16".
+        tasks: numbers of merged tasks; 1 is always among them.
+        repeats: rounds in which all forms take their turn.
+
+    Returns:
+        Numbers and words that JSON can hold. `bandwidth`: bytes per second, by kind of copy. `forms`:
+        dicts with `name`, `tasks`, `seconds` and `ratio` (to add_grad_ after one task, paired within each
+        repeat; both with median, low, high), bytes per parameter `held` by the state and `moved` at the
+        least, `fraction` = moved * parameters / seconds / best bandwidth, and on a GPU `launches`.
+        `compile_seconds` by form, and `skipped`: why a form is missing.
+
+    Raises:
+        ValueError: an argument that is not one of the choices.
+        AssertionError: a form whose result is wrong.
+    """
+    if model not in MODELS:
+        raise ValueError(f"model: got {model!r}, expected one of {', '.join(MODELS)}")
+    if getattr(torch, dtype, None) not in TOLERANCE:
+        raise ValueError(f"dtype: got {dtype!r}, expected float32, float64, bfloat16 or float16")
+    if repeats < 1 or min(tasks, default=1) < 1:
+        raise ValueError(f"tasks, repeats: got {tasks}, {repeats}, expected numbers from 1 up")
+    case = build(model, device, getattr(torch, dtype), sorted({1, *tasks}))
+    skipped = {
+        f"eager autograd, {t} tasks": "needs more than half of the memory"
+        for t in case.merged
+        if t > len(case.history)
+    }
+    forms, compile_seconds = _usable(case, skipped)
+    case.exact.clear()
+    touched = (forms[0].moved - case.element_size) * case.parameters
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        copies = _copies(touched, device, pool)
+        calls = [*copies.values(), *(form.call for form in forms)]
+        samples = _in_turns(calls, repeats, device, case.reset)
+    copied = dict(zip(copies, samples, strict=False))
+    bandwidth = {name: touched / statistics.median(s) for name, s in copied.items()}
+    rows = []
+    for form, seconds in zip(forms, samples[len(copies) :], strict=True):
+        time = _median(seconds)
+        fraction = form.moved * case.parameters / time["median"] / max(bandwidth.values())
+        row = {
+            "name": form.name,
+            "tasks": form.tasks,
+            "seconds": time,
+            "ratio": _median([s / b for s, b in zip(seconds, samples[len(copies)], strict=True)]),
+            "held": form.held,
+            "moved": form.moved or None,
+            "fraction": fraction or None,
+        }
+        rows.append(row if device == "cpu" else {**row, "launches": _launches(form.call)})
+    return {
+        "model": model,
+        "tensors": len(case.theta),
+        "parameters": case.parameters,
+        "device": device,
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "bandwidth": bandwidth,
+        "forms": rows,
+        "compile_seconds": compile_seconds,
+        "skipped": skipped,
+    }
+
+
+def _usable(case: Case, skipped: dict[str, str]) -> tuple[list[Form], dict[str, float]]:
+    """The forms, all checked, and the seconds to compile; torch.compile needs a compiler and may fail."""
+    forms, compile_seconds = [], {}
+    torch.compiler.reset()
+    for form in [*own_forms(case), *other_forms(case)]:
+        begin = perf_counter()
+        try:
+            _check(case, form)
+        except RuntimeError as error:
+            if not form.compiled:
+                raise
+            skipped[form.name] = str(error).strip().splitlines()[0]
+        else:
+            forms.append(form)
+            if form.compiled:
+                compile_seconds[form.name] = perf_counter() - begin
+    return forms, compile_seconds
+
+
+def _check(case: Case, form: Form) -> None:
+    """Raise an AssertionError unless the form's result is the exact one."""
+    case.reset()
+    result = form.call()
+    if form.kind == "gradient":
+        got = case.grads
+    elif form.kind == "step":
+        got = [p.detach() - s for p, s in zip(case.theta, case.start, strict=True)]
+    else:
+        got = [torch.as_tensor(result)]
+    expected = case.exact[form.kind, form.tasks]
+    largest = max(float(e.abs().max()) for e in expected)
+    errors = [float((g.to(e) - e).abs().max()) for g, e in zip(got, expected, strict=True)]
+    tolerance = TOLERANCE[case.start[0].dtype]
+    # max() could drop a NaN.
+    if not all(error <= tolerance * largest for error in errors):
+        raise AssertionError(
+            f"{form.name}, {form.tasks} tasks: got a {form.kind} that is {max(errors) / largest:.2g} "
+            f"off, expected at most {tolerance:.2g}"
+        )
+
+
+def _copies(size: int, device: str, pool: ThreadPoolExecutor) -> dict[str, Callable[[], object]]:
+    """Copies that read and write `size` bytes in all; libc's writes large blocks past the caches."""
+    # Written to, because untouched pages are all one page, which stays in the cache.
+    source, target = (torch.ones(size // 8, device=device) for _ in range(2))
+    copies: dict[str, Callable[[], object]] = {"Tensor.copy_": partial(target.copy_, source)}
+    if device == "cpu":
+        part = -(-source.nbytes // torch.get_num_threads() // 4096) * 4096
+
+        def move(begin: int) -> None:
+            end = min(begin + part, source.nbytes)
+            ctypes.memmove(target.data_ptr() + begin, source.data_ptr() + begin, end - begin)
+
+        copies["memmove"] = lambda: [*pool.map(move, range(0, source.nbytes, part))]
+    return copies
+
+
+def _in_turns(
+    calls: Sequence[Callable[[], object]], repeats: int, device: str, reset: Callable[[], None]
+) -> list[list[float]]:
+    """Seconds of every call in every repeat."""
+    numbers = []
+    for call in calls:
+        once = min(_seconds(call, 1, device) for _ in range(3))
+        numbers.append(max(1, round(SAMPLE_SECONDS / once)))
+    samples: list[list[float]] = [[] for _ in calls]
+    turns, order = list(zip(calls, numbers, samples, strict=True)), random.Random(0)
+    for _ in range(repeats):
+        # What ran before leaves its traces in caches and threads.
+        order.shuffle(turns)
+        for call, number, seconds in turns:
+            reset()
+            seconds.append(_seconds(call, number, device))
+    return samples
+
+
+def _seconds(call: Callable[[], object], number: int, device: str) -> float:
+    """Seconds per call."""
+    if device == "cpu":
+        begin = perf_counter()
+        for _ in range(number):
+            call()
+        return (perf_counter() - begin) / number
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    for _ in range(number):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / number
+
+
+def _median(samples: Sequence[float]) -> dict[str, float]:
+    """The median with its 95 % interval by order statistics, whatever the distribution."""
+    ordered, n = sorted(samples), len(samples)
+    rank = max(1, math.floor((n - 1.96 * math.sqrt(n)) / 2))
+    middle = statistics.median(ordered)
+    return {"median": middle, "low": ordered[rank - 1], "high": ordered[n - rank]}
+
+
+def _launches(call: Callable[[], object]) -> int:
+    """Kernels and copies that one call starts on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type.name == "CUDA" for event in profile.events())
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """What `run` returns, as lines of text."""
+    copies = ", ".join(f"{name} {b / 1e9:.1f}" for name, b in result["bandwidth"].items())
+    lines = [
+        f"{result['model']}: {result['parameters']:,} parameters in {result['tensors']} tensors, "
+        f"{result['dtype']}, {result['device']}, {result['threads']} threads, "
+        f"{result['repeats']} repeats; medians with 95 % intervals",
+        f"copies of the same size, GB/s read and written: {copies}",
+        "",
+        f"{'form':<30}{'tasks':>6}{'milliseconds':>26}{'x add_grad_':>22}{'of bandwidth':>14}"
+        f"{'state B/param':>15}",
+    ]
+    for row in result["forms"]:
+        time = {key: 1e3 * seconds for key, seconds in row["seconds"].items()}
+        launches = f"  {row['launches']} launches" if "launches" in row else ""
+        lines.append(
+            f"{row['name']:<30}{row['tasks']:>6}"
+            f"{'{median:.3f} ({low:.3f}-{high:.3f})'.format(**time):>26}"
+            f"{'{median:.2f} ({low:.2f}-{high:.2f})'.format(**row['ratio']):>22}"
+            f"{format(row['fraction'], '.2f') if row['fraction'] else '':>14}"
+            f"{row['held']:>15.1f}{launches}"
+        )
+    lines += [f"{name}: left out, {reason}" for name, reason in result["skipped"].items()]
+    lines += [f"{name}: compiled in {s:.1f} s" for name, s in result["compile_seconds"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,690 @@
+"""The penalty inside an optimizer against optimizers and proximal steps written out in NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import naive
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
+
+from mas_ext import FusedMASPenalty
+
+LAM = 0.7
+Array = naive.Array
+
+
+class Product(nn.Module):
+    """y_i = theta_i x_i, whose Omega_i is mean 2 x_i^2 |theta_i|; theta in three parameters."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(3, dtype=dtype))
+        self.b = nn.Parameter(torch.randn(2, 2, dtype=dtype))
+        self.c = nn.Parameter(torch.randn((), dtype=dtype))
+
+    def theta(self) -> Tensor:
+        return torch.cat([p.reshape(-1) for p in self.parameters()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.theta()
+
+
+def array(t: Tensor) -> Array:
+    return t.detach().double().numpy().copy()
+
+
+class Held(NamedTuple):
+    """A model after two tasks; what is remembered of them, by the formula; and the loss of a third.
+
+    loss = sum h (theta - target)^2 / 2.
+    """
+
+    model: Product
+    penalty: FusedMASPenalty
+    omega: Array
+    anchor: Array
+    target: Tensor
+    h: Tensor
+
+    def loss(self) -> Tensor:
+        return 0.5 * (self.h * (self.model.theta() - self.target).square()).sum()
+
+    def slope(self, theta: Array) -> Array:
+        return array(self.h) * (theta - array(self.target))
+
+    @property
+    def alpha(self) -> Array:
+        return np.full(2, self.penalty.lam)
+
+    def naive_penalty(self) -> Tensor:
+        distance = self.model.theta() - torch.from_numpy(self.anchor)
+        return self.penalty.lam * (torch.from_numpy(self.omega) * distance.square()).sum()
+
+
+def held(lam: float = LAM, dtype: torch.dtype = torch.float64, seed: int = 3) -> Held:
+    torch.manual_seed(seed)
+    model = Product(dtype)
+    penalty = FusedMASPenalty(model, lam=lam, merge="sum", omega_dtype=torch.float64)
+    omega, anchor = [], []
+    for _ in range(2):
+        x = torch.randn(5, 8, dtype=dtype)
+        theta = array(model.theta())
+        omega.append((2 * array(x) ** 2 * np.abs(theta)).mean(0))
+        anchor.append(theta)
+        penalty.consolidate([x[:3], x[3:]])
+        with torch.no_grad():
+            for p in model.parameters():
+                p += torch.randn_like(p)
+    target, h = torch.randn(8, dtype=dtype) * 2, torch.rand(8, dtype=dtype) + 0.5
+    return Held(model, penalty, np.stack(omega), np.stack(anchor), target, h)
+
+
+def train(
+    case: Held, optimizers: Sequence[Optimizer], loss: Callable[[], Tensor], steps: int
+) -> Array:
+    """The parameters after every step, shape (steps, 8)."""
+    path = []
+    for _ in range(steps):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        path.append(array(case.model.theta()))
+    return np.stack(path)
+
+
+# -- as a gradient ---------------------------------------------------------------------------------
+
+GRADIENT: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": lambda p: SGD(p, lr=0.05),
+    "sgd_momentum": lambda p: SGD(p, lr=0.02, momentum=0.9),
+    "sgd_nesterov": lambda p: SGD(p, lr=0.02, momentum=0.8, nesterov=True),
+    "sgd_dampening": lambda p: SGD(p, lr=0.05, momentum=0.8, dampening=0.5),
+    "sgd_decay": lambda p: SGD(p, lr=0.05, weight_decay=0.1),
+    "sgd_foreach": lambda p: SGD(p, lr=0.02, momentum=0.9, foreach=True),
+    "sgd_fused": lambda p: SGD(p, lr=0.02, momentum=0.9, fused=True),
+    "adam": lambda p: Adam(p, lr=0.1),
+    "adam_decay": lambda p: Adam(p, lr=0.1, weight_decay=0.1),
+    "adam_amsgrad": lambda p: Adam(p, lr=0.1, amsgrad=True),
+    "adam_foreach": lambda p: Adam(p, lr=0.1, foreach=True),
+    "adam_fused": lambda p: Adam(p, lr=0.1, fused=True),
+    "adamw": lambda p: AdamW(p, lr=0.1, weight_decay=0.1),
+    "adamw_foreach": lambda p: AdamW(p, lr=0.1, foreach=True),
+    "adamw_fused": lambda p: AdamW(p, lr=0.1, fused=True),
+    "rmsprop": lambda p: RMSprop(p, lr=0.05, momentum=0.5),
+    "rmsprop_foreach": lambda p: RMSprop(p, lr=0.05, foreach=True),
+    "adagrad": lambda p: Adagrad(p, lr=0.2),
+    "adagrad_foreach": lambda p: Adagrad(p, lr=0.2, foreach=True),
+    "adagrad_fused": lambda p: Adagrad(p, lr=0.2, fused=True),
+    "nadam": lambda p: NAdam(p, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("make", GRADIENT.values(), ids=GRADIENT)
+def test_as_a_gradient_it_is_the_penalty_in_the_loss(make: Callable[[Any], Optimizer]) -> None:
+    paths = []
+    for form in ("attached", "in the loss", "by the formula"):
+        case = held()
+        optimizer = make(case.model.parameters())
+        if form == "attached":
+            case.penalty.attach(optimizer)
+        added = {"in the loss": case.penalty, "by the formula": case.naive_penalty}.get(form)
+        loss = case.loss if added is None else lambda c=case, a=added: c.loss() + a()
+        paths.append(train(case, [optimizer], loss, 12))
+    for other in paths[1:]:
+        np.testing.assert_allclose(paths[0], other, rtol=1e-10, atol=1e-12)
+    free = held()
+    unpulled = train(free, [make(free.model.parameters())], free.loss, 12)
+    assert np.abs(paths[0] - unpulled).max() > 1e-2
+
+
+def test_as_a_gradient_in_float32() -> None:
+    paths = []
+    for attached in (True, False):
+        case = held(dtype=torch.float32)
+        optimizer = SGD(case.model.parameters(), lr=0.02, momentum=0.9)
+        if attached:
+            case.penalty.attach(optimizer)
+        loss = case.loss if attached else lambda c=case: c.loss() + c.naive_penalty()
+        paths.append(train(case, [optimizer], loss, 12))
+    np.testing.assert_allclose(*paths, rtol=1e-4, atol=1e-5)
+
+
+def split(case: Held, kind: str) -> list[Optimizer]:
+    a, b, c = case.model.parameters()
+    if kind == "groups":
+        groups = [{"params": [a], "lr": 0.05}, {"params": [b, c], "momentum": 0.5}]
+        return [SGD(groups, lr=0.02)]
+    return [SGD([a], lr=0.05), SGD([b, c], lr=0.02, momentum=0.5)]
+
+
+@pytest.mark.parametrize("kind", ["groups", "optimizers"])
+def test_groups_and_several_optimizers_pull_every_parameter_once(kind: str) -> None:
+    case, other = held(), held()
+    attached, free = split(case, kind), split(other, kind)
+    for optimizer in attached:
+        case.penalty.attach(optimizer)
+    path = train(case, attached, case.loss, 8)
+    expected = train(other, free, lambda: other.loss() + other.naive_penalty(), 8)
+    np.testing.assert_allclose(path, expected, rtol=1e-11)
+
+
+def test_an_optimizer_gives_gradients_to_its_own_parameters_only() -> None:
+    case = held()
+    optimizer = SGD([case.model.a], lr=0.1)
+    case.penalty.attach(optimizer)
+    optimizer.step()
+    expected = naive.gradient(array(case.model.theta()), case.omega, case.anchor, case.alpha)
+    assert case.model.a.grad is not None
+    assert case.model.b.grad is None
+    assert case.model.c.grad is None
+    before = held().model
+    np.testing.assert_allclose(
+        array(case.model.a), array(before.a) - 0.1 * array(case.model.a.grad), rtol=1e-13
+    )
+    at_start = naive.gradient(array(before.theta()), case.omega, case.anchor, case.alpha)
+    np.testing.assert_allclose(array(case.model.a.grad), at_start[:3], rtol=1e-12)
+    assert not np.allclose(expected, at_start)
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_a_removed_handle_pulls_no_more(mode: Any) -> None:
+    case, other = held(), held()
+    optimizer = SGD(case.model.parameters(), lr=0.1)
+    handle = case.penalty.attach(optimizer, mode)
+    handle.remove()
+    handle.remove()
+    path = train(case, [optimizer], case.loss, 3)
+    free = train(other, [SGD(other.model.parameters(), lr=0.1)], other.loss, 3)
+    assert np.array_equal(path, free)
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_before_the_first_task_it_pulls_nothing_and_a_later_task_counts(mode: Any) -> None:
+    case, free = held(), held()
+    penalty = FusedMASPenalty(case.model, lam=LAM, merge="sum", omega_dtype=torch.float64)
+    optimizer = SGD(case.model.parameters(), lr=0.1)
+    penalty.attach(optimizer, mode)
+    path = train(case, [optimizer], case.loss, 2)
+    expected = train(free, [SGD(free.model.parameters(), lr=0.1)], free.loss, 2)
+    assert np.array_equal(path, expected)
+
+    anchor, x = array(case.model.theta()), torch.ones(1, 8, dtype=torch.float64)
+    penalty.consolidate([x])
+    omega = 2 * np.abs(anchor)[None]
+    (theta,) = train(case, [optimizer], case.loss, 1)
+    if mode == "gradient":
+        # At its anchor the penalty has no gradient.
+        np.testing.assert_allclose(theta, anchor - 0.1 * case.slope(anchor), rtol=1e-13)
+    else:
+        moved = anchor - 0.1 * case.slope(anchor)
+        one, eta = np.full(1, LAM), np.full(8, 0.1)
+        expected = naive.proximal(moved, omega, anchor[None], one, eta)
+        np.testing.assert_allclose(theta, expected, rtol=1e-12)
+
+
+def test_clipping_before_the_step_does_not_clip_the_penalty() -> None:
+    case = held()
+    optimizer = SGD(case.model.parameters(), lr=1.0)
+    case.penalty.attach(optimizer)
+    theta = array(case.model.theta())
+    case.loss().backward()
+    torch.nn.utils.clip_grad_norm_(case.model.parameters(), 0.25)
+    optimizer.step()
+    slope = case.slope(theta)
+    clipped = slope * 0.25 / (np.linalg.norm(slope) + 1e-6)
+    pull = naive.gradient(theta, case.omega, case.anchor, case.alpha)
+    np.testing.assert_allclose(array(case.model.theta()), theta - clipped - pull, rtol=1e-11)
+    assert np.linalg.norm(pull) > 1 > np.linalg.norm(clipped)
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_accumulated_gradients_equal_the_large_batch_with_one_penalty(mode: Any) -> None:
+    x = torch.randn(12, 8, dtype=torch.float64)
+    ends = []
+    for parts in (1, 4):
+        case = held()
+        optimizer = SGD(case.model.parameters(), lr=0.05, momentum=0.5)
+        case.penalty.attach(optimizer, mode)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for piece in x.chunk(parts):
+                ((case.model(piece) - 1).square().mean() / parts).backward()
+            optimizer.step()
+        ends.append(array(case.model.theta()))
+    large, theta, momentum = held(), array(held().model.theta()), np.zeros(8)
+    for _ in range(3):
+        slope = (2 * array(x) * (array(x) * theta - 1)).mean(0) / 8
+        pull = naive.gradient(theta, large.omega, large.anchor, large.alpha)
+        momentum = 0.5 * momentum + slope + (pull if mode == "gradient" else 0)
+        theta = theta - 0.05 * momentum
+        if mode == "proximal":
+            eta = np.full(8, 0.05 / 0.5)
+            theta = naive.proximal(theta, large.omega, large.anchor, large.alpha, eta)
+    np.testing.assert_allclose(ends[0], theta, rtol=1e-11)
+    np.testing.assert_allclose(ends[1], theta, rtol=1e-11)
+
+
+# -- as a proximal step ----------------------------------------------------------------------------
+
+
+class Settings(NamedTuple):
+    """A torch optimizer and the settings of its naive twin."""
+
+    optimizer: type[Optimizer]
+    options: dict[str, Any]
+
+
+PROXIMAL = {
+    "sgd": Settings(SGD, {"lr": 0.1}),
+    "sgd_decay": Settings(SGD, {"lr": 0.1, "weight_decay": 0.2}),
+    "sgd_momentum": Settings(SGD, {"lr": 0.05, "momentum": 0.9}),
+    "sgd_nesterov": Settings(SGD, {"lr": 0.05, "momentum": 0.8, "nesterov": True}),
+    "sgd_dampening": Settings(SGD, {"lr": 0.1, "momentum": 0.8, "dampening": 0.5}),
+    "sgd_dampening_only": Settings(SGD, {"lr": 0.1, "dampening": 0.5}),
+    "sgd_tensor_lr": Settings(SGD, {"lr": torch.tensor(0.1, dtype=torch.float64)}),
+    "sgd_foreach": Settings(SGD, {"lr": 0.05, "momentum": 0.9, "foreach": True}),
+    "sgd_fused": Settings(SGD, {"lr": 0.05, "momentum": 0.9, "fused": True}),
+    "adam": Settings(Adam, {"lr": 0.1}),
+    "adam_betas_eps": Settings(Adam, {"lr": 0.1, "betas": (0.5, 0.8), "eps": 0.1}),
+    "adam_decay": Settings(Adam, {"lr": 0.1, "weight_decay": 0.2}),
+    "adam_amsgrad": Settings(Adam, {"lr": 0.1, "betas": (0.5, 0.5), "amsgrad": True}),
+    "adam_foreach": Settings(Adam, {"lr": 0.1, "foreach": True}),
+    "adam_fused": Settings(Adam, {"lr": 0.1, "fused": True}),
+    "adamw": Settings(AdamW, {"lr": 0.1, "weight_decay": 0.3}),
+    "adamw_amsgrad": Settings(AdamW, {"lr": 0.1, "betas": (0.5, 0.5), "amsgrad": True}),
+    "adamw_fused": Settings(AdamW, {"lr": 0.1, "fused": True}),
+}
+
+
+class NaiveSGD:
+    """torch.optim.SGD by its documentation."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.o = {
+            "momentum": 0.0,
+            "dampening": 0.0,
+            "nesterov": False,
+            "weight_decay": 0.0,
+        } | options
+        self.momentum: Array | None = None
+
+    def step(self, theta: Array, slope: Array, lr: Any) -> tuple[Array, Array]:
+        """The new theta, and what multiplied the gradient in the long run."""
+        o, mu = self.o, self.o["momentum"]
+        g = slope + o["weight_decay"] * theta
+        if mu == 0:
+            return theta - lr * g, lr * np.ones_like(theta)
+        first = self.momentum is None
+        self.momentum = g if first else mu * self.momentum + (1 - o["dampening"]) * g
+        g = g + mu * self.momentum if o["nesterov"] else self.momentum
+        return theta - lr * g, lr * (1 - o["dampening"]) / (1 - mu) * np.ones_like(theta)
+
+
+class NaiveAdam:
+    """torch.optim.Adam and AdamW by their documentation."""
+
+    def __init__(self, options: dict[str, Any], decoupled: bool) -> None:
+        defaults = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}
+        self.o = defaults | {"weight_decay": 0.01 if decoupled else 0.0} | options
+        self.decoupled, self.t = decoupled, 0
+        self.m: Any = 0.0
+        self.v: Any = 0.0
+        self.largest: Any = 0.0
+
+    def step(self, theta: Array, slope: Array, lr: Any) -> tuple[Array, Array]:
+        """The new theta, and what multiplied the gradient."""
+        o, (beta1, beta2), decay = self.o, self.o["betas"], self.o["weight_decay"]
+        self.t += 1
+        g = slope if self.decoupled else slope + decay * theta
+        theta = theta * (1 - lr * decay) if self.decoupled else theta
+        self.m = beta1 * self.m + (1 - beta1) * g
+        self.v = beta2 * self.v + (1 - beta2) * g**2
+        self.largest = np.maximum(self.largest, self.v)
+        v = self.largest if o["amsgrad"] else self.v
+        eta = lr / (np.sqrt(v / (1 - beta2**self.t)) + o["eps"])
+        return theta - eta * self.m / (1 - beta1**self.t), eta
+
+
+def twin(s: Settings) -> Any:
+    options = {key: float(v) if isinstance(v, Tensor) else v for key, v in s.options.items()}
+    return NaiveSGD(options) if s.optimizer is SGD else NaiveAdam(options, s.optimizer is AdamW)
+
+
+def naive_path(case: Held, s: Settings, lr: Callable[[int], Any], steps: int) -> Array:
+    theta, optimizer, path = array(case.model.theta()), twin(s), []
+    for k in range(steps):
+        theta, eta = optimizer.step(theta, case.slope(theta), lr(k))
+        theta = naive.proximal(theta, case.omega, case.anchor, case.alpha, eta)
+        path.append(theta)
+    return np.stack(path)
+
+
+@pytest.mark.parametrize("s", PROXIMAL.values(), ids=PROXIMAL)
+def test_each_proximal_step_is_the_formula(s: Settings) -> None:
+    case = held()
+    expected = naive_path(case, s, lambda _: float(s.options["lr"]), 8)
+    optimizer = s.optimizer(case.model.parameters(), **s.options)
+    case.penalty.attach(optimizer, "proximal")
+    path = train(case, [optimizer], case.loss, 8)
+    np.testing.assert_allclose(path, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sgd_momentum", "adam", "adamw_amsgrad"])
+def test_proximal_steps_follow_each_groups_lr_and_its_schedule(name: str) -> None:
+    s, case = PROXIMAL[name], held()
+    per_element = np.array([0.1] * 3 + [0.02] * 5)
+    expected = naive_path(case, s, lambda k: per_element * 0.5**k, 6)
+    a, b, c = case.model.parameters()
+    groups = [{"params": [a], "lr": 0.1}, {"params": [b, c], "lr": 0.02}]
+    optimizer = s.optimizer(groups, **s.options)
+    case.penalty.attach(optimizer, "proximal")
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    path = []
+    for _ in range(6):
+        path += list(train(case, [optimizer], case.loss, 1))
+        schedule.step()
+    np.testing.assert_allclose(path, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, RMSprop, Adagrad])
+def test_a_given_eta_is_the_step_length(optimizer: Any) -> None:
+    case, free = held(), held()
+    (moved,) = train(free, [optimizer(free.model.parameters(), lr=0.1)], free.loss, 1)
+    attached = optimizer(case.model.parameters(), lr=0.1)
+    case.penalty.attach(attached, "proximal", eta=0.3)
+    (theta,) = train(case, [attached], case.loss, 1)
+    expected = naive.proximal(moved, case.omega, case.anchor, case.alpha, np.full(8, 0.3))
+    np.testing.assert_allclose(theta, expected, rtol=1e-12)
+
+
+def minimiser(case: Held) -> Array:
+    """argmin sum h (theta - target)^2 / 2 + penalty, divided by lam on both sides."""
+    h = array(case.h) / case.penalty.lam
+    weight = 2 * case.omega
+    return (h * array(case.target) + (weight * case.anchor).sum(0)) / (h + weight.sum(0))
+
+
+@pytest.mark.parametrize("lam", [1e6, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_proximal_steps_are_stable_where_the_gradient_is_not(
+    lam: float, dtype: torch.dtype
+) -> None:
+    ends = {}
+    for mode in ("gradient", "proximal"):
+        case = held(lam, dtype)
+        optimizer = SGD(case.model.parameters(), lr=0.1, momentum=0.9)
+        case.penalty.attach(optimizer, mode)
+        ends[mode] = train(case, [optimizer], case.loss, 400)[-1]
+    assert not np.isfinite(ends["gradient"]).any()
+    rounding = 4 * torch.finfo(dtype).eps
+    np.testing.assert_allclose(ends["proximal"], minimiser(case), rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("lr", [0.2, 0.05])
+@pytest.mark.parametrize("name", ["sgd", "sgd_momentum", "sgd_nesterov", "sgd_dampening", "adam"])
+def test_the_fixed_point_is_the_minimiser_of_loss_and_penalty_for_any_lr(
+    name: str, lr: float
+) -> None:
+    case, s = held(), PROXIMAL[name]
+    optimizer = s.optimizer(case.model.parameters(), **{**s.options, "lr": lr})
+    case.penalty.attach(optimizer, "proximal")
+    path = train(case, [optimizer], case.loss, 600)
+    np.testing.assert_allclose(path[-1], minimiser(case), rtol=1e-12)
+
+
+# -- with a GradScaler -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_scaled_gradients_change_nothing_and_a_skipped_step_applies_nothing(mode: Any) -> None:
+    case, scaler = held(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = SGD(case.model.parameters(), lr=0.1)
+    case.penalty.attach(optimizer, mode)
+    theta = array(case.model.theta())
+    scaler.scale(case.loss()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    if mode == "gradient":
+        pull = naive.gradient(theta, case.omega, case.anchor, case.alpha)
+        theta = theta - 0.1 * (case.slope(theta) + pull)
+    else:
+        moved, eta = theta - 0.1 * case.slope(theta), np.full(8, 0.1)
+        theta = naive.proximal(moved, case.omega, case.anchor, case.alpha, eta)
+    stepped = array(case.model.theta())
+    np.testing.assert_allclose(stepped, theta, rtol=1e-12)
+
+    optimizer.zero_grad()
+    scaler.scale(case.loss() * float("inf")).backward()
+    scaler.step(optimizer)
+    assert np.array_equal(array(case.model.theta()), stepped)
+
+
+def test_a_fused_optimizer_under_a_grad_scaler_is_refused_before_anything_moves() -> None:
+    case, scaler = held(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = SGD(case.model.parameters(), lr=0.1, fused=True)
+    case.penalty.attach(optimizer)
+    theta = array(case.model.theta())
+    scaler.scale(case.loss()).backward()
+    with pytest.raises(RuntimeError, match=r"fused=True under a GradScaler.* add penalty\(\) to"):
+        scaler.step(optimizer)
+    assert np.array_equal(array(case.model.theta()), theta)
+
+
+# -- which parameters ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_a_parameter_without_gradient_is_pulled_as_by_the_penalty_in_the_loss(mode: Any) -> None:
+    case = held()
+    theta = array(case.model.theta())
+    optimizer = SGD(case.model.parameters(), lr=0.1)
+    case.penalty.attach(optimizer, mode)
+    case.model.a.sum().backward()
+    optimizer.step()
+    slope = np.array([1.0] * 3 + [0.0] * 5)
+    if mode == "gradient":
+        slope += naive.gradient(theta, case.omega, case.anchor, case.alpha)
+        expected = theta - 0.1 * slope
+    else:
+        eta = np.full(8, 0.1)
+        expected = naive.proximal(theta - 0.1 * slope, case.omega, case.anchor, case.alpha, eta)
+    np.testing.assert_allclose(array(case.model.theta()), expected, rtol=1e-12)
+
+
+def test_a_parameter_that_adam_has_not_stepped_stays() -> None:
+    case = held()
+    b = array(case.model.b)
+    optimizer = Adam(case.model.parameters(), lr=0.1)
+    case.penalty.attach(optimizer, "proximal")
+    (case.model.a.sum() + case.model.c).backward()
+    optimizer.step()
+    assert np.array_equal(array(case.model.b), b)
+    assert case.model.b.grad is None
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+@pytest.mark.parametrize("optimizer", [SGD, Adam])
+@pytest.mark.parametrize("frozen", ["from the start", "later"])
+def test_frozen_parameters_never_move_or_get_a_gradient(
+    mode: Any, optimizer: Any, frozen: str
+) -> None:
+    case = held()
+    attached = optimizer(case.model.parameters(), lr=0.1)
+    case.penalty.attach(attached, mode)
+    if frozen == "later":
+        train(case, [attached], case.loss, 2)
+        attached.zero_grad()
+    case.model.b.requires_grad_(False)
+    before = array(case.model.theta())
+    train(case, [attached], case.loss, 3)
+    after = array(case.model.theta())
+    assert case.model.b.grad is None
+    assert np.array_equal(after[3:7], before[3:7])
+    assert (after[[0, 1, 2, 7]] != before[[0, 1, 2, 7]]).all()
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_parameters_that_are_not_consolidated_are_left_to_the_optimizer(mode: Any) -> None:
+    case, free = held(), held()
+    penalty = FusedMASPenalty(case.model, lam=LAM, exclude=("b",))
+    penalty.consolidate([torch.randn(3, 8, dtype=torch.float64)])
+    optimizer = SGD(case.model.parameters(), lr=0.1)
+    penalty.attach(optimizer, mode)
+    path = train(case, [optimizer], case.loss, 3)
+    unpulled = train(free, [SGD(free.model.parameters(), lr=0.1)], free.loss, 3)
+    assert np.array_equal(path[:, 3:7], unpulled[:, 3:7])
+    assert (path[-1, :3] != unpulled[-1, :3]).all()
+
+
+def test_a_sparse_gradient_becomes_dense_as_with_the_penalty_in_the_loss() -> None:
+    model = nn.Embedding(4, 2, sparse=True).double()
+    penalty = FusedMASPenalty(model, lam=LAM, merge="sum", omega_dtype=torch.float64)
+    anchor, x = array(model.weight), torch.arange(4)
+    penalty.consolidate([x])
+    omega = 2 * np.abs(anchor) / 4
+    with torch.no_grad():
+        model.weight += torch.randn_like(model.weight)
+    theta = array(model.weight)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    penalty.attach(optimizer)
+    model(x[:2]).sum().backward()
+    optimizer.step()
+    slope = np.array([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+    slope += 2 * LAM * omega * (theta - anchor)
+    np.testing.assert_allclose(array(model.weight), theta - 0.1 * slope, rtol=1e-12)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positional", [True, False])
+def test_a_closure_is_refused_before_anything_moves(positional: bool) -> None:
+    case = held()
+    optimizer = SGD(case.model.parameters(), lr=0.1)
+    case.penalty.attach(optimizer)
+    before = array(case.model.theta())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = case.loss()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"closure: .* add penalty\(\) to the loss instead"):
+        optimizer.step(closure) if positional else optimizer.step(closure=closure)
+    assert np.array_equal(array(case.model.theta()), before)
+
+
+def test_a_step_without_a_closure_may_say_so() -> None:
+    case = held()
+    optimizer = SGD(case.model.parameters(), lr=0.1)
+    case.penalty.attach(optimizer)
+    theta = array(case.model.theta())
+    for step in (lambda: optimizer.step(None), lambda: optimizer.step(closure=None)):
+        optimizer.zero_grad()
+        step()
+        theta = theta - 0.1 * naive.gradient(theta, case.omega, case.anchor, case.alpha)
+        np.testing.assert_allclose(array(case.model.theta()), theta, rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_lbfgs_is_refused_with_a_hint(mode: Any) -> None:
+    case = held()
+    with pytest.raises(TypeError, match=r"LBFGS.*; add penalty\(\) to the loss in its closure"):
+        case.penalty.attach(LBFGS(case.model.parameters()), mode)
+
+
+def test_a_proximal_step_goes_with_a_closure() -> None:
+    s, case = PROXIMAL["sgd_momentum"], held()
+    expected = naive_path(case, s, lambda _: 0.05, 4)
+    optimizer = SGD(case.model.parameters(), **s.options)
+    case.penalty.attach(optimizer, "proximal")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = case.loss()
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+    np.testing.assert_allclose(array(case.model.theta()), expected[-1], rtol=1e-11)
+
+
+class OwnSGD(SGD):
+    """May do anything in its step."""
+
+
+@pytest.mark.parametrize("optimizer", [RMSprop, Adagrad, NAdam, OwnSGD])
+def test_an_optimizer_of_unknown_step_length_is_refused_without_eta(optimizer: Any) -> None:
+    case = held()
+    with pytest.raises(
+        TypeError, match=rf"got {optimizer.__name__}, whose step length.* pass eta="
+    ):
+        case.penalty.attach(optimizer(case.model.parameters(), lr=0.1), "proximal")
+
+
+@pytest.mark.parametrize("eta", [float("nan"), float("inf"), -0.1])
+def test_a_wrong_eta_is_refused(eta: float) -> None:
+    case = held()
+    optimizer = SGD(case.model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=f"eta: got {eta}, expected a finite number from 0 up"):
+        case.penalty.attach(optimizer, "proximal", eta=eta)
+
+
+def test_settings_that_mean_nothing_are_refused() -> None:
+    case = held()
+    optimizer = SGD(case.model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r'eta: got 0.1 with mode="gradient", expected none'):
+        case.penalty.attach(optimizer, eta=0.1)
+    with pytest.raises(ValueError, match="mode: got 'prox', expected 'gradient' or 'proximal'"):
+        case.penalty.attach(optimizer, "prox")
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+@pytest.mark.parametrize("optimizer", [SGD, Adam])
+def test_maximising_is_refused(mode: Any, optimizer: Any) -> None:
+    case = held()
+    a, b, c = case.model.parameters()
+    groups = [{"params": [a]}, {"params": [b, c], "maximize": True}]
+    with pytest.raises(ValueError, match="optimizer: got maximize=True, expected False"):
+        case.penalty.attach(optimizer(groups, lr=0.1), mode)
+
+
+def test_a_momentum_of_one_has_no_step_length() -> None:
+    case = held()
+    optimizer = SGD(case.model.parameters(), lr=0.1, momentum=1.0)
+    with pytest.raises(ValueError, match=r"momentum: got 1\.0, expected less than 1"):
+        case.penalty.attach(optimizer, "proximal")
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def largest_allocation(act: Callable[[], Any]) -> int:
+    """Bytes of the largest single allocation on the CPU."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        act()
+    events = profile.profiler.kineto_results.events()
+    return max((e.nbytes() for e in events if e.name() == "[memory]"), default=0)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_add_grad_makes_no_temporary_of_parameter_size(frozen: bool) -> None:
+    model = nn.Linear(300, 200)
+    penalty = FusedMASPenalty(model)
+    penalty.consolidate([torch.randn(2, 300)])
+    model(torch.randn(2, 300)).sum().backward()
+    model.bias.requires_grad_(not frozen)
+    size = 4 * 300 * 200
+    assert largest_allocation(lambda: penalty().backward()) >= size
+    assert largest_allocation(penalty.add_grad_) < size / 100

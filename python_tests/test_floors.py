@@ -1,0 +1,93 @@
+"""Imports run downward only, so that a module can be read, tested and changed without those above it."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mas_ext
+
+PACKAGE = Path(mas_ext.__file__).parent
+
+# From the roof down. A module may import those of lower floors, never one of its own floor or above.
+FLOORS = [
+    {"cli"},
+    {"demo", "benchmark"},
+    {"benchmark_forms"},
+    {"penalty"},
+    {"attach", "consolidation"},
+    {"importance", "info", "checkpoint"},
+    {"parameters", "rules"},
+    {"kernels"},
+    {"_C"},
+    # The side rooms: at the bottom, since they know nothing of the house.
+    {"scenarios"},
+    {"data", "models", "metrics"},
+]
+SIDE_ROOMS = FLOORS[-2] | FLOORS[-1]
+FLOOR = {module: i for i, floor in enumerate(FLOORS) for module in floor}
+KERNELS = ["ops", "native", "reference"]
+
+
+def imports(file: Path) -> Iterator[list[str]]:
+    """Everything that a file imports, anywhere in it, as the parts of a dotted name."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: write out relative imports"
+            assert node.module
+            yield from ([*node.module.split("."), alias.name] for alias in node.names)
+
+
+def files() -> Iterator[tuple[str, Path]]:
+    """Each file with its module: the first name below mas_ext."""
+    for file in PACKAGE.rglob("*.py"):
+        module = file.relative_to(PACKAGE).with_suffix("").parts[0]
+        if module != "__init__":
+            yield module, file
+
+
+def edges() -> Iterator[tuple[str, str, Path]]:
+    for module, file in files():
+        for name in imports(file):
+            imported = [*name, "__init__"][1]
+            if name[0] == "mas_ext" and imported != module:
+                yield module, imported, file
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {module for module, _ in files()} <= FLOOR.keys()
+
+
+def test_imports_run_downward() -> None:
+    found = list(edges())
+    assert ("kernels", "_C", PACKAGE / "kernels" / "native.py") in found
+    for module, imported, file in found:
+        assert imported in FLOOR, f"{file}: import {imported} from the module that defines it"
+        assert FLOOR[imported] > FLOOR[module], f"{file} imports {imported}, which is not below it"
+
+
+def test_only_native_touches_the_extension() -> None:
+    assert {file.name for _, imported, file in edges() if imported == "_C"} == {"native.py"}
+
+
+def test_state_knows_no_estimator() -> None:
+    assert ("consolidation", "importance") not in {(module, low) for module, low, _ in edges()}
+
+
+def test_kernels_run_downward() -> None:
+    for i, name in enumerate(KERNELS):
+        used = {
+            part for parts in imports(PACKAGE / "kernels" / f"{name}.py") for part in parts[2:3]
+        }
+        assert not used & set(KERNELS[: i + 1]), f"kernels/{name}.py"
+
+
+def test_side_rooms_import_torch_and_numpy_only() -> None:
+    allowed = {"torch", "numpy", "mas_ext", *sys.stdlib_module_names}
+    for module, file in files():
+        if module in SIDE_ROOMS:
+            assert {name[0] for name in imports(file)} <= allowed, file
