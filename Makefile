@@ -1,0 +1,65 @@
+# The two commands of the README, make demo and make test, and smaller ones. Each first makes .venv and
+# installs into it what it needs; a second call goes straight to work. C++ is built anew when its sources
+# changed; Python changes need nothing.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+# The variables pin what builds the extension, too: the first is read by pip before 25.3, the second since.
+PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip
+
+CXX_FILES := $(shell find csrc python_tests/emulation -type f)
+SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.txt
+
+.PHONY: demo test bench lint format emulated clean
+
+demo: .venv/demo.stamp
+	$(BIN)/mas-ext demo
+
+test: lint emulated
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 MAS_EXT_EMULATED=build/sanitized \
+	  $(BIN)/pytest -m "not cuda" python_tests/test_kernels.py
+	MAS_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest
+
+bench: .venv/demo.stamp
+	$(BIN)/mas-ext bench
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: .venv/dev.stamp
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The CUDA kernels on CPU threads, as they are and with sanitizers. Ninja knows what to build anew.
+emulated: .venv/dev.stamp
+	$(call build_emulated,build/emulated,OFF)
+	$(call build_emulated,build/sanitized,ON)
+
+define build_emulated
+$(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR="$$($(BIN)/pybind11-config --cmakedir)" \
+  -DMAS_EXT_EMULATE_CUDA=ON -DMAS_EXT_SANITIZE=$(2) -DMAS_EXT_WARNINGS_AS_ERRORS=ON
+$(BIN)/cmake --build $(1)
+endef
+
+clean:
+	rm -rf .venv build
+
+# pip is the last thing that venv puts there: an environment that failed half-way is made again.
+$(BIN)/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: $(SOURCES) | $(BIN)/pip
+	$(PIP) install --editable ".[demo]"
+	touch $@
+
+# Holds all that the demo needs, too.
+.venv/dev.stamp: $(SOURCES) | $(BIN)/pip
+	MAS_EXT_REQUIRE_NATIVE=1 $(PIP) install -Ccmake.define.MAS_EXT_WARNINGS_AS_ERRORS=ON --editable ".[dev]"
+	touch .venv/demo.stamp $@

@@ -1,0 +1,139 @@
+"""The package really built, the three ways that it can come out: with CUDA kernels, with CPU kernels
+alone, and as pure Python.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NO_NVCC = {"CUDACXX": "/nonexistent/nvcc"}
+NO_COMPILER = {"CXX": "/nonexistent/g++"}
+
+
+def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """A child whose environment says nothing about how to build, except for env."""
+    unset = {"CUDACXX", "CUDA_PATH", "CXX", "MAS_EXT_REQUIRE_NATIVE"}
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    return subprocess.run(command, cwd=cwd, env=kept | env, capture_output=True, text=True)
+
+
+def install(tmp: Path, *options: str, source: Path = ROOT, **env: str) -> str:
+    """Build into tmp/build, install into tmp/site, and return what was printed."""
+    pip = [sys.executable, "-m", "pip", "install", "--verbose", "--no-deps", "--no-build-isolation"]
+    where = ["--target", tmp / "site", f"-Cbuild-dir={tmp / 'build'}"]
+    done = run(*pip, *where, *options, source, cwd=tmp, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def python(tmp: Path, code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run code with the package in tmp/site. -S keeps out the hook of an editable install."""
+    path = os.pathsep.join([str(tmp / "site"), *sys.path])
+    return run(sys.executable, "-S", "-c", code, cwd=tmp, PYTHONPATH=path, **env)
+
+
+def check(tmp: Path, code: str, **env: str) -> None:
+    """Run code, and see that the package is whole."""
+    done = python(tmp, code, **env)
+    assert done.returncode == 0, done.stderr
+    assert (tmp / "site" / "mas_ext" / "py.typed").exists()
+    assert (tmp / "site" / "mas_ext" / "_C.pyi").exists()
+
+
+def nvcc_is_here() -> bool:
+    """Whether there is an nvcc as new as CMakeLists.txt asks for."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return False
+    release = re.search(r"release (\d+)\.(\d+)", run(nvcc, "--version", cwd=ROOT).stdout)
+    return release is not None and (int(release[1]), int(release[2])) >= (12, 8)
+
+
+def test_as_it_is(tmp_path: Path) -> None:
+    one_architecture = "-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=75"
+    install(tmp_path, one_architecture, MAS_EXT_REQUIRE_NATIVE="1")
+    check(tmp_path, f"from mas_ext import _C; assert hasattr(_C, 'cuda') == {nvcc_is_here()}")
+    (module,) = tmp_path.glob("site/mas_ext/_C.*.so")
+    needed = run("readelf", "--dynamic", module, cwd=tmp_path).stdout
+    assert "libstdc++" in needed
+    assert "libcuda" not in needed, "must be importable without a driver and without a toolkit"
+    assert "torch" not in needed, "one build must serve every torch"
+
+
+@pytest.fixture(scope="module")
+def without_nvcc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a source distribution, which must therefore be complete."""
+    tmp = tmp_path_factory.mktemp("without_nvcc")
+    sdist = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp)!r})"
+    done = run(sys.executable, "-c", sdist, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp.glob("*.tar.gz")
+    install(tmp, source=archive, MAS_EXT_REQUIRE_NATIVE="1", **NO_NVCC)
+    return tmp
+
+
+def test_without_nvcc(without_nvcc: Path) -> None:
+    check(
+        without_nvcc,
+        """
+import mas_ext
+from mas_ext import _C
+assert not hasattr(_C, "cuda")
+info = mas_ext.info()
+assert info["backend"] == "native", info
+assert not info["cuda_kernels"], info
+assert "no nvcc" in info["why_not"][0], info
+""",
+        MAS_EXT_REQUIRE_NATIVE="1",
+    )
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_instruction_sets_share_no_code(without_nvcc: Path, level: str) -> None:
+    """Of a function that several objects define the linker keeps one copy: perhaps the one that an
+    older processor can't run.
+    """
+    objects = [*(without_nvcc / "build").glob(f"CMakeFiles/cpu_{level}.dir/**/*.o")]
+    assert len(objects) == 4
+    listed = run("nm", "--defined-only", "--extern-only", "--demangle", *objects, cwd=without_nvcc)
+    symbols = [line for line in listed.stdout.splitlines() if line and not line.endswith(":")]
+    assert len(symbols) == 4
+    assert all(f" T mas::cpu::{level}::" in symbol for symbol in symbols), symbols
+
+
+def test_without_compiler(tmp_path: Path) -> None:
+    printed = install(tmp_path, **NO_COMPILER)
+    assert "WITHOUT its compiled kernels" in printed
+    check(
+        tmp_path,
+        """
+import warnings, torch, mas_ext
+info = mas_ext.info()
+assert info["backend"] == "reference", info
+assert "compiled extension is missing" in info["why_not"][0], info
+model = torch.nn.Linear(3, 2)
+penalty = mas_ext.FusedMASPenalty(model)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    penalty.consolidate([torch.randn(4, 3)])
+    penalty()
+assert [w.category for w in caught] == [RuntimeWarning], caught
+assert "plain PyTorch" in str(caught[0].message), caught
+""",
+    )
+    refused = python(tmp_path, "import mas_ext", MAS_EXT_REQUIRE_NATIVE="1")
+    assert "ImportError: MAS_EXT_REQUIRE_NATIVE is 1, but" in refused.stderr
+
+
+def test_without_compiler_but_required(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="there is no fallback to plain PyTorch"):
+        install(tmp_path, MAS_EXT_REQUIRE_NATIVE="1", **NO_COMPILER)
+    assert not (tmp_path / "site").exists()
