@@ -207,8 +207,8 @@ def other_forms(case: Case) -> Iterator[Form]:
         if compiled:
             compute = torch.compile(compute, fullgraph=True, dynamic=False)
         for suffix, value in (("", True), (", gradient only", False)):
-            call = partial(compute, *state, value)
-            yield Form(name + suffix, 1, "gradient", call, held, compiled=compiled)
+            gradient = partial(compute, *state, value)
+            yield Form(name + suffix, 1, "gradient", gradient, held, compiled=compiled)
 
 
 def _backward(loss: Callable[[], Tensor]) -> None:

@@ -401,6 +401,28 @@ def test_channels_last_parameters() -> None:
     assert_importance(estimate_importance(model, [x]), expected, atol=1e-6)
 
 
+class Summed(nn.Module):
+    """y = x sum_i theta_i, whose gradient autograd gives as one number, expanded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.theta.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_expanded_gradients_count_like_dense_ones(backend: Any, dtype: torch.dtype) -> None:
+    model = Summed().to(dtype)
+    nn.init.constant_(model.theta, 0.25)
+    total = ImportanceSum(backend=backend)
+    total.add(model, torch.tensor([[1.0], [-2.0]], dtype=dtype))
+    # y = 1.5 x, and 2 y x is 3 and 12.
+    assert total.mean()["theta"].tolist() == [[7.5] * 3] * 2
+
+
 def test_sparse_gradients_count_like_dense_ones() -> None:
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 2))
     x = torch.tensor([[0, 1], [1, 1], [3, 0]])
@@ -497,9 +519,10 @@ def test_the_random_state_is_untouched(shuffled: bool) -> None:
     batches = (
         DataLoader(samples, batch_size=3, shuffle=True) if shuffled else [torch.stack(samples)]
     )
-    model = Noisy(2, 1)
+    model, penalty = Noisy(2, 1), FusedMASPenalty(Noisy(2, 1))
     before = torch.get_rng_state()
     estimate_importance(model, batches)
+    penalty.observe(samples[0][None])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -583,10 +606,21 @@ def test_bad_inputs_are_refused_when_they_are_consolidated(bad: float) -> None:
     omega = {name: t.clone() for name, t in penalty.omega.items()}
     x = torch.randn(3, 2)
     x[1, 0] = bad
-    with pytest.raises(ValueError, match=r"importance of '\w+': got values .* expected finite"):
+    with pytest.raises(ValueError, match=r"got .*, expected finite"):
         penalty.consolidate([x])
     assert penalty.num_tasks == 1
     assert all(torch.equal(penalty.omega[name], t) for name, t in omega.items())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_observation_is_refused_and_the_good_ones_are_kept(bad: float) -> None:
+    model = nn.Linear(2, 1)
+    penalty, good = FusedMASPenalty(model, merge="sum"), torch.randn(3, 2)
+    penalty.observe(good)
+    with pytest.raises(ValueError, match=r"got .*, expected finite"):
+        penalty.observe(torch.tensor([[1.0, 2.0], [bad, 1.0]]))
+    penalty.consolidate()
+    assert_importance(penalty.omega, naive(model, [good]))
 
 
 def test_samples_that_batchnorm_mixes_are_refused_for_exact_only() -> None:
