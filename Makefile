@@ -61,5 +61,6 @@ $(BIN)/pip:
 
 # Holds all that the demo needs, too.
 .venv/dev.stamp: $(SOURCES) | $(BIN)/pip
-	MAS_EXT_REQUIRE_NATIVE=1 $(PIP) install -Ccmake.define.MAS_EXT_WARNINGS_AS_ERRORS=ON --editable ".[dev]"
+	MAS_EXT_REQUIRE_NATIVE=1 SKBUILD_CMAKE_DEFINE=MAS_EXT_WARNINGS_AS_ERRORS=ON \
+	  $(PIP) install --editable ".[dev]"
 	touch .venv/demo.stamp $@

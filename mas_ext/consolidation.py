@@ -235,8 +235,7 @@ class Consolidation:
             if not (smallest >= 0 and torch.isfinite(sums[-1])):
                 raise ValueError(
                     f"importance of {name!r}: got values with minimum {smallest} and sum "
-                    f"{float(sums[-1])}, expected finite values from 0 up; where training diverged, a "
-                    'smaller lam or attach(optimizer, mode="proximal") helps'
+                    f"{float(sums[-1])}, expected finite values from 0 up"
                 )
             if not torch.isfinite(theta[name]).all():
                 raise ValueError(f"parameter {name!r}: got NaN or Inf, expected finite values")

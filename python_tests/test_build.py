@@ -25,11 +25,11 @@ def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, env=kept | env, capture_output=True, text=True)
 
 
-def install(tmp: Path, *options: str, source: Path = ROOT, **env: str) -> str:
+def install(tmp: Path, source: Path = ROOT, **env: str) -> str:
     """Build into tmp/build, install into tmp/site, and return what was printed."""
     pip = [sys.executable, "-m", "pip", "install", "--verbose", "--no-deps", "--no-build-isolation"]
-    where = ["--target", tmp / "site", f"-Cbuild-dir={tmp / 'build'}"]
-    done = run(*pip, *where, *options, source, cwd=tmp, **env)
+    env["SKBUILD_BUILD_DIR"] = str(tmp / "build")
+    done = run(*pip, "--target", tmp / "site", source, cwd=tmp, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -58,8 +58,8 @@ def nvcc_is_here() -> bool:
 
 
 def test_as_it_is(tmp_path: Path) -> None:
-    one_architecture = "-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=75"
-    install(tmp_path, one_architecture, MAS_EXT_REQUIRE_NATIVE="1")
+    one_architecture = {"SKBUILD_CMAKE_DEFINE": "CMAKE_CUDA_ARCHITECTURES=75"}
+    install(tmp_path, MAS_EXT_REQUIRE_NATIVE="1", **one_architecture)
     check(tmp_path, f"from mas_ext import _C; assert hasattr(_C, 'cuda') == {nvcc_is_here()}")
     (module,) = tmp_path.glob("site/mas_ext/_C.*.so")
     needed = run("readelf", "--dynamic", module, cwd=tmp_path).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -124,6 +125,13 @@ class ImportanceSum:
                 samples,
                 list(theta.values()),
                 partial(self._accumulate, list(sums.values())),
+            )
+        if not math.isfinite(float(added)):
+            name = next((n for n, t in sums.items() if not t.isfinite().all()), next(iter(sums)))
+            raise ValueError(
+                f"importance of {name!r}: got values from a batch with objective {float(added)}, "
+                "expected finite ones; where training diverged, a smaller lam or "
+                'attach(optimizer, mode="proximal") helps'
             )
         self.sums = {**self.sums, **sums}
         self.samples += samples

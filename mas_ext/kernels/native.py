@@ -172,9 +172,9 @@ def _check_like(name: str, tensors: Sequence[Tensor], known: _Checked, dtype: to
     return same_strides
 
 
-def _like(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+def _like(tensors: Sequence[Tensor], like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Copies of the tensors with the strides of others."""
-    return [torch.empty_like(x, dtype=t.dtype).copy_(t) for t, x in zip(tensors, like, strict=True)]
+    return [torch.empty_like(x, dtype=dtype).copy_(t) for t, x in zip(tensors, like, strict=True)]
 
 
 def _check_flat(name: str, t: Tensor, rows: int, known: _Checked, dtypes: Sequence[Any]) -> None:
@@ -301,7 +301,7 @@ def add_grad_(
     known = _checked("theta", theta, offsets)
     if _check_like("grad", grad, known, known.dtype):
         return _penalty(theta, grad, _ADD, offsets, omega, anchor, alpha, remainder, None, known)
-    aligned = _like(grad, theta)
+    aligned = _like(grad, theta, known.dtype)
     value = _penalty(theta, aligned, _ADD, offsets, omega, anchor, alpha, remainder, None, known)
     for g, a in zip(grad, aligned, strict=True):
         g.copy_(a)
@@ -324,7 +324,7 @@ def proximal_(
     state = _state(known, omega, anchor, alpha, alpha[:1].view(()))
     moments = second_moment
     if moments and not _check_like("second_moment", moments, known, known.dtype):
-        moments = _like(moments, theta)
+        moments = _like(moments, theta, known.dtype)
     kernels, where, context = _device_kernels(known.device)
     with context:
         kernels.proximal(
@@ -341,19 +341,19 @@ def proximal_(
 
 def accumulate_(omega: Sequence[Tensor], grad: Sequence[Tensor], weight: float) -> None:
     """As reference.accumulate_; moves 12 bytes per float32 parameter."""
-    known = _checked("grad", grad, [0] * len(grad))
-    if not _check_like("omega", omega, known, compute_dtype(known.dtype)):
-        grad = _like(grad, omega)
-        known = _checked("grad", grad, [0] * len(grad))
-        if not _check_like("omega", omega, known, compute_dtype(known.dtype)):
-            raise ValueError("omega: expected dense tensors without overlap")
+    known = _checked("omega", omega, [0] * len(omega))
+    dtype = grad[0].dtype if grad else known.dtype
+    if dtype not in DTYPES or compute_dtype(dtype) != known.dtype:
+        raise ValueError(f"grad[0]: got {dtype}, expected one that adds up in {known.dtype}")
+    if not _check_like("grad", grad, known, dtype):
+        grad = _like(grad, omega, dtype)
     kernels, where, context = _device_kernels(known.device)
     with context:
         kernels.accumulate(
             known.layout,
             [t.data_ptr() for t in omega],
             [t.data_ptr() for t in grad],
-            DTYPES[known.dtype],
+            DTYPES[dtype],
             weight,
             where,
         )
@@ -377,7 +377,7 @@ def merge_(
     one = torch.ones(1, dtype=torch.float64, device=known.device)
     state = _state(known, omega, anchor, one, one[0])
     if not _check_like("importance", importance, known, compute_dtype(known.dtype)):
-        importance = _like(importance, theta)
+        importance = _like(importance, theta, compute_dtype(known.dtype))
     remainder = torch.empty(len(theta), dtype=torch.float64, device=known.device)
     partial = torch.empty(known.layout.chunks, dtype=torch.float64, device=known.device)
     kernels, where, context = _device_kernels(known.device)
