@@ -42,8 +42,8 @@ emulated: .venv/dev.stamp
 	$(call build_emulated,build/sanitized,ON)
 
 define build_emulated
-$(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR="$$($(BIN)/pybind11-config --cmakedir)" \
+$(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
+  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/pybind11-config --cmakedir)" \
   -DMAS_EXT_EMULATE_CUDA=ON -DMAS_EXT_SANITIZE=$(2) -DMAS_EXT_WARNINGS_AS_ERRORS=ON
 $(BIN)/cmake --build $(1)
 endef

@@ -135,11 +135,12 @@ struct Target {
   C distance;  // minimiser - theta
 };
 
+// A further task; the first one's target is {omega, anchor - theta} itself.
 template <class C>
-MAS_FN Target<C> with_task(Target<C> target, C omega, C theta, C anchor) {
+MAS_FN Target<C> with_task(Target<C> target, C omega, C distance) {
   const C weight = target.weight + omega;
   const C share = weight > C(0) ? omega / weight : C(0);
-  return {weight, target.distance + share * ((anchor - theta) - target.distance)};
+  return {weight, target.distance + share * (distance - target.distance)};
 }
 
 // Tasks enter the target by their share of the largest alpha, so that a huge lam can't overflow.

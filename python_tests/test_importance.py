@@ -219,6 +219,15 @@ def test_forward_gets_the_whole_batch_and_chooses_the_output() -> None:
     assert_importance(omega, closed)
 
 
+@pytest.mark.parametrize("method", ["exact", "batch"])
+def test_forward_gets_a_namedtuple_as_such(method: Any) -> None:
+    model, x = ConvNet(), images(3)
+    omega = estimate_importance(
+        model, [Labelled(x, LABELS[:3])], method, forward=lambda model, batch: model(batch.x)
+    )
+    assert_importance(omega, naive(model, [x], exact=method == "exact"), atol=1e-6)
+
+
 def test_max_samples_counts_the_first_ones_only_and_asks_for_no_more() -> None:
     model, batches = ConvNet(), [images(4), images(4), images(4)]
     drawn = []

@@ -6,7 +6,7 @@ namespace mas::cpu::MAS_LEVEL {
 namespace {
 
 // Gradients are gathered in a tile that stays in the first-level cache while the tasks pass by.
-constexpr std::int64_t kTile = 1024;
+constexpr std::int64_t kTile = 512;
 
 template <class T, class O, Gradient G>
 double penalty_chunk(Chunk chunk, const State& state, double grad_output) {
@@ -18,6 +18,7 @@ double penalty_chunk(Chunk chunk, const State& state, double grad_output) {
   const C* anchor = static_cast<const C*>(state.anchor) + offset;
 
   double value[kLanes] = {};
+  C half[kTile];
   C gradient[kTile];
   for (std::int64_t start = 0; start < chunk.size; start += kTile) {
     const std::int64_t size = chunk.size - start < kTile ? chunk.size - start : kTile;
@@ -27,25 +28,27 @@ double penalty_chunk(Chunk chunk, const State& state, double grad_output) {
       const C* a = anchor + row * state.stride + start;
       const double alpha = state.alpha[row];
       const C factor = finite_factor<C>(2.0 * alpha * grad_output);
-      const C first = row == 0 ? C(0) : C(1);
       in_lanes(size, [&](std::int64_t i, auto lanes) __attribute__((always_inline)) {
         for (std::int64_t l = 0; l < lanes; ++l) {
           const auto p = pull<C>(load(w[i + l]), load(x[i + l]), a[i + l]);
           value[l] += alpha * p.value;
-          if constexpr (G != Gradient::none) {
-            gradient[i + l] = (first > C(0) ? gradient[i + l] : C(0)) + factor * p.half_gradient;
-          }
+          if constexpr (G != Gradient::none) half[i + l] = p.half_gradient;
         }
       });
+      if constexpr (G != Gradient::none) {
+        if (row == 0) {
+          for (std::int64_t i = 0; i < size; ++i) gradient[i] = factor * half[i];
+        } else {
+          for (std::int64_t i = 0; i < size; ++i) gradient[i] += factor * half[i];
+        }
+      }
     }
     if constexpr (G != Gradient::none) {
       T* g = grad + start;
-      in_lanes(size, [&](std::int64_t i, auto lanes) __attribute__((always_inline)) {
-        for (std::int64_t l = 0; l < lanes; ++l) {
-          const C before = G == Gradient::add ? load(g[i + l]) : C(0);
-          g[i + l] = store<T>(before + gradient[i + l]);
-        }
-      });
+      for (std::int64_t i = 0; i < size; ++i) {
+        const C before = G == Gradient::add ? load(g[i]) : C(0);
+        g[i] = store<T>(before + gradient[i]);
+      }
     }
   }
   double sum = 0;

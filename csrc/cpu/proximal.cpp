@@ -5,6 +5,9 @@
 namespace mas::cpu::MAS_LEVEL {
 namespace {
 
+// What the tasks add up to is gathered in tiles that stay in the first-level cache.
+constexpr std::int64_t kTile = 512;
+
 template <class T, class O>
 void proximal_chunk(Chunk chunk, const State& state, const StepSize& step, double largest) {
   using C = compute_t<T>;
@@ -17,23 +20,37 @@ void proximal_chunk(Chunk chunk, const State& state, const StepSize& step, doubl
   const C correction = finite_factor<C>(step.correction);
   const C eps = static_cast<C>(step.eps);
 
-  in_lanes(chunk.size, [&](std::int64_t i, auto lanes) __attribute__((always_inline)) {
-    Target<C> target[kLanes] = {};
+  C weight[kTile];
+  C distance[kTile];
+  C pull[kTile];
+  for (std::int64_t start = 0; start < chunk.size; start += kTile) {
+    const std::int64_t size = chunk.size - start < kTile ? chunk.size - start : kTile;
+    T* x = theta + start;
     for (std::int64_t row = 0; row < state.rows; ++row) {
       const C share = static_cast<C>(relative_alpha(state.alpha[row], largest));
-      const std::int64_t at = row * state.stride + i;
-      for (std::int64_t l = 0; l < lanes; ++l) {
-        target[l] = with_task<C>(target[l], share * static_cast<C>(load(omega[at + l])),
-                                 load(theta[i + l]), anchor[at + l]);
+      const O* w = omega + row * state.stride + start;
+      const C* a = anchor + row * state.stride + start;
+      for (std::int64_t i = 0; i < size; ++i) {
+        const C own_weight = share * static_cast<C>(load(w[i]));
+        const C own_distance = a[i] - static_cast<C>(load(x[i]));
+        const auto target = row == 0
+                                ? Target<C>{own_weight, own_distance}
+                                : with_task<C>({weight[i], distance[i]}, own_weight, own_distance);
+        weight[i] = target.weight;
+        distance[i] = target.distance;
       }
     }
-    for (std::int64_t l = 0; l < lanes; ++l) {
-      const C pull = moment == nullptr ? strength
-                                       : adaptive<C>(strength, load(moment[chunk.begin + i + l]),
-                                                     correction, eps);
-      theta[i + l] = store<T>(proximal_element<C>(load(theta[i + l]), target[l], pull));
+    for (std::int64_t i = 0; i < size; ++i) pull[i] = strength;
+    if (moment != nullptr) {
+      const T* v = moment + chunk.begin + start;
+      for (std::int64_t i = 0; i < size; ++i) {
+        pull[i] = adaptive<C>(strength, load(v[i]), correction, eps);
+      }
     }
-  });
+    for (std::int64_t i = 0; i < size; ++i) {
+      x[i] = store<T>(proximal_element<C>(load(x[i]), {weight[i], distance[i]}, pull[i]));
+    }
+  }
 }
 
 }  // namespace

@@ -27,12 +27,15 @@ __global__ void proximal_chunks(const Table __grid_constant__ table, State state
     Pack<T, N> v = {};
     if (moment != nullptr) v = read<N>(moment + i);
     Target<C> target[N] = {};
+    bool first = true;
     for_each_row<N>(state, omega + i, anchor + i, [&](double alpha, auto w, auto a) {
       const C share = static_cast<C>(relative_alpha(alpha, largest));
       for (int l = 0; l < N; ++l) {
-        target[l] = with_task<C>(target[l], share * static_cast<C>(load(w.lane[l])),
-                                 load(x.lane[l]), a.lane[l]);
+        const C weight = share * static_cast<C>(load(w.lane[l]));
+        const C distance = a.lane[l] - static_cast<C>(load(x.lane[l]));
+        target[l] = first ? Target<C>{weight, distance} : with_task<C>(target[l], weight, distance);
       }
+      first = false;
     });
     for (int l = 0; l < N; ++l) {
       const C pull =

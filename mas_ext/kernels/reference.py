@@ -152,7 +152,8 @@ def proximal_(
             task = share[row].to(dtype) * part(omega, row, offset, x).to(dtype)
             weight = weight + task
             step = torch.where(weight > 0, task / weight, torch.zeros_like(weight))
-            distance += step * ((part(anchor, row, offset, x) - x.to(dtype)) - distance)
+            own = part(anchor, row, offset, x) - x.to(dtype)
+            distance = own if row == 0 else distance + step * (own - distance)
         if second_moment:
             v = second_moment[i].to(dtype)
             finite = min(correction, torch.finfo(dtype).max)
