@@ -402,7 +402,8 @@ class Consolidation:
             ("store", self.rule.store),
         ):
             if config[key] != own:
-                hint = "; update mas_ext" if key == "format" else ""
+                newer = key == "format" and str(config[key]) > str(own)
+                hint = "; update mas_ext" if newer else ""
                 raise ValueError(f"state: got {key} {config[key]!r}, expected {own!r}{hint}")
         lam, entries = _numbers(config)
         expected = {f"{kind}.{name}" for kind in Part._fields for name in config["names"]}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mas_ext import checkpoint
 from mas_ext.attach import Handle, Mode, attach
 from mas_ext.consolidation import Consolidation, Group
-from mas_ext.importance import Forward, ImportanceSum, Method, gather
+from mas_ext.importance import METHODS, Forward, ImportanceSum, Method, gather
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels import ops
 from mas_ext.kernels.native import Backend
@@ -69,6 +69,8 @@ class FusedMASPenalty(nn.Module):
         """See the class."""
         super().__init__()
         check_patterns(model, exclude)
+        if importance not in METHODS:
+            raise ValueError(f"importance: got {importance!r}, expected one of {tuple(METHODS)}")
         self._pending = ImportanceSum(
             importance,
             objective,

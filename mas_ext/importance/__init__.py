@@ -127,11 +127,11 @@ class ImportanceSum:
                 partial(self._accumulate, list(sums.values())),
             )
         if not math.isfinite(float(added)):
-            name = next((n for n, t in sums.items() if not t.isfinite().all()), next(iter(sums)))
+            bad = [name for name, t in sums.items() if not t.isfinite().all()]
+            what = f"importance of {bad[0]!r}: got values" if bad else "objective: got a sum"
             raise ValueError(
-                f"importance of {name!r}: got values from a batch with objective {float(added)}, "
-                "expected finite ones; where training diverged, a smaller lam or "
-                'attach(optimizer, mode="proximal") helps'
+                f"{what} from a batch with objective {float(added)}, expected finite ones; where "
+                'training diverged, a smaller lam or attach(optimizer, mode="proximal") helps'
             )
         self.sums = {**self.sums, **sums}
         self.samples += samples
