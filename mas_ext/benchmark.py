@@ -60,6 +60,8 @@ def run(
     """
     if model not in MODELS:
         raise ValueError(f"model: got {model!r}, expected one of {', '.join(MODELS)}")
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"device: got {device!r}, expected cpu, or cuda where there is a GPU")
     if getattr(torch, dtype, None) not in TOLERANCE:
         raise ValueError(f"dtype: got {dtype!r}, expected float32, float64, bfloat16 or float16")
     if repeats < 1 or min(tasks, default=1) < 1:
