@@ -99,7 +99,7 @@ def test_forms_agree_in_every_dtype(dtype: str) -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("model", "lenet"), ("dtype", "int8"), ("tasks", (0,)), ("repeats", 0)],
+    [("model", "lenet"), ("device", "tpu"), ("dtype", "int8"), ("tasks", (0,)), ("repeats", 0)],
 )
 def test_bad_arguments_are_named(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=argument):
