@@ -50,12 +50,12 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 4.8), width_ratios=(1.5, 1), layout="constrained"
     )
-    _plot_forms(left, result)
-    _plot_tasks(right, result)
+    _plot_forms(left, result["cold"])
+    _plot_tasks(right, result["cold"])
     place = result["machine"]["cpu"] if result["device"] == "cpu" else result["machine"]["gpu"]
     figure.suptitle(
         f"{result['model']}, {result['parameters']:,} parameters, {result['dtype']}, {place}, "
-        f"{result['threads']} threads",
+        f"{result['threads']} threads, caches cold as in training",
         fontsize=11,
     )
     path.parent.mkdir(parents=True, exist_ok=True)

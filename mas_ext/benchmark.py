@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import random
 import statistics
+import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,6 +25,8 @@ from mas_ext.benchmark_forms import MODELS, Case, Form, build, other_forms, own_
 
 # Fast forms are called this long per repeat, so that the clock and a cold cache don't count.
 SAMPLE_SECONDS = 0.02
+# What the work between two cold calls reads and writes: more than caches hold.
+OTHER_BYTES = 1 << 28
 # Largest difference from the exact result, relative to its largest entry.
 TOLERANCE = {
     torch.float64: 1e-5,  # its omega is float32
@@ -29,6 +34,13 @@ TOLERANCE = {
     torch.float16: 5e-3,
     torch.bfloat16: 4e-2,
 }
+STREAMING_COPY = """
+#include <emmintrin.h>
+void copy(float *to, const float *from, long size) {
+  for (long i = 0; i < size; i += 4) _mm_stream_ps(to + i, _mm_load_ps(from + i));
+  _mm_sfence();
+}
+"""
 
 
 def run(
@@ -48,11 +60,12 @@ def run(
         repeats: rounds in which all forms take their turn.
 
     Returns:
-        Numbers and words that JSON can hold. `bandwidth`: bytes per second, by kind of copy. `forms`:
-        dicts with `name`, `tasks`, `seconds` and `ratio` (to add_grad_ after one task, paired within each
-        repeat; both with median, low, high), bytes per parameter `held` by the state and `moved` at the
-        least, `fraction` = moved * parameters / seconds / best bandwidth, and on a GPU `launches`.
-        `compile_seconds` by form, and `skipped`: why a form is missing.
+        Numbers and words that JSON can hold. `bandwidth`: bytes per second, by kind of copy. `forms`, each
+        called again and again: dicts with `name`, `tasks`, `seconds` and `ratio` (to add_grad_ after one
+        task, paired within each repeat; both with median, low, high), bytes per parameter `held` by the
+        state and `moved` at the least, and `fraction` = moved * parameters / seconds / best bandwidth.
+        `cold`: both again, each call after other work has gone through the caches, as in training.
+        `launches` by form on a GPU, `compile_seconds` by form, and `skipped`: why a form is missing.
 
     Raises:
         ValueError: an argument that is not one of the choices.
@@ -76,11 +89,45 @@ def run(
     case.exact.clear()
     touched = (forms[0].moved - case.element_size) * case.parameters
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        copies = _copies(touched, device, pool)
+        copies = _copies(touched, device, pool, skipped)
         calls = [*copies.values(), *(form.call for form in forms)]
-        samples = _in_turns(calls, repeats, device, case.reset)
+        warm = _in_turns(calls, repeats, device, case.reset, SAMPLE_SECONDS)
+        other = torch.ones(OTHER_BYTES // 4, device=device)
+
+        def work() -> None:
+            case.reset()
+            other.neg_()
+
+        cold = _in_turns(calls, repeats, device, work, 0.0)
+    result = {
+        "model": model,
+        "tensors": len(case.theta),
+        "parameters": case.parameters,
+        "device": device,
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        **_summary(case, forms, [*copies], touched, warm),
+        "cold": _summary(case, forms, [*copies], touched, cold),
+        "compile_seconds": compile_seconds,
+        "skipped": skipped,
+    }
+    if device != "cpu":
+        result["launches"] = {f"{f.name}, {f.tasks} tasks": _launches(f.call) for f in forms}
+    return result
+
+
+def _summary(
+    case: Case,
+    forms: Sequence[Form],
+    copies: Sequence[str],
+    touched: int,
+    samples: Sequence[Sequence[float]],
+) -> dict[str, Any]:
+    """Bandwidth by copy, and a row for every form; the copies' samples come first."""
     copied = dict(zip(copies, samples, strict=False))
     bandwidth = {name: touched / statistics.median(s) for name, s in copied.items()}
+    own = samples[len(copies)]
     rows = []
     for form, seconds in zip(forms, samples[len(copies) :], strict=True):
         time = _median(seconds)
@@ -89,25 +136,13 @@ def run(
             "name": form.name,
             "tasks": form.tasks,
             "seconds": time,
-            "ratio": _median([s / b for s, b in zip(seconds, samples[len(copies)], strict=True)]),
+            "ratio": _median([s / b for s, b in zip(seconds, own, strict=True)]),
             "held": form.held,
             "moved": form.moved or None,
             "fraction": fraction or None,
         }
-        rows.append(row if device == "cpu" else {**row, "launches": _launches(form.call)})
-    return {
-        "model": model,
-        "tensors": len(case.theta),
-        "parameters": case.parameters,
-        "device": device,
-        "dtype": dtype,
-        "threads": torch.get_num_threads(),
-        "repeats": repeats,
-        "bandwidth": bandwidth,
-        "forms": rows,
-        "compile_seconds": compile_seconds,
-        "skipped": skipped,
-    }
+        rows.append(row)
+    return {"bandwidth": bandwidth, "forms": rows}
 
 
 def _usable(case: Case, skipped: dict[str, str]) -> tuple[list[Form], dict[str, float]]:
@@ -151,37 +186,66 @@ def _check(case: Case, form: Form) -> None:
         )
 
 
-def _copies(size: int, device: str, pool: ThreadPoolExecutor) -> dict[str, Callable[[], object]]:
-    """Copies that read and write `size` bytes in all; libc's writes large blocks past the caches."""
+def _copies(
+    size: int, device: str, pool: ThreadPoolExecutor, skipped: dict[str, str]
+) -> dict[str, Callable[[], object]]:
+    """Copies that read and write `size` bytes in all, on as many threads as torch uses."""
+    threads = torch.get_num_threads()
+    part = size // 8 // threads // 4 * 4
     # Written to, because untouched pages are all one page, which stays in the cache.
-    source, target = (torch.ones(size // 8, device=device) for _ in range(2))
+    source, target = (torch.ones(part * threads, device=device) for _ in range(2))
     copies: dict[str, Callable[[], object]] = {"Tensor.copy_": partial(target.copy_, source)}
     if device == "cpu":
-        part = -(-source.nbytes // torch.get_num_threads() // 4096) * 4096
+        try:
+            stream = _streaming_copy()
+        except (OSError, subprocess.CalledProcessError) as error:
+            skipped["streaming copy"] = str(error)
+        else:
 
-        def move(begin: int) -> None:
-            end = min(begin + part, source.nbytes)
-            ctypes.memmove(target.data_ptr() + begin, source.data_ptr() + begin, end - begin)
+            def move(i: int) -> None:
+                begin = 4 * part * i
+                stream(target.data_ptr() + begin, source.data_ptr() + begin, part)
 
-        copies["memmove"] = lambda: [*pool.map(move, range(0, source.nbytes, part))]
+            copies["streaming copy"] = lambda: [*pool.map(move, range(threads))]
     return copies
 
 
+def _streaming_copy() -> Callable[[int, int, int], None]:
+    """copy(to, from, floats) past the caches, which no library at hand does: compiled here."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = os.path.join(folder, "copy.so")
+        compiler = [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-x", "c", "-"]
+        subprocess.run(
+            [*compiler, "-o", library],
+            input=STREAMING_COPY,
+            text=True,
+            check=True,
+            capture_output=True,
+        )
+        copy = ctypes.CDLL(library).copy
+    copy.argtypes, copy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long), None
+    return copy
+
+
 def _in_turns(
-    calls: Sequence[Callable[[], object]], repeats: int, device: str, reset: Callable[[], None]
+    calls: Sequence[Callable[[], object]],
+    repeats: int,
+    device: str,
+    before: Callable[[], None],
+    sample_seconds: float,
 ) -> list[list[float]]:
-    """Seconds of every call in every repeat."""
+    """Seconds of every call in every repeat, after `before`, called so long that samples last."""
     numbers = []
     for call in calls:
         once = min(_seconds(call, 1, device) for _ in range(3))
-        numbers.append(max(1, round(SAMPLE_SECONDS / once)))
+        numbers.append(max(1, round(sample_seconds / once)))
     samples: list[list[float]] = [[] for _ in calls]
     turns, order = list(zip(calls, numbers, samples, strict=True)), random.Random(0)
     for _ in range(repeats):
         # What ran before leaves its traces in caches and threads.
         order.shuffle(turns)
         for call, number, seconds in turns:
-            reset()
+            before()
             seconds.append(_seconds(call, number, device))
     return samples
 
@@ -221,26 +285,32 @@ def _launches(call: Callable[[], object]) -> int:
 
 def table(result: Mapping[str, Any]) -> str:
     """What `run` returns, as lines of text."""
-    copies = ", ".join(f"{name} {b / 1e9:.1f}" for name, b in result["bandwidth"].items())
     lines = [
         f"{result['model']}: {result['parameters']:,} parameters in {result['tensors']} tensors, "
         f"{result['dtype']}, {result['device']}, {result['threads']} threads, "
         f"{result['repeats']} repeats; medians with 95 % intervals",
-        f"copies of the same size, GB/s read and written: {copies}",
-        "",
-        f"{'form':<30}{'tasks':>6}{'milliseconds':>26}{'x add_grad_':>22}{'of bandwidth':>14}"
-        f"{'state B/param':>15}",
     ]
-    for row in result["forms"]:
-        time = {key: 1e3 * seconds for key, seconds in row["seconds"].items()}
-        launches = f"  {row['launches']} launches" if "launches" in row else ""
-        lines.append(
-            f"{row['name']:<30}{row['tasks']:>6}"
-            f"{'{median:.3f} ({low:.3f}-{high:.3f})'.format(**time):>26}"
-            f"{'{median:.2f} ({low:.2f}-{high:.2f})'.format(**row['ratio']):>22}"
-            f"{format(row['fraction'], '.2f') if row['fraction'] else '':>14}"
-            f"{row['held']:>15.1f}{launches}"
-        )
+    cold = "after other work has gone through the caches, as in training"
+    for words, part in (("called again and again", result), (cold, result["cold"])):
+        copies = ", ".join(f"{name} {b / 1e9:.1f}" for name, b in part["bandwidth"].items())
+        lines += [
+            "",
+            f"{words}; copies of the same size, GB/s read and written: {copies}",
+            f"{'form':<30}{'tasks':>6}{'milliseconds':>26}{'x add_grad_':>22}{'of bandwidth':>14}"
+            f"{'state B/param':>15}",
+            *(_line(row) for row in part["forms"]),
+        ]
     lines += [f"{name}: left out, {reason}" for name, reason in result["skipped"].items()]
     lines += [f"{name}: compiled in {s:.1f} s" for name, s in result["compile_seconds"].items()]
     return "\n".join(lines)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    time = {key: 1e3 * seconds for key, seconds in row["seconds"].items()}
+    return (
+        f"{row['name']:<30}{row['tasks']:>6}"
+        f"{'{median:.3f} ({low:.3f}-{high:.3f})'.format(**time):>26}"
+        f"{'{median:.2f} ({low:.2f}-{high:.2f})'.format(**row['ratio']):>22}"
+        f"{format(row['fraction'], '.2f') if row['fraction'] else '':>14}"
+        f"{row['held']:>15.1f}"
+    )
