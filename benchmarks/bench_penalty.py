@@ -55,7 +55,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     place = result["machine"]["cpu"] if result["device"] == "cpu" else result["machine"]["gpu"]
     figure.suptitle(
         f"{result['model']}, {result['parameters']:,} parameters, {result['dtype']}, {place}, "
-        f"{result['threads']} threads, caches cold as in training",
+        f"{result['threads']} threads, cold caches",
         fontsize=11,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,8 +81,7 @@ def _plot_forms(axes: Axes, result: Mapping[str, Any]) -> None:
             va="center",
             fontsize=9,
         )
-    axes.set_xscale("log")
-    axes.margins(x=0.12)
+    axes.set_xlim(0, 1.12 * max(axes.get_xlim()))
     axes.set_xlabel("milliseconds a call, and times add_grad_")
     axes.set_title("one task: this library (blue), other ways (grey)", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

@@ -57,8 +57,8 @@ def benchmark_table() -> str:
     most, many = max(own), max(eager)
     lines += [
         "",
-        "The first columns measure each call after other work has gone through the caches, as a training "
-        "step does; the last one calls it again and again, so that small models stay in the cache.",
+        "The first columns measure each call after other work has gone through the "
+        "caches; the last one calls it again and again, so that small models stay in the cache.",
         "",
         f"ResNet-18, {most} tasks instead of one: `add_grad_` takes "
         f"{own[most]['ratio']['median']:.2f} times as long (95 % interval "

@@ -64,7 +64,7 @@ def run(
         called again and again: dicts with `name`, `tasks`, `seconds` and `ratio` (to add_grad_ after one
         task, paired within each repeat; both with median, low, high), bytes per parameter `held` by the
         state and `moved` at the least, and `fraction` = moved * parameters / seconds / best bandwidth.
-        `cold`: both again, each call after other work has gone through the caches, as in training.
+        `cold`: both again, each call after other work has gone through the caches.
         `launches` by form on a GPU, `compile_seconds` by form, and `skipped`: why a form is missing.
 
     Raises:
@@ -290,7 +290,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"{result['dtype']}, {result['device']}, {result['threads']} threads, "
         f"{result['repeats']} repeats; medians with 95 % intervals",
     ]
-    cold = "after other work has gone through the caches, as in training"
+    cold = "after other work has gone through the caches"
     for words, part in (("called again and again", result), (cold, result["cold"])):
         copies = ", ".join(f"{name} {b / 1e9:.1f}" for name, b in part["bandwidth"].items())
         lines += [
