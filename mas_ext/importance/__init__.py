@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -13,18 +14,19 @@ from torch import Tensor, nn
 
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance import objectives
-from mas_ext.importance.batch import add_batch
-from mas_ext.importance.exact import add_exact
+from mas_ext.importance.alone import Evaluate, Forward, Totals, accumulate, zeros
+from mas_ext.importance.batch import Batch
+from mas_ext.importance.exact import Exact
 from mas_ext.importance.objectives import Objective
-from mas_ext.kernels import native, ops
 from mas_ext.kernels.native import Backend
 from mas_ext.kernels.reference import compute_dtype
 from mas_ext.parameters import check_patterns, check_supported, named_parameters
 
 Method = Literal["exact", "batch"]
-Forward = Callable[[Any, Any], Tensor]
+# (evaluate, batch, samples, parameters by name) -> sums over samples by name, and the objectives.
+Estimator = Callable[[Evaluate, Any, int, Mapping[str, Tensor]], tuple[Totals, Tensor]]
 
-METHODS = {"exact": add_exact, "batch": add_batch}
+METHODS: dict[str, Callable[[Backend], Estimator]] = {"exact": Exact, "batch": Batch}
 
 
 def _default_forward(model: nn.Module, batch: Any) -> Tensor:
@@ -37,7 +39,16 @@ def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     """eval() with gradients on; modes and random state are put back, whatever happens."""
     modes = {module: module.training for module in model.modules()}
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+    # Compiled parts run as they were written, so that what they compute can be followed. Nothing is compiled
+    # where the compiler was never imported, which takes seconds.
+    compiled = "torch._dynamo" in sys.modules
+    as_written = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with (
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        as_written,
+    ):
         try:
             model.eval()
             yield
@@ -78,15 +89,18 @@ class ImportanceSum:
         objectives.check(objective)
         self.method, self.objective, self.forward = method, objective, forward or _default_forward
         self.exclude, self.max_outputs, self.backend = tuple(exclude), max_outputs, backend
+        self._estimator = METHODS[method](backend)
         self.sums: dict[str, Tensor] = {}
         self.samples = 0
         self.objective_sum = 0.0
 
     def empty(self) -> ImportanceSum:
         """A new sum of nothing, with the same settings."""
-        return ImportanceSum(
+        other = ImportanceSum(
             self.method, self.objective, self.forward, self.exclude, self.max_outputs, self.backend
         )
+        other._estimator = self._estimator  # and with what it found out about the model
+        return other
 
     def add(self, model: nn.Module, batch: Any) -> None:
         """Add a batch: every sample counts the same, whatever the size of its batch.
@@ -112,45 +126,23 @@ class ImportanceSum:
         if self.method == "exact":
             _refuse_interacting(model)
         device = next(iter(theta.values())).device
+        values = partial(objectives.values, objective=self.objective, max_outputs=self.max_outputs)
+        evaluate = Evaluate(model, self.forward, values)
         with _evaluating(model, device):
-            sums = {
-                name: self.sums[name].clone()
-                if name in self.sums
-                else torch.zeros_like(p, dtype=compute_dtype(p.dtype), requires_grad=False)
-                for name, p in theta.items()
-            }
-            added = METHODS[self.method](
-                partial(self._values, model),
-                batch_of.to(batch, device),
-                samples,
-                list(theta.values()),
-                partial(self._accumulate, list(sums.values())),
-            )
-        if not math.isfinite(float(added)):
-            bad = [name for name, t in sums.items() if not t.isfinite().all()]
+            found, objective = self._estimator(evaluate, batch_of.to(batch, device), samples, theta)
+        added = float(objective.abs().sum(dtype=torch.float64))
+        if not math.isfinite(added):
+            bad = [name for name, t in found.items() if not t.isfinite().all()]
             what = f"importance of {bad[0]!r}: got values" if bad else "objective: got a sum"
             raise ValueError(
-                f"{what} from a batch with objective {float(added)}, expected finite ones; where "
-                'training diverged, a smaller lam or attach(optimizer, mode="proximal") helps'
+                f"{what} from a batch with objective {added}, expected finite ones; where training "
+                'diverged, a smaller lam or attach(optimizer, mode="proximal") helps'
             )
-        self.sums = {**self.sums, **sums}
+        # Nothing below can fail: no error leaves half a batch in the sums.
+        self.sums = {**zeros({n: p for n, p in theta.items() if n not in self.sums}), **self.sums}
+        accumulate(self.sums, found, False, self.backend)
         self.samples += samples
-        self.objective_sum += float(added)
-
-    def _values(self, model: nn.Module, batch: Any, samples: int) -> Tensor:
-        output = self.forward(model, batch)
-        return objectives.values(output, self.objective, samples, self.max_outputs)
-
-    def _accumulate(self, sums: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-        for total, grad in zip(sums, grads, strict=True):
-            if grad is not None:
-                grad = grad.to_dense() if grad.is_sparse else grad
-                pair = kinds.setdefault((grad.device, grad.dtype), ([], []))
-                pair[0].append(total)
-                pair[1].append(grad)
-        for (device, _), (totals, found) in kinds.items():
-            ops.accumulate_(totals, found, 1.0, native.serves(device, self.backend))
+        self.objective_sum += added
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums and counts as named tensors."""

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-Values = Callable[[Any, int], Tensor]
-Add = Callable[[Sequence[Tensor | None]], None]
+from mas_ext.importance.alone import Evaluate, Totals, accumulate, gradients, zeros
+from mas_ext.kernels.native import Backend
 
 
-def add_batch(
-    values: Values, batch: Any, samples: int, theta: Sequence[Tensor], add: Add
-) -> Tensor:
-    """sum over outputs of abs(sum over the batch of d values / d theta): one backward pass an output.
+class Batch:
+    """sum over outputs of abs(sum over the batch of d objective / d theta): one backward pass an output.
 
-    Positive and negative samples cancel. Returns the sum of |values| over the batch.
+    Positive and negative samples cancel.
     """
-    per_sample = values(batch, samples)
-    outputs = per_sample.shape[1]
-    if not per_sample.requires_grad:
-        raise ValueError(
-            "output: got one that depends on no parameter, expected a differentiable one"
-        )
-    for k in range(outputs):
-        add(
-            torch.autograd.grad(
-                per_sample[:, k].sum(), theta, retain_graph=k + 1 < outputs, allow_unused=True
-            )
-        )
-    return per_sample.detach().abs().sum(dtype=torch.float64)
+
+    def __init__(self, backend: Backend) -> None:
+        """backend: see kernels.native.serves."""
+        self.backend = backend
+
+    def __call__(
+        self, evaluate: Evaluate, batch: Any, samples: int, theta: Mapping[str, Tensor]
+    ) -> tuple[Totals, Tensor]:
+        """The sums by name, and the objectives."""
+        _, values = evaluate(batch, samples)
+        totals = zeros(theta)
+        for found in gradients(values, theta):
+            accumulate(totals, found, False, self.backend)
+        return totals, values.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,7 +18,9 @@ def check(objective: Objective) -> None:
         raise ValueError(f"objective: got {objective!r}, expected one of {NAMES} or a callable")
 
 
-def values(output: Tensor, objective: Objective, samples: int, max_outputs: int) -> Tensor:
+def values(
+    output: Tensor, batch: Any, samples: int, objective: Objective, max_outputs: int
+) -> Tensor:
     """The objective per sample, shape (samples, K): K = 1, and the number of outputs for "vector".
 
     "l2": sum of squared outputs (Aljundi et al. 2018, section 4.1); "l1": sum of absolute outputs;

@@ -1,0 +1,111 @@
+"""Per-sample importance by running samples alone: the definition, and the way for whatever has no rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mas_ext.importance import batches
+from mas_ext.kernels import native, ops
+from mas_ext.kernels.native import Backend
+from mas_ext.kernels.reference import compute_dtype
+
+Totals = dict[str, Tensor]
+# The forward pass that a user may give: (model, batch) -> output, samples in dimension 0.
+Forward = Callable[[Any, Any], Tensor]
+# (output, batch, samples) -> the objectives, shape (samples, K).
+Values = Callable[[Tensor, Any, int], Tensor]
+
+
+Key = TypeVar("Key")
+
+# Relative error that rounding may cause, by the lowest precision that a model computes in.
+TOLERANCE = {
+    torch.float64: 1e-8,
+    torch.float32: 1e-3,
+    torch.float16: 3e-2,
+    torch.bfloat16: 1e-1,
+}
+
+
+class Evaluate(NamedTuple):
+    """From a batch to the numbers that the importance is the sensitivity of."""
+
+    model: nn.Module
+    forward: Forward
+    values: Values
+
+    def __call__(self, batch: Any, samples: int) -> tuple[Tensor, Tensor]:
+        """The output, and the objectives of shape (samples, K)."""
+        output = self.forward(self.model, batch)
+        return output, self.values(output, batch, samples)
+
+
+def differ(got: Tensor | None, expected: Tensor, precision: torch.dtype) -> bool:
+    """Whether tensors differ by more than rounding; None stands for zeros, NaN for a difference."""
+    error = expected if got is None else got - expected
+    return not bool(error.norm() <= TOLERANCE[precision] * expected.norm())
+
+
+def gradients(values: Tensor, theta: Mapping[Key, Tensor]) -> Iterator[dict[Key, Tensor]]:
+    """d sum_k values[k, c] / d theta by key, for every c; tensors without a gradient are absent."""
+    if not values.requires_grad:
+        raise ValueError(
+            "output: got one that depends on no parameter, expected a differentiable one"
+        )
+    outputs = values.shape[1]
+    for c in range(outputs):
+        with torch.enable_grad():
+            column = values[:, c].sum()
+        found = torch.autograd.grad(
+            column, [*theta.values()], retain_graph=c + 1 < outputs, allow_unused=True
+        )
+        dense = (g.to_dense() if g is not None and g.is_sparse else g for g in found)
+        yield {name: g for name, g in zip(theta, dense, strict=True) if g is not None}
+
+
+def zeros(theta: Mapping[str, Tensor]) -> Totals:
+    """A sum of nothing for every parameter."""
+    return {
+        name: torch.zeros_like(p, dtype=compute_dtype(p.dtype), requires_grad=False)
+        for name, p in theta.items()
+    }
+
+
+def accumulate(totals: Totals, found: Mapping[str, Tensor], square: bool, backend: Backend) -> None:
+    """totals += abs(found), or its square, by name."""
+    if square:
+        for name, g in found.items():
+            g = g.to(totals[name].dtype)
+            totals[name].addcmul_(g, g)
+        return
+    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for name, g in found.items():
+        into, added = kinds.setdefault((g.device, g.dtype), ([], []))
+        into.append(totals[name])
+        added.append(g)
+    for (device, _), (into, added) in kinds.items():
+        ops.accumulate_(into, added, 1.0, native.serves(device, backend))
+
+
+def one_by_one(
+    evaluate: Evaluate,
+    batch: Any,
+    samples: int,
+    theta: Mapping[str, Tensor],
+    square: bool,
+    backend: Backend,
+) -> tuple[Totals, Tensor, Tensor]:
+    """sum over samples of abs (or square) of the gradient by name; the outputs; the objectives."""
+    totals = zeros(theta)
+    outputs, values = [], []
+    for k in range(samples):
+        output, value = evaluate(batches.part(batch, k, k + 1), 1)
+        for found in gradients(value, theta) if theta else ():
+            accumulate(totals, found, square, backend)
+        outputs.append(output.detach())
+        values.append(value.detach())
+    return totals, torch.cat(outputs), torch.cat(values)

@@ -1,0 +1,220 @@
+"""A parameter's per-sample gradients, in the forms in which layers give them, summed without B x P numbers.
+
+Each form stands for numbers g of shape (samples, *parameter): dense(i, j) writes some samples out,
+add_to(total) adds sum_k abs(g_k), or sum_k g_k^2, to a contiguous float32 or float64 tensor of the
+parameter's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mas_ext.kernels import ops
+
+# Numbers written out at once where a sample's gradient can't be avoided.
+CHUNK = 1 << 24
+
+
+class Use(Protocol):
+    """One use of a parameter in a forward pass."""
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are."""
+
+    def dense(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """g of the samples from start to stop, in the dtype and shape of `like`."""
+
+    def add_to(self, total: Tensor, square: bool, native: bool) -> None:
+        """total += sum_k f(g_k), f = abs or square."""
+
+    def joined(self, other: Use) -> Use | None:
+        """The sum of both as one of the same form, or None where there is none."""
+
+
+def measure(g: Tensor, square: bool) -> Tensor:
+    """abs or square, elementwise."""
+    return g.square() if square else g.abs()
+
+
+def add_uses(uses: Sequence[Use], total: Tensor, square: bool, native: bool) -> None:
+    """total += sum_k f(sum over uses of g_k): uses of one sample add up before the abs."""
+    rest = list(uses)
+    together: list[Use] = []
+    while rest:
+        kind = type(rest[0])
+        same = [use for use in rest if type(use) is kind]
+        rest = [use for use in rest if type(use) is not kind]
+        joined: list[Use] = []
+        for use in same:
+            joint = joined[-1].joined(use) if joined else None
+            joined[-1:] = [joint] if joint is not None else [*joined[-1:], use]
+        together += joined
+    if len(together) == 1:
+        together[0].add_to(total, square, native)
+        return
+    step = max(1, CHUNK // max(1, total.numel()))
+    for start in range(0, together[0].samples, step):
+        stop = min(start + step, together[0].samples)
+        g = reduce(torch.add, (use.dense(start, stop, total) for use in together))
+        total += measure(g, square).sum(0)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """g itself, shape (samples, *parameter): for biases and other small parameters."""
+
+    g: Tensor
+
+    @property
+    def samples(self) -> int:
+        """See Use."""
+        return self.g.shape[0]
+
+    def dense(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """See Use."""
+        return self.g[start:stop].to(like.dtype).view(-1, *like.shape)
+
+    def add_to(self, total: Tensor, square: bool, native: bool) -> None:
+        """See Use."""
+        total += measure(self.dense(0, self.samples, total), square).sum(0)
+
+    def joined(self, other: Use) -> Use | None:
+        """See Use."""
+        return Rows(self.g + other.g) if isinstance(other, Rows) else None
+
+
+@dataclass(frozen=True)
+class Product:
+    """g_k = left_k^T right_k over positions: linear layers and convolutions (DESIGN section 6).
+
+    g_k[group, o, t, c] = sum_p left[k, p, (group, o)] right[k, rows[t, p], (group, c)], where -1 in rows
+    stands for zeros, and the parameter has the order (group, o, c, t). left: (samples, positions,
+    groups * outputs), right: (samples, any, groups * channels), rows: int32 (taps, positions); None: one
+    tap, that sees row p at position p.
+    """
+
+    left: Tensor
+    right: Tensor
+    rows: Tensor | None = None
+    groups: int = 1
+
+    @property
+    def samples(self) -> int:
+        """See Use."""
+        return self.left.shape[0]
+
+    @property
+    def _kernel_shape(self) -> tuple[int, int, int, int]:
+        outputs, channels = (t.shape[2] // self.groups for t in (self.left, self.right))
+        return self.groups, outputs, 1 if self.rows is None else self.rows.shape[0], channels
+
+    def dense(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """See Use."""
+        groups, outputs, taps, channels = self._kernel_shape
+        left, right = (t[start:stop].to(like.dtype) for t in (self.left, self.right))
+        if self.rows is not None:
+            zeros = right.new_zeros(right.shape[0], 1, right.shape[2])
+            right = torch.cat([right, zeros], 1)[:, self.rows.flatten().long()]
+        positions = left.shape[1]
+        left = left.reshape(-1, positions, groups, outputs).permute(0, 2, 3, 1)
+        right = right.reshape(-1, taps, positions, groups, channels).permute(0, 3, 2, 4, 1)
+        right = right.reshape(*right.shape[:3], channels * taps)
+        return torch.matmul(left, right).view(-1, *like.shape)
+
+    def add_to(self, total: Tensor, square: bool, native: bool) -> None:
+        """See Use."""
+        groups, outputs, taps, channels = shape = self._kernel_shape
+        if groups == taps == self.left.shape[1] == 1 and self.rows is None:
+            # One position: |left^T right| = |left|^T |right|, a matrix product of absolute values.
+            left, right = (
+                measure(t[:, 0].to(total.dtype), square) for t in (self.left, self.right)
+            )
+            total.view(outputs, channels).addmm_(left.t(), right)
+        elif taps == 1:
+            self._run(total.view(shape), square, native)
+        else:
+            by_tap = total.new_zeros(shape)
+            self._run(by_tap, square, native)
+            total.view(groups, outputs, channels, taps).add_(by_tap.transpose(2, 3))
+
+    def _run(self, omega: Tensor, square: bool, native: bool) -> None:
+        left, right = self.left, self.right
+        if right.dtype != left.dtype or omega.dtype == torch.float64:
+            left, right = left.to(omega.dtype), right.to(omega.dtype)
+        ops.per_sample_(omega, left, right, self.rows, square, native)
+
+    def joined(self, other: Use) -> Use | None:
+        """See Use."""
+        if not isinstance(other, Product) or self._kernel_shape != other._kernel_shape:
+            return None
+        left = torch.cat([self.left, other.left], 1)
+        right = torch.cat([self.right, other.right], 1)
+        if self.rows is None or other.rows is None:
+            if self.rows is not other.rows:
+                return None
+            return Product(left, right, None, self.groups)
+        behind = torch.where(other.rows < 0, other.rows, other.rows + self.right.shape[1])
+        rows = torch.cat([self.rows, behind], 1)
+        return Product(left, right, rows, self.groups)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of a table: g_k[i] = sum of grad[k, p] over the positions p with ids[k, p] = i.
+
+    ids: (samples, positions); grad: (samples, positions, width); positions with id -1 do not count.
+    """
+
+    ids: Tensor
+    grad: Tensor
+
+    @property
+    def samples(self) -> int:
+        """See Use."""
+        return self.ids.shape[0]
+
+    def dense(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """See Use."""
+        rows, width = like.shape[0] + 1, like.shape[1]  # row 0 takes what doesn't count
+        table = like.new_zeros((stop - start) * rows, width)
+        key, g = self._by_sample(start, stop, rows, like.dtype)
+        table[key] = g
+        return table.view(-1, rows, width)[:, 1:]
+
+    def add_to(self, total: Tensor, square: bool, native: bool) -> None:
+        """See Use."""
+        rows = total.shape[0] + 1
+        key, g = self._by_sample(0, self.samples, rows, total.dtype)
+        row, added = _summed(key % rows, measure(g, square))
+        counted = row > 0
+        total[row[counted] - 1] += added[counted]
+
+    def _by_sample(
+        self, start: int, stop: int, rows: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The different sample * rows + id + 1, and the sums of their gradients."""
+        sample = torch.arange(stop - start, device=self.ids.device)[:, None]
+        key = (sample * rows + self.ids[start:stop] + 1).flatten()
+        return _summed(key, self.grad[start:stop].flatten(0, 1).to(dtype))
+
+    def joined(self, other: Use) -> Use | None:
+        """See Use."""
+        if not isinstance(other, Lookup):
+            return None
+        return Lookup(torch.cat([self.ids, other.ids], 1), torch.cat([self.grad, other.grad], 1))
+
+
+def _summed(key: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The different keys and the sums of their rows, in a fixed order: the same bits on every run."""
+    key, order = key.sort(stable=True)
+    different, counts = torch.unique_consecutive(key, return_counts=True)
+    if key.numel() == 0:
+        return different, rows
+    return different, torch.segment_reduce(rows[order].contiguous(), "sum", lengths=counts)
