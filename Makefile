@@ -19,7 +19,7 @@ demo: .venv/demo.stamp
 test: lint emulated
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 MAS_EXT_EMULATED=build/sanitized \
-	  $(BIN)/pytest -m "not cuda" python_tests/test_kernels.py
+	  $(BIN)/pytest -m "not cuda" python_tests/test_kernels.py python_tests/test_per_sample.py
 	MAS_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest
 
 bench: .venv/demo.stamp

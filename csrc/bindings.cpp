@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -111,6 +112,7 @@ struct OnCpu {
   static constexpr auto proximal = mas::cpu::proximal;
   static constexpr auto accumulate = mas::cpu::accumulate;
   static constexpr auto merge = mas::cpu::merge;
+  static constexpr auto per_sample = mas::cpu::per_sample;
   static int where(int threads) {
     if (threads < 1) throw std::invalid_argument("threads: expected at least 1");
     return threads;
@@ -124,6 +126,7 @@ struct OnCuda {
   static constexpr auto proximal = mas::cuda::proximal;
   static constexpr auto accumulate = mas::cuda::accumulate;
   static constexpr auto merge = mas::cuda::merge;
+  static constexpr auto per_sample = mas::cuda::per_sample;
   static void* where(Pointer stream) { return as<void>(stream); }
 };
 #endif
@@ -181,6 +184,28 @@ void bind(py::module_ m, const char* name) {
                   {keep, gain, static_cast<mas::Anchor>(anchor), entry}, as<double>(partial),
                   as<double>(remainder), Device::where(where));
   });
+
+  sub.def("per_sample",
+          [](Pointer omega, Pointer grad, Pointer input, Pointer rows, Pointer partial,
+             const std::array<std::int64_t, 6>& sizes, const std::array<std::int64_t, 4>& strides,
+             int dtype, std::int64_t splits, bool square, Where where) {
+            const auto negative = [](std::int64_t n) { return n < 0; };
+            if (std::any_of(sizes.begin(), sizes.end(), negative) ||
+                std::any_of(strides.begin(), strides.end(), negative)) {
+              throw std::invalid_argument("sizes and strides: expected numbers from 0 up");
+            }
+            if (splits < 1) throw std::invalid_argument("splits: expected at least 1");
+            const auto [groups, outputs, taps, channels, batch, positions] = sizes;
+            const auto [grad_sample, grad_position, input_sample, input_row] = strides;
+            if (rows == 0 && taps > 1)
+              throw std::invalid_argument("rows: expected one row for each tap");
+            py::gil_scoped_release release;
+            Device::per_sample({as<void>(omega), as<const void>(grad), as<const void>(input),
+                                as<const std::int32_t>(rows), as<void>(partial), groups, outputs,
+                                taps, channels, batch, positions, grad_sample, grad_position,
+                                input_sample, input_row, splits, square},
+                               dtype_of(dtype), Device::where(where));
+          });
 }
 
 }  // namespace

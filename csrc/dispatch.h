@@ -70,5 +70,17 @@ MAS_FN Chunk chunk_of(const Segment* segments, std::int64_t count, std::int64_t 
   return {segment, begin, left < kChunk ? left : kChunk};
 }
 
+MAS_FN std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// The number of omega's elements.
+MAS_FN std::int64_t size_of(const PerSample& use) {
+  return use.groups * use.outputs * use.taps * use.channels;
+}
+
+// A split of the batch ends where the next one begins.
+MAS_FN std::int64_t first_sample(const PerSample& use, std::int64_t split) {
+  return use.batch * split / use.splits;
+}
+
 }  // namespace
 }  // namespace mas

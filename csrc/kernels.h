@@ -65,6 +65,32 @@ struct StepSize {
   double eps;
 };
 
+// One use of a weight, linear or convolution, by `batch` samples: the gradient at what it put out,
+// and what it was given. With M[g, o, t, c] the sum over positions p of
+//   grad[b, p, g * outputs + o] * input[b, rows[t, p], g * channels + c],
+// omega[g, o, t, c] grows by the sum over samples b of abs(M), or of its square. A row of -1 counts
+// as zeros; without rows, position p sees row p. omega is contiguous, float64 for float64 operands,
+// else float32; rows and columns of the operands lie as their strides (in elements) say.
+struct PerSample {
+  void* omega;
+  const void* grad;
+  const void* input;
+  const std::int32_t* rows;
+  void* partial;  // from 2 splits on: for each, a tensor like omega, of scratch
+  std::int64_t groups;
+  std::int64_t outputs;
+  std::int64_t taps;
+  std::int64_t channels;
+  std::int64_t batch;
+  std::int64_t positions;
+  std::int64_t grad_sample;
+  std::int64_t grad_position;
+  std::int64_t input_sample;
+  std::int64_t input_row;
+  std::int64_t splits;  // parts of the batch, summed apart so that a small omega occupies a machine
+  bool square;
+};
+
 namespace cpu {
 
 // The instruction set that the kernels below chose on this machine.
@@ -86,6 +112,10 @@ void accumulate(Segments segments, DType grad, double weight, int threads);
 void merge(Segments segments, DType theta, State state, DType omega, MergeRule rule,
            double* partial, double* remainder, int threads);
 
+// dtype is that of grad and input. The bits depend on the number of splits, not on that of threads;
+// unlike those of the other kernels, they also depend on the instruction set.
+void per_sample(PerSample use, DType dtype, int threads);
+
 }  // namespace cpu
 
 namespace cuda {
@@ -103,6 +133,8 @@ void accumulate(Segments segments, DType grad, double weight, void* stream);
 
 void merge(Segments segments, DType theta, State state, DType omega, MergeRule rule,
            double* partial, double* remainder, void* stream);
+
+void per_sample(PerSample use, DType dtype, void* stream);
 
 }  // namespace cuda
 

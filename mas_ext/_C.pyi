@@ -76,6 +76,20 @@ class cpu:
         remainder: int,
         where: int,
     ) -> None: ...
+    @staticmethod
+    def per_sample(
+        omega: int,
+        grad: int,
+        input: int,
+        rows: int,
+        partial: int,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        dtype: int,
+        splits: int,
+        square: bool,
+        where: int,
+    ) -> None: ...
 
 class cuda(cpu):
     """Absent where the extension was built without nvcc."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from backends import Backend
 
 # The same examples on every run; slow machines are no failure.
 settings.register_profile("mas_ext", derandomize=True, deadline=None)
@@ -19,6 +22,16 @@ settings.load_profile("mas_ext")
 def _seeds() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(
+    params=["reference", "cpu", "emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
+)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Every implementation of the kernels in turn."""
+    import backends  # loads the emulated kernels, which few tests need
+
+    return backends.choose(request.param, monkeypatch)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,7 +28,7 @@ FLOORS = [
 ]
 SIDE_ROOMS = FLOORS[-2] | FLOORS[-1]
 FLOOR = {module: i for i, floor in enumerate(FLOORS) for module in floor}
-KERNELS = ["ops", "native", "reference"]
+KERNELS = ["ops", "per_sample_native", "native", "reference"]
 
 
 def imports(file: Path) -> Iterator[list[str]]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import naive
 import numpy as np
 import pytest
 import torch
+from backends import EMULATED, SANITIZED, Backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,43 +21,6 @@ from mas_ext.kernels import native, ops
 from mas_ext.kernels.reference import compute_dtype
 
 CHUNK = 8192
-FOLDER = Path(os.environ.get("MAS_EXT_EMULATED", Path(__file__).parents[1] / "build" / "emulated"))
-SANITIZED = "sanitized" in FOLDER.name
-
-
-def load_emulated() -> Any:
-    (path,) = FOLDER.glob("_C_emulated*.so")
-    spec = importlib.util.spec_from_file_location("_C_emulated", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-EMULATED = load_emulated()
-
-
-class Backend(NamedTuple):
-    """What runs the kernels: the operators' last argument, and the device of the tensors."""
-
-    native: bool
-    device: str
-
-
-@pytest.fixture(
-    params=["reference", "cpu", "emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
-)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    monkeypatch.setattr(native, "_recent", [])
-    if request.param == "emulated":
-        monkeypatch.setattr(native, "_C", EMULATED)
-        monkeypatch.setattr(
-            native, "_device_kernels", lambda device: (EMULATED.cuda, 0, nullcontext())
-        )
-    elif request.param == "cpu" and SANITIZED:
-        monkeypatch.setattr(native, "_C", EMULATED)
-    return Backend(request.param != "reference", "cuda" if request.param == "cuda" else "cpu")
 
 
 class Case(NamedTuple):
@@ -628,6 +589,14 @@ def operator_calls(case: Case, compiled: bool) -> dict[str, tuple[Any, ...]]:
         "proximal_": (theta, *state, like, 0.1, 1.5, 1e-8, compiled),
         "accumulate_": (like, theta, 0.5, compiled),
         "merge_": (*state[1:3], theta, like, case.offsets, 1.0, 0.5, "mean", 1, compiled),
+        "per_sample_": (
+            torch.rand(1, 2, 2, 3),
+            torch.rand(4, 5, 2),
+            torch.rand(4, 6, 3),
+            torch.arange(-1, 9, dtype=torch.int32).view(2, 5) % 6,
+            False,
+            compiled,
+        ),
     }
 
 

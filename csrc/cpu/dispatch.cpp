@@ -12,6 +12,7 @@ namespace mas::cpu {
   decltype(cpu::proximal) proximal;     \
   decltype(cpu::accumulate) accumulate; \
   decltype(cpu::merge) merge;           \
+  decltype(cpu::per_sample) per_sample; \
   }
 
 MAS_DECLARE_LEVEL(baseline)
@@ -28,10 +29,13 @@ struct Level {
   decltype(&cpu::proximal) proximal;
   decltype(&cpu::accumulate) accumulate;
   decltype(&cpu::merge) merge;
+  decltype(&cpu::per_sample) per_sample;
 };
 
-#define MAS_LEVEL_TABLE(level) \
-  Level { #level, level::penalty, level::proximal, level::accumulate, level::merge }
+#define MAS_LEVEL_TABLE(level)                                                                  \
+  Level {                                                                                       \
+    #level, level::penalty, level::proximal, level::accumulate, level::merge, level::per_sample \
+  }
 
 // MAS_EXT_INSTRUCTION_SET may ask for less than the processor has, to compare or to track down a
 // fault.
@@ -46,7 +50,8 @@ Level choose() {
       __builtin_cpu_supports("avx512vl")) {
     return MAS_LEVEL_TABLE(avx512);
   }
-  if (allowed("avx2") && __builtin_cpu_supports("avx2")) return MAS_LEVEL_TABLE(avx2);
+  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return MAS_LEVEL_TABLE(avx2);
 #endif
   return MAS_LEVEL_TABLE(baseline);
 }
@@ -77,5 +82,7 @@ void merge(Segments segments, DType theta, State state, DType omega, MergeRule r
            double* partial, double* remainder, int threads) {
   level.merge(segments, theta, state, omega, rule, partial, remainder, threads);
 }
+
+void per_sample(PerSample use, DType dtype, int threads) { level.per_sample(use, dtype, threads); }
 
 }  // namespace mas::cpu

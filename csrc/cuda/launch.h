@@ -17,6 +17,7 @@
 // would only take registers from those threads.
 #define MAS_NO_UNROLL _Pragma("unroll 1")
 #define MAS_THREADS 256
+#define MAS_MOST_BLOCKS 2147483647
 #endif
 
 #define MAS_DEVICE static __device__ __forceinline__

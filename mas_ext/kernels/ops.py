@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext.kernels import native, reference
+from mas_ext.kernels import native, per_sample_native, reference
 
 _STATE = "int[] offsets, Tensor omega, Tensor anchor, Tensor alpha"
 
@@ -27,11 +27,14 @@ _SCHEMAS = {
     "accumulate_": "(Tensor(a!)[] omega, Tensor[] grad, float weight, bool native) -> ()",
     "merge_": "(Tensor(a!) omega, Tensor(b!) anchor, Tensor[] theta, Tensor[] importance, "
     "int[] offsets, float keep, float gain, str anchor_rule, int entry, bool native) -> Tensor",
+    "per_sample_": "(Tensor(a!) omega, Tensor grad, Tensor input, Tensor? rows, bool square, "
+    "bool native) -> ()",
 }
 
 
 def _implementation(name: str) -> Callable[..., Any]:
-    compiled, plain = getattr(native, name), getattr(reference, name)
+    module = per_sample_native if name == "per_sample_" else native
+    compiled, plain = getattr(module, name), getattr(reference, name)
 
     def run(*args: Any) -> Any:
         return compiled(*args[:-1]) if args[-1] else plain(*args[:-1])
@@ -101,6 +104,7 @@ torch.library.register_fake("mas_ext::add_grad_", _fake_add_grad_, lib=_library)
 torch.library.register_fake("mas_ext::proximal_", _fake_nothing, lib=_library)
 torch.library.register_fake("mas_ext::accumulate_", _fake_nothing, lib=_library)
 torch.library.register_fake("mas_ext::merge_", _fake_merge_, lib=_library)
+torch.library.register_fake("mas_ext::per_sample_", _fake_nothing, lib=_library)
 
 penalty = torch.ops.mas_ext.penalty.default
 penalty_with_grad = torch.ops.mas_ext.penalty_with_grad.default
@@ -108,6 +112,7 @@ add_grad_ = torch.ops.mas_ext.add_grad_.default
 proximal_ = torch.ops.mas_ext.proximal_.default
 accumulate_ = torch.ops.mas_ext.accumulate_.default
 merge_ = torch.ops.mas_ext.merge_.default
+per_sample_ = torch.ops.mas_ext.per_sample_.default
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -214,6 +214,38 @@ def merge_(
     return added
 
 
+# Temporary tensors of per_sample_, in bytes, unless a single sample needs more.
+_TEMPORARY = 64 << 20
+
+
+def per_sample_(
+    omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None, square: bool
+) -> None:
+    """One use of a weight by B samples: omega += sum_b abs(M_b), or of its square, M_b the gradient of b.
+
+    M_b[g, o, t, c] = sum_p grad[b, p, g * outputs + o] * input[b, rows[t, p], g * channels + c], where a
+    row of -1 counts as zeros, and position p sees row p if `rows` is None (with one tap). omega: (groups,
+    outputs, taps, channels), float64 for float64 operands, else float32; grad: (B, P, groups * outputs);
+    input: (B, R, groups * channels); rows: (taps, P).
+    """
+    groups, outputs, taps, channels = omega.shape
+    batch, positions = grad.shape[:2]
+    # The operands are held twice, as gathered and as bmm wants them.
+    operands = positions * groups * (outputs + taps * channels) + input[:1].numel()
+    size = (2 * operands + 2 * omega.numel()) * omega.element_size()
+    step = max(1, _TEMPORARY // max(size, 1))
+    for start in range(0, batch, step):
+        g = grad[start : start + step].to(omega.dtype)
+        x = input[start : start + step].to(omega.dtype)
+        if rows is not None:
+            x = torch.cat([x, x.new_zeros(len(x), 1, x.shape[2])], 1)
+            x = x.index_select(1, rows.remainder(x.shape[1]).flatten())
+        g = g.reshape(len(g), positions, groups, outputs)
+        x = x.reshape(len(x), taps, positions, groups, channels)
+        m = torch.einsum("bpgo,btpgc->bgotc", g, x)
+        omega += (m.square_() if square else m.abs_()).sum(0)
+
+
 def _round_stochastically(x: Tensor, index: Tensor, entry: int) -> Tensor:
     """bfloat16, rounded up with the probability of the part cut off."""
     low32 = 0xFFFFFFFF

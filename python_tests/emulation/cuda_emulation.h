@@ -80,6 +80,7 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, vo
 #ifndef MAS_THREADS
 #define MAS_THREADS 64  // two warps take every path that eight take, and a quarter of the time
 #endif
+#define MAS_MOST_BLOCKS 3  // so that kernels which loop over their work do
 
 inline void __syncthreads() { cuda_emulation::block->barrier.arrive_and_wait(); }
 

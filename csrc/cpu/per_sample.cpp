@@ -1,0 +1,312 @@
+// Sums over samples of abs, or of the square, of each sample's gradient of a weight. That gradient
+// is a product of matrices, whose elements go from registers into the sum. Twin of
+// cuda/per_sample.cu.
+//
+// Compiled with fused multiply-add, without which it takes twice as long: here, instruction sets
+// agree only to rounding. Every element is summed over positions and then over samples, each in
+// ascending order, whatever the number of threads.
+#include <new>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "level.h"
+
+namespace mas::cpu::MAS_LEVEL {
+namespace {
+
+// A tile of the product is kept in registers: kRows outputs by kVectors vectors of columns. As many
+// as an instruction set has registers for, and enough to hide the latency of a multiply-add.
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kRows = 8, kVectors = 3;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32, kRows = 4, kVectors = 3;
+#else
+constexpr int kBytes = 16, kRows = 4, kVectors = 2;
+#endif
+
+template <class C>
+struct Vector {
+  typedef C type __attribute__((vector_size(kBytes), may_alias));
+};
+template <class C>
+constexpr std::int64_t kLane = kBytes / sizeof(C);
+template <class C>
+constexpr std::int64_t kWidth = kVectors * kLane<C>;
+
+// What a thread works on at a time lies in the second-level cache: a block of omega, and panels of
+// the two operands for it. Columns are (tap, channel) pairs, flattened.
+constexpr std::int64_t kBlockRows = 128;
+constexpr std::int64_t kBlockColumns = 192;
+constexpr std::int64_t kDepth = 128;  // positions
+constexpr std::int64_t kPad = 16;     // panels a power of two apart would compete for cache lines
+
+template <class C>
+struct alignas(64) Scratch {
+  C left[kBlockRows / kRows][kDepth * kRows + kPad];
+  C right[kBlockColumns / kWidth<C>][kDepth * kWidth<C> + kPad];
+  C product[kBlockColumns / kWidth<C>][kBlockRows / kRows][kRows * kWidth<C>];
+  C sum[kBlockColumns / kWidth<C>][kBlockRows / kRows][kRows * kWidth<C>];
+};
+
+MAS_FN std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// `total` cut into equal parts of at most `most`, in whole units.
+struct Cut {
+  Cut(std::int64_t total, std::int64_t most, std::int64_t unit)
+      : total(total),
+        count(quotient_up(total, most)),
+        size(quotient_up(quotient_up(total, count), unit) * unit) {}
+
+  std::int64_t begin(std::int64_t part) const { return part * size; }
+  std::int64_t size_of(std::int64_t part) const { return least(size, total - begin(part)); }
+
+  std::int64_t total, count, size;
+};
+
+// One thread's piece of work: a block of one group's omega, and a part of the batch.
+struct Item {
+  std::int64_t split, group, row, rows, column, columns;
+};
+
+// Some samples' positions, those that the panels hold at a time: `samples` times `depth`.
+struct Stage {
+  std::int64_t sample, samples, position, depth;
+};
+
+template <class C, class T>
+void pack_left(const PerSample& use, const Item& item, const Stage& stage, Scratch<C>& scratch) {
+  for (std::int64_t s = 0; s < stage.samples; ++s) {
+    const T* from = static_cast<const T*>(use.grad) + (stage.sample + s) * use.grad_sample +
+                    stage.position * use.grad_position + item.group * use.outputs + item.row;
+    for (std::int64_t k = 0; k < stage.depth; ++k, from += use.grad_position) {
+      const std::int64_t at = (s * stage.depth + k) * kRows;
+      std::int64_t row = 0;
+      for (; row + kRows <= item.rows; row += kRows) {
+        for (int r = 0; r < kRows; ++r) scratch.left[row / kRows][at + r] = load(from[row + r]);
+      }
+      for (int r = 0; row + r < item.rows; ++r) {
+        scratch.left[row / kRows][at + r] = load(from[row + r]);
+      }
+    }
+  }
+}
+
+// The rows that the taps see are gathered as they are packed: no unfolded input is ever made.
+template <class C, class T>
+void pack_right(const PerSample& use, const Item& item, const Stage& stage, Scratch<C>& scratch) {
+  static const T zeros[kWidth<C>] = {};
+  for (std::int64_t column = 0, width; column < item.columns; column += width) {
+    const std::int64_t tap = (item.column + column) / use.channels;
+    const std::int64_t channel = (item.column + column) % use.channels;
+    const std::int64_t lane = column % kWidth<C>;
+    width = least(least(use.channels - channel, kWidth<C> - lane), item.columns - column);
+    const std::int32_t* rows =
+        use.rows == nullptr ? nullptr : use.rows + tap * use.positions + stage.position;
+    C* to = &scratch.right[column / kWidth<C>][lane];
+    for (std::int64_t s = 0; s < stage.samples; ++s) {
+      const T* sample = static_cast<const T*>(use.input) + (stage.sample + s) * use.input_sample +
+                        item.group * use.channels + channel;
+      for (std::int64_t k = 0; k < stage.depth; ++k, to += kWidth<C>) {
+        const std::int64_t row = rows == nullptr ? stage.position + k : rows[k];
+        const T* from = row < 0 ? zeros : sample + row * use.input_row;
+        in_lanes(width, [&](std::int64_t i, auto lanes) __attribute__((always_inline)) {
+          for (std::int64_t l = 0; l < lanes; ++l) to[i + l] = load(from[i + l]);
+        });
+      }
+    }
+  }
+}
+
+// One tile of the product, for one sample after another; from one stage to the next when a sample
+// has more positions than a stage.
+template <class C, int V>
+void multiply(const C* left, const C* right, const Stage& stage, bool first, bool last, bool square,
+              C* product, C* sum) {
+  using Vec = typename Vector<C>::type;
+  using Bits = decltype(Vec{} < Vec{});
+  Vec* kept = reinterpret_cast<Vec*>(product);
+  Vec* total = reinterpret_cast<Vec*>(sum);
+  for (std::int64_t s = 0; s < stage.samples; ++s) {
+    Vec m[kRows][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) m[r][v] = first ? Vec{} : kept[r * kVectors + v];
+    }
+    for (std::int64_t k = 0; k < stage.depth; ++k, left += kRows, right += kWidth<C>) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) m[r][v] += left[r] * reinterpret_cast<const Vec*>(right)[v];
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) {
+        const int at = r * kVectors + v;
+        if (!last) {
+          kept[at] = m[r][v];
+        } else if (square) {
+          total[at] += m[r][v] * m[r][v];
+        } else {
+          total[at] += reinterpret_cast<Vec>(reinterpret_cast<Bits>(m[r][v]) &
+                                             ~reinterpret_cast<Bits>(-Vec{}));
+        }
+      }
+    }
+  }
+}
+
+template <class C>
+void multiply_block(const Item& item, const Stage& stage, bool first, bool last, bool square,
+                    Scratch<C>& scratch) {
+  for (std::int64_t j = 0; j * kWidth<C> < item.columns; ++j) {
+    const std::int64_t vectors = quotient_up(item.columns - j * kWidth<C>, kLane<C>);
+    const auto tile = vectors == 1   ? multiply<C, 1>
+                      : vectors == 2 ? multiply<C, 2>
+                                     : multiply<C, kVectors>;
+    for (std::int64_t i = 0; i * kRows < item.rows; ++i) {
+      tile(scratch.left[i], scratch.right[j], stage, first, last, square, scratch.product[j][i],
+           scratch.sum[j][i]);
+    }
+  }
+}
+
+// Where a split's sum goes: to omega itself if there is only one.
+template <class C>
+C* destination(const PerSample& use, std::int64_t split) {
+  return use.splits == 1 ? static_cast<C*>(use.omega)
+                         : static_cast<C*>(use.partial) + split * size_of(use);
+}
+
+template <class C, class T>
+void add_block(const PerSample& use, const Item& item, Scratch<C>& scratch) {
+  std::memset(scratch.sum, 0, sizeof(scratch.sum));
+  const Cut depths(use.positions, kDepth, 1);
+  const std::int64_t samples = kDepth / least(use.positions, kDepth);
+  const std::int64_t end = first_sample(use, item.split + 1);
+  for (std::int64_t b = first_sample(use, item.split); b < end; b += samples) {
+    for (std::int64_t d = 0; d < depths.count; ++d) {
+      const Stage stage{b, least(samples, end - b), depths.begin(d), depths.size_of(d)};
+      pack_left<C, T>(use, item, stage, scratch);
+      pack_right<C, T>(use, item, stage, scratch);
+      multiply_block(item, stage, d == 0, d + 1 == depths.count, use.square, scratch);
+    }
+  }
+  const std::int64_t columns = use.taps * use.channels;
+  C* to = destination<C>(use, item.split) + (item.group * use.outputs + item.row) * columns +
+          item.column;
+  for (std::int64_t r = 0; r < item.rows; ++r, to += columns) {
+    for (std::int64_t c = 0; c < item.columns; ++c) {
+      const C sum = scratch.sum[c / kWidth<C>][r / kRows][r % kRows * kWidth<C> + c % kWidth<C>];
+      to[c] = use.splits == 1 ? to[c] + sum : sum;
+    }
+  }
+}
+
+// One output and one channel a group: vectors run over groups instead.
+constexpr std::int64_t kBlockGroups = 64;
+
+template <class C, class T>
+void add_depthwise(const PerSample& use, std::int64_t split, std::int64_t group,
+                   std::int64_t groups) {
+  static const T zeros[kBlockGroups] = {};
+  C* to = destination<C>(use, split) + group * use.taps;
+  for (std::int64_t t = 0; t < use.taps; ++t) {
+    C sum[kBlockGroups] = {};
+    for (std::int64_t b = first_sample(use, split); b < first_sample(use, split + 1); ++b) {
+      const T* grad = static_cast<const T*>(use.grad) + b * use.grad_sample + group;
+      const T* input = static_cast<const T*>(use.input) + b * use.input_sample + group;
+      C m[kBlockGroups] = {};
+      for (std::int64_t p = 0; p < use.positions; ++p) {
+        const std::int64_t row = use.rows == nullptr ? p : use.rows[t * use.positions + p];
+        const T* from = row < 0 ? zeros : input + row * use.input_row;
+        in_lanes(groups, [&](std::int64_t i, auto lanes) __attribute__((always_inline)) {
+          for (std::int64_t l = 0; l < lanes; ++l) {
+            m[i + l] += load(grad[p * use.grad_position + i + l]) * load(from[i + l]);
+          }
+        });
+      }
+      for (std::int64_t i = 0; i < groups; ++i) sum[i] += use.square ? m[i] * m[i] : std::abs(m[i]);
+    }
+    for (std::int64_t i = 0; i < groups; ++i) {
+      to[i * use.taps + t] = use.splits == 1 ? to[i * use.taps + t] + sum[i] : sum[i];
+    }
+  }
+}
+
+template <class C>
+void add_splits(const PerSample& use, [[maybe_unused]] int team) {
+  const Cut parts(size_of(use), kChunk, 1);
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+  for (std::int64_t part = 0; part < parts.count; ++part) {
+    C* omega = static_cast<C*>(use.omega) + parts.begin(part);
+    for (std::int64_t split = 0; split < use.splits; ++split) {
+      const C* from = destination<C>(use, split) + parts.begin(part);
+      for (std::int64_t i = 0; i < parts.size_of(part); ++i) omega[i] += from[i];
+    }
+  }
+}
+
+MAS_FN int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// Starting threads costs more than this many multiply-adds.
+constexpr std::int64_t kSerialWork = 1 << 18;
+
+template <class C, class T>
+void run(const PerSample& use, int threads) {
+  [[maybe_unused]] const int team =
+      use.batch * use.positions * size_of(use) < kSerialWork ? 1 : threads;
+  if (use.outputs == 1 && use.channels == 1) {
+    const Cut blocks(use.groups, kBlockGroups, kLanes);
+#pragma omp parallel for num_threads(team) schedule(dynamic) if (team > 1)
+    for (std::int64_t i = 0; i < blocks.count * use.splits; ++i) {
+      const std::int64_t block = i % blocks.count;
+      add_depthwise<C, T>(use, i / blocks.count, blocks.begin(block), blocks.size_of(block));
+    }
+  } else {
+    const Cut rows(use.outputs, kBlockRows, kRows);
+    const Cut columns(use.taps * use.channels, kBlockColumns, kLane<C>);
+    const std::int64_t blocks = use.groups * rows.count * columns.count;
+    void* memory = ::operator new(team * sizeof(Scratch<C>), std::align_val_t(alignof(Scratch<C>)));
+    auto* scratch = static_cast<Scratch<C>*>(memory);
+#pragma omp parallel num_threads(team) if (team > 1)
+    {
+      Scratch<C>& own = scratch[thread_number()];
+      // The edges of a block that is no whole number of tiles are multiplied too, and dropped.
+      std::memset(&own, 0, sizeof(own));
+#pragma omp for schedule(dynamic)
+      for (std::int64_t i = 0; i < blocks * use.splits; ++i) {
+        const std::int64_t group = i / (rows.count * columns.count) % use.groups;
+        const std::int64_t row = i / columns.count % rows.count;
+        const std::int64_t column = i % columns.count;
+        add_block<C, T>(use,
+                        {i / blocks, group, rows.begin(row), rows.size_of(row),
+                         columns.begin(column), columns.size_of(column)},
+                        own);
+      }
+    }
+    ::operator delete(memory, std::align_val_t(alignof(Scratch<C>)));
+  }
+  if (use.splits > 1) add_splits<C>(use, team);
+}
+
+}  // namespace
+
+void per_sample(PerSample use, DType dtype, int threads) {
+  if (use.batch == 0 || use.positions == 0 || size_of(use) == 0) return;
+  with_float(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    run<compute_t<T>, T>(use, threads);
+  });
+}
+
+}  // namespace mas::cpu::MAS_LEVEL
