@@ -1,0 +1,189 @@
+"""The Fisher information's diagonal against a naive float64 loop, one sample and one label at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import CASES, Wired
+
+import mas_ext
+
+Omega = dict[str, Tensor]
+LABELS = ("true", "predicted", "sampled", "all")
+MODELS = [
+    "mlp",
+    "residual, in-place relu",
+    "vit",
+    "recurrent by hand",
+    "embedding, one id a sample",
+]
+
+
+def estimate(model: nn.Module, batches: Any, **options: Any) -> Omega:
+    found: Omega = mas_ext.estimate_fisher(model, batches, **options)  # type: ignore[attr-defined, unused-ignore]
+    return found
+
+
+def setting(name: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    model = CASES[name].make().double()
+    batches = [CASES[name].inputs(size) for size in (5, 6, 1)]
+    batches = [x.double() if x.is_floating_point() else x for x in batches]
+    classes = model(batches[0]).shape[1]
+    return model, [(x, torch.randint(classes, (len(x),))) for x in batches]
+
+
+def naive(model: nn.Module, batches: list[tuple[Tensor, Tensor]], labels: str) -> Omega:
+    """1/N sum_k (d log p(y_k | x_k) / d theta)^2; for "all", the mean over y by the model's own p."""
+    model.eval()
+    theta = dict(model.named_parameters())
+    omega = {name: torch.zeros_like(p, requires_grad=False) for name, p in theta.items()}
+    samples = 0
+    for xs, ys in batches:
+        for x, y in zip(xs.split(1), ys.tolist(), strict=True):
+            samples += 1
+            logits = model(x)[0]
+            p = (logits.exp() / logits.exp().sum()).detach().tolist()
+            if labels == "all":
+                weights = dict(enumerate(p))
+            else:
+                weights = {y if labels == "true" else p.index(max(p)): 1.0}
+            for label, weight in weights.items():
+                value = logits[label] - logits.exp().sum().log()
+                grads = torch.autograd.grad(
+                    value, list(theta.values()), retain_graph=True, allow_unused=True
+                )
+                for key, g in zip(theta, grads, strict=True):
+                    if g is not None:
+                        omega[key] += weight * g * g
+    return {name: t / samples for name, t in omega.items()}
+
+
+def assert_close(got: Omega, expected: Omega, tolerance: float = 1e-10) -> None:
+    assert got.keys() == expected.keys()
+    for name, right in expected.items():
+        error = float((got[name].double() - right).norm())
+        assert error <= tolerance * float(right.norm()), name
+
+
+@pytest.mark.filterwarnings("ignore:.*generic way:UserWarning")
+@pytest.mark.parametrize("labels", ["true", "predicted", "all"])
+@pytest.mark.parametrize("name", MODELS)
+def test_fisher_is_its_definition(name: str, labels: str) -> None:
+    model, batches = setting(name)
+    right = naive(model, batches, labels)
+    assert_close(estimate(model, batches, labels=labels), right)
+    single = [(x.float() if x.is_floating_point() else x, y) for x, y in batches]
+    omega = estimate(model.float(), single, labels=labels)
+    assert {t.dtype for t in omega.values()} == {torch.float32}
+    assert_close(omega, right, 1e-4)
+
+
+def test_a_linear_layer_is_the_closed_form() -> None:
+    """(p_c - [c = y])^2 x_j^2, and not the square of the batch's mean gradient."""
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.randint(3, (9,))
+    error = model(x).softmax(1).detach() - nn.functional.one_hot(y, 3)
+    closed = {
+        "weight": torch.einsum("nc,nj->cj", error.square(), x.square()) / 9,
+        "bias": error.square().mean(0),
+    }
+    assert_close(estimate(model, [(x[:5], y[:5]), (x[5:], y[5:])]), closed)
+    squared_mean = torch.einsum("nc,nj->cj", error, x).div(9).square()
+    assert float((closed["weight"] - squared_mean).norm()) > 0.5 * float(closed["weight"].norm())
+
+
+def test_sampled_labels_follow_the_softmax() -> None:
+    """The same for the same seed, another for another one, and on the average what all labels give."""
+    model, batches = setting("mlp")
+    inputs = [x for x, _ in batches]
+    first = estimate(model, inputs, labels="sampled", seed=3)
+    again = estimate(model, inputs, labels="sampled", seed=3)
+    other = estimate(model, inputs, labels="sampled", seed=4)
+    assert all(torch.equal(t, again[name]) for name, t in first.items())
+    assert not torch.equal(first["0.weight"], other["0.weight"])
+    often = [x.repeat(20, 1) for x in inputs]
+    runs = [estimate(model, often, labels="sampled", seed=seed) for seed in range(10)]
+    for name, right in naive(model, batches, "all").items():
+        mean = torch.stack([run[name] for run in runs]).mean(0)
+        assert float((mean - right).norm()) < 0.15 * float(right.norm())
+
+
+def test_sampling_leaves_the_random_state_alone_and_does_not_depend_on_it() -> None:
+    model, batches = setting("mlp")
+    first = estimate(model, batches, labels="sampled")
+    torch.rand(5)
+    before = torch.get_rng_state()
+    second = estimate(model, batches, labels="sampled")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
+
+
+@pytest.mark.parametrize("labels", ["predicted", "sampled", "all"])
+def test_no_labels_are_needed_but_for_the_true_ones(labels: str) -> None:
+    model, batches = setting("mlp")
+    bare = estimate(model, [x for x, _ in batches], labels=labels)
+    given = estimate(model, [(x, y.roll(1)) for x, y in batches], labels=labels)
+    assert all(torch.equal(t, given[name]) for name, t in bare.items())
+    with pytest.raises((TypeError, ValueError), match="label"):
+        estimate(model, [x for x, _ in batches], labels="true")
+
+
+@pytest.mark.parametrize("labels", ["true", "predicted", "all"])
+def test_it_does_not_depend_on_how_samples_are_batched(labels: str) -> None:
+    model, batches = setting("mlp")
+    x, y = (torch.cat(column) for column in zip(*batches, strict=True))
+    whole = estimate(model, [(x, y)], labels=labels)
+    singles = list(zip(x.split(1), y.split(1), strict=True))
+    assert_close(estimate(model, singles, labels=labels), whole)
+    few = estimate(model, batches, labels=labels, max_samples=7)
+    assert_close(few, naive(model, [(x[:7], y[:7])], labels))
+
+
+def test_forward_exclude_and_frozen_parameters() -> None:
+    model, batches = setting("mlp")
+    model[2].bias.requires_grad_(False)  # type: ignore[index, union-attr]
+    omega = estimate(
+        Wired(lambda m, x: {"logits": m.inner(x)}, inner=model),
+        batches,
+        forward=lambda model, batch: model(batch[0])["logits"],
+        exclude=["inner.0.bias"],
+    )
+    model[2].bias.requires_grad_(True)  # type: ignore[index, union-attr]
+    right = naive(model, batches, "true")
+    assert_close(omega, {f"inner.{name}": right[name] for name in ("0.weight", "2.weight")})
+
+
+def test_large_logits_do_not_overflow() -> None:
+    model = nn.Linear(2, 3)
+    nn.init.constant_(model.weight, 500.0)
+    for labels in LABELS:
+        omega = estimate(model, [(torch.ones(3, 2), torch.tensor([0, 1, 2]))], labels=labels)
+        assert all(t.isfinite().all() for t in omega.values())
+
+
+def test_what_is_wrong_is_refused_by_name() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    with pytest.raises(ValueError, match="labels: got 'drawn'"):
+        estimate(model, [x], labels="drawn")
+    for bad in (torch.full((5,), 3), torch.full((5,), -1), torch.zeros(5, 3).long()):
+        with pytest.raises(ValueError, match="label"):
+            estimate(model, [(x, bad)])
+    with pytest.raises((TypeError, ValueError), match="label"):
+        estimate(model, [(x, torch.rand(5))])
+    with pytest.raises(ValueError, match="no samples"):
+        estimate(model, [])
+    with pytest.raises(ValueError, match="samples"):
+        estimate(Wired(lambda m, x: m.a(x - x.mean(0)), a=model), [(x, torch.zeros(5).long())])
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, batches = setting("residual, in-place relu")
+    model.train()
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    estimate(model, batches)
+    assert all(module.training for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

@@ -1,0 +1,1190 @@
+"""Small models that a way to compute per-sample gradients may trip over, each with its inputs.
+
+Samples are dimension 0 of input and output; what happens to them in between is what differs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, rnn
+from torch.utils.checkpoint import checkpoint
+
+Inputs = Callable[[int], Any]
+Wiring = Callable[[Any, Any], Any]
+Forward = Callable[[Any, Any], Tensor]
+
+
+class Case(NamedTuple):
+    """A model, its inputs, and what is known of it.
+
+    `may` names the parameters that may go the generic way, "*" standing for all; whatever is not in it has to
+    be fast. `must`: it can't go another way, so that the user has to be told. `noise` names parameters whose
+    gradient is zero but for rounding. `sizes` are those of the batches.
+    """
+
+    make: Callable[[], nn.Module]
+    inputs: Inputs
+    may: Sequence[str] = ()
+    must: bool = False
+    noise: Sequence[str] = ()
+    sizes: Sequence[int] = (5, 6, 1)
+    forward: Forward | None = None
+
+
+class Wired(nn.Module):
+    """Modules and parameters under their names, and how they are wired: wiring(self, x)."""
+
+    def __init__(self, wiring: Wiring, **parts: nn.Module | Tensor) -> None:
+        super().__init__()
+        self.wiring = wiring
+        for name, part in parts.items():
+            setattr(self, name, part if isinstance(part, nn.Module) else nn.Parameter(part))
+
+    def forward(self, x: Any) -> Any:
+        return self.wiring(self, x)
+
+
+ANY = ("*",)
+CASES: dict[str, Case] = {}
+
+
+def add(name: str, make: Callable[[], nn.Module], inputs: Inputs, **known: Any) -> None:
+    assert name not in CASES
+    CASES[name] = Case(make, inputs, **known)
+
+
+def wired(
+    name: str, inputs: Inputs, wiring: Wiring, parts: Callable[[], dict[str, Any]], **known: Any
+) -> None:
+    add(name, lambda: Wired(wiring, **parts()), inputs, **known)
+
+
+# -- inputs ----------------------------------------------------------------------------------------
+
+
+def real(*shape: int) -> Inputs:
+    return lambda n: torch.randn(n, *shape)
+
+
+def ids(length: int, vocabulary: int = 7) -> Inputs:
+    return lambda n: torch.randint(vocabulary, (n, length))
+
+
+def first_ones_negative(*shape: int) -> Inputs:
+    """The first number decides; it is negative in the first 4 samples of every batch."""
+
+    def inputs(n: int) -> Tensor:
+        x = torch.randn(n, *shape)
+        first = x.view(n, -1)[:, 0]
+        first.abs_()
+        first[:4].neg_()
+        return x
+
+    return inputs
+
+
+def sometimes_negative(*shape: int) -> Inputs:
+    """The first number decides; it is negative in batches of 5, the first ones."""
+
+    def inputs(n: int) -> Tensor:
+        x = torch.randn(n, *shape)
+        first = x.view(n, -1)[:, 0]
+        first.abs_()
+        if n == 5:
+            first.neg_()
+        return x
+
+    return inputs
+
+
+def weights(*shape: int) -> Tensor:
+    return torch.randn(shape) / shape[-1] ** 0.5
+
+
+def without_gradient(module: nn.Module, *names: str) -> nn.Module:
+    for name, p in module.named_parameters():
+        if not names or name in names:
+            p.requires_grad_(False)
+    return module
+
+
+def observed(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """With BatchNorm's statistics, and the norms' weights, unlike those at the start."""
+    for _ in range(3):
+        model(1.5 * inputs(8) + 0.3)
+    for p in model.parameters():
+        if p.dim() == 1:
+            nn.init.normal_(p, 0.5, 0.5)
+    return model
+
+
+def flat(x: Tensor) -> Tensor:
+    return x.flatten(1)
+
+
+# -- linear ----------------------------------------------------------------------------------------
+
+add("linear", lambda: nn.Linear(4, 3), real(4))
+add("linear without bias", lambda: nn.Linear(4, 3, bias=False), real(4))
+add("mlp", lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), real(4))
+add("linear, positions", lambda: nn.Linear(4, 3), real(6, 4))
+add("linear, 4-D", lambda: nn.Linear(4, 3), real(2, 3, 4))
+add("linear, positions as many as samples", lambda: nn.Linear(4, 3), real(5, 4))
+add(
+    "linear, positions differ by batch",
+    lambda: nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3)),
+    lambda n: torch.randn(n, n + 2, 4),
+)
+wired(
+    "linear, no positions",
+    real(1, 4),
+    lambda m, x: m.a(x[:, 1:]).sum(1) + m.b(x[:, 0]),
+    lambda: {"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)},
+)
+wired(
+    "linear, no inputs",
+    real(4),
+    lambda m, x: m.a(x[:, :0]) * x.sum(1, keepdim=True),
+    lambda: {"a": Wired(lambda m, x: F.linear(x, m.w, m.b), w=torch.zeros(3, 0), b=weights(3))},
+)
+add(
+    "mixer",
+    lambda: Wired(
+        lambda m, x: m.out(m.channels(m.norm(x + m.tokens(x.mT).mT))),
+        tokens=nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 5)),
+        norm=nn.LayerNorm(4),
+        channels=nn.Linear(4, 4),
+        out=nn.Linear(4, 2),
+    ),
+    real(5, 4),
+    noise=("tokens.2.bias",),  # the norm takes it away
+)
+for frozen in ("weight", "bias"):
+    add(
+        f"linear, frozen {frozen}",
+        lambda name=f"1.{frozen}": without_gradient(
+            nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), name
+        ),
+        real(3, 4),
+    )
+add(
+    "a frozen layer",
+    lambda: nn.Sequential(
+        nn.Linear(4, 5), without_gradient(nn.Linear(5, 5)), nn.Tanh(), nn.Linear(5, 3)
+    ),
+    real(4),
+)
+wired(
+    "without influence",
+    real(4),
+    lambda m, x: m.used(x) + 0 * m.zeroed(x) + m.detached(x).detach(),
+    lambda: {name: nn.Linear(4, 3) for name in ("used", "zeroed", "detached", "unused")},
+)
+wired(
+    "no_grad part",
+    real(4),
+    lambda m, x: m.a(x) * torch.no_grad()(m.a)(x) + torch.no_grad()(m.b)(x),
+    lambda: {"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)},
+)
+
+# -- convolution -----------------------------------------------------------------------------------
+
+GEOMETRIES: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
+    "conv1d": (nn.Conv1d, (4, 7), {"kernel_size": 3}),
+    "conv1d, stride": (nn.Conv1d, (4, 8), {"kernel_size": 3, "stride": 2, "padding": 1}),
+    "conv1d, same": (nn.Conv1d, (4, 7), {"kernel_size": 4, "padding": "same", "dilation": 2}),
+    "conv1d, circular": (nn.Conv1d, (4, 7), {"kernel_size": 3, "padding": 2, "padding_mode": "circular"}),
+    "conv2d": (nn.Conv2d, (4, 6, 5), {"kernel_size": 3}),
+    "conv2d, no bias": (nn.Conv2d, (4, 6, 5), {"kernel_size": 3, "bias": False}),
+    "conv2d, 1x1": (nn.Conv2d, (4, 3, 3), {"kernel_size": 1}),
+    "conv2d, stride": (nn.Conv2d, (4, 7, 8), {"kernel_size": (3, 2), "stride": (2, 3), "padding": (1, 2)}),
+    "conv2d, stride leaves a rest": (nn.Conv2d, (4, 8, 8), {"kernel_size": 3, "stride": 3}),
+    "conv2d, same": (nn.Conv2d, (4, 5, 6), {"kernel_size": 3, "padding": "same"}),
+    "conv2d, same, even kernel": (nn.Conv2d, (4, 5, 6), {"kernel_size": (2, 4), "padding": "same"}),
+    "conv2d, valid": (nn.Conv2d, (4, 5, 6), {"kernel_size": 3, "padding": "valid"}),
+    "conv2d, reflect": (nn.Conv2d, (4, 5, 6), {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}),
+    "conv2d, dilation": (nn.Conv2d, (4, 8, 9), {"kernel_size": 3, "dilation": (2, 3), "padding": 1}),
+    "conv2d, groups": (nn.Conv2d, (4, 5, 6), {"kernel_size": 3, "groups": 2}),
+    "conv2d, depthwise": (nn.Conv2d, (4, 5, 6), {"kernel_size": 3, "groups": 4, "padding": 1}),
+    "conv2d, patches": (nn.Conv2d, (4, 8, 8), {"kernel_size": 4, "stride": 4}),
+    "conv2d, one position": (nn.Conv2d, (4, 3, 3), {"kernel_size": 3}),
+    "conv3d": (nn.Conv3d, (4, 4, 3, 4), {"kernel_size": (2, 3, 2), "stride": (1, 1, 2), "padding": 1}),
+    "conv3d, groups": (nn.Conv3d, (4, 3, 3, 4), {"kernel_size": 2, "groups": 2, "dilation": (1, 1, 2)}),
+    "transposed 1d": (nn.ConvTranspose1d, (4, 5), {"kernel_size": 3, "stride": 2, "output_padding": 1}),
+    "transposed 1d, groups": (nn.ConvTranspose1d, (4, 5), {"kernel_size": 3, "groups": 2, "padding": 1}),
+    "transposed 2d": (nn.ConvTranspose2d, (4, 3, 4), {"kernel_size": (3, 2), "stride": 2, "padding": (1, 0)}),
+    "transposed 2d, all": (
+        nn.ConvTranspose2d,
+        (4, 3, 4),
+        {"kernel_size": 3, "stride": 3, "padding": 1, "output_padding": 2, "groups": 2, "dilation": 2},
+    ),
+    "transposed 2d, depthwise": (nn.ConvTranspose2d, (4, 3, 4), {"kernel_size": 2, "groups": 4}),
+    "transposed 3d": (nn.ConvTranspose3d, (4, 2, 3, 2), {"kernel_size": 2, "stride": (1, 2, 2), "groups": 2}),
+}  # fmt: skip
+for name, (kind, shape, geometry) in GEOMETRIES.items():
+    add(name, lambda kind=kind, geometry=geometry: kind(4, 8, **geometry), real(*shape))
+
+
+def residual_network() -> nn.Module:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        h = m.relu(m.first(x))
+        y = m.norm(m.conv(h))
+        y += h
+        return m.head(m.relu(y).mean((2, 3)))
+
+    model = Wired(
+        wiring,
+        first=nn.Conv2d(3, 4, 3, padding=1),
+        conv=nn.Conv2d(4, 4, 3, padding=1, bias=False),
+        norm=nn.BatchNorm2d(4),
+        relu=nn.ReLU(inplace=True),
+        head=nn.Linear(4, 3),
+    )
+    return observed(model, real(3, 6, 6))
+
+
+add("residual, in-place relu", residual_network, real(3, 6, 6))
+add(
+    "in-place on outputs and on views of them",
+    lambda: Wired(
+        lambda m, x: m.b(m.a(x).mul_(2).view(len(x), 8).relu_()).add_(1).sigmoid_(),
+        a=nn.Conv1d(2, 4, 2),
+        b=nn.Linear(8, 3),
+    ),
+    real(2, 3),
+)
+wired(
+    "in-place into a slice",
+    real(5, 4),
+    lambda m, x: m.b(_set_first(m.a(x), 0.5)),
+    lambda: {"a": nn.Linear(4, 4), "b": nn.Linear(4, 2)},
+)
+
+
+def _set_first(x: Tensor, value: float) -> Tensor:
+    x[:, 0] = value
+    return x
+
+
+add(
+    "channels last",
+    lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).to(
+        memory_format=torch.channels_last
+    ),
+    lambda n: torch.randn(n, 3, 6, 6).to(memory_format=torch.channels_last),
+)
+add(
+    "u-net",
+    lambda: Wired(
+        lambda m, x: m.out(torch.cat([m.down(x), m.up(m.low(F.max_pool2d(m.down(x), 2)))], 1)),
+        down=nn.Conv2d(2, 3, 3, padding=1),
+        low=nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU()),
+        up=nn.ConvTranspose2d(4, 3, 2, stride=2),
+        out=nn.Conv2d(6, 1, 1),
+    ),
+    real(2, 6, 4),
+)
+add(
+    "squeeze and excite",
+    lambda: Wired(
+        lambda m, x: m.conv(x) * torch.sigmoid(m.gate(x.mean((2, 3))))[:, :, None, None],
+        conv=nn.Conv2d(3, 4, 3),
+        gate=nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 4)),
+    ),
+    real(3, 5, 5),
+)
+wired(
+    "conv on samples without dimension 0, one by one",
+    real(5, 6),
+    lambda m, x: torch.stack([m.conv(sample) for sample in x]),
+    lambda: {"conv": nn.Conv1d(5, 3, 2)},
+    may=ANY,
+)
+wired(
+    "conv by unfold",
+    real(2, 5, 4),
+    lambda m, x: m.w @ F.unfold(x, 3) + m.b,
+    lambda: {"w": weights(4, 18), "b": weights(4, 1)},
+    may=ANY,
+)
+wired(
+    "conv of one size, two sizes of images",
+    real(3, 8, 8),
+    lambda m, x: torch.cat([flat(m.conv(x)), flat(m.conv(F.avg_pool2d(x, 2)))], 1),
+    lambda: {"conv": nn.Conv2d(3, 2, 3)},
+)
+wired(
+    "conv and linear share a weight",
+    real(4, 5),
+    lambda m, x: m.linear(x.mT).mT + F.conv1d(x.square(), m.linear.weight[:, :, None]),
+    lambda: {"linear": nn.Linear(4, 3)},
+    may=("linear.weight",),
+)
+
+# -- norms -----------------------------------------------------------------------------------------
+
+NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "layer norm": (lambda: nn.LayerNorm(4), (4,)),
+    "layer norm, positions": (lambda: nn.LayerNorm(4), (5, 4)),
+    "layer norm, two dimensions": (lambda: nn.LayerNorm((3, 4)), (5, 3, 4)),
+    "layer norm, no bias": (lambda: nn.LayerNorm(4, bias=False), (5, 4)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), (4, 3, 2)),
+    "group norm, no positions": (lambda: nn.GroupNorm(2, 4), (4,)),
+    "rms norm": (lambda: nn.RMSNorm(4), (5, 4)),
+    "rms norm, two dimensions": (lambda: nn.RMSNorm((5, 4)), (5, 4)),
+    "instance norm 1d": (lambda: nn.InstanceNorm1d(4, affine=True), (4, 6)),
+    "instance norm 2d": (lambda: nn.InstanceNorm2d(4, affine=True), (4, 3, 3)),
+    "instance norm, statistics": (
+        lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        (4, 3, 3),
+    ),
+    "batch norm 1d": (lambda: nn.BatchNorm1d(4), (4,)),
+    "batch norm 1d, positions": (lambda: nn.BatchNorm1d(4), (4, 5)),
+    "batch norm 2d": (lambda: nn.BatchNorm2d(4), (4, 3, 2)),
+    "batch norm 3d": (lambda: nn.BatchNorm3d(4), (4, 2, 3, 2)),
+}
+for name, (norm, shape) in NORMS.items():
+    add(name, lambda norm=norm, shape=shape: observed(norm(), real(*shape)), real(*shape))
+
+wired(
+    "norm used twice, frozen weight in another",
+    real(5, 4),
+    lambda m, x: m.b(m.a(m.linear(m.a(x)))),
+    lambda: {
+        "a": observed(nn.LayerNorm(4), real(4)),
+        "b": without_gradient(nn.LayerNorm(4), "weight"),
+        "linear": nn.Linear(4, 4),
+    },
+)
+wired(
+    "norm by hand",
+    real(5, 4),
+    lambda m, x: m.linear(x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * m.scale),
+    lambda: {"scale": weights(4) + 1, "linear": nn.Linear(4, 3)},
+    may=("scale",),
+)
+wired(
+    "the low-level names of functions, and keywords",
+    real(3, 6),
+    lambda m, x: F.linear(
+        input=torch.layer_norm(
+            torch.conv1d(x, weight=m.kernel, bias=m.b), [4], weight=m.scale, bias=m.shift
+        ),
+        weight=m.w,
+        bias=None,
+    ),
+    lambda: {
+        "kernel": weights(2, 3, 3),
+        "b": weights(2),
+        "scale": weights(4),
+        "shift": weights(4),
+        "w": weights(3, 4),
+    },
+    noise=("b",),
+)
+
+# -- embedding -------------------------------------------------------------------------------------
+
+add("embedding", lambda: nn.Embedding(7, 3), ids(5))
+add("embedding, one id a sample", lambda: nn.Embedding(7, 3), lambda n: torch.randint(7, (n,)))
+add(
+    "embedding, padding",
+    lambda: nn.Sequential(nn.Embedding(3, 4, padding_idx=1), nn.Linear(4, 2)),
+    ids(6, 3),
+)
+add("embedding, sparse", lambda: nn.Embedding(7, 3, sparse=True), ids(5, 3), may=ANY)
+# Its gradient depends on how often an id is in the batch; per sample, in the sample.
+add(
+    "embedding, scaled by frequency",
+    lambda: nn.Embedding(4, 3, scale_grad_by_freq=True),
+    ids(6, 4),
+    may=ANY,
+)
+add("embedding bag, mean", lambda: nn.EmbeddingBag(7, 3, mode="mean"), ids(5), may=ANY)
+add("embedding bag, max", lambda: nn.EmbeddingBag(7, 3, mode="max"), ids(5), may=ANY)
+wired(
+    "embedding tied to the output layer",
+    ids(5),
+    lambda m, x: F.linear(torch.tanh(m.hidden(m.embedding(x))), m.embedding.weight),
+    lambda: {"embedding": nn.Embedding(7, 3), "hidden": nn.Linear(3, 3)},
+)
+wired(
+    "positions without samples",
+    ids(5),
+    lambda m, x: m.out(torch.tanh(m.token(x) + m.position(torch.arange(x.shape[1])))),
+    lambda: {"token": nn.Embedding(7, 4), "position": nn.Embedding(8, 4), "out": nn.Linear(4, 2)},
+    may=("position.weight",),
+)
+wired(
+    "positions without samples, as many as samples",
+    ids(5),
+    lambda m, x: m.out(torch.tanh(m.token(x) + m.position(torch.arange(x.shape[1])))),
+    lambda: {"token": nn.Embedding(7, 4), "position": nn.Embedding(5, 4), "out": nn.Linear(4, 2)},
+    may=("position.weight",),
+    sizes=(5, 5, 2),
+)
+wired(
+    "positions of every sample",
+    ids(5),
+    lambda m, x: m.out(torch.tanh(m.token(x) + m.position(torch.arange(5).expand(len(x), 5)))),
+    lambda: {"token": nn.Embedding(7, 4), "position": nn.Embedding(8, 4), "out": nn.Linear(4, 2)},
+)
+wired(
+    "embedding, sequence first",
+    ids(5),
+    lambda m, x: m.out(torch.tanh(m.token(x.T))).mean(0),
+    lambda: {"token": nn.Embedding(7, 4), "out": nn.Linear(4, 2)},
+    may=("token.weight",),
+)
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+def attention(batch_first: bool, crossed: bool, **options: Any) -> nn.Module:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        a, b = (x, x[:, :3]) if crossed else (x, x)
+        if not batch_first:
+            a, b = (a.transpose(0, 1), b.transpose(0, 1)) if crossed else (a.transpose(0, 1),) * 2
+        memory = m.memory(b) if "kdim" in options else b
+        y, _ = m.attention(a, memory, memory, need_weights=options.get("add_bias_kv", False))
+        return y if batch_first else y.transpose(0, 1)
+
+    parts: dict[str, Any] = {
+        "attention": nn.MultiheadAttention(4, 2, batch_first=batch_first, **options)
+    }
+    if "kdim" in options:
+        parts["memory"] = nn.Linear(4, options["kdim"])
+    model = Wired(wiring, **parts)
+    nn.init.normal_(model.attention.in_proj_bias)
+    return model
+
+
+for batch_first in (True, False):
+    layout = "samples first" if batch_first else "sequence first"
+    for crossed in (False, True):
+        kind = "cross" if crossed else "self"
+        for variant, options, may in (
+            ("packed", {}, ()),
+            ("separate", {"kdim": 3, "vdim": 3}, ()),
+            ("bias_k", {"add_bias_kv": True}, ("attention.bias_k", "attention.bias_v")),
+        ):
+            add(
+                f"{kind}-attention, {variant}, {layout}",
+                lambda b=batch_first, c=crossed, o=options: attention(b, c, **o),
+                real(5, 4),
+                may=may,
+            )
+    for norm_first in (True, False):
+        add(
+            f"encoder layer, {layout}, norm {'first' if norm_first else 'last'}",
+            lambda b=batch_first, n=norm_first: Wired(
+                lambda m, x, b=b: m.layer(x) if b else m.layer(x.transpose(0, 1)).transpose(0, 1),
+                layer=nn.TransformerEncoderLayer(4, 2, 6, batch_first=b, norm_first=n),
+            ),
+            real(5, 4),
+        )
+add(
+    "decoder layer",
+    lambda: Wired(
+        lambda m, x: m.layer(x, m.encoder(x[:, :3]), tgt_mask=torch.ones(5, 5).triu(1).bool()),
+        encoder=nn.Linear(4, 4),
+        layer=nn.TransformerDecoderLayer(4, 2, 6, batch_first=True),
+    ),
+    real(5, 4),
+)
+
+
+def _padded(n: int) -> dict[str, Tensor]:
+    return {"x": torch.randn(n, 5, 4), "padding": torch.arange(5) >= torch.randint(2, 6, (n, 1))}
+
+
+add(
+    "attention with padding, a dict for output",
+    lambda: Wired(
+        lambda m, batch: {
+            "logits": m.out(m.layer(batch["x"], src_key_padding_mask=batch["padding"])[:, 0])
+        },
+        layer=nn.TransformerEncoderLayer(4, 2, 6, batch_first=True),
+        out=nn.Linear(4, 3),
+    ),
+    _padded,
+    forward=lambda model, batch: model(batch)["logits"],
+)
+
+
+def handwritten_transformer() -> nn.Module:
+    """Sequence first; k has a bias, which softmax cancels."""
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        h = x.transpose(0, 1)
+        s, b, _ = h.shape
+        n = m.norm(h)
+        q, k, v = (f(n).view(s, b * 2, 2).transpose(0, 1) for f in (m.q, m.k, m.v))
+        y = (q @ k.mT / 2**0.5).softmax(-1) @ v
+        h = h + m.o(y.transpose(0, 1).reshape(s, b, 4))
+        return (h + m.down(F.gelu(m.up(m.norm2(h))))).transpose(0, 1)
+
+    parts = {name: nn.Linear(4, 4) for name in "qkvo"}
+    return Wired(
+        wiring, **parts, norm=nn.LayerNorm(4), norm2=nn.LayerNorm(4), up=nn.Linear(4, 6), down=nn.Linear(6, 4)
+    )  # fmt: skip
+
+
+for positions in (5, 6):
+    add(
+        f"transformer by hand, sequence first, {positions} positions",
+        handwritten_transformer,
+        real(positions, 4),
+        noise=("k.bias",),
+    )
+
+
+def gpt2() -> nn.Module:
+    """Its Conv1D: addmm on rows of all samples; packed qkv; a causal mask; tied embeddings."""
+
+    def conv1d(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return torch.addmm(b, x.view(-1, x.shape[-1]), w).view(*x.shape[:-1], w.shape[1])
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        n, p = x.shape
+        h = m.wte(x) + m.wpe(torch.arange(p)[None])
+        q, k, v = (
+            t.view(n, p, 2, 2).transpose(1, 2) for t in conv1d(m.ln(h), m.w, m.b).split(4, 2)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + conv1d(y.transpose(1, 2).reshape(n, p, 4), m.w2, m.b2)
+        return F.linear(m.ln(h), m.wte.weight)
+
+    return Wired(
+        wiring, wte=nn.Embedding(7, 4), wpe=nn.Embedding(6, 4), ln=nn.LayerNorm(4),
+        w=weights(4, 12), b=weights(12), w2=weights(4, 4), b2=weights(4),
+    )  # fmt: skip
+
+
+add("gpt2", gpt2, ids(6), may=("wpe.weight",))
+
+
+def vit() -> nn.Module:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        h = m.patch(x).flatten(2).mT
+        h = torch.cat([m.cls.expand(len(x), -1, -1), h], 1) + m.position
+        h = h + m.scale * m.layer(h)
+        return m.head(m.norm(h)[:, 0])
+
+    return Wired(
+        wiring, patch=nn.Conv2d(3, 4, 2, stride=2), cls=weights(1, 1, 4), position=weights(1, 5, 4),
+        scale=weights(4), layer=nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), norm=nn.LayerNorm(4),
+        head=nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+add("vit", vit, lambda n: 4 * torch.randn(n, 3, 4, 4), may=("cls", "position", "scale"))
+wired(
+    "learned queries, repeated",
+    real(5, 4),
+    lambda m, x: m.attention(m.queries.repeat(len(x), 1, 1), x, x)[0],
+    lambda: {
+        "queries": weights(1, 3, 4),
+        "attention": nn.MultiheadAttention(4, 2, batch_first=True),
+    },
+    # A query that is the same for all samples is a linear layer's input all the same.
+    may=("queries",),
+)
+wired(
+    "prefix put before the keys",
+    real(5, 4),
+    lambda m, x: (x @ torch.cat([m.prefix.expand(len(x), -1, -1), m.k(x)], 1).mT).softmax(-1) @ m.v,
+    lambda: {"prefix": weights(2, 4), "k": nn.Linear(4, 4, bias=False), "v": weights(7, 3)},
+    may=("prefix", "v"),
+)
+
+
+def swin() -> nn.Module:
+    """Windows of 2 x 2 folded into dimension 0, within each sample."""
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        n = len(x)
+        h = m.embed(x)
+        windows = h.view(n, 2, 2, 2, 2, 4).transpose(2, 3).reshape(n * 4, 4, 4)
+        windows = windows + m.attention(m.norm(windows), m.norm(windows), m.norm(windows))[0]
+        windows = m.mlp(windows)
+        return windows.view(n, 2, 2, 2, 2, 3).transpose(2, 3).reshape(n, 4, 4, 3)
+
+    return Wired(
+        wiring, embed=nn.Linear(3, 4), norm=nn.LayerNorm(4), mlp=nn.Linear(4, 3),
+        attention=nn.MultiheadAttention(4, 2, batch_first=True),
+    )  # fmt: skip
+
+
+add("windows folded into the samples", swin, real(4, 4, 3))
+
+# -- how samples are folded ------------------------------------------------------------------------
+
+
+def positions_major(layer: Callable[[Any, Tensor], Tensor]) -> Wiring:
+    """The layer sees rows (positions * samples): row p * n + b is of sample b."""
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        n, p = x.shape[:2]
+        rows = layer(m, x.transpose(0, 1).reshape(p * n, *x.shape[2:]))
+        return rows.view(p, n, *rows.shape[1:]).transpose(0, 1)
+
+    return wiring
+
+
+for positions in (5, 2):
+    wired(
+        f"rows by position, {positions} positions",
+        real(positions, 4),
+        positions_major(lambda m, x: m.b(m.norm(torch.tanh(m.a(x))))),
+        lambda: {"a": nn.Linear(4, 6), "norm": nn.LayerNorm(6), "b": nn.Linear(6, 3)},
+    )
+wired(
+    "frames folded into the samples",
+    real(3, 2, 4, 4),
+    lambda m, x: m.out(F.relu(m.conv(x.flatten(0, 1))).view(len(x), 3, -1).mean(1)),
+    lambda: {"conv": nn.Conv2d(2, 3, 3), "out": nn.Linear(12, 2)},
+)
+wired(
+    "images by frame",
+    real(3, 2, 4, 4),
+    positions_major(lambda m, x: F.relu(m.conv(x))),
+    lambda: {"conv": nn.Conv2d(2, 3, 3)},
+    may=ANY,
+)
+wired(
+    "both folds of one layer",
+    real(5, 4),
+    lambda m, x: (
+        m.a(x.flatten(0, 1)).view(x.shape) * positions_major(lambda m, r: m.a(r))(m, x.square())
+    ),
+    lambda: {"a": nn.Linear(4, 4)},
+    may=ANY,
+)
+wired(
+    "two views of every sample behind each other",
+    real(2, 4),
+    lambda m, x: m.a(torch.cat([x[:, 0], x[:, 1]])).view(2, len(x), 3).prod(0),
+    lambda: {"a": nn.Linear(4, 3)},
+    may=ANY,
+)
+wired(
+    "samples in dimension 1 of 4, all as many",
+    real(5, 5, 4),
+    lambda m, x: m.b(torch.tanh(m.norm(m.a(x.permute(1, 0, 2, 3))))).permute(1, 0, 2, 3),
+    lambda: {"a": nn.Linear(4, 6), "norm": nn.LayerNorm(6), "b": nn.Linear(6, 3)},
+    may=ANY,
+)
+wired(
+    "samples in dimension 2 of 4, all as many",
+    real(5, 5, 4),
+    lambda m, x: m.b(torch.tanh(m.a(x.permute(1, 2, 0, 3)))).permute(2, 0, 1, 3),
+    lambda: {"a": nn.Linear(4, 6), "b": nn.Linear(6, 3)},
+    may=ANY,
+)
+wired(
+    "samples last",
+    real(5),
+    lambda m, x: (m.w @ torch.tanh(m.v @ x.T)).T,
+    lambda: {"v": weights(5, 5), "w": weights(3, 5)},
+    may=ANY,
+)
+wired(
+    "samples two by two",
+    real(2, 4),
+    lambda m, x: torch.cat([m.a(pair.flatten(0, 1)).view(len(pair), 2, 3) for pair in x.split(2)]),
+    lambda: {"a": nn.Linear(4, 3)},
+    may=ANY,
+    sizes=(4, 6, 1),
+)
+wired(
+    "samples one by one",
+    real(4),
+    lambda m, x: torch.stack([m.a(sample) for sample in x]),
+    lambda: {"a": nn.Linear(4, 3)},
+    may=ANY,
+)
+wired(
+    "samples backwards inside",
+    real(4),
+    lambda m, x: m.b(torch.tanh(m.a(x.flip(0)))).flip(0),
+    lambda: {"a": nn.Linear(4, 5), "b": nn.Linear(5, 3)},
+    may=ANY,
+)
+wired(
+    "another way for a batch of one",
+    real(4),
+    lambda m, x: m.a(x) if len(x) == 1 else (m.a.weight @ x[..., None])[..., 0] + m.a.bias,
+    lambda: {"a": nn.Linear(4, 3)},
+    may=ANY,
+)
+wired(
+    "another way for large batches",
+    real(4),
+    lambda m, x: m.b(m.a(x)) if len(x) < 5 else m.b(m.a(x[:, None]).expand(-1, 2, -1)).mean(1),
+    lambda: {"a": nn.Linear(4, 3), "b": nn.Linear(3, 3)},
+    may=ANY,
+    sizes=(3, 6, 1),
+)
+
+# -- used more than once ---------------------------------------------------------------------------
+
+wired(
+    "autoencoder, W and its transpose",
+    real(5),
+    lambda m, x: F.linear(torch.tanh(F.linear(x, m.w, m.b)), m.w.T, m.c),
+    lambda: {"w": weights(3, 5), "b": weights(3), "c": weights(5)},
+)
+wired(
+    "one layer three times",
+    real(4),
+    lambda m, x: m.a(torch.tanh(m.a(torch.tanh(m.a(x))))),
+    lambda: {"a": nn.Linear(4, 4)},
+)
+wired(
+    "one layer, different numbers of positions",
+    real(6, 4),
+    lambda m, x: m.a(x).sum(1) + m.a(x[:, 0]) * m.a(x[:, :3]).amax(1),
+    lambda: {"a": nn.Linear(4, 3)},
+)
+wired(
+    "uses that cancel within a sample",
+    real(2, 4),
+    lambda m, x: m.a(x[:, 0]) - 0.9 * m.a(x[:, 0] + 0.1 * x[:, 1]),
+    lambda: {"a": nn.Linear(4, 3)},
+)
+wired(
+    "one bias, two layers",
+    real(4),
+    lambda m, x: F.linear(torch.tanh(F.linear(x, m.w, m.b)), m.v, m.b),
+    lambda: {"w": weights(3, 4), "v": weights(3, 3), "b": weights(3)},
+)
+
+
+def recurrent() -> nn.Module:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        h = torch.zeros_like(m.input(x[:, 0]))
+        for step in x.unbind(1):
+            h = torch.tanh(m.input(step) + m.hidden(h))
+        return m.out(h)
+
+    return Wired(wiring, input=nn.Linear(3, 4), hidden=nn.Linear(4, 4), out=nn.Linear(4, 2))
+
+
+add("recurrent by hand", recurrent, real(6, 3))
+for cell in (nn.LSTMCell, nn.GRUCell, nn.RNNCell):
+
+    def unrolled(m: Any, x: Tensor) -> Tensor:
+        state = None
+        for step in x.unbind(1):
+            state = m.cell(step, state)
+        return state[0] if isinstance(state, tuple) else state
+
+    wired(cell.__name__, real(5, 3), unrolled, lambda cell=cell: {"cell": cell(3, 4)}, may=ANY)
+for layer in (nn.LSTM, nn.GRU):
+    wired(
+        layer.__name__,
+        real(5, 3),
+        lambda m, x: m.out(m.layer(x)[0][:, -1]),
+        lambda layer=layer: {"layer": layer(3, 4, batch_first=True), "out": nn.Linear(4, 2)},
+        may=[f"layer.{p}_l0" for p in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")],
+        must=True,
+    )
+
+
+def _packed(m: Any, batch: dict[str, Tensor]) -> Tensor:
+    packed = rnn.pack_padded_sequence(
+        m.a(batch["x"]), batch["lengths"], batch_first=True, enforce_sorted=False
+    )
+    return m.layer(packed)[1][0]
+
+
+wired(
+    "lstm of sequences of several lengths",
+    lambda n: {"x": torch.randn(n, 6, 3), "lengths": torch.randint(1, 7, (n,))},
+    _packed,
+    lambda: {"a": nn.Linear(3, 3), "layer": nn.LSTM(3, 4, batch_first=True)},
+    forward=lambda model, batch: model(batch),
+    may=[f"layer.{p}_l0" for p in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")],
+)
+
+# -- weights that are no module's ------------------------------------------------------------------
+
+FUNCTIONAL: dict[str, tuple[Wiring, tuple[int, ...], bool]] = {
+    "x @ w": (lambda m, x: x @ m.w, (4, 3), True),
+    "x @ w.T": (lambda m, x: x @ m.w.T, (3, 4), True),
+    "x @ w.mT": (lambda m, x: x @ m.w.mT, (3, 4), True),
+    "matmul": (lambda m, x: torch.matmul(x, m.w), (4, 3), True),
+    "Tensor.matmul": (lambda m, x: x.matmul(m.w), (4, 3), True),
+    "mm of rows": (lambda m, x: torch.mm(x.view(-1, 4), m.w).view(*x.shape[:-1], 3), (4, 3), True),
+    "addmm of rows": (
+        lambda m, x: torch.addmm(m.b, x.view(-1, 4), m.w).view(*x.shape[:-1], 3),
+        (4, 3),
+        True,
+    ),
+    "einsum": (lambda m, x: torch.einsum("bpi,oi->bpo", x, m.w), (3, 4), False),
+    "tensordot": (lambda m, x: torch.tensordot(x, m.w, dims=1), (4, 3), False),
+    "inner": (lambda m, x: torch.inner(x, m.w), (3, 4), False),
+    "F.linear of a view": (lambda m, x: F.linear(x, m.w.view(3, 4)), (12,), False),
+    "F.linear of a slice": (lambda m, x: F.linear(x, m.w[2:5]) * F.linear(x, m.w[:3]), (6, 4), True),
+    "F.linear of columns": (lambda m, x: F.linear(x, m.w[:, 1:5]), (3, 6), False),
+    "F.linear of every other row": (lambda m, x: F.linear(x, m.w[::2]), (6, 4), False),
+    "F.linear of a copy": (lambda m, x: F.linear(x, m.w.T.contiguous()), (4, 3), False),
+    "F.linear of a masked weight": (lambda m, x: F.linear(x, m.w * (m.w > 0)), (3, 4), False),
+    "F.linear of a normalised weight": (lambda m, x: F.linear(x, F.normalize(m.w)), (3, 4), False),
+    "F.linear of an expanded weight": (lambda m, x: F.linear(x, m.w.expand(3, 4)), (1, 4), False),
+    "bmm of an expanded weight": (lambda m, x: torch.bmm(x, m.w.expand(len(x), 4, 3)), (4, 3), False),
+    "baddbmm": (
+        lambda m, x: torch.baddbmm(m.b, x, m.w.expand(len(x), 4, 3), beta=0.5),
+        (4, 3),
+        False,
+    ),
+    "bmm per head": (
+        lambda m, x: torch.bmm(x.view(-1, 2, 2).transpose(0, 1), m.w)
+        .transpose(0, 1)
+        .reshape(len(x), -1, 6),
+        (2, 2, 3),
+        False,
+    ),
+    "matmul of vectors": (lambda m, x: x @ m.w, (4,), False),
+    "multiply and sum": (lambda m, x: (x[..., None] * m.w).sum(-2), (4, 3), False),
+    "bilinear": (lambda m, x: F.bilinear(x, x.flip(1), m.w, m.b), (3, 4, 4), False),
+    "vmap in the model": (lambda m, x: torch.vmap(lambda row: row @ m.w)(x), (4, 3), False),
+}  # fmt: skip
+for name, (wiring, shape, fast) in FUNCTIONAL.items():
+    wired(
+        name,
+        real(5, 4),
+        wiring,
+        lambda shape=shape, biased=("add" in name or name == "bilinear"): {
+            "w": weights(*shape),
+            **({"b": weights(3)} if biased else {}),
+        },
+        may=() if fast else ANY,
+    )
+wired(
+    "lora",
+    real(5, 4),
+    lambda m, x: m.frozen(x) + 2 * m.b(m.a(x)),
+    lambda: {
+        "frozen": without_gradient(nn.Linear(4, 3)),
+        "a": nn.Linear(4, 2, bias=False),
+        "b": nn.Linear(2, 3, bias=False),
+    },
+)
+wired(
+    "lora, merged",
+    real(5, 4),
+    lambda m, x: F.linear(x, m.frozen.weight + m.b @ m.a),
+    lambda: {"frozen": without_gradient(nn.Linear(4, 3)), "a": weights(2, 4), "b": weights(3, 2)},
+    may=("a", "b"),
+)
+
+# -- parameters that no layer's rule covers --------------------------------------------------------
+
+wired(
+    "temperature",
+    real(4),
+    lambda m, x: m.a(x) / m.temperature,
+    lambda: {"a": nn.Linear(4, 3), "temperature": torch.tensor(0.7)},
+    may=("temperature",),
+)
+wired(
+    "gate",
+    real(4),
+    lambda m, x: m.a(x * torch.sigmoid(m.alpha)),
+    lambda: {"alpha": weights(4), "a": nn.Linear(4, 3)},
+    may=("alpha",),
+)
+wired(
+    "mixture by softmax",
+    real(4),
+    lambda m, x: (torch.stack([m.a(x), m.b(x), x], -1) * m.alpha.softmax(0)).sum(-1),
+    lambda: {"alpha": weights(3), "a": nn.Linear(4, 4), "b": nn.Linear(4, 4)},
+    may=("alpha",),
+)
+wired(
+    "constant output",
+    real(4),
+    lambda m, x: torch.cat([m.constant.expand(len(x), -1), m.a(x)], 1),
+    lambda: {"constant": weights(3), "a": nn.Linear(4, 2)},
+    may=("constant",),
+)
+add(
+    "prelu",
+    lambda: nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, 3)),
+    real(4),
+    may=("1.weight",),
+)
+add(
+    "bilinear module",
+    lambda: Wired(lambda m, x: m.f(x, x.square()), f=nn.Bilinear(4, 4, 3)),
+    real(4),
+    may=ANY,
+)
+add(
+    "weight norm",
+    lambda: nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)
+    ),
+    real(4),
+    may=("0.parametrizations.weight.original0", "0.parametrizations.weight.original1"),
+    must=True,
+)
+add(
+    "spectral norm",
+    lambda: nn.Sequential(
+        parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)
+    ),
+    real(4),
+    may=("0.parametrizations.weight.original",),
+    must=True,
+)
+
+
+class Scale(torch.autograd.Function):
+    """x w, and a gradient written by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad * w, (grad * x).sum(0)
+
+
+wired(
+    "a function with its own backward",
+    real(4),
+    lambda m, x: m.a(Scale.apply(x, m.w)),
+    lambda: {"w": weights(4), "a": nn.Linear(4, 3)},
+    may=("w",),
+    must=True,
+)
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        inner = torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.Tanh()))
+    return nn.Sequential(inner, nn.Linear(5, 3))
+
+
+add("scripted part", scripted, real(4), may=("0.0.weight", "0.0.bias"), must=True)
+add(
+    "compiled part",
+    lambda: nn.Sequential(
+        torch.compile(nn.Sequential(nn.Linear(4, 5), nn.Tanh()), backend="eager"), nn.Linear(5, 3)
+    ),
+    real(4),
+    may=("0.0.weight", "0.0.bias"),
+)
+wired(
+    "checkpointed part",
+    real(4),
+    lambda m, x: m.out(checkpoint(m.inner, x, use_reentrant=False)),
+    lambda: {
+        "inner": nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh()),
+        "out": nn.Linear(5, 3),
+    },
+    may=[f"inner.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")],
+)
+wired(
+    "double use: a layer's weight and a view of it",
+    real(4),
+    lambda m, x: m.a(x) + x[:, :3] * m.a.weight.view(-1)[:3],
+    lambda: {"a": nn.Linear(4, 3)},
+    may=("a.weight",),
+)
+wired(
+    "double use: a small part of the gradient",
+    real(4),
+    lambda m, x: m.a(x) + 1e-3 * x[:, :1] * m.a.weight.sum(),
+    lambda: {"a": nn.Linear(4, 3)},
+    may=("a.weight",),
+)
+wired(
+    "double use: on a constant",
+    real(4),
+    lambda m, x: m.a(x) * m.a(torch.arange(4).to(x)),
+    lambda: {"a": nn.Linear(4, 3)},
+    may=ANY,
+)
+wired(
+    "hooks that change inputs and outputs",
+    real(4),
+    lambda m, x: m.b(torch.tanh(m.a(x))),
+    lambda: {"a": _hooked(nn.Linear(4, 5)), "b": nn.Linear(5, 3)},
+)
+
+
+def _hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_pre_hook(lambda module, x: (2 * x[0],))
+    module.register_forward_hook(lambda module, x, y: y.square())
+    return module
+
+
+# -- backward passes in the forward pass -----------------------------------------------------------
+
+
+def _slope(m: Any, x: Tensor, create_graph: bool) -> Tensor:
+    x = x.detach().requires_grad_()
+    energy = m.energy(x)
+    (slope,) = torch.autograd.grad(energy.sum(), x, create_graph=create_graph, retain_graph=True)
+    return torch.cat([energy, slope], 1)
+
+
+for create_graph in (True, False):
+    wired(
+        f"slope of an energy, {'with' if create_graph else 'without'} its graph",
+        real(4),
+        lambda m, x, g=create_graph: m.out(_slope(m, x, g)),
+        lambda: {
+            "energy": nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)),
+            "out": nn.Linear(5, 3),
+        },
+        may=[f"energy.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")],
+    )
+wired(
+    "straight-through batch mean",
+    real(4),
+    lambda m, x: m.b(_straight_through(m.a(x))),
+    lambda: {"a": nn.Linear(4, 5), "b": nn.Linear(5, 3)},
+    may=("a.weight", "a.bias"),
+    must=True,
+)
+
+
+def _straight_through(h: Tensor) -> Tensor:
+    """Its value is h; its gradient mixes samples, unlike that of a sample alone."""
+    mean = h.mean(0)
+    return h + (mean - mean.detach())
+
+
+# -- data decide -----------------------------------------------------------------------------------
+
+
+def routed(m: Any, x: Tensor) -> Tensor:
+    """Positions whose first number is positive go to one expert, the others to another."""
+    mask = x[..., 0] > 0
+    y = x.new_zeros(*x.shape[:-1], 3)
+    y[mask] = m.left(x[mask])
+    y[~mask] = m.right(x[~mask])
+    return m.out(torch.tanh(y))
+
+
+def experts() -> dict[str, Any]:
+    return {"left": nn.Linear(4, 3), "right": nn.Linear(4, 3), "out": nn.Linear(3, 2)}
+
+
+EXPERTS = ("left.weight", "left.bias", "right.weight", "right.bias")
+
+
+def chosen(*counts: Sequence[int]) -> Inputs:
+    """For each batch in turn, how many of each sample's 3 positions go left."""
+    turn = itertools.cycle(counts)
+
+    def inputs(n: int) -> Tensor:
+        x = torch.randn(n, 3, 4)
+        first = x[..., 0].abs() + 0.1
+        for i, count in enumerate(next(turn)):
+            first[i, count:].neg_()
+        x[..., 0] = first
+        return x
+
+    return inputs
+
+
+add("routed", lambda: Wired(routed, **experts()), real(3, 4), may=EXPERTS)
+# As many rows as samples, and the first ones are where one row a sample would put them.
+add(
+    "routed, as many rows as samples",
+    lambda: Wired(routed, **experts()),
+    chosen((1, 1, 1, 2, 0, 1), (2, 0, 1, 1, 2, 0)),
+    may=EXPERTS,
+    sizes=(6, 6),
+)
+add(
+    "routed, one row a sample at first",
+    lambda: Wired(routed, **experts()),
+    chosen((1, 1, 1, 1, 1, 1), (2, 0, 1, 1, 2, 0)),
+    may=EXPERTS,
+    sizes=(6, 6),
+)
+
+
+def halting(m: Any, x: Tensor) -> Tensor:
+    """Samples leave the loop one by one."""
+    h = torch.tanh(m.first(x))
+    for _ in range(3):
+        active = h.square().sum(1) < 2
+        h = h.index_add(0, active.nonzero()[:, 0], torch.tanh(m.step(h[active])))
+    return m.out(h)
+
+
+wired(
+    "halting",
+    real(4),
+    halting,
+    lambda: {"first": nn.Linear(4, 5), "step": nn.Linear(5, 5), "out": nn.Linear(5, 2)},
+    may=("step.weight", "step.bias"),
+)
+
+# -- gradients that are zero at first --------------------------------------------------------------
+
+# Where the gate is shut, any rule agrees with zero; where it opens, only the right one does.
+for when, inputs in (("at first", first_ones_negative), ("in the first batch", sometimes_negative)):
+    wired(
+        f"shut {when}: samples backwards inside",
+        inputs(4),
+        lambda m, x: m.open(x) + F.relu(x[:, :1]) * m.a(x.flip(0)).flip(0),
+        lambda: {"open": nn.Linear(4, 3), "a": nn.Linear(4, 3)},
+        may=("a.weight", "a.bias"),
+        sizes=(5, 8, 6),
+    )
+    wired(
+        f"shut {when}: rows by position",
+        inputs(5, 4),
+        lambda m, x: torch.cat(
+            [
+                flat(m.open(x)),
+                flat(
+                    positions_major(lambda m, rows: m.a(rows))(m, x)
+                    * F.relu(x[:, 0, 0])[:, None, None]
+                ),
+            ],
+            1,
+        ),
+        lambda: {"open": nn.Linear(4, 2), "a": nn.Linear(4, 3)},
+        may=("a.weight", "a.bias"),
+        sizes=(5, 8, 6),
+    )
+    wired(
+        f"shut {when}: the other use of a weight",
+        inputs(4),
+        lambda m, x: m.a(x) + F.relu(x[:, :1]) * m.a.weight.sum(),
+        lambda: {"a": nn.Linear(4, 3)},
+        may=("a.weight",),
+        sizes=(5, 8, 6),
+    )
+    wired(
+        f"shut {when}: the same layer's rows elsewhere",
+        inputs(5, 4),
+        lambda m, x: (
+            m.a(x[:, 1])
+            + F.relu(x[:, 0, :1]) * positions_major(lambda m, rows: m.a(rows))(m, x).sum(1)
+        ),
+        lambda: {"a": nn.Linear(4, 3)},
+        may=ANY,
+        sizes=(5, 8, 6),
+    )
