@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,12 +25,18 @@ from mas_ext.kernels import native, ops
 from mas_ext.kernels.reference import compute_dtype
 
 CHUNK = 8192
-FOLDER = Path(os.environ.get("MAS_EXT_EMULATED", Path(__file__).parents[1] / "build" / "emulated"))
+ROOT = Path(__file__).parents[1]
+FOLDER = Path(os.environ.get("MAS_EXT_EMULATED", ROOT / "build" / "emulated"))
 SANITIZED = "sanitized" in FOLDER.name
 
 
-def load_emulated() -> Any:
-    (path,) = FOLDER.glob("_C_emulated*.so")
+def load_emulated(folder: Path) -> Any:
+    path = folder / f"_C_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    # One built from older sources may have other signatures, and crash.
+    sources = [*ROOT.glob("csrc/**/*.[ch]*"), *ROOT.glob("python_tests/emulation/*.[ch]*")]
+    newest = max(file.stat().st_mtime for file in sources)
+    if not path.exists() or path.stat().st_mtime < newest:
+        pytest.fail(f"{path} is missing or older than its sources: run `make emulated`", False)
     spec = importlib.util.spec_from_file_location("_C_emulated", path)
     assert spec is not None
     assert spec.loader is not None
@@ -37,7 +45,7 @@ def load_emulated() -> Any:
     return module
 
 
-EMULATED = load_emulated()
+EMULATED = load_emulated(FOLDER)
 
 
 class Backend(NamedTuple):
@@ -611,6 +619,16 @@ def test_the_extension_refuses_what_its_caller_should_have() -> None:
         EMULATED.State(4, 0, 64, 64, 1, 1, 64, 64)
     with pytest.raises(ValueError, match="omega: expected float32 or bfloat16"):
         EMULATED.State(0, 1, 64, 64, 1, 1, 64, 64)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_missing_or_old_emulated_kernels_are_not_loaded(tmp_path: Path, there: bool) -> None:
+    if there:
+        built = next(FOLDER.glob("_C_emulated*"))
+        old = shutil.copy(built, tmp_path)
+        os.utime(old, (0, 0))
+    with pytest.raises(pytest.fail.Exception, match="older than its sources: run `make emulated`"):
+        load_emulated(tmp_path)
 
 
 # -- the operators ---------------------------------------------------------------------------------
