@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sysconfig
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,18 @@ import pytest
 
 from mas_ext.kernels import native
 
-FOLDER = Path(os.environ.get("MAS_EXT_EMULATED", Path(__file__).parents[1] / "build" / "emulated"))
+ROOT = Path(__file__).parents[1]
+FOLDER = Path(os.environ.get("MAS_EXT_EMULATED", ROOT / "build" / "emulated"))
 SANITIZED = "sanitized" in FOLDER.name
 
 
-def load_emulated() -> Any:
-    (path,) = FOLDER.glob("_C_emulated*.so")
+def load_emulated(folder: Path) -> Any:
+    path = folder / f"_C_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    # One built from older sources may have other signatures, and crash.
+    sources = [*ROOT.glob("csrc/**/*.[ch]*"), *ROOT.glob("python_tests/emulation/*.[ch]*")]
+    newest = max(file.stat().st_mtime for file in sources)
+    if not path.exists() or path.stat().st_mtime < newest:
+        pytest.fail(f"{path} is missing or older than its sources: run `make emulated`", False)
     spec = importlib.util.spec_from_file_location("_C_emulated", path)
     assert spec is not None
     assert spec.loader is not None
@@ -28,7 +35,7 @@ def load_emulated() -> Any:
     return module
 
 
-EMULATED = load_emulated()
+EMULATED = load_emulated(FOLDER)
 
 
 class Backend(NamedTuple):

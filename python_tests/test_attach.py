@@ -671,7 +671,9 @@ def test_a_momentum_of_one_has_no_step_length() -> None:
 def largest_allocation(act: Callable[[], Any]) -> int:
     """Bytes of the largest single allocation on the CPU."""
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        activities=[torch.profiler.ProfilerActivity.CPU],
+        profile_memory=True,
+        acc_events=True,  # without it some versions of torch warn
     ) as profile:
         act()
     events = profile.profiler.kineto_results.events()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from backends import EMULATED, SANITIZED, Backend
+from backends import EMULATED, FOLDER, SANITIZED, Backend, load_emulated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -572,6 +573,16 @@ def test_the_extension_refuses_what_its_caller_should_have() -> None:
         EMULATED.State(4, 0, 64, 64, 1, 1, 64, 64)
     with pytest.raises(ValueError, match="omega: expected float32 or bfloat16"):
         EMULATED.State(0, 1, 64, 64, 1, 1, 64, 64)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_missing_or_old_emulated_kernels_are_not_loaded(tmp_path: Path, there: bool) -> None:
+    if there:
+        built = next(FOLDER.glob("_C_emulated*"))
+        old = shutil.copy(built, tmp_path)
+        os.utime(old, (0, 0))
+    with pytest.raises(pytest.fail.Exception, match="older than its sources: run `make emulated`"):
+        load_emulated(tmp_path)
 
 
 # -- the operators ---------------------------------------------------------------------------------

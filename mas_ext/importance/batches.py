@@ -1,8 +1,10 @@
-"""What a batch is: a tensor, or a tuple, list or dict of tensors whose first item is the input."""
+"""What a batch is: a tensor, or a tuple, list or mapping of tensors whose first item is the input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections import UserDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +12,18 @@ from torch import Tensor
 
 
 def mapped(batch: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with f applied to every tensor in it."""
+    """The batch with f applied to every tensor in it; of mappings only a UserDict keeps its type."""
     if isinstance(batch, Tensor):
         return f(batch)
-    if isinstance(batch, dict):
-        return {key: mapped(item, f) for key, item in batch.items()}
+    if isinstance(batch, Mapping):
+        items = {key: mapped(item, f) for key, item in batch.items()}
+        if not isinstance(batch, UserDict):
+            return items
+        # A tokenizer's batch, for one: its items are attributes, too. Other mappings may share their
+        # items with a copy, which would then change those of the caller.
+        kept = copy.copy(batch)
+        kept.update(items)
+        return kept
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(mapped(item, f) for item in batch))
     if isinstance(batch, (tuple, list)):
@@ -24,7 +33,7 @@ def mapped(batch: Any, f: Callable[[Tensor], Tensor]) -> Any:
 
 def first(batch: Any) -> Any:
     """The input: the batch itself, or its first item."""
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return first(next(iter(batch.values()), None))
     if isinstance(batch, (tuple, list)):
         return first(batch[0] if batch else None)
@@ -37,7 +46,7 @@ def size(batch: Any) -> int:
     if not isinstance(start, Tensor) or start.dim() == 0:
         raise TypeError(
             f"batches: got a batch of {type(batch).__name__} starting with {type(start).__name__}, "
-            "expected a tensor with samples in dimension 0, or a tuple, list or dict that starts "
+            "expected a tensor with samples in dimension 0, or a tuple, list or mapping that starts "
             "with one"
         )
     samples = start.shape[0]

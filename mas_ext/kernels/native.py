@@ -16,7 +16,7 @@ from torch import Tensor
 from mas_ext.kernels.reference import compute_dtype
 
 try:
-    from mas_ext import _C
+    import mas_ext._C as _C  # not "from mas_ext": its error would speak of a circular import
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     WHY_NOT: str | None = f"the compiled extension is missing ({error})"
