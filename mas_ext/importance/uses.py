@@ -148,6 +148,10 @@ class Product:
         left, right = self.left, self.right
         if right.dtype != left.dtype or omega.dtype == torch.float64:
             left, right = left.to(omega.dtype), right.to(omega.dtype)
+        left, right = (
+            t if t.stride(2) == 1 else t.clone(memory_format=torch.contiguous_format)
+            for t in (left, right)
+        )
         ops.per_sample_(omega, left, right, self.rows, square, native)
 
     def joined(self, other: Use) -> Use | None:
