@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from mas_ext import checkpoint
 from mas_ext.attach import Handle, Mode, attach
 from mas_ext.consolidation import Consolidation, Group
-from mas_ext.importance import METHODS, ImportanceSum, Method, gather
-from mas_ext.importance.alone import Forward
+from mas_ext.importance import METHODS, Forward, ImportanceSum, Method, gather
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels import ops
 from mas_ext.kernels.native import Backend

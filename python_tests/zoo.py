@@ -803,7 +803,7 @@ def _packed(m: Any, batch: dict[str, Tensor]) -> Tensor:
     packed = rnn.pack_padded_sequence(
         m.a(batch["x"]), batch["lengths"], batch_first=True, enforce_sorted=False
     )
-    return m.layer(packed)[1][0]
+    return m.layer(packed)[1][0][0]
 
 
 wired(
@@ -833,7 +833,12 @@ FUNCTIONAL: dict[str, tuple[Wiring, tuple[int, ...], bool]] = {
     "tensordot": (lambda m, x: torch.tensordot(x, m.w, dims=1), (4, 3), False),
     "inner": (lambda m, x: torch.inner(x, m.w), (3, 4), False),
     "F.linear of a view": (lambda m, x: F.linear(x, m.w.view(3, 4)), (12,), False),
-    "F.linear of a slice": (lambda m, x: F.linear(x, m.w[2:5]) * F.linear(x, m.w[:3]), (6, 4), True),
+    "F.linear of a slice": (lambda m, x: F.linear(x, m.w[3:]) * F.linear(x, m.w[:3]), (6, 4), True),
+    "F.linear of slices that overlap": (
+        lambda m, x: F.linear(x, m.w[2:5]) * F.linear(x, m.w[:3]),
+        (6, 4),
+        False,
+    ),
     "F.linear of columns": (lambda m, x: F.linear(x, m.w[:, 1:5]), (3, 6), False),
     "F.linear of every other row": (lambda m, x: F.linear(x, m.w[::2]), (6, 4), False),
     "F.linear of a copy": (lambda m, x: F.linear(x, m.w.T.contiguous()), (4, 3), False),

@@ -44,10 +44,15 @@ class Evaluate(NamedTuple):
         return output, self.values(output, batch, samples)
 
 
-def differ(got: Tensor | None, expected: Tensor, precision: torch.dtype) -> bool:
-    """Whether tensors differ by more than rounding; None stands for zeros, NaN for a difference."""
+def differ(
+    got: Tensor | None, expected: Tensor, precision: torch.dtype, noise: float = 0.0
+) -> bool:
+    """Whether tensors differ by more than rounding; None stands for zeros, NaN for a difference.
+
+    noise: a norm that rounding alone may have.
+    """
     error = expected if got is None else got - expected
-    return not bool(error.norm() <= TOLERANCE[precision] * expected.norm())
+    return not bool(error.norm() <= TOLERANCE[precision] * expected.norm() + noise)
 
 
 def gradients(values: Tensor, theta: Mapping[Key, Tensor]) -> Iterator[dict[Key, Tensor]]:

@@ -9,30 +9,31 @@ is tried, and if none is right it takes the generic way, which runs samples alon
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mas_ext.importance import batches
 from mas_ext.importance.alone import TOLERANCE, Evaluate, Totals, differ, one_by_one, zeros
 from mas_ext.importance.functions import RULES
 from mas_ext.importance.generic import Generic
 from mas_ext.importance.layers import Layout
-from mas_ext.importance.tape import Mention, Tape
+from mas_ext.importance.tape import Path, Tape
 from mas_ext.kernels import native
 from mas_ext.kernels.native import Backend
 
 # Samples that are run alone to check: an odd number, so that it divides few other sizes by chance.
 CHECKED = 3
 NO_RULE = "the model uses it in a way for which there is no rule"
-LAYOUTS: tuple[Layout, ...] = ("leading", "second", "none")
+LAYOUTS: tuple[Layout, ...] = ("leading", "inner", "trailing", "none")
+# What a sum that should be zero may come to, in units of rounding of the largest tensor's sum.
+NOISE = 32
 
-
-# By parameter: where it is used, how the samples lie there, and how often. A check is valid for these.
-Path = set[tuple[str, frozenset[tuple[Mention, int]]]]
+# Models whose user was told which parameters take the generic way.
+_told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 class Run(NamedTuple):
@@ -41,7 +42,10 @@ class Run(NamedTuple):
     output: Tensor
     values: Tensor
     totals: Totals
-    path: Path
+    functions: tuple[str, ...]
+    paths: set[Path]
+    # Uses that were not proven before, and have a gradient.
+    active: set[tuple[Path, int]]
     # Parameters that the pass can't answer for.
     misfits: set[str]
     # The lowest one that the model computed in.
@@ -58,11 +62,12 @@ class Exact:
         """backend: see kernels.native.serves; square: for the Fisher information."""
         self.backend, self.square = backend, square
         self._layouts: dict[str, Layout] = {}
-        self._generic: set[str] = set()
-        self._checked: Path = set()
-        # No sample with a gradient was seen alone yet: a wrong sum would not have shown.
-        self._unproven: set[str] = set()
-        self._proven: set[str] = set()
+        # Parameters that take the generic way.
+        self.generic: set[str] = set()
+        self._checked: set[Path] = set()
+        self._functions: set[tuple[str, ...]] = set()
+        # Uses whose gradient was not zero when they were checked: a wrong one would have shown.
+        self._proven: set[tuple[Path, int]] = set()
         self._alone = Generic(backend, square)
 
     def __call__(
@@ -72,111 +77,123 @@ class Exact:
         if samples == 1:
             totals, _, values = one_by_one(evaluate, batch, 1, theta, self.square, self.backend)
             return totals, values
-        for name in theta:
-            self._layouts.setdefault(name, "leading")
         alone: list[tuple[int, Tensor]] = []
         checked = 0
-        run = self._run(evaluate, batch, samples, theta) if self._checked else None
+        run = self._run(evaluate, batch, samples, theta) if self._functions else None
         while True:
-            known = self._layouts.copy(), self._generic.copy()
+            known = self._layouts.copy(), self.generic.copy()
             if run is None or (checked < samples and self._to_be_checked(run, new=not alone)):
                 stop = min(checked + CHECKED, samples)
                 start = max(0, min(checked, stop - 2))  # one sample alone would agree with anything
                 few = batches.part(batch, start, stop)
-                alone.append((start, self._check(evaluate, few, stop - start, theta)))
+                alone.append((start, self.learn(evaluate, few, theta)))
                 checked = stop
             else:
-                unknown = {name for name, _ in run.path - self._checked}
-                self._condemn(unknown | run.misfits)
-                if known == (self._layouts, self._generic):
+                unknown = {name for name, _ in run.paths - self._checked}
+                self._condemn(evaluate.model, unknown | run.misfits)
+                if known == (self._layouts, self.generic):
                     break
-            if run is None or known != (self._layouts, self._generic):
+            if run is None or known != (self._layouts, self.generic):
                 run = self._run(evaluate, batch, samples, theta)
         for start, output in alone:
             together = run.output[start : start + len(output)]
-            if theta.keys() - self._generic and differ(together, output, run.precision):
+            if theta.keys() - self.generic and differ(together, output, run.precision):
                 raise _interacting(output, together)
-        generic = {name: p for name, p in theta.items() if name in self._generic}
+        self._functions.add(run.functions)
+        generic = {name: p for name, p in theta.items() if name in self.generic}
         others = self._alone(evaluate, batch, samples, generic) if generic else {}
         unused = theta.keys() - run.totals.keys() - generic.keys()
         return {**zeros({name: theta[name] for name in unused}), **run.totals, **others}, run.values
 
     def _to_be_checked(self, run: Run, new: bool) -> bool:
-        """Whether the model took another path, or a parameter has its first gradient."""
-        if new and not run.path <= self._checked:
+        """Whether the model took another path, or a use has its first gradient."""
+        if new and not (run.functions in self._functions and run.paths <= self._checked):
             return True
-        return any(bool(run.totals[name].any()) for name in self._unproven & run.totals.keys())
+        return not run.active <= self._proven
 
-    def _check(
-        self, evaluate: Evaluate, few: Any, samples: int, theta: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Compare a few samples with themselves alone; learn how the model uses its parameters."""
+    def layouts(self, theta: Mapping[str, Tensor]) -> Mapping[str, Layout]:
+        """How the samples lie where each parameter is used, as far as is known."""
+        for name in theta:
+            self._layouts.setdefault(name, LAYOUTS[0])
+        return self._layouts
+
+    def knows(self, tape: Tape) -> bool:
+        """Whether a pass with the same functions and uses was checked."""
+        return tuple(tape.functions) in self._functions and tape.paths() <= self._checked
+
+    def learn(self, evaluate: Evaluate, few: Any, theta: Mapping[str, Tensor]) -> Tensor:
+        """Compare a few samples with themselves alone, to find out how the model uses its parameters.
+
+        Returns their outputs alone.
+        """
+        samples = batches.size(few)
         run = self._run(evaluate, few, samples, theta)
         expected, output, _ = one_by_one(evaluate, few, samples, theta, self.square, self.backend)
+        largest = max(float(total.norm()) for total in expected.values())
         while True:
             if differ(run.output, output, run.precision):
                 _, again, _ = one_by_one(evaluate, few, samples, {}, self.square, self.backend)
                 if not differ(again, output, run.precision):
                     raise _interacting(output, run.output)
-                self._condemn({*theta}, "the model draws random numbers")
+                self._condemn(evaluate.model, {*theta}, "the model draws random numbers")
+            noise = NOISE * torch.finfo(run.precision).eps * largest
             wrong = {
                 name
-                for name in theta.keys() - self._generic
+                for name in theta.keys() - self.generic
                 if name in run.misfits
-                or differ(run.totals.get(name), expected[name], run.precision)
+                or differ(run.totals.get(name), expected[name], run.precision, noise)
             }
             last = {name for name in wrong if self._layouts[name] == LAYOUTS[-1]}
-            self._condemn(last)
+            self._condemn(evaluate.model, last)
             for name in wrong - last:
                 self._layouts[name] = LAYOUTS[LAYOUTS.index(self._layouts[name]) + 1]
             if not wrong:
                 break
             run = self._run(evaluate, few, samples, theta)
-        self._checked |= run.path
-        seen = {name for name, total in expected.items() if total.any()}
-        self._unproven = (self._unproven | theta.keys()) - seen - self._proven - self._generic
-        self._proven |= seen
+        self._functions.add(run.functions)
+        self._checked |= run.paths
+        self._proven |= run.active
         return output
 
     def _run(
         self, evaluate: Evaluate, batch: Any, samples: int, theta: Mapping[str, Tensor]
     ) -> Run:
-        direct = {name: p for name, p in theta.items() if name not in self._generic}
+        direct = {name: p for name, p in theta.items() if name not in self.generic}
         device = next(iter(theta.values())).device
-        tape = Tape(
-            direct, self._layouts, samples, RULES, self.square, native.serves(device, self.backend)
-        )
+        native_serves = native.serves(device, self.backend)
+        layouts = self.layouts(direct)
+        tape = Tape(direct, layouts, samples, RULES, self.square, native_serves)
         with tape:
             output, values = evaluate(batch, samples)
+        paths = {path[0]: path for path in tape.paths()}
+        uses = {(path, i) for path in paths.values() for i in range(len(path[1]))}
+        tape.watched = {(path[0], i) for path, i in uses - self._proven}
         totals = tape.backward(values) if direct else {}
         dtypes = {output.dtype, *tape.dtypes, *(p.dtype for p in direct.values())}
         return Run(
             output.detach(),
             values.detach(),
             totals,
-            _path(tape.mentions),
+            tuple(tape.functions),
+            {*paths.values()},
+            {(paths[name], i) for name, i in tape.active},
             tape.misfits,
             max(dtypes, key=TOLERANCE.__getitem__),
         )
 
-    def _condemn(self, names: set[str], reason: str = NO_RULE) -> None:
+    def _condemn(self, model: nn.Module, names: set[str], reason: str = NO_RULE) -> None:
         """Send parameters the generic way, and say so once."""
-        new = sorted(names - self._generic)
+        self.generic |= names
+        told = _told.setdefault(model, set())
+        new = sorted(names - told)
         if new:
-            self._generic |= names
+            told |= names
             shown = ", ".join(new[:8]) + (f" and {len(new) - 8} more" if len(new) > 8 else "")
             warnings.warn(
                 f"importance of {shown}: takes the generic way, exact but slower, since {reason}",
                 UserWarning,
                 stacklevel=2,
             )
-
-
-def _path(mentions: Iterable[Mention]) -> Path:
-    by_name: dict[str, Counter[Mention]] = {}
-    for mention in mentions:
-        by_name.setdefault(mention.name, Counter())[mention] += 1
-    return {(name, frozenset(uses.items())) for name, uses in by_name.items()}
 
 
 def _interacting(alone: Tensor, together: Tensor) -> ValueError:

@@ -46,7 +46,7 @@ def _linear(
 
 @_rule(*_named("matmul", "__matmul__", "mm"))
 def _matmul(tape: Tape, func: Any, input: Tensor, other: Tensor) -> Any:
-    if tape.slot(other) is None or other.dim() != 2 or input.dim() < 2:
+    if other.dim() != 2 or not (tape.slot(other) or tape.untransposed(other) is not None):
         return NotImplemented
     return _matrix(tape, func, input, other, None, transposed=True)
 
@@ -149,12 +149,12 @@ def _affine(
     shape: tuple[int, ...],
 ) -> Tensor:
     """What comes behind a normalisation."""
-    if weight is not None:
-        return tape.layer(func, Affine(shape), x, weight, bias, x.shape)
-    return x if bias is None else tape.spread_add(func, Affine(shape), x, bias)
+    if weight is None:
+        weight = x.new_ones(shape)
+    return tape.layer(func, Affine(shape), x, weight, bias, x.shape)
 
 
-@_rule(F.layer_norm)
+@_rule(F.layer_norm, torch.layer_norm)
 def _layer_norm(
     tape: Tape,
     func: Any,
@@ -163,6 +163,7 @@ def _layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Any:
     x = func(input, normalized_shape, eps=eps)
     return _affine(tape, func, x, weight, bias, tuple(normalized_shape))
@@ -186,7 +187,7 @@ def _channels(x: Tensor) -> tuple[int, ...]:
     return (x.shape[1], *[1] * (x.dim() - 2))
 
 
-@_rule(F.group_norm)
+@_rule(F.group_norm, torch.group_norm)
 def _group_norm(
     tape: Tape,
     func: Any,
@@ -195,6 +196,7 @@ def _group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enabled: bool = True,
 ) -> Any:
     x = func(input, num_groups, eps=eps)
     return _affine(tape, func, x, weight, bias, _channels(x))
@@ -323,4 +325,6 @@ def _selection(tape: Tape, func: Any, input: Tensor, *args: Any, **kwargs: Any) 
 
 @_rule(F.multi_head_attention_forward)
 def _attention(tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Any:
-    return tape.inside(func, *args, **kwargs)
+    query = args[0] if args else kwargs["query"]
+    with tape.columns(query.shape[1] if query.dim() == 3 else 0):
+        return tape.inside(func, *args, **kwargs)

@@ -13,36 +13,39 @@ from torch import Tensor
 
 from mas_ext.importance.uses import Lookup, Product, Rows, Use
 
-Layout = Literal["leading", "second", "none"]
+Layout = Literal["leading", "inner", "trailing", "none"]
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Where the samples are in a tensor.
+    """Where the samples are in a tensor, of which k more rows may belong to each (windows, positions).
 
-    "leading": dimension 0, which may be samples times something (windows, positions); "second": dimension 1,
-    or the inner part of a dimension 0 that is positions times samples; "none": the tensor is the same for
-    all samples.
+    "leading": dimension 0 is samples * k; "inner": dimension 1 is samples * k; "trailing": dimension 0 is
+    k * samples; "none": the tensor is the same for all samples. `columns`: the size that dimension 1 had where
+    "inner" was flattened to rows.
     """
 
     samples: int
     layout: Layout
+    columns: int = 0
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape can be laid out so."""
         if self.layout == "none" or not shape:
             return False
-        inner = self.layout == "second" and len(shape) > 2 and shape[1] == self.samples
-        return inner or shape[0] % self.samples == 0
+        if self.layout != "inner":
+            return shape[0] % self.samples == 0
+        if len(shape) > 2:
+            return shape[1] % self.samples == 0
+        return self.columns > 0 and self.columns % self.samples == shape[0] % self.columns == 0
 
     def unfolded(self, t: Tensor) -> Tensor:
-        """(samples, k, *rest): dimension 0 was k * samples, or k where samples are dimension 1."""
-        if self.layout == "second" and t.dim() > 2 and t.shape[1] == self.samples:
+        """(samples, k, *rest); (samples, dimension 0, k, *rest) for "inner"."""
+        if self.layout == "inner":
+            if t.dim() == 2:
+                t = t.reshape(-1, self.columns, t.shape[1])
+            t = t.reshape(t.shape[0], self.samples, t.shape[1] // self.samples, *t.shape[2:])
             return t.transpose(0, 1)
-        return self._folded(t)
-
-    def _folded(self, t: Tensor) -> Tensor:
-        """(samples, k, *rest) of a tensor whose dimension 0 is k * samples."""
         k = t.shape[0] // self.samples
         if self.layout == "leading":
             return t.reshape(self.samples, k, *t.shape[1:])
@@ -52,28 +55,26 @@ class Fold:
         """(samples, positions, features) of a tensor (..., features)."""
         return self.unfolded(t).flatten(1, -2)
 
-    def images(self, t: Tensor, dims: int) -> Tensor:
-        """(samples, all pixels of its images, channels) of a tensor (images, channels, *dims pixels)."""
-        if t.dim() != dims + 2:
-            raise AssertionError("a single image has no dimension of samples")
-        rows = t.movedim(1, -1).flatten(1, -2)
-        return self._folded(rows).flatten(1, 2)
+    def images(self, t: Tensor) -> Tensor:
+        """(samples, all pixels of its images, channels) of a tensor (images, channels, *pixels)."""
+        return self.unfolded(t.movedim(1, -1).flatten(1, -2)).flatten(1, 2)
 
-    def spread_over(self, g: Tensor, shape: torch.Size) -> Tensor | None:
+    def spread_over(self, g: Tensor, shape: Sequence[int]) -> Tensor | None:
         """(samples, *shape): g summed over all that a parameter of this shape is broadcast along.
 
         None where the parameter differs along the samples' dimension.
         """
-        padded = (1,) * (g.dim() - len(shape)) + tuple(shape)
-        inner = self.layout == "second" and g.dim() > 2 and g.shape[1] == self.samples
-        if padded[1 if inner else 0] != 1:
+        own = (1,) * (g.dim() - len(shape)) + tuple(shape)
+        if self.layout == "inner" and g.dim() == 2:
+            own = (1, *own)
+        i = 1 if self.layout == "inner" else 0
+        if own[i] != 1:
             return None
-        # Both have (samples, k, *rest) now; k is the parameter's own dimension 0 where samples were inner.
         g = self.unfolded(g)
-        own = (1, padded[0] if inner else 1, *padded[2 if inner else 1 :])
+        own = (1, *own[:i], 1, *own[i + 1 :])
         dims = [d for d in range(1, g.dim()) if own[d] == 1]
         dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
-        return (g.sum(dims, dtype=dtype) if dims else g).reshape(self.samples, *shape)
+        return g.sum(dims, dtype=dtype).reshape(self.samples, *shape)
 
 
 class Layer(Protocol):
@@ -90,6 +91,13 @@ class Layer(Protocol):
 
     def weight_use(self, grad: Tensor, x: Tensor, fold: Fold) -> Use:
         """The weight's per-sample gradients."""
+
+
+def bias_use(layer: Layer, grad: Tensor, bias: Tensor, fold: Fold) -> Rows:
+    """A bias's per-sample gradients: y's, summed over all that it is broadcast along."""
+    g = fold.spread_over(grad, layer.bias_shape(grad, bias))
+    assert g is not None, "a layer's bias does not differ along the samples"
+    return Rows(g.reshape(-1, *bias.shape))
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,6 @@ class Convolution:
         """See Layer."""
         # A transposed convolution is the gradient of an ordinary one: the roles are swapped.
         small, large = (x, grad) if self.transposed else (grad, x)
-        dims = x.dim() - 2
         rows = _pixels_seen(
             tuple(large.shape[2:]),
             tuple(small.shape[2:]),
@@ -184,7 +191,7 @@ class Convolution:
             x.shape[0] // fold.samples,
             x.device,
         )
-        return Product(fold.images(small, dims), fold.images(large, dims), rows, self.groups)
+        return Product(fold.images(small), fold.images(large), rows, self.groups)
 
 
 @lru_cache(maxsize=256)
@@ -237,7 +244,7 @@ class Affine:
 
     def weight_use(self, grad: Tensor, x: Tensor, fold: Fold) -> Use:
         """See Layer."""
-        g = fold.spread_over(grad * x, torch.Size(self.shape))
+        g = fold.spread_over(grad * x, self.shape)
         assert g is not None, "a norm's weight does not differ along the samples"
         return Rows(g)
 

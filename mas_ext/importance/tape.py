@@ -10,15 +10,18 @@ noted are not all.
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mas_ext.importance import order
 from mas_ext.importance.alone import Totals, gradients
-from mas_ext.importance.layers import Fold, Layer, Layout
+from mas_ext.importance.layers import Fold, Layer, Layout, bias_use
 from mas_ext.importance.uses import Rows, Use, add_uses
 from mas_ext.kernels.reference import compute_dtype
 
@@ -40,16 +43,27 @@ class Slot(NamedTuple):
 
 
 class Mention(NamedTuple):
-    """That a function used a parameter, and how the samples lie there."""
+    """That a function uses a parameter, and how the samples lie there."""
 
-    name: str
     function: str
     layout: Layout
     shape: torch.Size
 
 
+class Spot(NamedTuple):
+    """A use of a parameter that will be noted: the how manieth of its uses, and where the samples are."""
+
+    slot: Slot
+    number: int
+    fold: Fold
+
+
+# All uses of a parameter in a forward pass: a check of these is valid for every pass with the same.
+Path = tuple[str, tuple[Mention, ...]]
+
+
 class Tape(TorchFunctionMode):
-    """The uses of some parameters in one forward pass: `with Tape(...) as tape`, backward, `totals()`."""
+    """The uses of some parameters in one forward pass: `with Tape(...) as tape`, then `tape.backward`."""
 
     def __init__(
         self,
@@ -66,17 +80,27 @@ class Tape(TorchFunctionMode):
         super().__init__()
         self.samples, self.square, self.native = samples, square, native
         self.layouts = layouts
-        self.mentions: list[Mention] = []
         # Parameters that are used in a way that does not fit their layout.
         self.misfits: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
+        self.functions: list[str] = []
+        # Uses to look at, and those of them with a gradient that is not zero.
+        self.watched: set[tuple[str, int]] = set()
+        self.active: set[tuple[str, int]] = set()
         self._theta = theta
         self._rules = rules
+        self._mentions: dict[str, list[Mention]] = {}
         self._slots = {id(p): Slot(name, p) for name, p in theta.items()}
         self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
-        self._expected: dict[int, int] = {}
+        self._columns = 0
+        self._expected: Counter[int] = Counter()
         self._held: dict[int, list[Use]] = {}
         self._totals: dict[int, Tensor] = {}
+        self._replaying = False
+
+    def paths(self) -> set[Path]:
+        """The uses of every parameter that was used."""
+        return {(name, tuple(mentions)) for name, mentions in self._mentions.items()}
 
     # -- forward -----------------------------------------------------------------------------------
 
@@ -89,13 +113,27 @@ class Tape(TorchFunctionMode):
     ) -> Any:
         """Call a torch function, or what stands for it where it uses a parameter."""
         kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if not self._replaying:
+            self.functions.append(func.__name__)
         self.before(func, args)
+        values = [*args, *kwargs.values()]
         rule = self._rules.get(func)
-        if rule is not None and any(self._mentioned([*args, *kwargs.values()])):
-            result = rule(self, func, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return func(*args, **kwargs)
+        astray = order.astray(func, values, self.samples)
+        if rule is not None and any(self._mentioned(values)):
+            if not astray:
+                result = rule(self, func, *args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            else:
+                for slot in self._mentioned(values):
+                    self.mention(func, slot)
+                    self.misfits.add(slot.name)
+        result = func(*args, **kwargs)
+        if astray:
+            order.mark(result)
+        return result
 
     def before(self, func: Callable[..., Any], args: Sequence[Any]) -> None:
         """Called before every function."""
@@ -104,11 +142,13 @@ class Tape(TorchFunctionMode):
         """The parameter that a tensor is, or is a part of."""
         return self._slots.get(id(t))
 
-    def _mentioned(self, values: Iterable[Any]) -> Iterator[bool]:
+    def _mentioned(self, values: Iterable[Any]) -> Iterator[Slot]:
         for value in values:
             if isinstance(value, (tuple, list)):
                 yield from self._mentioned(value)
-            yield id(value) in self._slots or id(value) in self._transposes
+            slot = self.slot(value) or self.slot(self.untransposed(value))
+            if slot is not None:
+                yield slot
 
     def part(self, whole: Slot, result: Any) -> Any:
         """A tensor, or several, made of elements of a parameter: the same, and remembered as parts."""
@@ -122,22 +162,29 @@ class Tape(TorchFunctionMode):
         """Remember that a matrix is another one transposed."""
         self._transposes[id(result)] = result, source
 
-    def untransposed(self, t: Tensor) -> Tensor | None:
+    def untransposed(self, t: Any) -> Tensor | None:
         """The matrix that t is the transpose of."""
         found = self._transposes.get(id(t))
         return None if found is None else found[1]
 
-    def mention(self, func: Callable[..., Any], slot: Slot) -> None:
-        """Write down that a function uses a parameter."""
-        layout, shape = self.layouts[slot.name], self._theta[slot.name].shape
-        self.mentions.append(Mention(slot.name, func.__name__, layout, shape))
+    def mention(self, func: Callable[..., Any], slot: Slot) -> int:
+        """Write down that a function uses a parameter; the how manieth use it is."""
+        mentions = self._mentions.setdefault(slot.name, [])
+        if not self._replaying:
+            layout, shape = self.layouts[slot.name], self._theta[slot.name].shape
+            mentions.append(Mention(func.__name__, layout, shape))
+        return len(mentions) - 1
 
-    def fold(self, func: Callable[..., Any], slot: Slot, y_shape: Sequence[int]) -> Fold | None:
-        """How the samples lie in y, computed from a parameter; None (and a misfit) if they don't."""
-        self.mention(func, slot)
-        fold = Fold(self.samples, self.layouts[slot.name])
+    def spot(
+        self, func: Callable[..., Any], slot: Slot | None, y_shape: Sequence[int]
+    ) -> Spot | None:
+        """A use of a parameter to compute y; None, and a misfit, where the samples can't lie so."""
+        if slot is None:
+            return None
+        number = self.mention(func, slot)
+        fold = Fold(self.samples, self.layouts[slot.name], self._columns)
         if fold.fits(y_shape):
-            return fold
+            return Spot(slot, number, fold)
         self.misfits.add(slot.name)
         return None
 
@@ -150,17 +197,23 @@ class Tape(TorchFunctionMode):
         bias: Tensor | None,
         y_shape: Sequence[int],
     ) -> Tensor:
-        """layer.forward(x, weight, bias), with the uses of weight and bias noted on the way back."""
-        slots = self.slot(weight), self.slot(bias)
-        folds = [None if s is None else self.fold(func, s, y_shape) for s in slots]
+        """layer.forward(x, weight, bias), with the uses of weight and bias noted on the way back.
+
+        y_shape: that of the result, as far as it says where the samples are.
+        """
+        spots = [self.spot(func, self.slot(t), y_shape) for t in (weight, bias)]
         # What needs a gradient but can't be noted is left to autograd.
-        if folds[0] is None and weight.requires_grad:
+        left = [
+            spot is None and t is not None and t.requires_grad
+            for spot, t in zip(spots, (weight, bias), strict=True)
+        ]
+        if left[0]:
             y = layer.forward(x, weight, None)
-            return y if bias is None else self.spread_add(func, layer, y, bias)
-        if folds[1] is None and bias is not None and bias.requires_grad:
-            y = self.apply(layer, x, weight, None, slots[0], None, folds)
-            return y + bias.view(layer.bias_shape(y, bias))
-        return self.apply(layer, x, weight, bias, *slots, folds)
+            if bias is not None and spots[1] is not None:
+                return y + self._spread(spots[1], bias, layer.bias_shape(y, bias), y.shape)
+        else:
+            y = self.apply(layer, x, weight, None if left[1] else bias, spots)
+        return y + bias.view(layer.bias_shape(y, bias)) if bias is not None and any(left) else y
 
     def apply(
         self,
@@ -168,51 +221,41 @@ class Tape(TorchFunctionMode):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        weight_slot: Slot | None,
-        bias_slot: Slot | None,
-        folds: Sequence[Fold | None],
+        spots: Sequence[Spot | None],
     ) -> Tensor:
-        """The layer as an autograd Function; uses of the slots that have a fold are counted."""
-        noted = [
-            s if f is not None else None
-            for s, f in zip((weight_slot, bias_slot), folds, strict=True)
-        ]
-        for slot in noted:
-            self._expect(slot)
-        y: Tensor = _Layer.apply(  # type: ignore[no-untyped-call]
-            self, layer, noted, folds, x, weight, bias
-        )
+        """The layer as an autograd Function."""
+        self._expect(*spots)
+        y: Tensor = _Layer.apply(self, layer, spots, x, weight, bias)  # type: ignore[no-untyped-call]
         self.dtypes.add(y.dtype)
         return y
 
-    def spread_add(self, func: Callable[..., Any], layer: Layer, y: Tensor, bias: Tensor) -> Tensor:
-        """y + bias, where the weight was left to autograd."""
-        shape = layer.bias_shape(y, bias)
-        spread = self.spread(func, bias, shape, y.shape)
-        return y + (bias.view(shape) if spread is None else spread)
-
     def spread(
-        self,
-        func: Callable[..., Any],
-        p: Tensor,
-        shape: Sequence[int],
-        y_shape: Sequence[int],
+        self, func: Callable[..., Any], p: Tensor, shape: Sequence[int], y_shape: Sequence[int]
     ) -> Tensor | None:
         """A parameter, seen with a shape, expanded to y's shape; None where that can't be noted."""
-        slot = self.slot(p)
-        if slot is None:
+        spot = self.spot(func, self.slot(p), y_shape)
+        if spot is None:
             return None
-        fold = self.fold(func, slot, y_shape)
-        if fold is None:
+        if spot.fold.spread_over(p.new_zeros(()).expand(y_shape), shape) is None:
+            self.misfits.add(spot.slot.name)
             return None
-        if fold.spread_over(p.new_zeros(()).expand(y_shape), torch.Size(shape)) is None:
-            self.misfits.add(slot.name)
-            return None
-        self._expect(slot)
-        spread: Tensor = _Spread.apply(  # type: ignore[no-untyped-call]
-            self, slot, fold, p, tuple(shape), tuple(y_shape)
-        )
+        return self._spread(spot, p, shape, y_shape)
+
+    def _spread(
+        self, spot: Spot, p: Tensor, shape: Sequence[int], y_shape: Sequence[int]
+    ) -> Tensor:
+        self._expect(spot)
+        spread: Tensor = _Spread.apply(self, spot, p, tuple(shape), tuple(y_shape))  # type: ignore[no-untyped-call]
         return spread
+
+    @contextmanager
+    def columns(self, number: int) -> Iterator[None]:
+        """Rows may come from tensors with dimension 1 of this size."""
+        before, self._columns = self._columns, number
+        try:
+            yield
+        finally:
+            self._columns = before
 
     def inside(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the body of a function of torch.nn.functional under this mode.
@@ -230,14 +273,15 @@ class Tape(TorchFunctionMode):
 
     # -- backward ----------------------------------------------------------------------------------
 
-    def _expect(self, slot: Slot | None) -> None:
-        if slot is not None:
-            key = id(slot.tensor)
-            self._expected[key] = self._expected.get(key, 0) + 1
+    def _expect(self, *spots: Spot | None) -> None:
+        if not self._replaying:
+            self._expected.update(id(spot.slot.tensor) for spot in spots if spot is not None)
 
-    def note(self, slot: Slot, use: Use) -> None:
+    def note(self, spot: Spot, use: Use) -> None:
         """Take a use; once all uses of a tensor are there, their total."""
-        key = id(slot.tensor)
+        key, name = id(spot.slot.tensor), (spot.slot.name, spot.number)
+        if name in self.watched and use.may_count(spot.slot.tensor):
+            self.active.add(name)
         self._held.setdefault(key, []).append(use)
         if len(self._held[key]) == self._expected[key]:
             self._add(key)
@@ -256,20 +300,24 @@ class Tape(TorchFunctionMode):
         What autograd has a gradient for was used in a way that was not noted: a misfit.
         """
         slots = [*self._slots.values()]
-        united: Totals = {}
-        for found in gradients(values, {i: slot.tensor for i, slot in enumerate(slots)}):
-            self.misfits |= {slots[i].name for i in found}
-            for key in [*self._held]:
-                self._add(key)
-            # Parts come after what they are parts of.
-            for slot in reversed(slots):
-                self._unite(slot)
-            for name, p in self._theta.items():
-                if id(p) in self._totals:
-                    total = self._totals[id(p)]
-                    united[name] = united[name] + total if name in united else total
-            self._totals = {}
-        return united
+        totals: Totals = {}
+        # Checkpointed parts run again on the way back, and must do so as they did before.
+        self._replaying = True
+        with self:
+            for found in gradients(values, {i: slot.tensor for i, slot in enumerate(slots)}):
+                self.misfits |= {slots[i].name for i in found}
+                for name, total in self.collect().items():
+                    totals[name] = totals[name] + total if name in totals else total
+        return totals
+
+    def collect(self) -> Totals:
+        """The totals of all uses noted since the last time, by name."""
+        for key in [*self._held]:
+            self._add(key)
+        for slot in reversed(self._slots.values()):  # parts come after what they are parts of
+            self._unite(slot)
+        found, self._totals = self._totals, {}
+        return {name: found[id(p)] for name, p in self._theta.items() if id(p) in found}
 
     def _unite(self, part: Slot) -> None:
         """Add a part's total to that of what it is a part of; a misfit if they overlap."""
@@ -298,34 +346,32 @@ class _Layer(torch.autograd.Function):
         ctx: Any,
         tape: Tape,
         layer: Layer,
-        slots: Sequence[Slot | None],
-        folds: Sequence[Fold],
+        spots: Sequence[Spot | None],
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
         y = layer.forward(x, weight, bias)
-        ctx.tape, ctx.layer, ctx.slots, ctx.folds = tape, layer, slots, folds
+        ctx.tape, ctx.layer, ctx.spots, ctx.input_dtype = tape, layer, spots, x.dtype
         # Under autocast the layer computed with a rounded x.
         rounded = x.is_floating_point() and y.dtype.itemsize < x.dtype.itemsize
         ctx.save_for_backward(x.to(y.dtype) if rounded else x, weight)
-        ctx.input_dtype = x.dtype
-        return y
+        # Autograd forbids changes in place of what is a view, as some layers' results are inside.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        weight_slot, bias_slot = ctx.slots
-        if weight_slot is not None:
-            ctx.tape.note(weight_slot, ctx.layer.weight_use(grad, x, ctx.folds[0]))
-        if bias_slot is not None:
-            p = bias_slot.tensor
-            g = ctx.folds[1].spread_over(grad, torch.Size(ctx.layer.bias_shape(grad, p)))
-            ctx.tape.note(bias_slot, Rows(g.reshape(-1, *p.shape)))
+        weight_spot, bias_spot = ctx.spots
+        if weight_spot is not None:
+            ctx.tape.note(weight_spot, ctx.layer.weight_use(grad, x, weight_spot.fold))
+        if bias_spot is not None:
+            use = bias_use(ctx.layer, grad, bias_spot.slot.tensor, bias_spot.fold)
+            ctx.tape.note(bias_spot, use)
         gradient = None
-        if ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[3]:
             gradient = ctx.layer.input_gradient(grad, x, weight).to(ctx.input_dtype)
-        return None, None, None, None, gradient, None, None
+        return None, None, None, gradient, None, None
 
 
 class _Spread(torch.autograd.Function):
@@ -335,17 +381,16 @@ class _Spread(torch.autograd.Function):
     def forward(
         ctx: Any,
         tape: Tape,
-        slot: Slot,
-        fold: Fold,
+        spot: Spot,
         p: Tensor,
         shape: tuple[int, ...],
         y_shape: tuple[int, ...],
     ) -> Tensor:
-        ctx.tape, ctx.slot, ctx.fold, ctx.shape = tape, slot, fold, shape
+        ctx.tape, ctx.spot, ctx.shape = tape, spot, shape
         return p.detach().view(shape).expand(y_shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        g = ctx.fold.spread_over(grad, torch.Size(ctx.shape))
-        ctx.tape.note(ctx.slot, Rows(g.reshape(-1, *ctx.slot.tensor.shape)))
-        return None, None, None, None, None, None
+        g = ctx.spot.fold.spread_over(grad, ctx.shape)
+        ctx.tape.note(ctx.spot, Rows(g.reshape(-1, *ctx.spot.slot.tensor.shape)))
+        return None, None, None, None, None

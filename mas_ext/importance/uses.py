@@ -34,6 +34,9 @@ class Use(Protocol):
     def add_to(self, total: Tensor, square: bool, native: bool) -> None:
         """total += sum_k f(g_k), f = abs or square."""
 
+    def may_count(self, like: Tensor) -> bool:
+        """False where g is zero, which is not always found out where g is large."""
+
     def joined(self, other: Use) -> Use | None:
         """The sum of both as one of the same form, or None where there is none."""
 
@@ -79,11 +82,16 @@ class Rows:
 
     def dense(self, start: int, stop: int, like: Tensor) -> Tensor:
         """See Use."""
-        return self.g[start:stop].to(like.dtype).view(-1, *like.shape)
+        g = self.g[start:stop].to(like.dtype)
+        return g.reshape(len(g), *like.shape)
 
     def add_to(self, total: Tensor, square: bool, native: bool) -> None:
         """See Use."""
         total += measure(self.dense(0, self.samples, total), square).sum(0)
+
+    def may_count(self, like: Tensor) -> bool:
+        """See Use."""
+        return bool(self.g.any())
 
     def joined(self, other: Use) -> Use | None:
         """See Use."""
@@ -123,10 +131,10 @@ class Product:
             zeros = right.new_zeros(right.shape[0], 1, right.shape[2])
             right = torch.cat([right, zeros], 1)[:, self.rows.flatten().long()]
         positions = left.shape[1]
-        left = left.reshape(-1, positions, groups, outputs).permute(0, 2, 3, 1)
-        right = right.reshape(-1, taps, positions, groups, channels).permute(0, 3, 2, 4, 1)
+        left = left.reshape(len(left), positions, groups, outputs).permute(0, 2, 3, 1)
+        right = right.reshape(len(left), taps, positions, groups, channels).permute(0, 3, 2, 4, 1)
         right = right.reshape(*right.shape[:3], channels * taps)
-        return torch.matmul(left, right).view(-1, *like.shape)
+        return torch.matmul(left, right).view(len(left), *like.shape)
 
     def add_to(self, total: Tensor, square: bool, native: bool) -> None:
         """See Use."""
@@ -153,6 +161,12 @@ class Product:
             for t in (left, right)
         )
         ops.per_sample_(omega, left, right, self.rows, square, native)
+
+    def may_count(self, like: Tensor) -> bool:
+        """See Use."""
+        if self.samples * like.numel() <= CHUNK:
+            return bool(self.dense(0, self.samples, like).any())
+        return bool(self.left.any()) and bool(self.right.any())
 
     def joined(self, other: Use) -> Use | None:
         """See Use."""
@@ -190,7 +204,7 @@ class Lookup:
         table = like.new_zeros((stop - start) * rows, width)
         key, g = self._by_sample(start, stop, rows, like.dtype)
         table[key] = g
-        return table.view(-1, rows, width)[:, 1:]
+        return table.view(stop - start, rows, width)[:, 1:]
 
     def add_to(self, total: Tensor, square: bool, native: bool) -> None:
         """See Use."""
@@ -207,6 +221,10 @@ class Lookup:
         sample = torch.arange(stop - start, device=self.ids.device)[:, None]
         key = (sample * rows + self.ids[start:stop] + 1).flatten()
         return _summed(key, self.grad[start:stop].flatten(0, 1).to(dtype))
+
+    def may_count(self, like: Tensor) -> bool:
+        """See Use."""
+        return bool(self.grad.any())
 
     def joined(self, other: Use) -> Use | None:
         """See Use."""

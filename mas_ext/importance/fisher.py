@@ -1,0 +1,161 @@
+"""The diagonal of the Fisher information, which EWC takes for importance: squares of per-sample gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mas_ext.importance import batches as batch_of
+from mas_ext.importance.alone import Forward
+from mas_ext.importance.exact import Exact
+from mas_ext.importance.sums import ImportanceSum, evaluating, gather
+from mas_ext.kernels.native import Backend
+from mas_ext.parameters import check_patterns
+
+Labels = Literal["true", "predicted", "sampled", "all"]
+LABELS = ("true", "predicted", "sampled", "all")
+IGNORED = -100  # positions without a label, as in torch.nn.functional.cross_entropy
+
+
+def _log_probabilities(output: Tensor) -> Tensor:
+    if not isinstance(output, Tensor) or output.dim() < 2:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"output: got {got}, expected logits of shape (samples, ..., classes)")
+    return (output if output.dtype.itemsize >= 4 else output.float()).log_softmax(-1)
+
+
+def _true_labels(batch: Any) -> Tensor:
+    """The batch's second item, or what a mapping calls "labels"."""
+    if isinstance(batch, Mapping):
+        labels = batch["labels"] if "labels" in batch else [*batch.values(), None][1]
+    else:
+        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(
+            f'labels: "true" takes class indices from the second item of a batch, got {got} there'
+        )
+    return labels
+
+
+class FisherSum(ImportanceSum):
+    """The sum over samples of (d log p(y | x) / d theta)^2: see estimate_fisher."""
+
+    def __init__(
+        self,
+        labels: Labels = "true",
+        forward: Forward | None = None,
+        exclude: Sequence[str] = (),
+        seed: int = 0,
+        backend: Backend = "auto",
+    ) -> None:
+        """See estimate_fisher."""
+        if labels not in LABELS:
+            raise ValueError(f"labels: got {labels!r}, expected one of {LABELS}")
+        super().__init__(forward=forward, exclude=exclude, backend=backend)
+        self.labels, self.seed = labels, seed
+        self._model_forward = self.forward
+        self.forward = lambda model, pair: self._model_forward(model, pair["batch"])
+        self._values = _of_all if labels == "all" else _of_labels
+        self._estimator = Exact(backend, square=True)
+
+    def empty(self) -> FisherSum:
+        """A new sum of nothing, with the same settings."""
+        other = FisherSum(self.labels, self._model_forward, self.exclude, self.seed, self.backend)
+        other._estimator = self._estimator
+        return other
+
+    def add(self, model: nn.Module, batch: Any) -> None:
+        """Add a batch, as ImportanceSum.add; its labels are settled before its samples are told apart."""
+        pair = {"batch": batch}
+        if self.labels == "true":
+            pair["labels"] = _true_labels(batch)
+        elif self.labels != "all" and batch_of.size(batch):
+            pair["labels"] = self._own_labels(model, batch)
+        super().add(model, pair)
+
+    def _own_labels(self, model: nn.Module, batch: Any) -> Tensor:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        with evaluating(model, device), torch.no_grad():
+            output = self._model_forward(model, batch_of.to(batch, device))
+            p = _log_probabilities(output).exp()
+        if self.labels == "predicted":
+            return p.argmax(-1)
+        generator = torch.Generator(p.device).manual_seed(self.seed + self.samples)
+        drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator)
+        return drawn.view(p.shape[:-1])
+
+
+def _of_labels(output: Tensor, pair: Any, samples: int) -> Tensor:
+    """log p of the labels, shape (samples, 1)."""
+    log_p, labels = _log_probabilities(output), pair["labels"]
+    if labels.shape != log_p.shape[:-1]:
+        raise ValueError(
+            f"labels: got shape {tuple(labels.shape)}, expected {tuple(log_p.shape[:-1])} for an output "
+            f"of shape {tuple(output.shape)}"
+        )
+    counted = labels != IGNORED
+    chosen = torch.where(counted, labels, 0).long()
+    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < log_p.shape[-1]:
+        raise ValueError(
+            f"labels: got numbers from {int(chosen.min())} to {int(chosen.max())}, expected 0 to "
+            f"{log_p.shape[-1] - 1}, classes of an output of shape {tuple(output.shape)}"
+        )
+    picked = log_p.gather(-1, chosen[..., None])[..., 0] * counted
+    return picked.reshape(samples, -1).sum(1, keepdim=True)
+
+
+def _of_all(output: Tensor, pair: Any, samples: int) -> Tensor:
+    """sqrt(p) log p of every class, shape (samples, classes): squares of its gradients carry the weight p."""
+    log_p = _log_probabilities(output)
+    if log_p.dim() != 2:
+        raise ValueError(
+            f'output: labels "all" takes logits (samples, classes), got shape {tuple(output.shape)}'
+        )
+    return log_p.detach().exp().sqrt() * log_p
+
+
+def estimate_fisher(
+    model: nn.Module,
+    batches: Iterable[Any],
+    labels: Labels = "true",
+    forward: Forward | None = None,
+    max_samples: int | None = None,
+    progress: bool = False,
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    backend: Backend = "auto",
+) -> dict[str, Tensor]:
+    """The diagonal Fisher information, 1/N sum_k (d log p(y_k | x_k) / d theta_i)^2, exactly per sample.
+
+    p is the softmax over the last dimension of the output; where that has positions, log p is summed over them
+    (Kirkpatrick et al. 2017, equation 3; on the choice of labels, Kunstner et al. 2019).
+
+    Args:
+        model: see estimate_importance.
+        batches: see estimate_importance; for labels "true" the second item of each, or what a dict calls
+            "labels", holds class indices, shape (samples, ...), -100 where there is none.
+        labels: "true": the batch's own (the empirical Fisher); "predicted": the likeliest; "sampled": one drawn
+            from p per sample; "all": the mean over p of all classes, one backward pass each.
+        forward: forward(model, batch) -> logits (samples, ..., classes); by default of the first item.
+        max_samples: stop after this many.
+        progress: show a progress bar.
+        exclude: fnmatch patterns on the names of parameters to leave out.
+        seed: of the labels that are drawn.
+        backend: see estimate_importance.
+
+    Returns:
+        The Fisher information by parameter name, in the parameter's shape; float64 for float64 parameters, else
+        float32.
+
+    Raises:
+        ValueError: as estimate_importance; labels whose shape does not fit the output.
+        TypeError: as estimate_importance; labels that are no class indices.
+    """
+    check_patterns(model, exclude)
+    total = FisherSum(labels, forward, exclude, seed, backend)
+    gather(total, model, batches, max_samples, progress)
+    return total.mean()

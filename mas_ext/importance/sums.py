@@ -1,0 +1,239 @@
+"""Importance gathered batch by batch: sums over samples, by any of the estimators."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mas_ext.importance import batches as batch_of
+from mas_ext.importance import objectives
+from mas_ext.importance.alone import Evaluate, Forward, Totals, Values, accumulate, zeros
+from mas_ext.importance.batch import Batch
+from mas_ext.importance.exact import Exact
+from mas_ext.importance.local import Local
+from mas_ext.importance.objectives import Objective
+from mas_ext.kernels.native import Backend
+from mas_ext.kernels.reference import compute_dtype
+from mas_ext.parameters import check_supported, named_parameters
+
+Method = Literal["exact", "batch", "local"]
+# (evaluate, batch, samples, parameters by name) -> sums over samples by name, and the objectives.
+Estimator = Callable[[Evaluate, Any, int, Mapping[str, Tensor]], tuple[Totals, Tensor]]
+
+METHODS: dict[str, Callable[[Backend], Estimator]] = {
+    "exact": Exact,
+    "batch": Batch,
+    "local": Local,
+}
+
+
+def _default_forward(model: nn.Module, batch: Any) -> Tensor:
+    output: Tensor = model(batch_of.first(batch))
+    return output
+
+
+@contextmanager
+def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """eval() with gradients on; modes and random state are put back, whatever happens."""
+    modes = {module: module.training for module in model.modules()}
+    # A forward pass may put a normalisation back to training, and is then refused.
+    statistics = [
+        (b, b.clone())
+        for module in modes
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for b in module.buffers(recurse=False)
+    ]
+    devices = [device] if device.type == "cuda" else []
+    # Compiled parts run as they were written, so that what they compute can be followed. Nothing is compiled
+    # where the compiler was never imported, which takes seconds.
+    compiled = "torch._dynamo" in sys.modules
+    as_written = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with (
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        as_written,
+    ):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            for buffer, before in statistics:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def _refuse_interacting(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"model: {name or type(module).__name__} normalises over the batch even in eval "
+                "mode (it has no running statistics), so that a sample has no gradient of its own; "
+                'use method="batch" or another normalisation'
+            )
+
+
+class ImportanceSum:
+    """Importance gathered batch by batch: sums over samples, and how many there were.
+
+    `sums` maps names to tensors like the parameters, float64 for float64 parameters, else float32.
+    `objective_sum` is the sum of |objective| over the samples.
+    """
+
+    def __init__(
+        self,
+        method: Method = "exact",
+        objective: Objective = "l2",
+        forward: Forward | None = None,
+        exclude: Sequence[str] = (),
+        max_outputs: int = 64,
+        backend: Backend = "auto",
+    ) -> None:
+        """See estimate_importance; backend: see kernels.native.serves."""
+        if method not in METHODS:
+            raise ValueError(f"method: got {method!r}, expected one of {tuple(METHODS)}")
+        objectives.check(objective)
+        self.method, self.objective, self.forward = method, objective, forward or _default_forward
+        self.exclude, self.max_outputs, self.backend = tuple(exclude), max_outputs, backend
+        self._estimator = METHODS[method](backend)
+        self._values: Values = partial(
+            objectives.values, objective=objective, max_outputs=max_outputs
+        )
+        self.sums: dict[str, Tensor] = {}
+        self.samples = 0
+        self.objective_sum = 0.0
+
+    def empty(self) -> ImportanceSum:
+        """A new sum of nothing, with the same settings."""
+        other = ImportanceSum(
+            self.method, self.objective, self.forward, self.exclude, self.max_outputs, self.backend
+        )
+        other._estimator = self._estimator  # and with what it found out about the model
+        return other
+
+    def add(self, model: nn.Module, batch: Any) -> None:
+        """Add a batch: every sample counts the same, whatever the size of its batch.
+
+        Every parameter that requires a gradient now takes part. The model's modes, gradients and
+        statistics and the random state are left as they were; on an error, so are the sums.
+        """
+        theta = {
+            name: p for name, p in named_parameters(model, self.exclude).items() if p.requires_grad
+        }
+        for name, p in theta.items():
+            check_supported(name, p)
+            old = self.sums.get(name)
+            if old is not None and old.shape != p.shape:
+                raise ValueError(
+                    f"parameter {name!r}: got shape {tuple(p.shape)}, expected {tuple(old.shape)} as "
+                    "in the batches before; consolidate before a parameter changes"
+                )
+        samples = batch_of.size(batch)
+        if samples == 0 or not theta:
+            self.samples += samples
+            return
+        if self.method == "exact":
+            _refuse_interacting(model)
+        device = next(iter(theta.values())).device
+        evaluate = Evaluate(model, self.forward, self._values)
+        with evaluating(model, device):
+            found, objective = self._estimator(evaluate, batch_of.to(batch, device), samples, theta)
+        added = float(objective.abs().sum(dtype=torch.float64))
+        if not math.isfinite(added):
+            bad = [name for name, t in found.items() if not t.isfinite().all()]
+            what = f"importance of {bad[0]!r}: got values" if bad else "objective: got a sum"
+            raise ValueError(
+                f"{what} from a batch with objective {added}, expected finite ones; where training "
+                'diverged, a smaller lam or attach(optimizer, mode="proximal") helps'
+            )
+        # Nothing below can fail: no error leaves half a batch in the sums.
+        self.sums = {**zeros({n: p for n, p in theta.items() if n not in self.sums}), **self.sums}
+        accumulate(self.sums, found, False, self.backend)
+        self.samples += samples
+        self.objective_sum += added
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums and counts as named tensors."""
+        found = {f"pending.{name}": t for name, t in self.sums.items()}
+        found["pending_samples"] = torch.tensor(self.samples)
+        found["pending_objective"] = torch.tensor(self.objective_sum, dtype=torch.float64)
+        return found
+
+    def load_tensors(self, found: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` gave, for these parameters."""
+        try:
+            samples, objective = int(found["pending_samples"]), float(found["pending_objective"])
+        except KeyError as error:
+            raise KeyError(f"state: got no {error}, expected one") from error
+        if samples < 0 or not 0 <= objective < float("inf"):
+            raise ValueError(
+                f"state: got pending_samples {samples} and pending_objective {objective}, expected "
+                "finite numbers from 0 up"
+            )
+        sums = {}
+        for key, t in found.items():
+            name = key.removeprefix("pending.")
+            if name != key:
+                if name not in theta or theta[name].shape != t.shape:
+                    raise KeyError(
+                        f"state, pending importance of {name!r}: got shape {tuple(t.shape)}, expected "
+                        "that of a parameter of the model"
+                    )
+                if not torch.isfinite(t).all() or (t < 0).any():
+                    raise ValueError(
+                        f"state, pending importance of {name!r}: got NaN, Inf or negative values, "
+                        "expected finite ones"
+                    )
+                sums[name] = t.to(theta[name].device, compute_dtype(theta[name].dtype), copy=True)
+        self.sums, self.samples, self.objective_sum = sums, samples, objective
+
+    def mean(self) -> dict[str, Tensor]:
+        """Omega = sum / samples, by name."""
+        return {name: total / self.samples for name, total in self.sums.items()}
+
+
+def gather(
+    total: ImportanceSum,
+    model: nn.Module,
+    batches: Iterable[Any],
+    max_samples: int | None = None,
+    progress: bool = False,
+) -> None:
+    """Add batches to a sum, at most max_samples samples in all; no sample at all is an error."""
+    if isinstance(batches, (Tensor, dict)):
+        raise TypeError(
+            f"batches: got a single {type(batches).__name__}, expected an iterable of batches; "
+            "wrap it in a list"
+        )
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples: got {max_samples}, expected at least 1")
+    start = total.samples
+    # A loader draws its order while it is read.
+    with torch.random.fork_rng(devices=[]):
+        for batch in _shown(batches, progress):
+            left = None if max_samples is None else max_samples - (total.samples - start)
+            if left is not None and left < batch_of.size(batch):
+                batch = batch_of.part(batch, 0, left)
+            total.add(model, batch)
+            if max_samples is not None and total.samples - start >= max_samples:
+                break
+    if total.samples == start:
+        raise ValueError("batches: got no samples, expected at least one")
+
+
+def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if not progress:
+        return batches
+    from tqdm import tqdm
+
+    shown: Iterable[Any] = tqdm(batches, desc="importance", unit="batch")
+    return shown
