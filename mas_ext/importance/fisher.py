@@ -104,7 +104,7 @@ def _of_labels(output: Tensor, pair: Any, samples: int) -> Tensor:
             f"labels: got numbers from {int(chosen.min())} to {int(chosen.max())}, expected 0 to "
             f"{log_p.shape[-1] - 1}, classes of an output of shape {tuple(output.shape)}"
         )
-    picked = log_p.gather(-1, chosen[..., None])[..., 0] * counted
+    picked: Tensor = log_p.gather(-1, chosen[..., None])[..., 0] * counted
     return picked.reshape(samples, -1).sum(1, keepdim=True)
 
 
