@@ -36,8 +36,8 @@ constexpr std::int64_t kWidth = kVectors * kLane<C>;
 
 // What a thread works on at a time lies in the second-level cache: a block of omega, and panels of
 // the two operands for it. Columns are (tap, channel) pairs, flattened.
-constexpr std::int64_t kBlockRows = 128;
-constexpr std::int64_t kBlockColumns = 192;
+constexpr std::int64_t kBlockRows = 256;
+constexpr std::int64_t kBlockColumns = 384;
 constexpr std::int64_t kDepth = 128;  // positions
 constexpr std::int64_t kPad = 16;     // panels a power of two apart would compete for cache lines
 
@@ -74,6 +74,26 @@ struct Stage {
   std::int64_t sample, samples, position, depth;
 };
 
+template <std::int64_t N>
+using Constant = std::integral_constant<std::int64_t, N>;
+
+// Reads all before it writes any, so that the compiler may take vectors, although it can't know
+// that the two lie apart.
+template <class T, class C, std::int64_t N>
+MAS_FN void convert(const T* from, C* to, Constant<N>) {
+  C lanes[N];
+  for (std::int64_t l = 0; l < N; ++l) lanes[l] = load(from[l]);
+  std::memcpy(to, lanes, sizeof(lanes));
+}
+
+template <class T, class C>
+MAS_FN void convert(const T* from, C* to, std::int64_t count) {
+  std::int64_t l = 0;
+  for (; l + 16 <= count; l += 16) convert(from + l, to + l, Constant<16>{});
+  for (; l + 4 <= count; l += 4) convert(from + l, to + l, Constant<4>{});
+  for (; l < count; ++l) to[l] = load(from[l]);
+}
+
 template <class C, class T>
 void pack_left(const PerSample& use, const Item& item, const Stage& stage, Scratch<C>& scratch) {
   for (std::int64_t s = 0; s < stage.samples; ++s) {
@@ -83,13 +103,21 @@ void pack_left(const PerSample& use, const Item& item, const Stage& stage, Scrat
       const std::int64_t at = (s * stage.depth + k) * kRows;
       std::int64_t row = 0;
       for (; row + kRows <= item.rows; row += kRows) {
-        for (int r = 0; r < kRows; ++r) scratch.left[row / kRows][at + r] = load(from[row + r]);
+        convert(from + row, &scratch.left[row / kRows][at], Constant<kRows>{});
       }
-      for (int r = 0; row + r < item.rows; ++r) {
-        scratch.left[row / kRows][at + r] = load(from[row + r]);
-      }
+      if (row < item.rows) convert(from + row, &scratch.left[row / kRows][at], item.rows - row);
     }
   }
+}
+
+// f(width), with the widths that matter most as constants.
+template <class C, class F>
+MAS_FN void with_width(std::int64_t width, F f) {
+  if (width == kWidth<C>) return f(Constant<kWidth<C>>{});
+  if (width == kLane<C>) return f(Constant<kLane<C>>{});
+  if (width == 1) return f(Constant<1>{});  // grey images
+  if (width == 3) return f(Constant<3>{});  // colour images
+  f(width);
 }
 
 // The rows that the taps see are gathered as they are packed: no unfolded input is ever made.
@@ -104,17 +132,34 @@ void pack_right(const PerSample& use, const Item& item, const Stage& stage, Scra
     const std::int32_t* rows =
         use.rows == nullptr ? nullptr : use.rows + tap * use.positions + stage.position;
     C* to = &scratch.right[column / kWidth<C>][lane];
-    for (std::int64_t s = 0; s < stage.samples; ++s) {
-      const T* sample = static_cast<const T*>(use.input) + (stage.sample + s) * use.input_sample +
-                        item.group * use.channels + channel;
-      for (std::int64_t k = 0; k < stage.depth; ++k, to += kWidth<C>) {
-        const std::int64_t row = rows == nullptr ? stage.position + k : rows[k];
-        const T* from = row < 0 ? zeros : sample + row * use.input_row;
-        in_lanes(width, [&](std::int64_t i, auto lanes) __attribute__((always_inline)) {
-          for (std::int64_t l = 0; l < lanes; ++l) to[i + l] = load(from[i + l]);
-        });
+    with_width<C>(width, [&](auto lanes) __attribute__((always_inline)) {
+      for (std::int64_t s = 0; s < stage.samples; ++s) {
+        const T* sample = static_cast<const T*>(use.input) + (stage.sample + s) * use.input_sample +
+                          item.group * use.channels + channel;
+        for (std::int64_t k = 0; k < stage.depth; ++k, to += kWidth<C>) {
+          const std::int64_t row = rows == nullptr ? stage.position + k : rows[k];
+          convert(row < 0 ? zeros : sample + row * use.input_row, to, lanes);
+        }
       }
-    }
+    });
+  }
+}
+
+// sum += abs(m), or its square.
+template <class Vec>
+MAS_FN void add(Vec& sum, const Vec& m, bool square) {
+  using Bits = decltype(m < m);
+  const Bits all_but_sign = ~reinterpret_cast<Bits>(-Vec{});
+  sum += square ? m * m : reinterpret_cast<Vec>(reinterpret_cast<Bits>(m) & all_but_sign);
+}
+
+// f(r, v) for each vector of a tile, unrolled so that all of them stay in registers.
+template <int V, class F>
+MAS_FN void in_tile(F f) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) f(r, v);
   }
 }
 
@@ -124,37 +169,19 @@ template <class C, int V>
 void multiply(const C* left, const C* right, const Stage& stage, bool first, bool last, bool square,
               C* product, C* sum) {
   using Vec = typename Vector<C>::type;
-  using Bits = decltype(Vec{} < Vec{});
   Vec* kept = reinterpret_cast<Vec*>(product);
   Vec* total = reinterpret_cast<Vec*>(sum);
   for (std::int64_t s = 0; s < stage.samples; ++s) {
-    Vec m[kRows][V];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) m[r][v] = first ? Vec{} : kept[r * kVectors + v];
-    }
+    Vec m[kRows][V] = {};
+    if (!first) in_tile<V>([&](int r, int v) { m[r][v] = kept[r * kVectors + v]; });
     for (std::int64_t k = 0; k < stage.depth; ++k, left += kRows, right += kWidth<C>) {
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-        for (int v = 0; v < V; ++v) m[r][v] += left[r] * reinterpret_cast<const Vec*>(right)[v];
-      }
+      const Vec* columns = reinterpret_cast<const Vec*>(right);
+      in_tile<V>([&](int r, int v) { m[r][v] += left[r] * columns[v]; });
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) {
-        const int at = r * kVectors + v;
-        if (!last) {
-          kept[at] = m[r][v];
-        } else if (square) {
-          total[at] += m[r][v] * m[r][v];
-        } else {
-          total[at] += reinterpret_cast<Vec>(reinterpret_cast<Bits>(m[r][v]) &
-                                             ~reinterpret_cast<Bits>(-Vec{}));
-        }
-      }
+    if (last) {
+      in_tile<V>([&](int r, int v) { add(total[r * kVectors + v], m[r][v], square); });
+    } else {
+      in_tile<V>([&](int r, int v) { kept[r * kVectors + v] = m[r][v]; });
     }
   }
 }
@@ -183,7 +210,16 @@ C* destination(const PerSample& use, std::int64_t split) {
 
 template <class C, class T>
 void add_block(const PerSample& use, const Item& item, Scratch<C>& scratch) {
-  std::memset(scratch.sum, 0, sizeof(scratch.sum));
+  const std::int64_t tiles = quotient_up(item.rows, kRows);
+  for (std::int64_t j = 0; j * kWidth<C> < item.columns; ++j) {
+    std::memset(scratch.sum[j], 0, tiles * sizeof(scratch.sum[j][0]));
+  }
+  // The edges of a block that is no whole number of tiles are multiplied too, and dropped.
+  const std::int64_t ragged_row = item.rows / kRows, ragged_column = item.columns / kWidth<C>;
+  if (item.rows % kRows > 0) std::memset(scratch.left[ragged_row], 0, sizeof(scratch.left[0]));
+  if (item.columns % kWidth<C> > 0) {
+    std::memset(scratch.right[ragged_column], 0, sizeof(scratch.right[0]));
+  }
   const Cut depths(use.positions, kDepth, 1);
   const std::int64_t samples = kDepth / least(use.positions, kDepth);
   const std::int64_t end = first_sample(use, item.split + 1);
@@ -206,33 +242,72 @@ void add_block(const PerSample& use, const Item& item, Scratch<C>& scratch) {
   }
 }
 
-// One output and one channel a group: vectors run over groups instead.
-constexpr std::int64_t kBlockGroups = 64;
+// One output and one channel a group: vectors run over groups instead, which lie side by side. A
+// few taps at once, because they see the same gradient.
+constexpr int kBlockVectors = 4;
+constexpr int kBlockTaps = 3;
+template <class C>
+constexpr std::int64_t kBlockGroups = kBlockVectors * kLane<C>;
 
 template <class C, class T>
-void add_depthwise(const PerSample& use, std::int64_t split, std::int64_t group,
-                   std::int64_t groups) {
-  static const T zeros[kBlockGroups] = {};
-  C* to = destination<C>(use, split) + group * use.taps;
-  for (std::int64_t t = 0; t < use.taps; ++t) {
-    C sum[kBlockGroups] = {};
-    for (std::int64_t b = first_sample(use, split); b < first_sample(use, split + 1); ++b) {
-      const T* grad = static_cast<const T*>(use.grad) + b * use.grad_sample + group;
-      const T* input = static_cast<const T*>(use.input) + b * use.input_sample + group;
-      C m[kBlockGroups] = {};
-      for (std::int64_t p = 0; p < use.positions; ++p) {
-        const std::int64_t row = use.rows == nullptr ? p : use.rows[t * use.positions + p];
-        const T* from = row < 0 ? zeros : input + row * use.input_row;
-        in_lanes(groups, [&](std::int64_t i, auto lanes) __attribute__((always_inline)) {
-          for (std::int64_t l = 0; l < lanes; ++l) {
-            m[i + l] += load(grad[p * use.grad_position + i + l]) * load(from[i + l]);
-          }
-        });
+MAS_FN typename Vector<C>::type vector_at(const T* from) {
+  C lanes[kLane<C>];
+  for (int l = 0; l < kLane<C>; ++l) lanes[l] = load(from[l]);
+  typename Vector<C>::type vector;
+  std::memcpy(&vector, lanes, sizeof(vector));
+  return vector;
+}
+
+// So many elements that whole vectors can be read: those of a last block are moved to where there
+// is room.
+template <class T, std::int64_t N>
+MAS_FN const T* with_room(const T* from, T*, Constant<N>) {
+  return from;
+}
+
+template <class T>
+MAS_FN const T* with_room(const T* from, T* room, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) room[i] = from[i];
+  return room;
+}
+
+template <class C, class T, class N>
+MAS_FN void add_depthwise(const PerSample& use, std::int64_t split, std::int64_t group,
+                          std::int64_t first_tap, N groups) {
+  using Vec = typename Vector<C>::type;
+  static const T zeros[kBlockGroups<C>] = {};
+  T left_room[kBlockGroups<C>] = {};
+  T right_room[kBlockGroups<C>] = {};
+  Vec sum[kBlockTaps][kBlockVectors] = {};
+  for (std::int64_t b = first_sample(use, split); b < first_sample(use, split + 1); ++b) {
+    const T* grad = static_cast<const T*>(use.grad) + b * use.grad_sample + group;
+    const T* input = static_cast<const T*>(use.input) + b * use.input_sample + group;
+    Vec m[kBlockTaps][kBlockVectors] = {};
+    for (std::int64_t p = 0; p < use.positions; ++p) {
+      const T* left = with_room(grad + p * use.grad_position, left_room, groups);
+#pragma GCC unroll 3
+      for (int t = 0; t < kBlockTaps; ++t) {
+        const std::int64_t tap = first_tap + t;
+        const std::int64_t row = tap >= use.taps       ? -1
+                                 : use.rows == nullptr ? p
+                                                       : use.rows[tap * use.positions + p];
+        const T* right =
+            with_room(row < 0 ? zeros : input + row * use.input_row, right_room, groups);
+#pragma GCC unroll 4
+        for (int v = 0; v < kBlockVectors; ++v) {
+          m[t][v] += vector_at<C>(left + v * kLane<C>) * vector_at<C>(right + v * kLane<C>);
+        }
       }
-      for (std::int64_t i = 0; i < groups; ++i) sum[i] += use.square ? m[i] * m[i] : std::abs(m[i]);
     }
+    for (int t = 0; t < kBlockTaps; ++t) {
+      for (int v = 0; v < kBlockVectors; ++v) add(sum[t][v], m[t][v], use.square);
+    }
+  }
+  C* to = destination<C>(use, split) + group * use.taps + first_tap;
+  for (std::int64_t t = 0; t < least(kBlockTaps, use.taps - first_tap); ++t) {
+    const C* element = reinterpret_cast<const C*>(sum[t]);
     for (std::int64_t i = 0; i < groups; ++i) {
-      to[i * use.taps + t] = use.splits == 1 ? to[i * use.taps + t] + sum[i] : sum[i];
+      to[i * use.taps + t] = use.splits == 1 ? to[i * use.taps + t] + element[i] : element[i];
     }
   }
 }
@@ -266,11 +341,18 @@ void run(const PerSample& use, int threads) {
   [[maybe_unused]] const int team =
       use.batch * use.positions * size_of(use) < kSerialWork ? 1 : threads;
   if (use.outputs == 1 && use.channels == 1) {
-    const Cut blocks(use.groups, kBlockGroups, kLanes);
+    const std::int64_t blocks = quotient_up(use.groups, kBlockGroups<C>);
+    const std::int64_t taps = quotient_up(use.taps, kBlockTaps);
 #pragma omp parallel for num_threads(team) schedule(dynamic) if (team > 1)
-    for (std::int64_t i = 0; i < blocks.count * use.splits; ++i) {
-      const std::int64_t block = i % blocks.count;
-      add_depthwise<C, T>(use, i / blocks.count, blocks.begin(block), blocks.size_of(block));
+    for (std::int64_t i = 0; i < blocks * taps * use.splits; ++i) {
+      const std::int64_t split = i / (blocks * taps);
+      const std::int64_t group = i / taps % blocks * kBlockGroups<C>;
+      const std::int64_t tap = i % taps * kBlockTaps;
+      if (group + kBlockGroups<C> <= use.groups) {
+        add_depthwise<C, T>(use, split, group, tap, Constant<kBlockGroups<C>>{});
+      } else {
+        add_depthwise<C, T>(use, split, group, tap, use.groups - group);
+      }
     }
   } else {
     const Cut rows(use.outputs, kBlockRows, kRows);
@@ -281,8 +363,6 @@ void run(const PerSample& use, int threads) {
 #pragma omp parallel num_threads(team) if (team > 1)
     {
       Scratch<C>& own = scratch[thread_number()];
-      // The edges of a block that is no whole number of tiles are multiplied too, and dropped.
-      std::memset(&own, 0, sizeof(own));
 #pragma omp for schedule(dynamic)
       for (std::int64_t i = 0; i < blocks * use.splits; ++i) {
         const std::int64_t group = i / (rows.count * columns.count) % use.groups;
