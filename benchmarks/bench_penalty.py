@@ -6,43 +6,16 @@ python benchmarks/bench_penalty.py --model resnet18
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import torch
-
-from mas_ext import benchmark, info
-from mas_ext.benchmark_forms import MODELS
-
-matplotlib.use("Agg")
+from common import OTHER, OWN, bars, machine, place, write
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-OWN, OTHER = "#1a6faf", "#b9bec4"
-RESULTS = Path(__file__).parent / "results"
-
-
-def machine() -> dict[str, Any]:
-    """The machine and the versions, in words."""
-    cpu = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "instruction_set": info()["cpu_instruction_set"],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
+from mas_ext import benchmark
+from mas_ext.benchmark_forms import MODELS
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
@@ -52,39 +25,26 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     )
     _plot_forms(left, result["cold"])
     _plot_tasks(right, result["cold"])
-    place = result["machine"]["cpu"] if result["device"] == "cpu" else result["machine"]["gpu"]
     figure.suptitle(
-        f"{result['model']}, {result['parameters']:,} parameters, {result['dtype']}, {place}, "
-        f"{result['threads']} threads, cold caches",
+        f"{result['model']}, {result['parameters']:,} parameters, {result['dtype']}, {place(result)}, "
+        "cold caches",
         fontsize=11,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def _plot_forms(axes: Axes, result: Mapping[str, Any]) -> None:
-    rows = [row for row in result["forms"] if row["tasks"] == 1][::-1]
-    times = [1e3 * row["seconds"]["median"] for row in rows]
-    bars = axes.barh(
-        [row["name"] for row in rows], times, color=[OWN if r["moved"] else OTHER for r in rows]
+    rows = [row for row in result["forms"] if row["tasks"] == 1]
+    bars(
+        axes,
+        [row["name"] for row in rows],
+        [{key: 1e3 * value for key, value in row["seconds"].items()} for row in rows],
+        [f"{row['ratio']['median']:.2g}x" for row in rows],
+        [OWN if row["moved"] else OTHER for row in rows],
     )
-    for bar, row in zip(bars, rows, strict=True):
-        low, high = (1e3 * row["seconds"][key] for key in ("low", "high"))
-        middle = bar.get_y() + bar.get_height() / 2
-        axes.plot([low, high], [middle, middle], color="#333333", linewidth=1)
-        axes.annotate(
-            f"{row['ratio']['median']:.2g}x",
-            (max(high, bar.get_width()), middle),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
-    axes.set_xlim(0, 1.12 * max(axes.get_xlim()))
     axes.set_xlabel("milliseconds a call, and times add_grad_")
     axes.set_title("one task: this library (blue), other ways (grey)", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _plot_tasks(axes: Axes, result: Mapping[str, Any]) -> None:
@@ -129,13 +89,7 @@ def main() -> None:
     )
     result = {"machine": machine(), **measured}
     print(benchmark.table(result))
-    name = f"penalty_{arguments.model}_{arguments.device.replace(':', '')}.json"
-    path = arguments.json or RESULTS / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    picture = arguments.plot or path.with_suffix(".png")
-    plot(result, picture)
-    print(f"\nwritten: {path}, {picture}")
+    write(result, "penalty", plot, arguments.json, arguments.plot)
 
 
 if __name__ == "__main__":

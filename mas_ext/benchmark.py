@@ -7,9 +7,7 @@ the machine does hits all of them alike. Before that each form's result is check
 from __future__ import annotations
 
 import ctypes
-import math
 import os
-import random
 import statistics
 import subprocess
 import tempfile
@@ -22,9 +20,8 @@ from typing import Any
 import torch
 
 from mas_ext.benchmark_forms import MODELS, Case, Form, build, other_forms, own_forms
+from mas_ext.benchmark_timing import SAMPLE_SECONDS, check_device, in_turns, median
 
-# Fast forms are called this long per repeat, so that the clock and a cold cache don't count.
-SAMPLE_SECONDS = 0.02
 # What the work between two cold calls reads and writes: more than caches hold.
 OTHER_BYTES = 1 << 28
 # Largest difference from the exact result, relative to its largest entry.
@@ -73,8 +70,7 @@ def run(
     """
     if model not in MODELS:
         raise ValueError(f"model: got {model!r}, expected one of {', '.join(MODELS)}")
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"device: got {device!r}, expected cpu, or cuda where there is a GPU")
+    check_device(device)
     if getattr(torch, dtype, None) not in TOLERANCE:
         raise ValueError(f"dtype: got {dtype!r}, expected float32, float64, bfloat16 or float16")
     if repeats < 1 or min(tasks, default=1) < 1:
@@ -91,14 +87,14 @@ def run(
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         copies = _copies(touched, device, pool, skipped)
         calls = [*copies.values(), *(form.call for form in forms)]
-        warm = _in_turns(calls, repeats, device, case.reset, SAMPLE_SECONDS)
+        warm = in_turns(calls, repeats, device, case.reset, SAMPLE_SECONDS)
         other = torch.ones(OTHER_BYTES // 4, device=device)
 
         def work() -> None:
             case.reset()
             other.neg_()
 
-        cold = _in_turns(calls, repeats, device, work, 0.0)
+        cold = in_turns(calls, repeats, device, work, 0.0)
     result = {
         "model": model,
         "tensors": len(case.theta),
@@ -130,13 +126,13 @@ def _summary(
     own = samples[len(copies)]
     rows = []
     for form, seconds in zip(forms, samples[len(copies) :], strict=True):
-        time = _median(seconds)
+        time = median(seconds)
         fraction = form.moved * case.parameters / time["median"] / max(bandwidth.values())
         row = {
             "name": form.name,
             "tasks": form.tasks,
             "seconds": time,
-            "ratio": _median([s / b for s, b in zip(seconds, own, strict=True)]),
+            "ratio": median([s / b for s, b in zip(seconds, own, strict=True)]),
             "held": form.held,
             "moved": form.moved or None,
             "fraction": fraction or None,
@@ -225,54 +221,6 @@ def _streaming_copy() -> Callable[[int, int, int], None]:
         copy = ctypes.CDLL(library).copy
     copy.argtypes, copy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long), None
     return copy
-
-
-def _in_turns(
-    calls: Sequence[Callable[[], object]],
-    repeats: int,
-    device: str,
-    before: Callable[[], None],
-    sample_seconds: float,
-) -> list[list[float]]:
-    """Seconds of every call in every repeat, after `before`, called so long that samples last."""
-    numbers = []
-    for call in calls:
-        once = min(_seconds(call, 1, device) for _ in range(3))
-        numbers.append(max(1, round(sample_seconds / once)))
-    samples: list[list[float]] = [[] for _ in calls]
-    turns, order = list(zip(calls, numbers, samples, strict=True)), random.Random(0)
-    for _ in range(repeats):
-        # What ran before leaves its traces in caches and threads.
-        order.shuffle(turns)
-        for call, number, seconds in turns:
-            before()
-            seconds.append(_seconds(call, number, device))
-    return samples
-
-
-def _seconds(call: Callable[[], object], number: int, device: str) -> float:
-    """Seconds per call."""
-    if device == "cpu":
-        begin = perf_counter()
-        for _ in range(number):
-            call()
-        return (perf_counter() - begin) / number
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    start.record()
-    for _ in range(number):
-        call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3 / number
-
-
-def _median(samples: Sequence[float]) -> dict[str, float]:
-    """The median with its 95 % interval by order statistics, whatever the distribution."""
-    ordered, n = sorted(samples), len(samples)
-    rank = max(1, math.floor((n - 1.96 * math.sqrt(n)) / 2))
-    middle = statistics.median(ordered)
-    return {"median": middle, "low": ordered[rank - 1], "high": ordered[n - rank]}
 
 
 def _launches(call: Callable[[], object]) -> int:

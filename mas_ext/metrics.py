@@ -1,6 +1,6 @@
-"""Summaries of accuracy[t, k], the accuracy on task k after training task t.
+"""Accuracy, rank correlation, and summaries of accuracy[t, k], that on task k after training task t.
 
-All take it as a (T, T) matrix. Entries above the diagonal (tasks not yet trained) are never read
+The summaries take it as a (T, T) matrix. Entries above the diagonal (tasks not yet trained) are never read
 and may be NaN. Another shape, or NaN on or below the diagonal, raises ValueError.
 """
 
@@ -42,6 +42,17 @@ def backward_transfer(matrix: Tensor) -> float:
     if len(learned) == 1:
         return 0.0
     return float((learned[-1] - learned.diagonal())[:-1].mean())
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's: the correlation of ranks. Equal numbers share their mean rank; a constant gives NaN."""
+    return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
+
+
+def _ranks(x: Tensor) -> Tensor:
+    _, place, counts = x.flatten().unique(return_inverse=True, return_counts=True)
+    middle: Tensor = counts.cumsum(0).double() - (counts - 1) / 2
+    return middle[place]
 
 
 def _checked(matrix: Tensor) -> Tensor:

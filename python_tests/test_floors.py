@@ -14,8 +14,8 @@ PACKAGE = Path(mas_ext.__file__).parent
 # From the roof down. A module may import those of lower floors, never one of its own floor or above.
 FLOORS = [
     {"cli"},
-    {"demo", "benchmark"},
-    {"benchmark_forms"},
+    {"demo", "benchmark", "benchmark_importance"},
+    {"benchmark_forms", "benchmark_gradients"},
     {"penalty"},
     {"attach", "consolidation"},
     {"importance", "info", "checkpoint"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"_C"},
     # The side rooms: at the bottom, since they know nothing of the house.
     {"scenarios"},
-    {"data", "models", "metrics"},
+    {"data", "models", "metrics", "benchmark_networks", "benchmark_timing"},
 ]
 SIDE_ROOMS = FLOORS[-2] | FLOORS[-1]
 FLOOR = {module: i for i, floor in enumerate(FLOORS) for module in floor}

@@ -56,3 +56,16 @@ def test_a_matrix_that_is_none_is_refused(summary) -> None:
             summary(torch.zeros(shape))
     with pytest.raises(ValueError, match="NaN"):
         summary(torch.tensor([[0.9, NAN], [NAN, 0.8]]))
+
+
+def test_rank_correlation_is_of_ranks_alone() -> None:
+    a = torch.randn(50)
+    assert metrics.rank_correlation(a, a.exp()) == pytest.approx(1)
+    assert metrics.rank_correlation(a, -(a**3)) == pytest.approx(-1)
+
+
+def test_equal_numbers_share_a_rank() -> None:
+    """Ranks 1, 2.5, 2.5, 4 and 2, 1, 3, 4: covariance 1, variances 1.5 and 5 / 3, by hand."""
+    a, b = torch.tensor([0.0, 7.0, 7.0, 9.0]), torch.tensor([2.0, 1.0, 3.0, 4.0])
+    assert metrics.rank_correlation(a, b) == pytest.approx(1 / math.sqrt(1.5 * 5 / 3))
+    assert math.isnan(metrics.rank_correlation(a, torch.ones(4)))

@@ -1,0 +1,82 @@
+"""What the benchmarks' scripts share: the machine in words, bars with intervals, files of results."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+
+from mas_ext import info
+
+matplotlib.use("Agg")
+
+OWN, OTHER = "#1a6faf", "#b9bec4"
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions, in words."""
+    cpu = platform.processor() or platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        cpu = names[0].split(":")[1].strip() if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "instruction_set": info()["cpu_instruction_set"],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def place(result: Mapping[str, Any]) -> str:
+    """Processor and threads in words."""
+    on = result["machine"]["cpu" if result["device"] == "cpu" else "gpu"]
+    return f"{on}, {result['threads']} threads"
+
+
+def bars(
+    axes: Axes,
+    names: Sequence[str],
+    values: Sequence[Mapping[str, float]],
+    labels: Sequence[str],
+    colors: Sequence[str],
+) -> None:
+    """Bars of medians from the top down, each with its interval (if any) and a label behind it."""
+    places = range(len(names), 0, -1)
+    axes.barh(places, [value["median"] for value in values], color=colors, tick_label=names)
+    for y, value, label in zip(places, values, labels, strict=True):
+        low, high = (value.get(key, value["median"]) for key in ("low", "high"))
+        axes.plot([low, high], [y, y], color="#333333", linewidth=1)
+        end = (max(high, value["median"]), y)
+        axes.annotate(label, end, (4, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_xlim(0, 1.12 * max(axes.get_xlim()))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def write(
+    result: Mapping[str, Any],
+    what: str,
+    plot: Callable[[Mapping[str, Any], Path], None],
+    path: Path | None,
+    picture: Path | None,
+) -> None:
+    """Write a result as JSON and as a plot, by default as benchmarks/results/WHAT_MODEL_DEVICE."""
+    name = f"{what}_{result['model']}_{result['device'].replace(':', '')}.json"
+    path = path or RESULTS / name
+    picture = picture or path.with_suffix(".png")
+    for file in (path, picture):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, picture)
+    print(f"\nwritten: {path}, {picture}")
