@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from mas_ext import checkpoint
 from mas_ext.attach import Handle, Mode, attach
-from mas_ext.consolidation import Consolidation, Group
+from mas_ext.consolidation import Consolidation
 from mas_ext.importance import METHODS, Forward, ImportanceSum, Method, gather
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels import ops
 from mas_ext.kernels.native import Backend
+from mas_ext.memory import Group
 from mas_ext.parameters import Binding, check_patterns, layouts, named_parameters
 from mas_ext.rules import AlphaSum, Merge, Rule, Store, check_lam
 

@@ -18,7 +18,7 @@ FLOORS = [
     {"benchmark_forms"},
     {"penalty"},
     {"attach", "consolidation"},
-    {"importance", "info", "checkpoint"},
+    {"importance", "memory", "info", "checkpoint"},
     {"parameters", "rules"},
     {"kernels"},
     {"_C"},
