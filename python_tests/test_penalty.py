@@ -412,6 +412,22 @@ def test_no_trainable_parameter() -> None:
         assert penalty().item() == 0
 
 
+@pytest.mark.parametrize("message", ["under a thousandth", "any more", "nothing is consolidated"])
+def test_warnings_name_the_line_of_the_caller(message: str) -> None:
+    model, size = make_model(), [1.0]
+    penalty = FusedMASPenalty(model, forward=lambda m, x: size[0] * m(x))
+    penalty.consolidate(data(0))
+    if message == "under a thousandth":
+        size[0] = 1e-2
+    elif message == "any more":
+        model[2] = nn.Identity()
+    else:
+        model.requires_grad_(False)
+    with pytest.warns(RuntimeWarning, match=message) as caught:
+        penalty.consolidate(data(1))
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_an_error_while_estimating_changes_nothing() -> None:
     model, penalty, _ = trained(tasks=1)
     before = penalty._state.memory
