@@ -298,6 +298,29 @@ def test_a_widened_head_keeps_its_leading_part(store: Store) -> None:
 
 
 @pytest.mark.parametrize("store", ["merged", "per_task"])
+def test_a_frozen_parameter_is_remembered_and_an_unknown_one_left_out(store: Store) -> None:
+    state = Consolidation(Rule("sum", store, omega_dtype=WIDE), 1.0)
+    theta = {"body": row(1, 1.0), "head": row(1, 1.0), "never": row(1, 1.0)}
+    state.add_task(theta, {"body": row(1, 2.0), "head": row(1, 3.0)})
+    state.add_task({k: 2 * x for k, x in theta.items()}, {"head": row(1, 5.0)})
+    assert set(state.memory.parts()) == {"body", "head"}
+    value, gradient = measured(state, {k: 0 * x for k, x in theta.items()})
+    assert value == pytest.approx(2 * (2 * 1 + 3 * 1 + 5 * 4), rel=1e-12)
+    np.testing.assert_allclose(gradient, [-4, -4, -26, -26], rtol=1e-12)
+
+
+@pytest.mark.parametrize("store", ["merged", "per_task"])
+def test_a_narrowed_head_keeps_its_leading_part(store: Store) -> None:
+    state = Consolidation(Rule("sum", store, omega_dtype=WIDE), 1.0)
+    wide = torch.arange(8.0, dtype=torch.float64).view(4, 2)
+    stepwise(state, ({"h": wide}, {"h": wide + 1}))
+    state.fit({"h": row(3, 0.0)})
+    (p,) = state.memory.parts().values()
+    assert torch.equal(p.omega[0], wide[:3] + 1)
+    assert torch.equal(p.anchor[0], wide[:3])
+
+
+@pytest.mark.parametrize("store", ["merged", "per_task"])
 def test_a_new_head_enters_without_importance_for_old_tasks(store: Store) -> None:
     state = Consolidation(Rule("sum", store, omega_dtype=WIDE), 1.0)
     body, head = {"b": row(1, 1.0)}, {"h": row(1, 4.0)}
@@ -403,6 +426,10 @@ def test_every_dtype_of_state() -> None:
     ("omega", "message"),
     [
         (lambda: {"w": -row(1, 1.0)}, "importance of 'w': got values with minimum -1"),
+        (
+            lambda: {"w": torch.tensor([[1.0, -1e-9]], dtype=WIDE)},
+            "importance of 'w': got values with minimum -[19]",
+        ),
         (lambda: {"w": row(1, float("nan"))}, "importance of 'w'"),
         (lambda: {"w": row(1, float("inf"))}, "importance of 'w'"),
         (lambda: {"w": row(2, 1.0)}, r"importance of 'w': got shape \(2, 2\)"),
@@ -427,6 +454,19 @@ def test_little_importance_is_warned_about() -> None:
     state.add_task({"w": row(1, 1.0)}, {"w": row(1, 1.0)})
     with pytest.warns(RuntimeWarning, match="under a thousandth"):
         state.add_task({"w": row(1, 1.0)}, {"w": row(1, 5e-4)})
+
+
+def test_importance_is_measured_by_the_median_of_the_tasks_before() -> None:
+    def after(*totals: float) -> Consolidation:
+        state = Consolidation(Rule(), 1.0)
+        for total in totals:
+            state.add_task({"w": row(1, 1.0)}, {"w": row(1, total / 2)})
+        return state
+
+    assert len(after(1.0, 1.0, 1e7, 1.0).alpha) == 4
+    state = after(1.0, 100.0, 100.0)
+    with pytest.warns(RuntimeWarning, match="under a thousandth of the median so far, 100;"):
+        state.add_task({"w": row(1, 1.0)}, {"w": row(1, 0.025)})
 
 
 def test_nothing_to_consolidate_is_a_warning_and_no_entry() -> None:
