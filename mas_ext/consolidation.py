@@ -254,8 +254,6 @@ class Consolidation:
                 len(self.memory.entries),
                 group.native,
             )
-            if not self.rule.own_anchors:
-                group.remainders.zero_()
             group.remainder.copy_(group.remainders.sum())
 
     def _write_alpha(self, memory: Memory) -> None:
