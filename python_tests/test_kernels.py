@@ -574,6 +574,28 @@ def test_bad_state_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         refused(change)()
 
 
+def test_what_was_checked_once_is_known_by_its_offsets_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_recent", [])
+    case = make(torch.float32, shapes=[(4,), (3, 2)])
+    for offsets in ([0, 64], [64, 0], [64, 100]):
+        moved = case._replace(offsets=offsets)
+        assert float(native.penalty(*moved)) == pytest.approx(expected_value(moved), rel=2e-7)
+    # The caller's list may change after the call.
+    offsets = case.offsets.copy()
+    native.penalty(*case._replace(offsets=offsets))
+    offsets[1] = 10**9
+    with pytest.raises(ValueError, match="omega: got"):
+        native.penalty(*case._replace(offsets=offsets))
+
+
+def test_few_of_the_checked_lists_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_recent", [])
+    for n in range(1, 40):
+        native.accumulate_([torch.zeros(n)], [torch.ones(n)], 1.0)
+    assert len(native._recent) == 16
+    assert native._recent[0].signature.tensors[0][2] == (39,)
+
+
 def test_bad_gradients_are_refused_before_anything_is_written() -> None:
     case = make(torch.float32, shapes=[(4,), (3, 2)])
     good = [torch.zeros_like(t) for t in case.theta]
