@@ -438,6 +438,25 @@ def test_gradients_with_other_strides(backend: Backend) -> None:
         ops.add_grad_(case.theta, expanded, *case[1:], backend.native)
 
 
+def test_what_goes_with_a_tensor_may_have_other_strides(backend: Backend) -> None:
+    case = make(torch.float32, shapes=[(6, 7), (5,)], device=backend.device)
+    like = [torch.rand(6, 7, device=backend.device), torch.rand(5, device=backend.device)]
+    other = [like[0].t().contiguous().t(), like[1]]
+    results = []
+    for companions in (like, other):
+        theta = [t.clone() for t in case.theta]
+        ops.proximal_(theta, *case[1:5], companions, 0.01, 4.0, 1e-2, backend.native)
+        total = [torch.ones_like(t) for t in case.theta]
+        ops.accumulate_(total, companions, 0.5, backend.native)
+        omega, anchor = case.omega[:1].clone(), case.anchor[:1].clone()
+        args = (case.offsets, 1.0, 0.5, "mean", 1, backend.native)
+        ops.merge_(omega, anchor, case.theta, companions, *args)
+        results.append([*theta, *total, omega, anchor])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    close(results[1][2], 1 + 0.5 * flat_array(like[0]))
+
+
 def test_more_tensors_than_a_launch_holds(backend: Backend) -> None:
     case = make(torch.float32, shapes=[(i % 5,) for i in range(1701)], device=backend.device)
     grads = [torch.zeros_like(t) for t in case.theta]
@@ -532,7 +551,7 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
 def refused(change: Callable[[Case], dict[str, Any]]) -> Callable[[], None]:
     def call() -> None:
         case = make(torch.float32, rows=2, shapes=[(4,), (3, 2)])
-        ops.penalty(*case._replace(**change(case)), True)
+        native.penalty(*case._replace(**change(case)))
 
     return call
 
@@ -553,6 +572,27 @@ BAD_CALLS = {
     "too few offsets": (lambda c: {"offsets": [0]}, "offsets: got 1"),
     "negative offset": (lambda c: {"offsets": [0, -1]}, "offsets.1.: got -1"),
     "offset behind the end": (lambda c: {"offsets": [0, 10**9]}, "omega: got"),
+    "first offset behind the end": (lambda c: {"offsets": [10**9, 0]}, "omega: got"),
+    "two devices": (
+        lambda c: {"theta": [c.theta[0], c.theta[1].to("meta")]},
+        "theta.1.: got .*meta",
+    ),
+    "omega elsewhere": (lambda c: {"omega": c.omega.to("meta")}, "omega: got .* on meta"),
+    "anchor elsewhere": (lambda c: {"anchor": c.anchor.to("meta")}, "anchor: got .* on meta"),
+    "alpha elsewhere": (lambda c: {"alpha": c.alpha.to("meta")}, "alpha: got .* on meta"),
+    "remainder elsewhere": (
+        lambda c: {"remainder": c.remainder.to("meta")},
+        "remainder: got .* on meta",
+    ),
+    "one element too few": (
+        lambda c: {"omega": c.omega[:, :69].clone(), "anchor": c.anchor[:, :69].clone()},
+        "omega: got .*at least 70",
+    ),
+    "a row too many": (
+        lambda c: {"omega": c.omega[[0, 1, 1]], "anchor": c.anchor[[0, 1, 1]]},
+        "omega: got",
+    ),
+    "strided alpha": (lambda c: {"alpha": c.alpha.repeat(2)[::2]}, "alpha: got"),
     "short omega": (lambda c: {"omega": c.omega[:, :64].contiguous()}, "omega: got"),
     "strided omega": (lambda c: {"omega": c.omega.t().contiguous().t()}, "omega: got"),
     "float16 omega": (lambda c: {"omega": c.omega.half()}, "omega: got torch.float16"),
@@ -572,6 +612,19 @@ def test_bad_state_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     change, message = BAD_CALLS[name]
     with pytest.raises((ValueError, TypeError), match=message):
         refused(change)()
+
+
+def test_a_bad_upstream_gradient_is_refused() -> None:
+    case = make(torch.float32, shapes=[(4,), (3, 2)])
+    for bad in (torch.ones(2), torch.ones(1), torch.ones((), device="meta")):
+        with pytest.raises(ValueError, match="grad_output: got"):
+            native.penalty_with_grad(*case, bad)
+
+
+def test_importance_of_another_precision_is_refused() -> None:
+    for omega, grad in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        with pytest.raises(ValueError, match=r"grad\[0\]: got .*, expected one that adds up in"):
+            native.accumulate_([torch.zeros(4, dtype=omega)], [torch.ones(4, dtype=grad)], 1.0)
 
 
 def test_what_was_checked_once_is_known_by_its_offsets_too(monkeypatch: pytest.MonkeyPatch) -> None:
