@@ -676,7 +676,7 @@ def test_the_extension_refuses_what_its_caller_should_have() -> None:
     def state(rows: int, stride: int) -> Any:
         return EMULATED.State(0, 0, 64, 64, stride, rows, 64, 64)
 
-    layout = EMULATED.Layout([10], [64])
+    layout, backwards = EMULATED.Layout([10], [64]), EMULATED.Layout([10, 10], [64, 0])
     for compiled in (EMULATED.cpu, EMULATED.cuda):
         with pytest.raises(ValueError, match="rows of at least 74"):
             compiled.penalty(layout, state(1, 73), [64], [], 0, 0, 64, 64, 0, 1)
@@ -686,14 +686,26 @@ def test_the_extension_refuses_what_its_caller_should_have() -> None:
             compiled.penalty(layout, state(1, 128), [64], [], 2, 0, 64, 64, 0, 1)
         with pytest.raises(ValueError, match="expected one for each"):
             compiled.penalty(layout, state(1, 128), [64, 64], [], 0, 0, 64, 64, 0, 1)
+        with pytest.raises(ValueError, match="rows of at least 74"):
+            compiled.penalty(backwards, state(1, 73), [64, 64], [], 0, 0, 64, 64, 0, 1)
+        with pytest.raises(ValueError, match="expected one for each of 2"):
+            compiled.proximal(backwards, state(1, 128), [64, 64], [64], 0.1, 1.0, 0.0, 1)
+        for gradient in (-1, 3):
+            with pytest.raises(ValueError, match="gradient: expected 0"):
+                compiled.penalty(layout, state(1, 128), [64], [64], gradient, 0, 64, 64, 0, 1)
+        for anchor in (-1, 3):
+            with pytest.raises(ValueError, match="anchor: expected 0, 1 or 2"):
+                compiled.merge(layout, state(1, 128), [64], [64], 1.0, 1.0, anchor, 0, 64, 64, 1)
     with pytest.raises(ValueError, match="threads"):
         EMULATED.cpu.penalty(layout, state(1, 128), [64], [], 0, 0, 64, 64, 0, 0)
     with pytest.raises(ValueError, match="rows: expected at least 1"):
         state(0, 128)
-    with pytest.raises(ValueError, match="dtype: got 4"):
-        EMULATED.State(4, 0, 64, 64, 1, 1, 64, 64)
-    with pytest.raises(ValueError, match="omega: expected float32 or bfloat16"):
-        EMULATED.State(0, 1, 64, 64, 1, 1, 64, 64)
+    for dtype in (-1, 4):
+        with pytest.raises(ValueError, match=f"dtype: got {dtype}"):
+            EMULATED.State(dtype, 0, 64, 64, 1, 1, 64, 64)
+    for omega in (1, 3):  # float64 beside float32, and float16
+        with pytest.raises(ValueError, match="omega: expected float32 or bfloat16"):
+            EMULATED.State(0, omega, 64, 64, 1, 1, 64, 64)
 
 
 @pytest.mark.parametrize("there", [False, True])
