@@ -287,6 +287,40 @@ def test_accumulate(backend: Backend, dtype: torch.dtype) -> None:
         close(omega, 0.5 + 0.3 * np.abs(flat_array(grad)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits_is_read(backend: Backend, dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=backend.device).view(dtype)
+    total = torch.zeros(2**16, device=backend.device)
+    ops.accumulate_([total], [every], 1.0, backend.native)
+    torch.testing.assert_close(total, every.float().abs(), rtol=0, atol=0, equal_nan=True)
+    # With their signs: the pull of an anchor at 0.
+    finite = every[every.isfinite()]
+    one = torch.ones(1, dtype=torch.float64, device=backend.device)
+    omega, anchor = torch.ones(2, 1, len(finite), device=backend.device)
+    anchor.zero_()
+    state = ([0], omega, anchor, one / 2, one[0])
+    _, (gradient,) = ops.penalty_with_grad([finite], *state, one[0].float(), backend.native)
+    assert torch.equal(gradient, finite)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_are_rounded_to_16_bits_as_torch_does(backend: Backend, dtype: torch.dtype) -> None:
+    # Every number of 16 bits, the middle to the next one (a tie), and what is just beside those.
+    start = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).float()
+    bits = start.view(torch.int32)
+    half = torch.where(start.abs() < 2**-14, 0, 0x1000) if dtype == torch.float16 else 0x8000
+    tiny = start + 2.0**-25 if dtype == torch.float16 else start
+    near = [bits + half + by for by in (-1, 0, 1)] + [bits - 1, bits, bits + 1]
+    x = torch.cat([*(n.to(torch.int32).view(torch.float32) for n in near), tiny])
+    x = torch.cat([x, torch.tensor([65504.0, 65519.9, 65520.0, 1e6, 1e38, float("inf")])])
+    x = torch.cat([x, -x]).to(backend.device)
+    theta = torch.zeros(len(x), dtype=dtype, device=backend.device)
+    one = torch.ones(1, dtype=torch.float64, device=backend.device)
+    state = ([0], torch.ones_like(x)[None], -x[None], one / 2, one[0])
+    _, (gradient,) = ops.penalty_with_grad([theta], *state, one[0].float(), backend.native)
+    torch.testing.assert_close(gradient, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @each_dtype
 @pytest.mark.parametrize(("rule", "keep"), [("mean", 1.0), ("move", 0.7), ("keep", 0.7)])
 def test_merge(
