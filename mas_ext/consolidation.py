@@ -11,72 +11,19 @@ import statistics
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mas_ext import checkpoint
-from mas_ext.kernels import native, ops
-from mas_ext.kernels.reference import compute_dtype, part
-from mas_ext.parameters import Layout, check_supported, layouts
+from mas_ext.kernels import ops
+from mas_ext.kernels.reference import part
+from mas_ext.memory import Group, Memory, Part, pack
+from mas_ext.parameters import check_supported
 from mas_ext.rules import Entry, Rule, check_lam, check_weight
 
 FORMAT = 1
-# Every tensor's part of the flat state starts at a multiple of this many elements: 16-byte loads.
-_ALIGNMENT = 64
-
-
-class Part(NamedTuple):
-    """One parameter's state: omega and anchor of shape (rows, *shape), and its share of r."""
-
-    omega: Tensor
-    anchor: Tensor
-    remainder: Tensor
-
-
-@dataclass
-class Group:
-    """The flat state of the parameters of one device and dtype; see kernels/reference.py for shapes."""
-
-    names: list[str]
-    layout: list[Layout]
-    offsets: list[int]
-    omega: Tensor
-    anchor: Tensor
-    remainders: Tensor
-    alpha: Tensor
-    remainder: Tensor
-    native: bool
-
-    def part(self, index: int) -> Part:
-        """The state of one parameter, as views."""
-        _, _, shape, stride = self.layout[index]
-
-        def rows(flat: Tensor) -> Tensor:
-            return flat.as_strided(
-                (flat.shape[0], *shape), (flat.stride(0), *stride), self.offsets[index]
-            )
-
-        return Part(rows(self.omega), rows(self.anchor), self.remainders[index])
-
-
-class Memory(NamedTuple):
-    """All that is remembered, replaced as one, so that an interruption leaves the old one whole.
-
-    `absent` holds the state of parameters that the model lacks at the moment.
-    """
-
-    entries: list[Entry]
-    groups: list[Group]
-    absent: dict[str, Part]
-
-    def parts(self) -> dict[str, Part]:
-        """The state of every parameter by name, as views."""
-        present = {
-            name: group.part(i) for group in self.groups for i, name in enumerate(group.names)
-        }
-        return {**present, **self.absent}
 
 
 @dataclass
@@ -135,7 +82,7 @@ class Consolidation:
         """Follow parameters that were moved, cast, widened, removed or brought back."""
         parts = self.memory.parts()
         known = {name: x for name, x in theta.items() if name in parts}
-        groups = self._pack(known, parts, self._rows(len(self.memory.entries)))
+        groups = pack(known, parts, self._rows(len(self.memory.entries)), self.rule)
         absent = {name: p for name, p in parts.items() if name not in theta}
         memory = Memory(self.memory.entries, groups, absent)
         self._write_alpha(memory)
@@ -182,7 +129,7 @@ class Consolidation:
             )
         names = [name for name in theta if name in old or name in importance]
         known = {name: theta[name].detach() for name in names}
-        groups = self._pack(known, old, self._rows(len(entries)))
+        groups = pack(known, old, self._rows(len(entries)), self.rule)
         if self.rule.store == "merged":
             self._merge(groups, known, importance, entry, move_anchor)
         else:
@@ -262,61 +209,6 @@ class Consolidation:
     def _rows(self, entries: int) -> int:
         return 1 if self.rule.store == "merged" else entries
 
-    def _omega_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        wide = self.rule.omega_dtype == torch.float64 and dtype != torch.float64
-        return torch.float32 if wide else self.rule.omega_dtype
-
-    def _pack(
-        self, theta: Mapping[str, Tensor], parts: Mapping[str, Part], rows: int
-    ) -> list[Group]:
-        """New groups for these parameters, holding what the parts know; the rest has Omega 0."""
-        kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-        for name, x in theta.items():
-            check_supported(name, x)
-            kinds.setdefault((x.device, x.dtype), []).append(name)
-        groups = []
-        for (device, dtype), names in kinds.items():
-            offsets, end = [], 0
-            for name in names:
-                offsets.append(end)
-                end += -(-theta[name].numel() // _ALIGNMENT) * _ALIGNMENT
-            group = Group(
-                names,
-                layouts(theta[name] for name in names),
-                offsets,
-                torch.zeros(rows, end, dtype=self._omega_dtype(dtype), device=device),
-                torch.zeros(rows, end, dtype=compute_dtype(dtype), device=device),
-                torch.zeros(len(names), dtype=torch.float64, device=device),
-                torch.zeros(rows, dtype=torch.float64, device=device),
-                torch.zeros((), dtype=torch.float64, device=device),
-                native.serves(device, self.rule.backend),
-            )
-            for i, name in enumerate(names):
-                self._fill(group, i, theta[name], parts.get(name), rows)
-            group.remainder.copy_(group.remainders.sum())
-            groups.append(group)
-        return groups
-
-    def _fill(self, group: Group, index: int, x: Tensor, old: Part | None, rows: int) -> None:
-        if old is not None and old.omega.dim() != x.dim() + 1:
-            raise ValueError(
-                f"parameter {group.names[index]!r}: got shape {tuple(x.shape)}, expected "
-                f"{old.omega.dim() - 1} dimensions as when it was consolidated"
-            )
-        offset = group.offsets[index]
-        for row in range(rows):
-            omega, anchor = part(group.omega, row, offset, x), part(group.anchor, row, offset, x)
-            anchor.copy_(x.detach())
-            if old is not None and row < old.omega.shape[0]:
-                # A widened parameter keeps its leading part.
-                kept = tuple(
-                    slice(0, min(a, b)) for a, b in zip(x.shape, old.omega.shape[1:], strict=True)
-                )
-                omega[kept] = old.omega[row][kept].to(omega)
-                anchor[kept] = old.anchor[row][kept].to(anchor)
-        if old is not None:
-            group.remainders[index] = old.remainder
-
     def _write_row(
         self,
         groups: list[Group],
@@ -362,8 +254,6 @@ class Consolidation:
                 len(self.memory.entries),
                 group.native,
             )
-            if not self.rule.own_anchors:
-                group.remainders.zero_()
             group.remainder.copy_(group.remainders.sum())
 
     def _write_alpha(self, memory: Memory) -> None:
@@ -422,7 +312,7 @@ class Consolidation:
             _check_part(name, p, shape)
         known = {name: x for name, x in theta.items() if name in parts}
         absent = {name: p for name, p in parts.items() if name not in theta}
-        memory = Memory(entries, self._pack(known, parts, rows), absent)
+        memory = Memory(entries, pack(known, parts, rows, self.rule), absent)
         self.lam = lam
         self._write_alpha(memory)
         self.memory = memory

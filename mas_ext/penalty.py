@@ -5,7 +5,6 @@ The only place with the convention of lambda: penalty = lam * sum W (theta - A)^
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,12 +14,14 @@ from torch import Tensor, nn
 
 from mas_ext import checkpoint
 from mas_ext.attach import Handle, Mode, attach
-from mas_ext.consolidation import Consolidation, Group
+from mas_ext.consolidation import Consolidation
+from mas_ext.held import HeldModel
 from mas_ext.importance import METHODS, Forward, ImportanceSum, Method, gather
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels import ops
 from mas_ext.kernels.native import Backend
-from mas_ext.parameters import Binding, check_patterns, layouts, named_parameters
+from mas_ext.memory import Group
+from mas_ext.parameters import check_patterns
 from mas_ext.rules import AlphaSum, Merge, Rule, Store, check_lam
 
 
@@ -80,8 +81,7 @@ class FusedMASPenalty(nn.Module):
         )
         rule = Rule(merge, store, alpha_sum, gamma, omega_dtype, backend)
         self._state = Consolidation(rule, check_lam(lam))
-        self._find_model: Callable[[], nn.Module] = _Always(model)
-        self._bindings: list[Binding] | None = None
+        self._held = HeldModel(model, exclude)
 
     # -- the penalty -------------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ class FusedMASPenalty(nn.Module):
         """
         values = [
             ops.penalty(theta, g.offsets, g.omega, g.anchor, g.alpha, g.remainder, g.native)
-            for g, theta in self._bound()
+            for g, theta in self._held.bound(self._state)
         ]
         return _total(values) if values else torch.zeros((), requires_grad=True)
 
@@ -106,7 +106,7 @@ class FusedMASPenalty(nn.Module):
         Returns:
             The value, detached.
         """
-        bound = self._bound()
+        bound = self._held.bound(self._state)
         if not all(p.requires_grad for _, theta in bound for p in theta):
             value = self.forward()
             self.add_grad_to({id(p) for _, theta in bound for p in theta})
@@ -129,7 +129,7 @@ class FusedMASPenalty(nn.Module):
     @torch.no_grad()
     def add_grad_to(self, only: Collection[int]) -> None:
         """add_grad_ for the parameters with these ids alone, and only while they are trained."""
-        for g, theta in self._bound():
+        for g, theta in self._held.bound(self._state):
             chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in only]
             if chosen:
                 picked, *state = _subset(g, theta, chosen)
@@ -157,7 +157,7 @@ class FusedMASPenalty(nn.Module):
             eps: Adam's eps.
         """
         wanted = {id(p) for p in parameters}
-        for g, theta in self._bound():
+        for g, theta in self._held.bound(self._state):
             chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in wanted]
             if chosen:
                 picked, *state = _subset(g, theta, chosen)
@@ -233,19 +233,19 @@ class FusedMASPenalty(nn.Module):
     def drop(self, t: int) -> None:
         """Forget entry t; store "per_task" only."""
         self._state.drop(self._task(t))
-        self._bind()
+        self._held.fit(self._state)
 
     def rename(self, old: str, new: str) -> None:
         """What is remembered of parameter `old` counts for parameter `new` from now on."""
         self._state.rename(old, new)
-        self._bind()
+        self._held.fit(self._state)
 
     # -- reading -----------------------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module:
         """The model whose parameters are held."""
-        return self._find_model()
+        return self._held.model
 
     @property
     def lam(self) -> float:
@@ -358,13 +358,13 @@ class FusedMASPenalty(nn.Module):
         return nn.modules.module._IncompatibleKeys([], [])
 
     def _load(self, found: Mapping[str, Tensor]) -> None:
-        theta = named_parameters(self.model, self._pending.exclude)
+        theta = self._held.parameters()
         pending = self._pending.empty()
         observed = {key: t for key, t in found.items() if key.startswith("pending")}
         pending.load_tensors(observed, theta)
         self._state.load_tensors({k: t for k, t in found.items() if k not in observed}, theta)
         self._pending = pending
-        self._bindings = None
+        self._held.state_changed()
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -376,42 +376,16 @@ class FusedMASPenalty(nn.Module):
         return t
 
     def _add(self, total: ImportanceSum, weight: float, move_anchor: bool) -> None:
-        theta = named_parameters(self.model, self._pending.exclude)
+        theta = self._held.parameters()
         importance = total.mean()
         if importance and self._state.rule.merge == "consistent":
             _refuse_rounding_noise(importance, theta, total.objective_sum / total.samples)
         self._state.add_task(theta, importance, weight, move_anchor)
-        self._bindings = None
+        self._held.state_changed()
 
     def _quadratic(self) -> dict[str, tuple[Tensor, Tensor]]:
-        self._bound()
+        self._held.bound(self._state)
         return self._state.quadratic()
-
-    def _bind(self) -> None:
-        self._state.fit(named_parameters(self.model, self._pending.exclude))
-        self._bindings = None
-
-    def _bound(self) -> list[tuple[Group, list[Tensor]]]:
-        """The groups with their parameters as they are now; the state follows what has changed."""
-        bound = self._lookup()
-        if bound is None:
-            self._bind()
-            bound = self._lookup()
-            if bound is None:
-                raise RuntimeError("the model's parameters change while the penalty is computed")
-        return bound
-
-    def _lookup(self) -> list[tuple[Group, list[Tensor]]] | None:
-        groups = self._state.memory.groups
-        if self._bindings is None:
-            self._bindings = [Binding(self.model, g.names) for g in groups]
-        bound = []
-        for group, binding in zip(groups, self._bindings, strict=True):
-            theta = binding.parameters()
-            if not binding.intact() or layouts(theta) != group.layout:
-                return None
-            bound.append((group, theta))
-        return bound
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedMASPenalty:
         """.to(), .cuda(), .half(): the state follows the parameters' devices and keeps its dtypes."""
@@ -419,18 +393,6 @@ class FusedMASPenalty(nn.Module):
             name: t.to(fn(t.new_empty(0)).device) for name, t in self._pending.sums.items()
         }
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bindings": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedMASPenalty:
-        """Copied together with its model the copy holds the copied model, alone the same one."""
-        copied = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copied
-        kept = {key: value for key, value in self.__getstate__().items() if key != "_find_model"}
-        copied.__dict__.update(copy.deepcopy(kept, memo))
-        copied.__dict__["_find_model"] = _Copied(self.model, memo)
-        return copied
 
 
 _SETTINGS = (
@@ -443,30 +405,6 @@ _SETTINGS = (
     "merge",
     "store",
 )
-
-
-class _Always:
-    """Finds the model: always this one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __call__(self) -> nn.Module:
-        return self._model
-
-
-class _Copied:
-    """Finds the model's copy in a deep copy's memo, which is complete only after the copying."""
-
-    def __init__(self, model: nn.Module, memo: dict[int, Any]) -> None:
-        self._model, self._memo = model, memo
-
-    def __call__(self) -> nn.Module:
-        self._model, self._memo = self._memo.get(id(self._model), self._model), {}
-        return self._model
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Always, (self(),)
 
 
 def _total(values: Sequence[Tensor]) -> Tensor:

@@ -180,6 +180,74 @@ def test_weights_and_dropping_as_if_the_task_had_always_been_so() -> None:
     )
 
 
+def test_a_weight_counts_at_once_and_in_place() -> None:
+    rule = Rule(store="per_task", omega_dtype=WIDE)
+    state, history = consolidated(rule, 3)
+    theta = random()
+    address = state.memory.groups[0].alpha.data_ptr()
+    state.set_weight(1, 0.25)
+    history[1] = history[1]._replace(weight=0.25)
+    omega, anchor = (np.stack([task[k] for task in history]) for k in (0, 1))
+    expected = naive.penalty(flat(theta), omega, anchor, np.array(alphas(rule, 0.7, history)))
+    assert measured(state, theta)[0] == pytest.approx(expected, rel=1e-12)
+    assert state.memory.groups[0].alpha.data_ptr() == address
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_tasks_without_weight_pull_nothing(rule: Rule) -> None:
+    state, _ = consolidated(rule, 2, weights=[0.0, 0.0])
+    assert state.alpha == [0.0, 0.0]
+    value, gradient = measured(state, random())
+    assert value == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("merge", ["consistent", "sum", "latest"])
+def test_only_decay_fades(merge: Merge) -> None:
+    theta, results = random(), []
+    for gamma in (0.0, 0.5, 1.0):
+        state, _ = consolidated(Rule(merge, gamma=gamma, omega_dtype=WIDE), 3)
+        results.append((measured(state, theta)[0], state.alpha))
+    assert results[0] == results[1] == results[2]
+
+
+def test_gamma_zero_forgets_all_but_the_last_task() -> None:
+    state, history = consolidated(Rule("decay", gamma=0.0, omega_dtype=WIDE), 3)
+    theta = random()
+    _, (omega, anchor, _) = history[-2], history[-1]
+    expected = naive.penalty(flat(theta), omega[None], anchor[None], np.array([0.7]))
+    assert measured(state, theta)[0] == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_array_equal(state.alpha, [0, 0, 0.7])
+
+
+def test_no_strength_no_pull() -> None:
+    state, _ = consolidated(Rule(omega_dtype=WIDE), 2, lam=0.0)
+    assert measured(state, random())[0] == 0
+
+
+def test_every_entry_rounds_bfloat16_by_numbers_of_its_own() -> None:
+    state = Consolidation(Rule("sum", omega_dtype=torch.bfloat16), 1.0)
+    theta = {"w": torch.zeros(4096)}
+    state.add_task(theta, {"w": torch.full((4096,), 8.0)})
+    for _ in range(100):
+        state.add_task(theta, {"w": torch.full((4096,), 0.02)})
+    omega = state.quadratic()["w"][0].double()
+    assert omega.mean() == pytest.approx(10.0, rel=0.005)
+    # By the same numbers each time, some elements would always be rounded up and the rest never.
+    assert omega.std() < 0.5
+
+
+@pytest.mark.parametrize("store", ["merged", "per_task"])
+def test_without_importance_the_anchor_is_the_latest(store: Store) -> None:
+    state = Consolidation(Rule("sum", store, omega_dtype=WIDE), 1.0)
+    for t in (1.0, 2.0, 3.0):
+        omega = torch.tensor([0.0, 2.0, 2.0 * (t == 1)], dtype=torch.float64)
+        state.add_task({"w": torch.full((3,), t, dtype=torch.float64)}, {"w": omega})
+    weight, anchor = state.quadratic()["w"]
+    np.testing.assert_allclose(weight, [0, 6, 2], rtol=1e-12)
+    np.testing.assert_allclose(anchor, [3, 2, 1], rtol=1e-12)
+
+
 def test_dropping_every_task_leaves_nothing() -> None:
     state, _ = consolidated(Rule(store="per_task"), 2)
     state.drop(1)
@@ -230,6 +298,29 @@ def test_a_widened_head_keeps_its_leading_part(store: Store) -> None:
 
 
 @pytest.mark.parametrize("store", ["merged", "per_task"])
+def test_a_frozen_parameter_is_remembered_and_an_unknown_one_left_out(store: Store) -> None:
+    state = Consolidation(Rule("sum", store, omega_dtype=WIDE), 1.0)
+    theta = {"body": row(1, 1.0), "head": row(1, 1.0), "never": row(1, 1.0)}
+    state.add_task(theta, {"body": row(1, 2.0), "head": row(1, 3.0)})
+    state.add_task({k: 2 * x for k, x in theta.items()}, {"head": row(1, 5.0)})
+    assert set(state.memory.parts()) == {"body", "head"}
+    value, gradient = measured(state, {k: 0 * x for k, x in theta.items()})
+    assert value == pytest.approx(2 * (2 * 1 + 3 * 1 + 5 * 4), rel=1e-12)
+    np.testing.assert_allclose(gradient, [-4, -4, -26, -26], rtol=1e-12)
+
+
+@pytest.mark.parametrize("store", ["merged", "per_task"])
+def test_a_narrowed_head_keeps_its_leading_part(store: Store) -> None:
+    state = Consolidation(Rule("sum", store, omega_dtype=WIDE), 1.0)
+    wide = torch.arange(8.0, dtype=torch.float64).view(4, 2)
+    stepwise(state, ({"h": wide}, {"h": wide + 1}))
+    state.fit({"h": row(3, 0.0)})
+    (p,) = state.memory.parts().values()
+    assert torch.equal(p.omega[0], wide[:3] + 1)
+    assert torch.equal(p.anchor[0], wide[:3])
+
+
+@pytest.mark.parametrize("store", ["merged", "per_task"])
 def test_a_new_head_enters_without_importance_for_old_tasks(store: Store) -> None:
     state = Consolidation(Rule("sum", store, omega_dtype=WIDE), 1.0)
     body, head = {"b": row(1, 1.0)}, {"h": row(1, 4.0)}
@@ -240,6 +331,14 @@ def test_a_new_head_enters_without_importance_for_old_tasks(store: Store) -> Non
     )
     value, _ = measured(state, {"b": row(1, 1.0), "h": row(1, 5.0)})
     assert value == pytest.approx(2 * 3 * 1.0, rel=1e-12)
+
+
+def test_the_anchor_of_a_new_head_is_where_it_is_also_where_anchors_stay() -> None:
+    state = Consolidation(Rule("latest", omega_dtype=WIDE), 1.0)
+    state.add_task({"b": row(1, 1.0)}, {"b": row(1, 2.0)})
+    both = {"b": row(1, 2.0), "h": row(1, 4.0)}
+    state.add_task(both, {"b": row(1, 2.0), "h": row(1, 3.0)}, move_anchor=False)
+    assert measured(state, both)[0] == pytest.approx(2 * 4 * 1.0, rel=1e-12)
 
 
 def test_a_removed_head_takes_its_share_of_the_value_along() -> None:
@@ -327,6 +426,10 @@ def test_every_dtype_of_state() -> None:
     ("omega", "message"),
     [
         (lambda: {"w": -row(1, 1.0)}, "importance of 'w': got values with minimum -1"),
+        (
+            lambda: {"w": torch.tensor([[1.0, -1e-9]], dtype=WIDE)},
+            "importance of 'w': got values with minimum -[19]",
+        ),
         (lambda: {"w": row(1, float("nan"))}, "importance of 'w'"),
         (lambda: {"w": row(1, float("inf"))}, "importance of 'w'"),
         (lambda: {"w": row(2, 1.0)}, r"importance of 'w': got shape \(2, 2\)"),
@@ -351,6 +454,19 @@ def test_little_importance_is_warned_about() -> None:
     state.add_task({"w": row(1, 1.0)}, {"w": row(1, 1.0)})
     with pytest.warns(RuntimeWarning, match="under a thousandth"):
         state.add_task({"w": row(1, 1.0)}, {"w": row(1, 5e-4)})
+
+
+def test_importance_is_measured_by_the_median_of_the_tasks_before() -> None:
+    def after(*totals: float) -> Consolidation:
+        state = Consolidation(Rule(), 1.0)
+        for total in totals:
+            state.add_task({"w": row(1, 1.0)}, {"w": row(1, total / 2)})
+        return state
+
+    assert len(after(1.0, 1.0, 1e7, 1.0).alpha) == 4
+    state = after(1.0, 100.0, 100.0)
+    with pytest.warns(RuntimeWarning, match="under a thousandth of the median so far, 100;"):
+        state.add_task({"w": row(1, 1.0)}, {"w": row(1, 0.025)})
 
 
 def test_nothing_to_consolidate_is_a_warning_and_no_entry() -> None:

@@ -242,6 +242,40 @@ def test_accumulate(backend: Backend, dtype: torch.dtype) -> None:
         close(omega, 0.5 + 0.3 * np.abs(flat_array(grad)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits_is_read(backend: Backend, dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=backend.device).view(dtype)
+    total = torch.zeros(2**16, device=backend.device)
+    ops.accumulate_([total], [every], 1.0, backend.native)
+    torch.testing.assert_close(total, every.float().abs(), rtol=0, atol=0, equal_nan=True)
+    # With their signs: the pull of an anchor at 0.
+    finite = every[every.isfinite()]
+    one = torch.ones(1, dtype=torch.float64, device=backend.device)
+    omega, anchor = torch.ones(2, 1, len(finite), device=backend.device)
+    anchor.zero_()
+    state = ([0], omega, anchor, one / 2, one[0])
+    _, (gradient,) = ops.penalty_with_grad([finite], *state, one[0].float(), backend.native)
+    assert torch.equal(gradient, finite)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_are_rounded_to_16_bits_as_torch_does(backend: Backend, dtype: torch.dtype) -> None:
+    # Every number of 16 bits, the middle to the next one (a tie), and what is just beside those.
+    start = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).float()
+    bits = start.view(torch.int32)
+    half = torch.where(start.abs() < 2**-14, 0, 0x1000) if dtype == torch.float16 else 0x8000
+    tiny = start + 2.0**-25 if dtype == torch.float16 else start
+    near = [bits + half + by for by in (-1, 0, 1)] + [bits - 1, bits, bits + 1]
+    x = torch.cat([*(n.to(torch.int32).view(torch.float32) for n in near), tiny])
+    x = torch.cat([x, torch.tensor([65504.0, 65519.9, 65520.0, 1e6, 1e38, float("inf")])])
+    x = torch.cat([x, -x]).to(backend.device)
+    theta = torch.zeros(len(x), dtype=dtype, device=backend.device)
+    one = torch.ones(1, dtype=torch.float64, device=backend.device)
+    state = ([0], torch.ones_like(x)[None], -x[None], one / 2, one[0])
+    _, (gradient,) = ops.penalty_with_grad([theta], *state, one[0].float(), backend.native)
+    torch.testing.assert_close(gradient, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @each_dtype
 @pytest.mark.parametrize(("rule", "keep"), [("mean", 1.0), ("move", 0.7), ("keep", 0.7)])
 def test_merge(
@@ -393,6 +427,25 @@ def test_gradients_with_other_strides(backend: Backend) -> None:
         ops.add_grad_(case.theta, expanded, *case[1:], backend.native)
 
 
+def test_what_goes_with_a_tensor_may_have_other_strides(backend: Backend) -> None:
+    case = make(torch.float32, shapes=[(6, 7), (5,)], device=backend.device)
+    like = [torch.rand(6, 7, device=backend.device), torch.rand(5, device=backend.device)]
+    other = [like[0].t().contiguous().t(), like[1]]
+    results = []
+    for companions in (like, other):
+        theta = [t.clone() for t in case.theta]
+        ops.proximal_(theta, *case[1:5], companions, 0.01, 4.0, 1e-2, backend.native)
+        total = [torch.ones_like(t) for t in case.theta]
+        ops.accumulate_(total, companions, 0.5, backend.native)
+        omega, anchor = case.omega[:1].clone(), case.anchor[:1].clone()
+        args = (case.offsets, 1.0, 0.5, "mean", 1, backend.native)
+        ops.merge_(omega, anchor, case.theta, companions, *args)
+        results.append([*theta, *total, omega, anchor])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    close(results[1][2], 1 + 0.5 * flat_array(like[0]))
+
+
 def test_more_tensors_than_a_launch_holds(backend: Backend) -> None:
     case = make(torch.float32, shapes=[(i % 5,) for i in range(1701)], device=backend.device)
     grads = [torch.zeros_like(t) for t in case.theta]
@@ -487,7 +540,7 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
 def refused(change: Callable[[Case], dict[str, Any]]) -> Callable[[], None]:
     def call() -> None:
         case = make(torch.float32, rows=2, shapes=[(4,), (3, 2)])
-        ops.penalty(*case._replace(**change(case)), True)
+        native.penalty(*case._replace(**change(case)))
 
     return call
 
@@ -508,6 +561,27 @@ BAD_CALLS = {
     "too few offsets": (lambda c: {"offsets": [0]}, "offsets: got 1"),
     "negative offset": (lambda c: {"offsets": [0, -1]}, "offsets.1.: got -1"),
     "offset behind the end": (lambda c: {"offsets": [0, 10**9]}, "omega: got"),
+    "first offset behind the end": (lambda c: {"offsets": [10**9, 0]}, "omega: got"),
+    "two devices": (
+        lambda c: {"theta": [c.theta[0], c.theta[1].to("meta")]},
+        "theta.1.: got .*meta",
+    ),
+    "omega elsewhere": (lambda c: {"omega": c.omega.to("meta")}, "omega: got .* on meta"),
+    "anchor elsewhere": (lambda c: {"anchor": c.anchor.to("meta")}, "anchor: got .* on meta"),
+    "alpha elsewhere": (lambda c: {"alpha": c.alpha.to("meta")}, "alpha: got .* on meta"),
+    "remainder elsewhere": (
+        lambda c: {"remainder": c.remainder.to("meta")},
+        "remainder: got .* on meta",
+    ),
+    "one element too few": (
+        lambda c: {"omega": c.omega[:, :69].clone(), "anchor": c.anchor[:, :69].clone()},
+        "omega: got .*at least 70",
+    ),
+    "a row too many": (
+        lambda c: {"omega": c.omega[[0, 1, 1]], "anchor": c.anchor[[0, 1, 1]]},
+        "omega: got",
+    ),
+    "strided alpha": (lambda c: {"alpha": c.alpha.repeat(2)[::2]}, "alpha: got"),
     "short omega": (lambda c: {"omega": c.omega[:, :64].contiguous()}, "omega: got"),
     "strided omega": (lambda c: {"omega": c.omega.t().contiguous().t()}, "omega: got"),
     "float16 omega": (lambda c: {"omega": c.omega.half()}, "omega: got torch.float16"),
@@ -527,6 +601,41 @@ def test_bad_state_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     change, message = BAD_CALLS[name]
     with pytest.raises((ValueError, TypeError), match=message):
         refused(change)()
+
+
+def test_a_bad_upstream_gradient_is_refused() -> None:
+    case = make(torch.float32, shapes=[(4,), (3, 2)])
+    for bad in (torch.ones(2), torch.ones(1), torch.ones((), device="meta")):
+        with pytest.raises(ValueError, match="grad_output: got"):
+            native.penalty_with_grad(*case, bad)
+
+
+def test_importance_of_another_precision_is_refused() -> None:
+    for omega, grad in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        with pytest.raises(ValueError, match=r"grad\[0\]: got .*, expected one that adds up in"):
+            native.accumulate_([torch.zeros(4, dtype=omega)], [torch.ones(4, dtype=grad)], 1.0)
+
+
+def test_what_was_checked_once_is_known_by_its_offsets_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_recent", [])
+    case = make(torch.float32, shapes=[(4,), (3, 2)])
+    for offsets in ([0, 64], [64, 0], [64, 100]):
+        moved = case._replace(offsets=offsets)
+        assert float(native.penalty(*moved)) == pytest.approx(expected_value(moved), rel=2e-7)
+    # The caller's list may change after the call.
+    offsets = case.offsets.copy()
+    native.penalty(*case._replace(offsets=offsets))
+    offsets[1] = 10**9
+    with pytest.raises(ValueError, match="omega: got"):
+        native.penalty(*case._replace(offsets=offsets))
+
+
+def test_few_of_the_checked_lists_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_recent", [])
+    for n in range(1, 40):
+        native.accumulate_([torch.zeros(n)], [torch.ones(n)], 1.0)
+    assert len(native._recent) == 16
+    assert native._recent[0].signature.tensors[0][2] == (39,)
 
 
 def test_bad_gradients_are_refused_before_anything_is_written() -> None:
@@ -556,7 +665,7 @@ def test_the_extension_refuses_what_its_caller_should_have() -> None:
     def state(rows: int, stride: int) -> Any:
         return EMULATED.State(0, 0, 64, 64, stride, rows, 64, 64)
 
-    layout = EMULATED.Layout([10], [64])
+    layout, backwards = EMULATED.Layout([10], [64]), EMULATED.Layout([10, 10], [64, 0])
     for compiled in (EMULATED.cpu, EMULATED.cuda):
         with pytest.raises(ValueError, match="rows of at least 74"):
             compiled.penalty(layout, state(1, 73), [64], [], 0, 0, 64, 64, 0, 1)
@@ -566,14 +675,26 @@ def test_the_extension_refuses_what_its_caller_should_have() -> None:
             compiled.penalty(layout, state(1, 128), [64], [], 2, 0, 64, 64, 0, 1)
         with pytest.raises(ValueError, match="expected one for each"):
             compiled.penalty(layout, state(1, 128), [64, 64], [], 0, 0, 64, 64, 0, 1)
+        with pytest.raises(ValueError, match="rows of at least 74"):
+            compiled.penalty(backwards, state(1, 73), [64, 64], [], 0, 0, 64, 64, 0, 1)
+        with pytest.raises(ValueError, match="expected one for each of 2"):
+            compiled.proximal(backwards, state(1, 128), [64, 64], [64], 0.1, 1.0, 0.0, 1)
+        for gradient in (-1, 3):
+            with pytest.raises(ValueError, match="gradient: expected 0"):
+                compiled.penalty(layout, state(1, 128), [64], [64], gradient, 0, 64, 64, 0, 1)
+        for anchor in (-1, 3):
+            with pytest.raises(ValueError, match="anchor: expected 0, 1 or 2"):
+                compiled.merge(layout, state(1, 128), [64], [64], 1.0, 1.0, anchor, 0, 64, 64, 1)
     with pytest.raises(ValueError, match="threads"):
         EMULATED.cpu.penalty(layout, state(1, 128), [64], [], 0, 0, 64, 64, 0, 0)
     with pytest.raises(ValueError, match="rows: expected at least 1"):
         state(0, 128)
-    with pytest.raises(ValueError, match="dtype: got 4"):
-        EMULATED.State(4, 0, 64, 64, 1, 1, 64, 64)
-    with pytest.raises(ValueError, match="omega: expected float32 or bfloat16"):
-        EMULATED.State(0, 1, 64, 64, 1, 1, 64, 64)
+    for dtype in (-1, 4):
+        with pytest.raises(ValueError, match=f"dtype: got {dtype}"):
+            EMULATED.State(dtype, 0, 64, 64, 1, 1, 64, 64)
+    for omega in (1, 3):  # float64 beside float32, and float16
+        with pytest.raises(ValueError, match="omega: expected float32 or bfloat16"):
+            EMULATED.State(0, omega, 64, 64, 1, 1, 64, 64)
 
 
 @pytest.mark.parametrize("there", [False, True])

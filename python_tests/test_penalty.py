@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import mas_ext
 from mas_ext import FusedMASPenalty
+from mas_ext.kernels import native
 
 Snapshot = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -190,6 +192,35 @@ def test_adapting_adds_an_entry(merge: str) -> None:
     assert penalty.num_tasks == 2
 
 
+@pytest.mark.parametrize("merge", ["latest", "decay"])
+def test_every_task_moves_the_one_anchor(merge: str) -> None:
+    model, penalty, history = trained(tasks=2, merge=merge, gamma=0.5, lam=2.0)
+    anchor = history[-1][1]
+    faded = 1.0 if merge == "latest" else 0.5
+    expected = expected_penalty(model, [(o, anchor) for o, _ in history], [2.0 * faded, 2.0])
+    assert penalty().item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_the_weight_of_a_task() -> None:
+    model, penalty, history = trained(tasks=1, merge="sum", lam=2.0)
+    history.append(snapshot(model, data(1)))
+    penalty.consolidate(data(1), weight=0.25)
+    shift(model, 5)
+    expected = expected_penalty(model, history, [2.0, 0.5])
+    assert penalty().item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_a_renamed_layer_keeps_what_is_remembered() -> None:
+    model, penalty, history = trained()
+    expected = expected_penalty(model, history, consistent_alpha(history, 1.0))
+    assert penalty().item() == pytest.approx(expected.item(), rel=1e-10)
+    model._modules["head"] = model._modules.pop("2")
+    for kind in ("weight", "bias"):
+        penalty.rename(f"2.{kind}", f"head.{kind}")
+    assert set(penalty.omega) == {"0.weight", "0.bias", "head.weight", "head.bias"}
+    assert penalty().item() == pytest.approx(expected.item(), rel=1e-10)
+
+
 def test_lam_can_change_at_any_time() -> None:
     model, penalty, history = trained(lam=0.5)
     address = penalty._state.memory.groups[0].alpha.data_ptr()
@@ -201,6 +232,8 @@ def test_lam_can_change_at_any_time() -> None:
     for bad in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="lam: got"):
             penalty.lam = bad
+        with pytest.raises(ValueError, match="lam: got"):
+            FusedMASPenalty(model, lam=bad)
     assert penalty.lam == 4.0
 
 
@@ -210,8 +243,9 @@ def test_per_task_entries_can_be_weighted_and_dropped() -> None:
     penalty.drop(0)
     expected = expected_penalty(model, history[1:], [0.5, 2.0])
     assert penalty().item() == pytest.approx(expected.item(), rel=1e-10)
-    with pytest.raises(IndexError, match="t: got 2"):
-        penalty.drop(2)
+    for t in (2, -1):
+        with pytest.raises(IndexError, match=f"t: got {t}"):
+            penalty.drop(t)
     _, merged, _ = trained()
     with pytest.raises(RuntimeError, match="per_task"):
         merged.drop(0)
@@ -335,6 +369,38 @@ def test_an_output_of_constant_norm_is_refused() -> None:
         )
         penalty.consolidate(data(0, dtype))
         assert penalty.num_tasks == 1
+        # Only "consistent" divides by the total importance, and would blow the noise up.
+        penalty = FusedMASPenalty(
+            model, merge="sum", forward=lambda m, x: nn.functional.normalize(m(x), dim=1)
+        )
+        penalty.consolidate(data(0, dtype))
+        assert penalty.num_tasks == 1
+
+
+def test_the_noise_of_one_float32_layer_is_that_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(4, 6).double(), nn.Linear(6, 3))
+    penalty = FusedMASPenalty(
+        model, forward=lambda m, x: nn.functional.normalize(m[1](m[0](x).float()), dim=1)
+    )
+    with pytest.raises(ValueError, match="constant norm"):
+        penalty.consolidate(data(0))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_an_output_of_any_size_counts(scale: float) -> None:
+    model = make_model(torch.float32)
+    penalty = FusedMASPenalty(model, forward=lambda m, x: scale * m(x))
+    penalty.consolidate(data(0, torch.float32))
+    assert penalty.num_tasks == 1
+
+
+def test_parameters_that_are_zero_count() -> None:
+    model = nn.Linear(4, 3)
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    penalty = FusedMASPenalty(model, merge="consistent", forward=lambda m, x: m(x) + 1)
+    penalty.consolidate(data(0, torch.float32))
+    assert penalty.omega["bias"].min() > 0
 
 
 def test_no_trainable_parameter() -> None:
@@ -344,6 +410,22 @@ def test_no_trainable_parameter() -> None:
             penalty.consolidate(data(0))
         assert penalty.num_tasks == 0
         assert penalty().item() == 0
+
+
+@pytest.mark.parametrize("message", ["under a thousandth", "any more", "nothing is consolidated"])
+def test_warnings_name_the_line_of_the_caller(message: str) -> None:
+    model, size = make_model(), [1.0]
+    penalty = FusedMASPenalty(model, forward=lambda m, x: size[0] * m(x))
+    penalty.consolidate(data(0))
+    if message == "under a thousandth":
+        size[0] = 1e-2
+    elif message == "any more":
+        model[2] = nn.Identity()
+    else:
+        model.requires_grad_(False)
+    with pytest.warns(RuntimeWarning, match=message) as caught:
+        penalty.consolidate(data(1))
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_an_error_while_estimating_changes_nothing() -> None:
@@ -361,6 +443,18 @@ def test_an_error_while_estimating_changes_nothing() -> None:
     with pytest.raises(ValueError, match="importance of"):
         penalty.consolidate([torch.full((2, 4), float("nan"), dtype=torch.float64)])
     assert penalty._state.memory is before
+
+
+def test_the_reference_never_calls_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "_recent", [])
+    model, penalty, history = trained(backend="reference")
+    expected = expected_penalty(model, history, consistent_alpha(history, 1.0))
+    penalty().backward()
+    assert penalty.add_grad_().item() == pytest.approx(expected.item(), rel=1e-10)
+    penalty.proximal_(list(model.parameters()), 0.1)
+    with pytest.raises(AttributeError):
+        trained(backend="native")
 
 
 # -- copies and files ------------------------------------------------------------------------------
@@ -407,6 +501,42 @@ def test_state_dict_goes_on_to_the_same_bits(store: str) -> None:
     assert other.lam == 0.3
     assert torch.equal(penalty(), other())
     assert torch.equal(penalty.alpha, other.alpha)
+
+
+def test_a_state_of_other_parameters_of_the_same_shape() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    penalties = []
+    for trained_layer, other in ((0, 1), (1, 0)):
+        model[trained_layer].requires_grad_(True)
+        model[other].requires_grad_(False)
+        penalties.append(FusedMASPenalty(model, merge="sum"))
+        penalties[-1].consolidate([torch.randn(4, 3)])
+    shift(model, 1)
+    first, second = penalties
+    assert first().item() != second().item()
+    first.load_state_dict(second.state_dict())
+    assert first().item() == second().item()
+
+
+def test_what_was_observed_keeps_its_numbers_when_cast() -> None:
+    model = make_model(torch.float32)
+    penalty = FusedMASPenalty(model)
+    penalty.observe(1e-5 * data(0, torch.float32)[0])
+    before = {key: t.clone() for key, t in penalty.state_dict().items()}
+    penalty.half()
+    for key, t in penalty.state_dict().items():
+        assert t.dtype == before[key].dtype
+        assert torch.equal(t, before[key])
+
+
+def test_an_objective_given_to_load_is_the_one_that_counts(tmp_path: Path) -> None:
+    model, penalty, _ = trained(tasks=1, objective="l2")
+    penalty.save(tmp_path / "p")
+    loaded = FusedMASPenalty.load(tmp_path / "p", model, objective="l1")
+    loaded.consolidate(data(1))
+    expected = mas_ext.estimate_importance(model, data(1), objective="l1")
+    total = sum(float(omega.sum()) for omega in expected.values())
+    assert loaded._state.memory.entries[1].total == pytest.approx(total, rel=1e-10)
 
 
 def test_inside_another_module() -> None:

@@ -1,0 +1,131 @@
+"""Where what is remembered lies: flat buffers, one set for the parameters of each device and dtype.
+
+Every parameter has its own part of them, which follows the parameter when that is moved, cast or widened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mas_ext.kernels import native
+from mas_ext.kernels.reference import compute_dtype, part
+from mas_ext.parameters import Layout, check_supported, layouts
+from mas_ext.rules import Entry, Rule
+
+# Every tensor's part of the flat state starts at a multiple of this many elements: 16-byte loads.
+_ALIGNMENT = 64
+
+
+class Part(NamedTuple):
+    """One parameter's state: omega and anchor of shape (rows, *shape), and its share of r."""
+
+    omega: Tensor
+    anchor: Tensor
+    remainder: Tensor
+
+
+@dataclass
+class Group:
+    """The flat state of the parameters of one device and dtype; see kernels/reference.py for shapes."""
+
+    names: list[str]
+    layout: list[Layout]
+    offsets: list[int]
+    omega: Tensor
+    anchor: Tensor
+    remainders: Tensor
+    alpha: Tensor
+    remainder: Tensor
+    native: bool
+
+    def part(self, index: int) -> Part:
+        """The state of one parameter, as views."""
+        _, _, shape, stride = self.layout[index]
+
+        def rows(flat: Tensor) -> Tensor:
+            return flat.as_strided(
+                (flat.shape[0], *shape), (flat.stride(0), *stride), self.offsets[index]
+            )
+
+        return Part(rows(self.omega), rows(self.anchor), self.remainders[index])
+
+
+class Memory(NamedTuple):
+    """All that is remembered, replaced as one, so that an interruption leaves the old one whole.
+
+    `absent` holds the state of parameters that the model lacks at the moment.
+    """
+
+    entries: list[Entry]
+    groups: list[Group]
+    absent: dict[str, Part]
+
+    def parts(self) -> dict[str, Part]:
+        """The state of every parameter by name, as views."""
+        present = {
+            name: group.part(i) for group in self.groups for i, name in enumerate(group.names)
+        }
+        return {**present, **self.absent}
+
+
+def pack(
+    theta: Mapping[str, Tensor], parts: Mapping[str, Part], rows: int, rule: Rule
+) -> list[Group]:
+    """New groups for these parameters, holding what the parts know; the rest has Omega 0."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, x in theta.items():
+        check_supported(name, x)
+        kinds.setdefault((x.device, x.dtype), []).append(name)
+    groups = []
+    for (device, dtype), names in kinds.items():
+        offsets, end = [], 0
+        for name in names:
+            offsets.append(end)
+            end += -(-theta[name].numel() // _ALIGNMENT) * _ALIGNMENT
+        group = Group(
+            names,
+            layouts(theta[name] for name in names),
+            offsets,
+            torch.zeros(rows, end, dtype=_omega_dtype(rule, dtype), device=device),
+            torch.zeros(rows, end, dtype=compute_dtype(dtype), device=device),
+            torch.zeros(len(names), dtype=torch.float64, device=device),
+            torch.zeros(rows, dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.float64, device=device),
+            native.serves(device, rule.backend),
+        )
+        for i, name in enumerate(names):
+            _fill(group, i, theta[name], parts.get(name), rows)
+        group.remainder.copy_(group.remainders.sum())
+        groups.append(group)
+    return groups
+
+
+def _omega_dtype(rule: Rule, dtype: torch.dtype) -> torch.dtype:
+    wide = rule.omega_dtype == torch.float64 and dtype != torch.float64
+    return torch.float32 if wide else rule.omega_dtype
+
+
+def _fill(group: Group, index: int, x: Tensor, old: Part | None, rows: int) -> None:
+    if old is not None and old.omega.dim() != x.dim() + 1:
+        raise ValueError(
+            f"parameter {group.names[index]!r}: got shape {tuple(x.shape)}, expected "
+            f"{old.omega.dim() - 1} dimensions as when it was consolidated"
+        )
+    offset = group.offsets[index]
+    for row in range(rows):
+        omega, anchor = part(group.omega, row, offset, x), part(group.anchor, row, offset, x)
+        anchor.copy_(x.detach())
+        if old is not None and row < old.omega.shape[0]:
+            # A widened parameter keeps its leading part.
+            kept = tuple(
+                slice(0, min(a, b)) for a, b in zip(x.shape, old.omega.shape[1:], strict=True)
+            )
+            omega[kept] = old.omega[row][kept].to(omega)
+            anchor[kept] = old.anchor[row][kept].to(anchor)
+    if old is not None:
+        group.remainders[index] = old.remainder
