@@ -310,12 +310,13 @@ def test_a_batch_takes_one_forward_pass(name: str) -> None:
 
 def test_generic_parameters_do_not_take_the_others_along() -> None:
     """A parameter outside the rules costs its own gradients; the layers stay as fast as they were."""
-    case, (model, _) = CASES["vit"], prepared("vit")
+    case, (model, _) = CASES["gate"], prepared("gate")
     total = ImportanceSum()
     with generic_way() as messages:
         total.add(model, case.inputs(32))
-    assert named(messages[0], ["cls", "position"]) == {"cls", "position"}
-    assert not named(messages[0], ["patch.weight", "head.weight", "layer.linear1.weight"])
+    (message,) = messages
+    theta = [name for name, _ in model.named_parameters()]
+    assert 0 < len(named(message, theta)) < len(theta)
     with counted(model) as sizes:
         total.add(model, case.inputs(32))
     assert 32 in sizes

@@ -113,6 +113,8 @@ class Tape(TorchFunctionMode):
     ) -> Any:
         """Call a torch function, or what stands for it where it uses a parameter."""
         kwargs = kwargs or {}
+        if func is torch.autograd.grad:  # checkpointed parts run again inside
+            return self.inside(func, *args, **kwargs)
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if not self._replaying:
@@ -258,7 +260,7 @@ class Tape(TorchFunctionMode):
             self._columns = before
 
     def inside(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the body of a function of torch.nn.functional under this mode.
+        """Run the body of a Python function of torch under this mode.
 
         Called as it is, it would only hand itself to the mode again.
         """
