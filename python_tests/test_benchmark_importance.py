@@ -74,7 +74,10 @@ def test_what_the_approximation_keeps(result: Mapping[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["cnn", "transformer"])
-def test_forms_agree_on_other_networks(name: str) -> None:
+def test_forms_agree_on_other_networks(
+    name: str, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark_importance, "FIRST_CALLS", 1)
     measured = benchmark_importance.run(name, samples=2, repeats=1, memory=False)
     assert {"exact", "loop, one by one", "vmap(grad), chunks"} <= {
         row["name"] for row in measured["forms"]

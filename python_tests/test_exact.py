@@ -22,6 +22,8 @@ from zoo import ANY, CASES, Case, Wired
 from mas_ext import estimate_importance
 from mas_ext.importance import ImportanceSum
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Omega = dict[str, Tensor]
 
 
@@ -647,6 +649,17 @@ def test_training_goes_on_as_without_an_estimate() -> None:
 def test_the_same_bits_on_every_run() -> None:
     first, second = (estimate_importance(*prepared("residual, in-place relu")) for _ in range(2))
     assert all(torch.equal(t, second[name]) for name, t in first.items())
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv2d, groups", "gpt2", "embedding, padding"])
+def test_several_threads(name: str) -> None:
+    """Work is split by elements and by samples: nothing is counted twice, or not at all."""
+    case, (model, _) = CASES[name], prepared(name, torch.float64)
+    batch = cast(case.inputs(64), torch.float64)
+    right = loop(model, [batch], case.forward)[0]
+    torch.set_num_threads(3)
+    with generic_way():
+        assert_close(run(case, model, [batch]), right, 1e-10)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -11,6 +11,8 @@ from zoo import CASES, Wired
 
 import mas_ext
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Omega = dict[str, Tensor]
 LABELS = ("true", "predicted", "sampled", "all")
 MODELS = [

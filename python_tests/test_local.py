@@ -14,6 +14,8 @@ from zoo import Wired, observed, real
 
 from mas_ext import estimate_importance
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Omega = dict[str, Tensor]
 
 

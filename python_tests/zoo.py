@@ -718,6 +718,15 @@ wired(
     lambda: {"a": nn.Linear(4, 5), "b": nn.Linear(5, 3)},
     may=ANY,
 )
+
+
+def moved(m: Any, x: Tensor) -> Tensor:
+    """The layer sees rows of which neighbours are of different samples."""
+    rows: Tensor = m.a(x.flatten(0, 1).roll(1, 0)).roll(-1, 0)
+    return rows.view(*x.shape[:2], -1)
+
+
+wired("rows moved by one", real(2, 4), moved, lambda: {"a": nn.Linear(4, 3)}, may=ANY)
 wired(
     "another way for a batch of one",
     real(4),
@@ -1150,9 +1159,9 @@ wired(
 # Where the gate is shut, any rule agrees with zero; where it opens, only the right one does.
 for when, inputs in (("at first", first_ones_negative), ("in the first batch", sometimes_negative)):
     wired(
-        f"shut {when}: samples backwards inside",
-        inputs(4),
-        lambda m, x: m.open(x) + F.relu(x[:, :1]) * m.a(x.flip(0)).flip(0),
+        f"shut {when}: rows moved by one",
+        inputs(2, 4),
+        lambda m, x: m.open(x[:, 1]) + F.relu(x[:, 0, :1]) * moved(m, x).sum(1),
         lambda: {"open": nn.Linear(4, 3), "a": nn.Linear(4, 3)},
         may=("a.weight", "a.bias"),
         sizes=(5, 8, 6),
