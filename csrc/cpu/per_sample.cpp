@@ -163,7 +163,7 @@ MAS_FN void in_tile(F f) {
 // has more positions than a stage.
 template <class C, int V>
 void multiply(const C* left, const C* right, const Stage& stage, bool first, bool last, bool square,
-              C* product, C* sum) {
+              C* product, C* sum) noexcept {
   using Vec = typename Vector<C>::type;
   Vec* kept = reinterpret_cast<Vec*>(product);
   Vec* total = reinterpret_cast<Vec*>(sum);
@@ -263,7 +263,7 @@ MAS_FN const T* whole(const T* from, std::int64_t groups, T* room) {
 
 template <bool last, class C, class T>
 void add_depthwise(const PerSample& use, std::int64_t split, std::int64_t group,
-                   std::int64_t first_tap) {
+                   std::int64_t first_tap) noexcept {
   const std::int64_t groups = last ? use.groups - group : kBlockGroups<C>;
   using Vec = typename Vector<C>::type;
   static const T zeros[kBlockGroups<C>] = {};
