@@ -76,7 +76,7 @@ struct PerSample {
   const void* grad;
   const void* input;
   const std::int32_t* rows;
-  void* partial;  // from 2 splits on: for each, a tensor like omega, of scratch
+  void* partial;  // from 2 splits on: for each, a tensor like omega, all zeros
   std::int64_t groups;
   std::int64_t outputs;
   std::int64_t taps;

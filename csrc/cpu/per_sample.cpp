@@ -6,9 +6,6 @@
 // agree only to rounding. Every element is summed over positions and then over samples, each in
 // ascending order, whatever the number of threads.
 #include <new>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "level.h"
 
@@ -110,16 +107,6 @@ void pack_left(const PerSample& use, const Item& item, const Stage& stage, Scrat
   }
 }
 
-// f(width), with the widths that matter most as constants.
-template <class C, class F>
-MAS_FN void with_width(std::int64_t width, F f) {
-  if (width == kWidth<C>) return f(Constant<kWidth<C>>{});
-  if (width == kLane<C>) return f(Constant<kLane<C>>{});
-  if (width == 1) return f(Constant<1>{});  // grey images
-  if (width == 3) return f(Constant<3>{});  // colour images
-  f(width);
-}
-
 // The rows that the taps see are gathered as they are packed: no unfolded input is ever made.
 template <class C, class T>
 void pack_right(const PerSample& use, const Item& item, const Stage& stage, Scratch<C>& scratch) {
@@ -132,7 +119,7 @@ void pack_right(const PerSample& use, const Item& item, const Stage& stage, Scra
     const std::int32_t* rows =
         use.rows == nullptr ? nullptr : use.rows + tap * use.positions + stage.position;
     C* to = &scratch.right[column / kWidth<C>][lane];
-    with_width<C>(width, [&](auto lanes) __attribute__((always_inline)) {
+    const auto gather = [&](auto lanes) __attribute__((always_inline)) {
       for (std::int64_t s = 0; s < stage.samples; ++s) {
         const T* sample = static_cast<const T*>(use.input) + (stage.sample + s) * use.input_sample +
                           item.group * use.channels + channel;
@@ -141,7 +128,16 @@ void pack_right(const PerSample& use, const Item& item, const Stage& stage, Scra
           convert(row < 0 ? zeros : sample + row * use.input_row, to, lanes);
         }
       }
-    });
+    };
+    if (width == kWidth<C>) {
+      gather(Constant<kWidth<C>>{});
+    } else if (width == 1) {
+      gather(Constant<1>{});  // grey images
+    } else if (width == 3) {
+      gather(Constant<3>{});  // colour images
+    } else {
+      gather(width);
+    }
   }
 }
 
@@ -167,7 +163,7 @@ MAS_FN void in_tile(F f) {
 // has more positions than a stage.
 template <class C, int V>
 void multiply(const C* left, const C* right, const Stage& stage, bool first, bool last, bool square,
-              C* product, C* sum) {
+              C* product, C* sum) noexcept {
   using Vec = typename Vector<C>::type;
   Vec* kept = reinterpret_cast<Vec*>(product);
   Vec* total = reinterpret_cast<Vec*>(sum);
@@ -201,7 +197,7 @@ void multiply_block(const Item& item, const Stage& stage, bool first, bool last,
   }
 }
 
-// Where a split's sum goes: to omega itself if there is only one.
+// Where a split's sum is added: omega itself if there is only one.
 template <class C>
 C* destination(const PerSample& use, std::int64_t split) {
   return use.splits == 1 ? static_cast<C*>(use.omega)
@@ -236,8 +232,7 @@ void add_block(const PerSample& use, const Item& item, Scratch<C>& scratch) {
           item.column;
   for (std::int64_t r = 0; r < item.rows; ++r, to += columns) {
     for (std::int64_t c = 0; c < item.columns; ++c) {
-      const C sum = scratch.sum[c / kWidth<C>][r / kRows][r % kRows * kWidth<C> + c % kWidth<C>];
-      to[c] = use.splits == 1 ? to[c] + sum : sum;
+      to[c] += scratch.sum[c / kWidth<C>][r / kRows][r % kRows * kWidth<C> + c % kWidth<C>];
     }
   }
 }
@@ -258,22 +253,18 @@ MAS_FN typename Vector<C>::type vector_at(const T* from) {
   return vector;
 }
 
-// So many elements that whole vectors can be read: those of a last block are moved to where there
-// is room.
-template <class T, std::int64_t N>
-MAS_FN const T* with_room(const T* from, T*, Constant<N>) {
-  return from;
-}
-
-template <class T>
-MAS_FN const T* with_room(const T* from, T* room, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) room[i] = from[i];
+// What a last block has of `groups` is moved to where whole vectors can be read.
+template <bool last, class T>
+MAS_FN const T* whole(const T* from, std::int64_t groups, T* room) {
+  if constexpr (!last) return from;
+  for (std::int64_t i = 0; i < groups; ++i) room[i] = from[i];
   return room;
 }
 
-template <class C, class T, class N>
-MAS_FN void add_depthwise(const PerSample& use, std::int64_t split, std::int64_t group,
-                          std::int64_t first_tap, N groups) {
+template <bool last, class C, class T>
+void add_depthwise(const PerSample& use, std::int64_t split, std::int64_t group,
+                   std::int64_t first_tap) noexcept {
+  const std::int64_t groups = last ? use.groups - group : kBlockGroups<C>;
   using Vec = typename Vector<C>::type;
   static const T zeros[kBlockGroups<C>] = {};
   T left_room[kBlockGroups<C>] = {};
@@ -284,7 +275,7 @@ MAS_FN void add_depthwise(const PerSample& use, std::int64_t split, std::int64_t
     const T* input = static_cast<const T*>(use.input) + b * use.input_sample + group;
     Vec m[kBlockTaps][kBlockVectors] = {};
     for (std::int64_t p = 0; p < use.positions; ++p) {
-      const T* left = with_room(grad + p * use.grad_position, left_room, groups);
+      const T* left = whole<last>(grad + p * use.grad_position, groups, left_room);
 #pragma GCC unroll 3
       for (int t = 0; t < kBlockTaps; ++t) {
         const std::int64_t tap = first_tap + t;
@@ -292,7 +283,7 @@ MAS_FN void add_depthwise(const PerSample& use, std::int64_t split, std::int64_t
                                  : use.rows == nullptr ? p
                                                        : use.rows[tap * use.positions + p];
         const T* right =
-            with_room(row < 0 ? zeros : input + row * use.input_row, right_room, groups);
+            whole<last>(row < 0 ? zeros : input + row * use.input_row, groups, right_room);
 #pragma GCC unroll 4
         for (int v = 0; v < kBlockVectors; ++v) {
           m[t][v] += vector_at<C>(left + v * kLane<C>) * vector_at<C>(right + v * kLane<C>);
@@ -306,9 +297,7 @@ MAS_FN void add_depthwise(const PerSample& use, std::int64_t split, std::int64_t
   C* to = destination<C>(use, split) + group * use.taps + first_tap;
   for (std::int64_t t = 0; t < least(kBlockTaps, use.taps - first_tap); ++t) {
     const C* element = reinterpret_cast<const C*>(sum[t]);
-    for (std::int64_t i = 0; i < groups; ++i) {
-      to[i * use.taps + t] = use.splits == 1 ? to[i * use.taps + t] + element[i] : element[i];
-    }
+    for (std::int64_t i = 0; i < groups; ++i) to[i * use.taps + t] += element[i];
   }
 }
 
@@ -325,12 +314,52 @@ void add_splits(const PerSample& use, [[maybe_unused]] int team) {
   }
 }
 
-MAS_FN int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
+template <class C, class T>
+void run_depthwise(const PerSample& use, [[maybe_unused]] int team) {
+  const std::int64_t blocks = quotient_up(use.groups, kBlockGroups<C>);
+  const std::int64_t taps = quotient_up(use.taps, kBlockTaps);
+#pragma omp parallel for num_threads(team) schedule(dynamic) if (team > 1)
+  for (std::int64_t i = 0; i < blocks * taps * use.splits; ++i) {
+    const std::int64_t group = i / taps % blocks * kBlockGroups<C>;
+    const auto add = group + kBlockGroups<C> > use.groups ? add_depthwise<true, C, T>
+                                                          : add_depthwise<false, C, T>;
+    add(use, i / (blocks * taps), group, i % taps * kBlockTaps);
+  }
+}
+
+template <class C, class T>
+void run_blocks(const PerSample& use, int team) {
+  Cut rows(use.outputs, kBlockRows, kRows);
+  Cut columns(use.taps * use.channels, kBlockColumns, kLane<C>);
+  const auto items = [&] { return use.splits * use.groups * rows.count * columns.count; };
+  // Smaller blocks have the operands read more often, but threads that idle are worse. No bit
+  // depends on it.
+  for (int shrink = 2; shrink <= 4 && items() < 4 * (team - 1); shrink *= 2) {
+    rows = Cut(use.outputs, kBlockRows / shrink, kRows);
+    columns = Cut(use.taps * use.channels, kBlockColumns / shrink, kLane<C>);
+  }
+  team = static_cast<int>(least(team, items()));
+  constexpr std::align_val_t alignment{alignof(Scratch<C>)};
+  auto* scratch = static_cast<Scratch<C>*>(::operator new(team * sizeof(Scratch<C>), alignment));
+  int threads = 0;
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+    int thread;
+#pragma omp atomic capture
+    thread = threads++;
+#pragma omp for schedule(dynamic)
+    for (std::int64_t i = 0; i < items(); ++i) {
+      const std::int64_t column = i % columns.count;
+      const std::int64_t row = i / columns.count % rows.count;
+      const std::int64_t group = i / columns.count / rows.count % use.groups;
+      const std::int64_t split = i / columns.count / rows.count / use.groups;
+      add_block<C, T>(use,
+                      {split, group, rows.begin(row), rows.size_of(row), columns.begin(column),
+                       columns.size_of(column)},
+                      scratch[thread]);
+    }
+  }
+  ::operator delete(scratch, alignment);
 }
 
 // Starting threads costs more than this many multiply-adds.
@@ -338,43 +367,11 @@ constexpr std::int64_t kSerialWork = 1 << 18;
 
 template <class C, class T>
 void run(const PerSample& use, int threads) {
-  [[maybe_unused]] const int team =
-      use.batch * use.positions * size_of(use) < kSerialWork ? 1 : threads;
+  const int team = use.batch * use.positions * size_of(use) < kSerialWork ? 1 : threads;
   if (use.outputs == 1 && use.channels == 1) {
-    const std::int64_t blocks = quotient_up(use.groups, kBlockGroups<C>);
-    const std::int64_t taps = quotient_up(use.taps, kBlockTaps);
-#pragma omp parallel for num_threads(team) schedule(dynamic) if (team > 1)
-    for (std::int64_t i = 0; i < blocks * taps * use.splits; ++i) {
-      const std::int64_t split = i / (blocks * taps);
-      const std::int64_t group = i / taps % blocks * kBlockGroups<C>;
-      const std::int64_t tap = i % taps * kBlockTaps;
-      if (group + kBlockGroups<C> <= use.groups) {
-        add_depthwise<C, T>(use, split, group, tap, Constant<kBlockGroups<C>>{});
-      } else {
-        add_depthwise<C, T>(use, split, group, tap, use.groups - group);
-      }
-    }
+    run_depthwise<C, T>(use, team);
   } else {
-    const Cut rows(use.outputs, kBlockRows, kRows);
-    const Cut columns(use.taps * use.channels, kBlockColumns, kLane<C>);
-    const std::int64_t blocks = use.groups * rows.count * columns.count;
-    void* memory = ::operator new(team * sizeof(Scratch<C>), std::align_val_t(alignof(Scratch<C>)));
-    auto* scratch = static_cast<Scratch<C>*>(memory);
-#pragma omp parallel num_threads(team) if (team > 1)
-    {
-      Scratch<C>& own = scratch[thread_number()];
-#pragma omp for schedule(dynamic)
-      for (std::int64_t i = 0; i < blocks * use.splits; ++i) {
-        const std::int64_t group = i / (rows.count * columns.count) % use.groups;
-        const std::int64_t row = i / columns.count % rows.count;
-        const std::int64_t column = i % columns.count;
-        add_block<C, T>(use,
-                        {i / blocks, group, rows.begin(row), rows.size_of(row),
-                         columns.begin(column), columns.size_of(column)},
-                        own);
-      }
-    }
-    ::operator delete(memory, std::align_val_t(alignof(Scratch<C>)));
+    run_blocks<C, T>(use, team);
   }
   if (use.splits > 1) add_splits<C>(use, team);
 }

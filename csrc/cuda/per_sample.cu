@@ -41,14 +41,11 @@ MAS_DEVICE C magnitude(C m, bool square) {
   return square ? m * m : std::abs(m);
 }
 
-// One element of the sum over a split: added to omega if there is no other split.
+// Where a split's sum is added: omega itself if there is only one.
 template <class C>
-MAS_DEVICE void add(const PerSample& use, std::int64_t split, std::int64_t index, C sum) {
-  if (use.splits == 1) {
-    static_cast<C*>(use.omega)[index] += sum;
-  } else {
-    static_cast<C*>(use.partial)[split * size_of(use) + index] = sum;
-  }
+MAS_DEVICE C* destination(const PerSample& use, std::int64_t split) {
+  return use.splits == 1 ? static_cast<C*>(use.omega)
+                         : static_cast<C*>(use.partial) + split * size_of(use);
 }
 
 // What a tap sees at a position, in one channel of all groups' channels.
@@ -120,7 +117,7 @@ __global__ void add_tiles(PerSample use) {
         const std::int64_t row = first_output + y + r * kSide;
         const std::int64_t at = first_column + x + c * kSide;
         if (row < use.outputs && at < columns) {
-          add(use, split, (group * use.outputs + row) * columns + at, sum[r][c]);
+          destination<C>(use, split)[(group * use.outputs + row) * columns + at] += sum[r][c];
         }
       }
     }
@@ -146,7 +143,7 @@ __global__ void add_depthwise(PerSample use) {
       }
       sum += magnitude(m, use.square);
     }
-    add(use, split, group * use.taps + tap, sum);
+    destination<C>(use, split)[group * use.taps + tap] += sum;
   }
 }
 

@@ -15,7 +15,7 @@ from mas_ext.kernels.reference import compute_dtype
 
 # A small omega is no work for a whole machine: the batch is then split, and each part summed into a
 # tensor of its own. Splits depend on shapes alone, so that the number of threads changes no bit.
-_ELEMENTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 21}
+_ELEMENTS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 21}
 _SAMPLES_A_SPLIT = 4
 
 
@@ -119,7 +119,7 @@ def per_sample_(
         return
     wanted = -(-_ELEMENTS_AT_ONCE[grad.device.type] // omega.numel())
     splits = max(1, min(wanted, batch // _SAMPLES_A_SPLIT))
-    partial = omega.new_empty(splits * omega.numel() if splits > 1 else 0)
+    partial = omega.new_zeros(splits * omega.numel() if splits > 1 else 0)
     kernels, where, context = native._device_kernels(grad.device)
     with context:
         kernels.per_sample(
