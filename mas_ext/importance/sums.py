@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance import objectives
-from mas_ext.importance.alone import Evaluate, Forward, Totals, Values, accumulate, zeros
+from mas_ext.importance.alone import Evaluate, Forward, Totals, Values, accumulate
 from mas_ext.importance.batch import Batch
 from mas_ext.importance.exact import Exact
 from mas_ext.importance.local import Local
@@ -156,8 +156,9 @@ class ImportanceSum:
                 'diverged, a smaller lam or attach(optimizer, mode="proximal") helps'
             )
         # Nothing below can fail: no error leaves half a batch in the sums.
-        self.sums = {**zeros({n: p for n, p in theta.items() if n not in self.sums}), **self.sums}
-        accumulate(self.sums, found, False, self.backend)
+        known = {name: t for name, t in found.items() if name in self.sums}
+        accumulate(self.sums, known, False, self.backend)
+        self.sums = {**found, **self.sums}
         self.samples += samples
         self.objective_sum += added
 
