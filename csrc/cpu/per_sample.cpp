@@ -149,6 +149,26 @@ MAS_FN void add(Vec& sum, const Vec& m, bool square) {
   sum += square ? m * m : reinterpret_cast<Vec>(reinterpret_cast<Bits>(m) & all_but_sign);
 }
 
+// The panels become their abs, or squares.
+template <class C>
+void measure_panels(const Item& item, const Stage& stage, bool square, Scratch<C>& scratch) {
+  using Vec = typename Vector<C>::type;
+  const auto measure = [&](C* panel, std::int64_t size) {
+    for (std::int64_t i = 0; i < size; i += kLane<C>) {
+      Vec* vector = reinterpret_cast<Vec*>(panel + i);
+      Vec measured = {};
+      add(measured, *vector, square);
+      *vector = measured;
+    }
+  };
+  for (std::int64_t i = 0; i * kRows < item.rows; ++i) {
+    measure(scratch.left[i], quotient_up(stage.depth * kRows, kLane<C>) * kLane<C>);
+  }
+  for (std::int64_t j = 0; j * kWidth<C> < item.columns; ++j) {
+    measure(scratch.right[j], stage.depth * kWidth<C>);
+  }
+}
+
 // f(r, v) for each vector of a tile, unrolled so that all of them stay in registers.
 template <int V, class F>
 MAS_FN void in_tile(F f) {
@@ -204,7 +224,17 @@ C* destination(const PerSample& use, std::int64_t split) {
                          : static_cast<C*>(use.partial) + split * size_of(use);
 }
 
-template <class C, class T>
+// Where a sample has one position, abs(l r) = abs(l) abs(r), and the sum over samples is a product
+// of matrices itself: samples take the place of positions, and the operands are measured instead.
+PerSample as_positions(PerSample use) {
+  use.positions = use.batch;
+  use.grad_position = use.grad_sample;
+  use.input_row = use.input_sample;
+  use.batch = 1;
+  return use;
+}
+
+template <bool measured, class C, class T>
 void add_block(const PerSample& use, const Item& item, Scratch<C>& scratch) {
   const std::int64_t tiles = quotient_up(item.rows, kRows);
   for (std::int64_t j = 0; j * kWidth<C> < item.columns; ++j) {
@@ -224,7 +254,8 @@ void add_block(const PerSample& use, const Item& item, Scratch<C>& scratch) {
       const Stage stage{b, least(samples, end - b), depths.begin(d), depths.size_of(d)};
       pack_left<C, T>(use, item, stage, scratch);
       pack_right<C, T>(use, item, stage, scratch);
-      multiply_block(item, stage, d == 0, d + 1 == depths.count, use.square, scratch);
+      if (measured) measure_panels(item, stage, use.square, scratch);
+      multiply_block(item, stage, d == 0, d + 1 == depths.count, use.square && !measured, scratch);
     }
   }
   const std::int64_t columns = use.taps * use.channels;
@@ -327,7 +358,7 @@ void run_depthwise(const PerSample& use, [[maybe_unused]] int team) {
   }
 }
 
-template <class C, class T>
+template <bool measured, class C, class T>
 void run_blocks(const PerSample& use, int team) {
   Cut rows(use.outputs, kBlockRows, kRows);
   Cut columns(use.taps * use.channels, kBlockColumns, kLane<C>);
@@ -353,10 +384,10 @@ void run_blocks(const PerSample& use, int team) {
       const std::int64_t row = i / columns.count % rows.count;
       const std::int64_t group = i / columns.count / rows.count % use.groups;
       const std::int64_t split = i / columns.count / rows.count / use.groups;
-      add_block<C, T>(use,
-                      {split, group, rows.begin(row), rows.size_of(row), columns.begin(column),
-                       columns.size_of(column)},
-                      scratch[thread]);
+      add_block<measured, C, T>(use,
+                                {split, group, rows.begin(row), rows.size_of(row),
+                                 columns.begin(column), columns.size_of(column)},
+                                scratch[thread]);
     }
   }
   ::operator delete(scratch, alignment);
@@ -370,8 +401,10 @@ void run(const PerSample& use, int threads) {
   const int team = use.batch * use.positions * size_of(use) < kSerialWork ? 1 : threads;
   if (use.outputs == 1 && use.channels == 1) {
     run_depthwise<C, T>(use, team);
+  } else if (use.positions == 1 && use.rows == nullptr && use.splits == 1) {
+    run_blocks<true, C, T>(as_positions(use), team);
   } else {
-    run_blocks<C, T>(use, team);
+    run_blocks<false, C, T>(use, team);
   }
   if (use.splits > 1) add_splits<C>(use, team);
 }

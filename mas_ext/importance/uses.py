@@ -139,13 +139,7 @@ class Product:
     def add_to(self, total: Tensor, square: bool, native: bool) -> None:
         """See Use."""
         groups, outputs, taps, channels = shape = self._kernel_shape
-        if groups == taps == self.left.shape[1] == 1 and self.rows is None:
-            # One position: |left^T right| = |left|^T |right|, a matrix product of absolute values.
-            left, right = (
-                measure(t[:, 0].to(total.dtype), square) for t in (self.left, self.right)
-            )
-            total.view(outputs, channels).addmm_(left.t(), right)
-        elif taps == 1:
+        if taps == 1:
             self._run(total.view(shape), square, native)
         else:
             by_tap = total.new_zeros(shape)

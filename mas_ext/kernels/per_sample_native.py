@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mas_ext.kernels import native
+from mas_ext.kernels import native, reference
 from mas_ext.kernels.reference import compute_dtype
 
 # A small omega is no work for a whole machine: the batch is then split, and each part summed into a
@@ -117,8 +117,12 @@ def per_sample_(
     batch, positions = grad.shape[:2]
     if 0 in (batch, positions, omega.numel()):
         return
+    one_position = positions == 1 and rows is None
+    if one_position and grad.device.type == "cuda":
+        reference.per_sample_(omega, grad, input, rows, square)  # one product of matrices
+        return
     wanted = -(-_ELEMENTS_AT_ONCE[grad.device.type] // omega.numel())
-    splits = max(1, min(wanted, batch // _SAMPLES_A_SPLIT))
+    splits = 1 if one_position else max(1, min(wanted, batch // _SAMPLES_A_SPLIT))
     partial = omega.new_zeros(splits * omega.numel() if splits > 1 else 0)
     kernels, where, context = native._device_kernels(grad.device)
     with context:

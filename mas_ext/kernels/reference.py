@@ -230,6 +230,12 @@ def per_sample_(
     """
     groups, outputs, taps, channels = omega.shape
     batch, positions = grad.shape[:2]
+    if positions == 1 and rows is None:  # |g^T x| = |g|^T |x|: one product of matrices
+        g, x = (t[:, 0].to(omega.dtype) for t in (grad, input))
+        g, x = (t.square() if square else t.abs() for t in (g, x))
+        g, x = g.view(batch, groups, outputs), x.view(batch, groups, channels)
+        omega[:, :, 0].baddbmm_(g.permute(1, 2, 0), x.transpose(0, 1))
+        return
     # The operands are held twice, as gathered and as bmm wants them.
     operands = positions * groups * (outputs + taps * channels) + input[:1].numel()
     size = (2 * operands + 2 * omega.numel()) * omega.element_size()
