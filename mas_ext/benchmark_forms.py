@@ -76,15 +76,18 @@ MODELS = {"mlp": _mlp, "resnet18": _resnet18, "vit_b": _vit_b, "gpt2": _gpt2}
 class Case:
     """A model with its state after some numbers of tasks, merged and task by task.
 
-    `merged` holds the penalty by number of tasks; `history` (omega, anchor) of the first tasks; `exact`,
-    by kind of result and number of tasks, that result in float64.
+    `merged` holds the penalty by number of tasks; `history` (omega, anchor) of the first tasks.
     """
 
+    noise: Tensors
     theta: Tensors
     start: Tensors
     merged: dict[int, FusedMASPenalty]
     history: list[tuple[Tensors, Tensors]]
-    exact: dict[tuple[str, int], Tensors]
+
+    def task(self, t: int) -> tuple[Tensors, Tensors]:
+        """Omega and anchor of task t: by rotation, because drawing numbers takes minutes for a large model."""
+        return [x.roll(t).abs() for x in self.noise], [0.1 * x.roll(-t) for x in self.noise]
 
     @property
     def grads(self) -> Tensors:
@@ -128,32 +131,40 @@ def build(model: str, device: str, dtype: torch.dtype, tasks: Sequence[int]) -> 
     names = named_parameters(module)
     for p in names.values():
         p.grad = torch.zeros_like(p)
-    case = Case([*names.values()], [p.detach().clone() for p in names.values()], {}, [], {})
+    theta: Tensors = [*names.values()]
+    case = Case(noise, theta, [p.detach().clone() for p in theta], {}, [])
     state = Consolidation(Rule(merge="sum"), LAM)
-    value, gradient = 0.0, [torch.zeros_like(x, dtype=torch.float64) for x in noise]
     for t in range(1, max(tasks) + 1):
-        # Other numbers for every task, by rotation: drawing them takes minutes for a large model.
-        omega = [x.roll(t).abs() for x in noise]
-        anchor = [0.1 * x.roll(-t) for x in noise]
+        omega, anchor = case.task(t)
         state.add_task(dict(zip(names, anchor, strict=True)), dict(zip(names, omega, strict=True)))
+        if t == 1 or any(t <= n and case.eager_fits(n) for n in tasks):
+            case.history.append((omega, anchor))
+        if t in tasks:
+            case.merged[t] = FusedMASPenalty(module, LAM, merge="sum")
+            case.merged[t].load_state_dict({**state.tensors(), **ImportanceSum().tensors()})
+    return case
+
+
+def exact_results(case: Case) -> dict[tuple[str, int], Tensors]:
+    """What the forms should compute, in float64, by kind and number of tasks."""
+    exact: dict[tuple[str, int], Tensors] = {}
+    value, gradient = 0.0, [torch.zeros_like(x, dtype=torch.float64) for x in case.noise]
+    for t in range(1, max(case.merged) + 1):
+        omega, anchor = case.task(t)
         for g, x, w, a in zip(gradient, case.start, omega, anchor, strict=True):
             distance = x.double() - a.double()
             g.add_(w.double() * distance, alpha=2 * LAM)
             value += LAM * float((w.double() * distance.square()).sum())
         if t == 1:
             # The minimiser of penalty + |change|^2 / (2 eta), as a change.
-            case.exact["step", t] = [
+            exact["step", t] = [
                 -ETA * g / (1 + 2 * ETA * LAM * w.double())
                 for g, w in zip(gradient, omega, strict=True)
             ]
-        if t == 1 or any(t <= n and case.eager_fits(n) for n in tasks):
-            case.history.append((omega, anchor))
-        if t in tasks:
-            case.merged[t] = FusedMASPenalty(module, LAM, merge="sum")
-            case.merged[t].load_state_dict({**state.tensors(), **ImportanceSum().tensors()})
-            case.exact["gradient", t] = [g.clone() for g in gradient]
-            case.exact["value", t] = [torch.tensor(value, dtype=torch.float64)]
-    return case
+        if t in case.merged:
+            exact["gradient", t] = [g.clone() for g in gradient]
+            exact["value", t] = [torch.tensor(value, dtype=torch.float64)]
+    return exact
 
 
 # -- forms -----------------------------------------------------------------------------------------

@@ -5,7 +5,28 @@
 namespace mas::cpu::MAS_LEVEL {
 namespace {
 
-// Gradients are gathered in a tile that stays in the first-level cache while the tasks pass by.
+template <Gradient G, class T>
+MAS_FN void put(T& grad, compute_t<T> change) {
+  if constexpr (G == Gradient::write) grad = store<T>(change);
+  if constexpr (G == Gradient::add) grad = store<T>(load(grad) + change);
+}
+
+// One task's part on some elements: its value is added lane by lane, its gradient goes to use(i,
+// gradient).
+template <class T, class O, class C, class Use>
+MAS_FN void pull_of_task(double alpha, double grad_output, const T* theta, const O* omega,
+                         const C* anchor, std::int64_t size, double* value, Use use) {
+  const C factor = finite_factor<C>(2.0 * alpha * grad_output);
+  in_lanes(size, [&](std::int64_t i, auto lanes) __attribute__((always_inline)) {
+    for (std::int64_t l = 0; l < lanes; ++l) {
+      const auto p = pull<C>(load(omega[i + l]), load(theta[i + l]), anchor[i + l]);
+      value[l] += alpha * p.value;
+      use(i + l, factor * p.half_gradient);
+    }
+  });
+}
+
+// Gradients of several tasks are gathered in a tile that stays in the first-level cache.
 constexpr std::int64_t kTile = 512;
 
 template <class T, class O, Gradient G>
@@ -18,36 +39,25 @@ double penalty_chunk(Chunk chunk, const State& state, double grad_output) {
   const C* anchor = static_cast<const C*>(state.anchor) + offset;
 
   double value[kLanes] = {};
-  C half[kTile];
-  C gradient[kTile];
-  for (std::int64_t start = 0; start < chunk.size; start += kTile) {
-    const std::int64_t size = chunk.size - start < kTile ? chunk.size - start : kTile;
-    for (std::int64_t row = 0; row < state.rows; ++row) {
-      const T* x = theta + start;
-      const O* w = omega + row * state.stride + start;
-      const C* a = anchor + row * state.stride + start;
-      const double alpha = state.alpha[row];
-      const C factor = finite_factor<C>(2.0 * alpha * grad_output);
-      in_lanes(size, [&](std::int64_t i, auto lanes) __attribute__((always_inline)) {
-        for (std::int64_t l = 0; l < lanes; ++l) {
-          const auto p = pull<C>(load(w[i + l]), load(x[i + l]), a[i + l]);
-          value[l] += alpha * p.value;
-          if constexpr (G != Gradient::none) half[i + l] = p.half_gradient;
-        }
-      });
-      if constexpr (G != Gradient::none) {
-        if (row == 0) {
-          for (std::int64_t i = 0; i < size; ++i) gradient[i] = factor * half[i];
-        } else {
-          for (std::int64_t i = 0; i < size; ++i) gradient[i] += factor * half[i];
-        }
+  if (state.rows == 1) {
+    pull_of_task<T, O, C>(state.alpha[0], grad_output, theta, omega, anchor, chunk.size, value,
+                          [&](std::int64_t i, C change) __attribute__((always_inline)) {
+                            if constexpr (G != Gradient::none) put<G>(grad[i], change);
+                          });
+  } else {
+    for (std::int64_t start = 0; start < chunk.size; start += kTile) {
+      const std::int64_t size = chunk.size - start < kTile ? chunk.size - start : kTile;
+      C gradient[kTile] = {};
+      for (std::int64_t row = 0; row < state.rows; ++row) {
+        const std::int64_t at = row * state.stride + start;
+        pull_of_task<T, O, C>(state.alpha[row], grad_output, theta + start, omega + at, anchor + at,
+                              size, value,
+                              [&](std::int64_t i, C change) __attribute__((always_inline)) {
+                                if constexpr (G != Gradient::none) gradient[i] += change;
+                              });
       }
-    }
-    if constexpr (G != Gradient::none) {
-      T* g = grad + start;
-      for (std::int64_t i = 0; i < size; ++i) {
-        const C before = G == Gradient::add ? load(g[i]) : C(0);
-        g[i] = store<T>(before + gradient[i]);
+      if constexpr (G != Gradient::none) {
+        for (std::int64_t i = 0; i < size; ++i) put<G>(grad[start + i], gradient[i]);
       }
     }
   }
