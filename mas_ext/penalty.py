@@ -36,7 +36,7 @@ class FusedMASPenalty(nn.Module):
     Args:
         model: any module; a strong reference is kept, and not registered as a submodule.
         lam: strength, finite and >= 0. No one-half anywhere: the gradient is 2 lam W (theta - A).
-        importance: "exact" or "batch", see estimate_importance.
+        importance: "exact", "batch" or "local", see estimate_importance.
         objective: "l2", "l1", "vector" or a callable, see estimate_importance.
         forward: forward(model, batch) -> output, see estimate_importance.
         merge: "consistent" (alpha_t equalise the tasks' total importance), "sum", "latest" or "decay".
