@@ -221,7 +221,8 @@ def test_gamma_zero_forgets_all_but_the_last_task() -> None:
 
 
 def test_no_strength_no_pull() -> None:
-    state, _ = consolidated(Rule(omega_dtype=WIDE), 2, lam=0.0)
+    state, _ = consolidated(Rule(omega_dtype=WIDE), 2)
+    state.set_lam(0.0)
     assert measured(state, random())[0] == 0
 
 
