@@ -236,7 +236,8 @@ def _streaming_copy() -> Callable[[int, int, int], None]:
 
 def _launches(call: Callable[[], object]) -> int:
     """Kernels and copies that one call starts on the GPU."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         call()
         torch.cuda.synchronize()
     return sum(event.device_type.name == "CUDA" for event in profile.events())

@@ -18,6 +18,7 @@ MAS_FN void pull_of_task(double alpha, double grad_output, const T* theta, const
                          const C* anchor, std::int64_t size, double* value, Use use) {
   const C factor = finite_factor<C>(2.0 * alpha * grad_output);
   in_lanes(size, [&](std::int64_t i, auto lanes) __attribute__((always_inline)) {
+#pragma omp simd  // the compiler can't know that gradients lie apart from what is read
     for (std::int64_t l = 0; l < lanes; ++l) {
       const auto p = pull<C>(load(omega[i + l]), load(theta[i + l]), anchor[i + l]);
       value[l] += alpha * p.value;

@@ -210,7 +210,7 @@ def gather(
     progress: bool = False,
 ) -> None:
     """Add batches to a sum, at most max_samples samples in all; no sample at all is an error."""
-    if isinstance(batches, (Tensor, dict)):
+    if isinstance(batches, (Tensor, Mapping)):
         raise TypeError(
             f"batches: got a single {type(batches).__name__}, expected an iterable of batches; "
             "wrap it in a list"
