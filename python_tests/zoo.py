@@ -1137,6 +1137,108 @@ add(
 )
 
 
+# Other ways to pick rows, in which no function marks them by itself.
+PICKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "no_grad": lambda rows, i: torch.no_grad()(rows.__getitem__)(i),
+    "numpy": lambda rows, i: rows[i.numpy()],
+    "embedding": lambda rows, i: F.embedding(i, rows),
+    "index_select, negative dim": lambda rows, i: rows.index_select(index=i, dim=-2),
+    "take_along_dim": lambda rows, i: rows.take_along_dim(i[:, None].expand(-1, 4), 0),
+}
+
+
+def picking(pick: Callable[[Tensor, Tensor], Tensor]) -> Wiring:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        i = (rows[:, 0] > 0).nonzero()[:, 0]
+        y = torch.zeros(len(rows), 3).to(x).index_put((i,), torch.tanh(m.left(pick(rows, i))))
+        return m.out(y.view(len(x), -1, 3))
+
+    return wiring
+
+
+for way, pick in PICKED.items():
+    wired(
+        f"picked by {way}",
+        chosen((1, 1, 1, 2, 0, 1), (2, 0, 1, 1, 2, 0)),
+        picking(pick),
+        lambda: {"left": nn.Linear(4, 3), "out": nn.Linear(3, 2)},
+        may=("left.weight", "left.bias"),
+        sizes=(6, 6),
+    )
+
+
+def ragged(m: Any, batch: dict[str, Tensor]) -> Tensor:
+    lengths = batch["lengths"].tolist()
+    rows = torch.cat([x[:n] for x, n in zip(batch["x"], lengths, strict=True)])
+    h = torch.tanh(m.rows(rows)).split(lengths)
+    return m.out(torch.stack([part.sum(0) for part in h]))
+
+
+wired(
+    "samples of several lengths, the first ones equal",
+    lambda n: {"x": torch.randn(n, 4, 4), "lengths": torch.tensor([2, 2, 2, 1, 3, 2])},
+    ragged,
+    lambda: {"rows": nn.Linear(4, 5), "out": nn.Linear(5, 3)},
+    may=ANY,
+    sizes=(6, 6),
+    forward=lambda model, batch: model(batch),
+)
+
+
+def one_position_at_first() -> Inputs:
+    lengths = itertools.cycle((1, 5))
+    return lambda n: torch.randn(n, next(lengths), 4)
+
+
+def by_position(m: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(m.rows(x.transpose(0, 1).flatten(0, 1)))
+    return m.out(h.view(x.shape[1], len(x), -1).mean(0))
+
+
+wired(
+    "rows by position, one position in the first batch",
+    one_position_at_first(),
+    by_position,
+    lambda: {"rows": nn.Linear(4, 5), "out": nn.Linear(5, 3)},
+    sizes=(5, 5),
+)
+wired(
+    "vmap of a layer",
+    real(3, 4),
+    lambda m, x: torch.vmap(m.a)(x),
+    lambda: {"a": nn.Linear(4, 3)},
+    may=ANY,
+)
+wired(
+    "index_select by keywords", real(4),
+    lambda m, x: m.a(x).index_select(index=torch.tensor([1, 0]), dim=1),
+    lambda: {"a": nn.Linear(4, 3)},
+)  # fmt: skip
+wired(
+    "frozen weight, its input changed", real(4),
+    lambda m, x: (lambda h: m.b(m.a(h) + h.add_(1)))(x * 1.0),
+    lambda: {"a": without_gradient(nn.Linear(4, 4), "weight"), "b": nn.Linear(4, 3)},
+)  # fmt: skip
+wired(
+    "input changed in place",
+    real(4),
+    lambda m, x: m.a(x.mul_(2).sub_(0.3)),
+    lambda: {"a": nn.Linear(4, 3)},
+)
+
+
+def turned(m: Any, x: Tensor) -> Tensor:
+    angles = torch.arange(9).to(x)[:, None].cos()[torch.arange(x.shape[1])[None]]
+    return m.out(torch.tanh(m.embed(x) * angles))
+
+
+wired(
+    "positions looked up by a row of numbers", real(5, 4), turned,
+    lambda: {"embed": nn.Linear(4, 3), "out": nn.Linear(3, 2)},
+)  # fmt: skip
+
+
 def halting(m: Any, x: Tensor) -> Tensor:
     """Samples leave the loop one by one."""
     h = torch.tanh(m.first(x))

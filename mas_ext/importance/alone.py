@@ -40,6 +40,8 @@ class Evaluate(NamedTuple):
 
     def __call__(self, batch: Any, samples: int) -> tuple[Tensor, Tensor]:
         """The output, and the objectives of shape (samples, K)."""
+        # A model that changes its input would see it changed again on every pass, and so would the caller.
+        batch = batches.copied(batch)
         output = self.forward(self.model, batch)
         return output, self.values(output, batch, samples)
 

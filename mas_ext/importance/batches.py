@@ -68,6 +68,16 @@ def part(batch: Any, start: int, stop: int) -> Any:
     return mapped(batch, lambda t: t[start:stop])
 
 
+def copied(batch: Any) -> Any:
+    """The batch with tensors of its own, which a model may change in place."""
+
+    def copy_of(t: Tensor) -> Tensor:
+        own = t.detach().clone()
+        return own.requires_grad_() if t.requires_grad else own
+
+    return mapped(batch, copy_of)
+
+
 def to(batch: Any, device: torch.device) -> Any:
     """The batch on another device."""
     return mapped(batch, lambda t: t.to(device, non_blocking=True))

@@ -80,7 +80,7 @@ class FisherSum(ImportanceSum):
     def _own_labels(self, model: nn.Module, batch: Any) -> Tensor:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with evaluating(model, device), torch.no_grad():
-            output = self._model_forward(model, batch_of.to(batch, device))
+            output = self._model_forward(model, batch_of.copied(batch_of.to(batch, device)))
             p = _log_probabilities(output).exp()
         if self.labels == "predicted":
             return p.argmax(-1)

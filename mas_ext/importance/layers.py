@@ -39,6 +39,13 @@ class Fold:
             return shape[1] % self.samples == 0
         return self.columns > 0 and self.columns % self.samples == shape[0] % self.columns == 0
 
+    def rows(self, shape: Sequence[int]) -> int:
+        """How many rows of a tensor of this shape, which fits, belong to each sample."""
+        size = shape[0]
+        if self.layout == "inner":
+            size = shape[1] if len(shape) > 2 else self.columns
+        return size // self.samples
+
     def unfolded(self, t: Tensor) -> Tensor:
         """(samples, k, *rest); (samples, dimension 0, k, *rest) for "inner"."""
         if self.layout == "inner":

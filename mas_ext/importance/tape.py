@@ -48,6 +48,8 @@ class Mention(NamedTuple):
     function: str
     layout: Layout
     shape: torch.Size
+    # Whether samples have more than one row: with one each, "leading" and "trailing" are the same.
+    several: bool
 
 
 class Spot(NamedTuple):
@@ -115,14 +117,17 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.autograd.grad:  # checkpointed parts run again inside
             return self.inside(func, *args, **kwargs)
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
+        astray = order.astray(func, args, kwargs, self.samples)
+        if not torch.is_grad_enabled() or _transformed():
+            result = func(*args, **kwargs)
+            if astray:
+                order.mark(result)
+            return result
         if not self._replaying:
             self.functions.append(func.__name__)
         self.before(func, args)
         values = [*args, *kwargs.values()]
         rule = self._rules.get(func)
-        astray = order.astray(func, values, self.samples)
         if rule is not None and any(self._mentioned(values)):
             if not astray:
                 result = rule(self, func, *args, **kwargs)
@@ -169,12 +174,12 @@ class Tape(TorchFunctionMode):
         found = self._transposes.get(id(t))
         return None if found is None else found[1]
 
-    def mention(self, func: Callable[..., Any], slot: Slot) -> int:
+    def mention(self, func: Callable[..., Any], slot: Slot, several: bool = False) -> int:
         """Write down that a function uses a parameter; the how manieth use it is."""
         mentions = self._mentions.setdefault(slot.name, [])
         if not self._replaying:
             layout, shape = self.layouts[slot.name], self._theta[slot.name].shape
-            mentions.append(Mention(func.__name__, layout, shape))
+            mentions.append(Mention(func.__name__, layout, shape, several))
         return len(mentions) - 1
 
     def spot(
@@ -183,9 +188,10 @@ class Tape(TorchFunctionMode):
         """A use of a parameter to compute y; None, and a misfit, where the samples can't lie so."""
         if slot is None:
             return None
-        number = self.mention(func, slot)
         fold = Fold(self.samples, self.layouts[slot.name], self._columns)
-        if fold.fits(y_shape):
+        fits = fold.fits(y_shape)
+        number = self.mention(func, slot, fits and fold.rows(y_shape) > 1)
+        if fits:
             return Spot(slot, number, fold)
         self.misfits.add(slot.name)
         return None
@@ -340,6 +346,11 @@ class Tape(TorchFunctionMode):
         before += found
 
 
+def _transformed() -> bool:
+    """Whether a transform of torch.func runs, which knows nothing of the functions below."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class _Layer(torch.autograd.Function):
     """A layer whose backward notes per-sample gradients in place of forming parameter gradients."""
 
@@ -357,6 +368,8 @@ class _Layer(torch.autograd.Function):
         ctx.tape, ctx.layer, ctx.spots, ctx.input_dtype = tape, layer, spots, x.dtype
         # Under autocast the layer computed with a rounded x.
         rounded = x.is_floating_point() and y.dtype.itemsize < x.dtype.itemsize
+        if spots[0] is None:  # its values are not needed: the model may change them in place
+            x = x.new_empty(()).expand(x.shape)
         ctx.save_for_backward(x.to(y.dtype) if rounded else x, weight)
         # Autograd forbids changes in place of what is a view, as some layers' results are inside.
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
