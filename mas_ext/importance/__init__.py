@@ -43,6 +43,10 @@ def estimate_importance(
     "batch": 1/N sum_batches abs(sum_{k in batch} d obj(F(x_k)) / d theta_i); "local" (l-MAS): as "exact", with
     obj the squared norm of each layer's own output, after ReLU where that is next. The model runs in eval mode.
 
+    "exact" runs a few samples alone too, to find out where in the model's tensors the samples are, and refuses
+    models whose samples interact. Rows whose order data decide (routing, masks) are found by the functions that
+    pick them; a model that picks by other means, such as a product with a one-hot matrix, is not found out.
+
     Args:
         model: any module. Parameters that require a gradient take part.
         batches: iterable of tensors, or of tuples, lists or dicts whose first item is the input. Samples

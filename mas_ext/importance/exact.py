@@ -48,6 +48,7 @@ class Run(NamedTuple):
     active: set[tuple[Path, int]]
     # Parameters that the pass can't answer for.
     misfits: set[str]
+    together: list[set[str]]
     # The lowest one that the model computed in.
     precision: torch.dtype
 
@@ -143,6 +144,11 @@ class Exact:
                 if name in run.misfits
                 or differ(run.totals.get(name), expected[name], run.precision, noise)
             }
+            # Where rows are misplaced in a weight's only call, the bias of that call may agree by chance.
+            once = {name for name, mentions in run.paths if len(mentions) == 1} - run.misfits
+            for names in run.together:
+                if names & wrong & once:
+                    wrong |= names - self.generic
             last = {name for name in wrong if self._layouts[name] == LAYOUTS[-1]}
             self._condemn(evaluate.model, last)
             for name in wrong - last:
@@ -178,6 +184,7 @@ class Exact:
             {*paths.values()},
             {(paths[name], i) for name, i in tape.active},
             tape.misfits,
+            tape.together,
             max(dtypes, key=TOLERANCE.__getitem__),
         )
 

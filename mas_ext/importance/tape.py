@@ -86,6 +86,8 @@ class Tape(TorchFunctionMode):
         self.misfits: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
         self.functions: list[str] = []
+        # Parameters of one call: where the samples are is the same for all of them.
+        self.together: list[set[str]] = []
         # Uses to look at, and those of them with a gradient that is not zero.
         self.watched: set[tuple[str, int]] = set()
         self.active: set[tuple[str, int]] = set()
@@ -209,7 +211,9 @@ class Tape(TorchFunctionMode):
 
         y_shape: that of the result, as far as it says where the samples are.
         """
-        spots = [self.spot(func, self.slot(t), y_shape) for t in (weight, bias)]
+        slots = [self.slot(t) for t in (weight, bias)]
+        self.together.append({slot.name for slot in slots if slot is not None})
+        spots = [self.spot(func, slot, y_shape) for slot in slots]
         # What needs a gradient but can't be noted is left to autograd.
         left = [
             spot is None and t is not None and t.requires_grad
