@@ -137,9 +137,14 @@ def _gradient_cell(result: dict[str, Any], name: str) -> str:
         return "not measured" if absent else "can't"
     memory = row["memory_to_training"]
     return (
-        f"{1e3 * row['seconds']['median']:.3g} ({row['to_batch']['median']:.2g}; "
-        f"{'?' if memory is None else format(memory, '.2g')})"
+        f"{_number(1e3 * row['seconds']['median'], 3)} ({_number(row['to_batch']['median'], 2)}; "
+        f"{'?' if memory is None else _number(memory, 2)})"
     )
+
+
+def _number(x: float, digits: int) -> str:
+    """So many digits, and never a power of ten."""
+    return f"{x:,.0f}" if x >= 10 ** (digits - 1) else f"{x:.{digits}g}"
 
 
 def _cell(part: dict[str, Any], name: str) -> str:
