@@ -103,10 +103,8 @@ def _decides(index: Any, samples: int) -> bool:
         return True
     if not isinstance(first, Tensor) or first.dim() == 0:
         return False
-    if first.dim() > 1 and first.shape[0] in (
-        1,
-        samples,
-    ):  # a row of numbers for each sample, or for all
+    # A row of numbers for each sample, or for all.
+    if first.dim() > 1 and first.shape[0] in (1, samples):
         return False
     everyone = torch.arange(samples, device=first.device)
     return first.shape != everyone.shape or not torch.equal(first.long(), everyone)
