@@ -581,7 +581,8 @@ def test_a_state_for_another_rule_is_refused() -> None:
 
 def test_the_public_names() -> None:
     assert mas_ext.FusedMASPenalty is FusedMASPenalty
-    assert set(mas_ext.__all__) == {"FusedMASPenalty", "estimate_importance", "info"}
+    names = {"FusedMASPenalty", "estimate_fisher", "estimate_importance", "info"}
+    assert set(mas_ext.__all__) == names
 
 
 def test_bfloat16_omega_holds_six_bytes_a_parameter() -> None:

@@ -51,6 +51,8 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
         for b in module.buffers(recurse=False)
     ]
     devices = [device] if device.type == "cuda" else []
+    # Autocast keeps rounded weights; those that a pass without gradients left behind would have none.
+    cached = torch.is_autocast_cache_enabled()
     # Compiled parts run as they were written, so that what they compute can be followed. Nothing is compiled
     # where the compiler was never imported, which takes seconds.
     compiled = "torch._dynamo" in sys.modules
@@ -62,9 +64,11 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
         as_written,
     ):
         try:
+            torch.set_autocast_cache_enabled(False)
             model.eval()
             yield
         finally:
+            torch.set_autocast_cache_enabled(cached)
             for module, training in modes.items():
                 module.training = training
             for buffer, before in statistics:
