@@ -25,7 +25,7 @@ class Local:
     """sum over samples of abs(d |y|^2 / d theta), where y is the output of the layer that theta belongs to.
 
     y is taken after ReLU where that is the next operation on it; the layer's input is held constant. Linear
-    layer: 2 abs(y_i x_j) summed over samples (Aljundi et al. 2018, section 4.2, equation 6).
+    layer: 2 abs(y_i x_j) summed over samples (Aljundi et al. 2018, on the connection to Hebbian learning).
     """
 
     def __init__(self, backend: Backend) -> None:
