@@ -4,8 +4,8 @@
 measures how important they are, without labels; `info` tells which kernels do the work.
 """
 
-from mas_ext.importance import estimate_fisher, estimate_importance
+from mas_ext.importance import FisherSum, estimate_fisher, estimate_importance
 from mas_ext.info import info
 from mas_ext.penalty import FusedMASPenalty
 
-__all__ = ["FusedMASPenalty", "estimate_fisher", "estimate_importance", "info"]
+__all__ = ["FisherSum", "FusedMASPenalty", "estimate_fisher", "estimate_importance", "info"]

@@ -7,6 +7,7 @@ scale * (sum_i W_i (theta_i - A_i)^2 + r) in two buffers (store "merged"), or ta
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
 from collections.abc import Mapping
@@ -99,7 +100,8 @@ class Consolidation:
 
         Args:
             theta: the model's parameters by name; those neither known nor in `importance` are ignored.
-            importance: Omega_t by name, >= 0, in the parameters' shapes; a name left out counts as 0.
+            importance: Omega_t by name, in the parameters' shapes; a name left out counts as 0. At least 0,
+                but under "latest", where W <- max(0, W + Omega_t) (Zenke et al. 2017 integrate signed terms).
             weight: multiplies Omega_t (and 1/S_t under "consistent").
             move_anchor: under "latest" and "decay", whether the anchor moves to theta.
 
@@ -179,10 +181,11 @@ class Consolidation:
                 )
             sums.append(omega.sum(dtype=torch.float64).cpu())
             smallest = float(omega.min()) if omega.numel() else 0.0
-            if not (smallest >= 0 and torch.isfinite(sums[-1])):
+            lowest = float("-inf") if self.rule.merge == "latest" else 0.0
+            if not (smallest >= lowest and torch.isfinite(sums[-1])):
                 raise ValueError(
                     f"importance of {name!r}: got values with minimum {smallest} and sum "
-                    f"{float(sums[-1])}, expected finite values from 0 up"
+                    f"{float(sums[-1])}, expected finite values{' from 0 up' if lowest == 0 else ''}"
                 )
             if not torch.isfinite(theta[name]).all():
                 raise ValueError(f"parameter {name!r}: got NaN or Inf, expected finite values")
@@ -255,6 +258,8 @@ class Consolidation:
                 group.native,
             )
             group.remainder.copy_(group.remainders.sum())
+            if self.rule.merge == "latest":
+                group.omega.clamp_(min=0)
 
     def _write_alpha(self, memory: Memory) -> None:
         if self.rule.store == "merged":
@@ -328,7 +333,9 @@ def _numbers(config: Mapping[str, Any]) -> tuple[float, list[Entry]]:
             f"state: got a 'config' with wrong lam or entries ({error}), expected numbers"
         ) from error
     for total, _ in entries:
-        if not 0 <= total < float("inf") or (total == 0 and config["merge"] == "consistent"):
+        lowest = float("-inf") if config["merge"] == "latest" else 0.0
+        finite = math.isfinite(total) and total >= lowest
+        if not finite or (total == 0 and config["merge"] == "consistent"):
             raise ValueError(f"state: got a 'config' with total {total}, expected finite and > 0")
     return lam, entries
 

@@ -36,7 +36,8 @@ class FusedMASPenalty(nn.Module):
     Args:
         model: any module; a strong reference is kept, and not registered as a submodule.
         lam: strength, finite and >= 0. No one-half anywhere: the gradient is 2 lam W (theta - A).
-        importance: "exact", "batch" or "local", see estimate_importance.
+        importance: "exact", "batch" or "local", see estimate_importance; or an estimator of its own, with
+            its own objective, forward and exclude: FisherSum makes this the penalty of EWC.
         objective: "l2", "l1", "vector" or a callable, see estimate_importance.
         forward: forward(model, batch) -> output, see estimate_importance.
         merge: "consistent" (alpha_t equalise the tasks' total importance), "sum", "latest" or "decay".
@@ -56,7 +57,7 @@ class FusedMASPenalty(nn.Module):
         self,
         model: nn.Module,
         lam: float = 1.0,
-        importance: Method = "exact",
+        importance: Method | ImportanceSum = "exact",
         objective: Objective = "l2",
         forward: Forward | None = None,
         merge: Merge = "consistent",
@@ -70,15 +71,16 @@ class FusedMASPenalty(nn.Module):
         """See the class."""
         super().__init__()
         check_patterns(model, exclude)
-        if importance not in METHODS:
+        if isinstance(importance, ImportanceSum):
+            if importance.exclude != tuple(exclude):
+                raise ValueError(
+                    f"exclude: got {tuple(exclude)}, expected {importance.exclude} as in importance"
+                )
+            self._pending = importance.empty()
+        elif importance in METHODS:
+            self._pending = ImportanceSum(importance, objective, forward, exclude, backend=backend)
+        else:
             raise ValueError(f"importance: got {importance!r}, expected one of {tuple(METHODS)}")
-        self._pending = ImportanceSum(
-            importance,
-            objective,
-            forward,
-            exclude,
-            backend=backend,
-        )
         rule = Rule(merge, store, alpha_sum, gamma, omega_dtype, backend)
         self._state = Consolidation(rule, check_lam(lam))
         self._held = HeldModel(model, exclude)
@@ -184,7 +186,11 @@ class FusedMASPenalty(nn.Module):
     # -- tasks -------------------------------------------------------------------------------------
 
     def consolidate(
-        self, batches: Iterable[Any] | None = None, weight: float = 1.0, progress: bool = False
+        self,
+        batches: Iterable[Any] | None = None,
+        weight: float = 1.0,
+        progress: bool = False,
+        importance: Mapping[str, Tensor] | None = None,
     ) -> None:
         """End of a task: its importance is merged, and the parameters as they are become its anchor.
 
@@ -193,18 +199,25 @@ class FusedMASPenalty(nn.Module):
                 comes from the batches that were observed.
             weight: multiplies this task's importance (and 1/S_t under "consistent").
             progress: show a progress bar.
+            importance: instead of batches, Omega_t by name, computed elsewhere; a name left out counts as 0.
+                Under merge "latest" it may be negative: W <- max(0, W + Omega_t).
 
         Raises:
-            RuntimeError: both observed batches and `batches`, or neither.
+            RuntimeError: not exactly one of observed batches, `batches` and `importance`.
             ValueError: see estimate_importance; importance that is not finite or vanishes.
         """
-        if batches is not None and self._pending.samples:
+        observed = self._pending.samples or None
+        given = {"batches": batches, "importance": importance, "observed samples": observed}
+        found = [name for name, value in given.items() if value is not None]
+        if len(found) != 1:
             raise RuntimeError(
-                f"batches: got some, but {self._pending.samples} samples were observed already; call "
-                "consolidate() without batches"
+                f"batches: got importance from {' and '.join(found) or 'nowhere'}, expected one of batches, "
+                "importance= and samples observed by observe(batch)"
             )
-        if batches is None and not self._pending.samples:
-            raise RuntimeError("batches: got none, expected some, or observe(batch) before")
+        if importance is not None:
+            self._state.add_task(self._held.parameters(), importance, weight)
+            self._held.state_changed()
+            return
         total = self._pending
         if batches is not None:
             total = self._pending.empty()
@@ -286,12 +299,13 @@ class FusedMASPenalty(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write state and settings to a safetensors file, replacing it atomically.
 
-        Callables (`forward`, a callable `objective`) are not saved: give them to `load` again.
+        Callables (`forward`, a callable `objective`) and an `importance` that is an estimator of its own are
+        not saved: give them to `load` again.
         """
         rule, estimator = self._state.rule, self._pending
         objective = estimator.objective
         settings = {
-            "importance": estimator.method,
+            "importance": estimator.method if type(estimator) is ImportanceSum else None,
             "objective": None if callable(objective) else objective,
             "alpha_sum": rule.alpha_sum,
             "gamma": rule.gamma,
@@ -311,6 +325,7 @@ class FusedMASPenalty(nn.Module):
         objective: Objective | None = None,
         forward: Forward | None = None,
         backend: Backend = "auto",
+        importance: ImportanceSum | None = None,
     ) -> FusedMASPenalty:
         """A penalty from a file that `save` wrote, for a model with the same parameters.
 
@@ -325,6 +340,10 @@ class FusedMASPenalty(nn.Module):
         saved = settings.pop("objective")
         if saved is None and objective is None:
             raise ValueError("objective: got none, expected the callable that the file can't hold")
+        if settings["importance"] is None:
+            if importance is None:
+                raise ValueError("importance: got none, expected the estimator that was used")
+            settings["importance"] = importance
         penalty = cls(
             model, objective=objective or saved, forward=forward, backend=backend, **settings
         )
@@ -379,7 +398,7 @@ class FusedMASPenalty(nn.Module):
         theta = self._held.parameters()
         importance = total.mean()
         if importance and self._state.rule.merge == "consistent":
-            _refuse_rounding_noise(importance, theta, total.objective_sum / total.samples)
+            total.refuse_rounding_noise(theta)
         self._state.add_task(theta, importance, weight, move_anchor)
         self._held.state_changed()
 
@@ -430,26 +449,3 @@ def _grad(parameter: Tensor) -> Tensor:
     elif parameter.grad.is_sparse:
         parameter.grad = parameter.grad.to_dense()
     return parameter.grad
-
-
-def _refuse_rounding_noise(
-    importance: Mapping[str, Tensor], theta: Mapping[str, Tensor], objective: float
-) -> None:
-    """An output of constant norm has no sensitivity: what is left of it is rounding.
-
-    sum_i Omega_i |theta_i| is at least of the order of the objective for a network that is homogeneous in
-    its parameters (Euler), and of the order of its rounding error for an output of constant norm.
-    """
-    change = sum(
-        float((omega.double() * (theta[name].detach().double().abs() + 0.01)).sum())
-        for name, omega in importance.items()
-    )
-    wide = all(omega.dtype == torch.float64 for omega in importance.values())
-    level = torch.finfo(torch.float64 if wide else torch.float32).eps ** 0.5
-    # What is not finite is refused by name later.
-    if change <= level * objective < float("inf"):
-        raise ValueError(
-            f"importance: got a relative sensitivity of {change / max(objective, 1e-300):.3g}, expected "
-            f"more than {level:.3g}, the level of rounding; the usual cause is an output of constant "
-            "norm, such as a normalised embedding: choose another objective"
-        )

@@ -30,7 +30,7 @@ class Rule:
 
     alpha per task, with S_t = sum_i Omega_t,i and weights w_t: "consistent": alpha_t S_t / w_t equal for
     all t and sum_t alpha_t = lam sum_t w_t (alpha_sum "tasks") or lam ("lam"), the consistency extension
-    of MAS; "sum": lam w_t; "latest" (Aljundi et al. 2018, section 4): W <- W + Omega_t with one anchor;
+    of MAS; "sum": lam w_t; "latest" (Aljundi et al. 2018, section 4): W <- max(0, W + Omega_t) with one anchor;
     "decay" (online EWC, Schwarz et al. 2018): W <- gamma W + Omega_t with one anchor.
     """
 

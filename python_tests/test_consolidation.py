@@ -420,6 +420,23 @@ def test_every_dtype_of_state() -> None:
         assert g.anchor.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def test_signed_importance_of_latest_is_clamped_in_its_total() -> None:
+    torch.manual_seed(0)
+    state, total = Consolidation(Rule("latest", omega_dtype=WIDE), 1.0), None
+    for _ in range(5):
+        omega = random()
+        state.add_task(random(), omega, weight=0.5)
+        step = 0.5 * flat(omega)
+        total = np.maximum(0, step if total is None else total + step)
+    found = flat({name: w for name, (w, _) in state.quadratic().items()})
+    assert (found == 0).any()
+    np.testing.assert_allclose(found, total, rtol=1e-12)
+
+    again = Consolidation(state.rule, 1.0)
+    again.load_tensors(state.tensors(), random())
+    assert flat({name: w for name, (w, _) in again.quadratic().items()}).tolist() == found.tolist()
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 

@@ -161,7 +161,7 @@ def test_observing_is_consolidating_from_batches() -> None:
     online = FusedMASPenalty(model, omega_dtype=torch.float64)
     for batch in data(0):
         online.observe(batch)
-    with pytest.raises(RuntimeError, match="8 samples were observed already"):
+    with pytest.raises(RuntimeError, match="got importance from batches and observed samples"):
         online.consolidate(data(0))
     online.consolidate()
     for name, omega in online.omega.items():
@@ -169,8 +169,60 @@ def test_observing_is_consolidating_from_batches() -> None:
             omega * online._state.memory.entries[0].total, history[0][0][name]
         )
         torch.testing.assert_close(omega, penalty.omega[name])
-    with pytest.raises(RuntimeError, match="batches: got none"):
+    with pytest.raises(RuntimeError, match="got importance from nowhere"):
         online.consolidate()
+
+
+def test_importance_computed_elsewhere() -> None:
+    model = make_model()
+    penalty = FusedMASPenalty(model, omega_dtype=torch.float64, merge="sum", lam=0.3)
+    history = [snapshot(model, data(0))]
+    penalty.consolidate(importance=history[0][0])
+    shift(model, 1)
+    expected = expected_penalty(model, history, [0.3])
+    assert penalty().item() == pytest.approx(expected.item(), rel=1e-12)
+    penalty.observe(data(1)[0])
+    with pytest.raises(RuntimeError, match="from importance and observed samples"):
+        penalty.consolidate(importance=history[0][0])
+
+
+def test_an_estimator_of_its_own_makes_the_penalty_of_ewc(tmp_path: Path) -> None:
+    def build(model: nn.Module, merge: Any) -> FusedMASPenalty:
+        fisher = mas_ext.FisherSum("true")
+        return FusedMASPenalty(model, importance=fisher, merge=merge, omega_dtype=torch.float64)
+
+    batches = [(x, torch.arange(len(x)) % 3) for x in data(0)]
+    for merge in ("sum", "consistent"):
+        model = make_model()
+        penalty, online = build(model, merge), build(model, merge)
+        theta = dict(model.named_parameters())
+        fisher = {name: torch.zeros_like(p) for name, p in theta.items()}
+        for x, y in ((x, y) for xs, ys in batches for x, y in zip(xs, ys, strict=True)):
+            log_p = model(x[None]).log_softmax(1)[0, y]
+            grads = torch.autograd.grad(log_p, list(theta.values()))
+            for name, grad in zip(theta, grads, strict=True):
+                fisher[name] += grad**2 / 8
+        total = sum(float(f.sum()) for f in fisher.values()) if merge == "consistent" else 1.0
+        penalty.consolidate(batches)
+        for batch in batches:
+            online.observe(batch)
+        online.consolidate()
+        for name, f in fisher.items():
+            torch.testing.assert_close(penalty.omega[name], f / total)
+            torch.testing.assert_close(online.omega[name], f / total)
+
+        penalty.save(tmp_path / "ewc.safetensors")
+        with pytest.raises(ValueError, match="importance: got none, expected the estimator"):
+            FusedMASPenalty.load(tmp_path / "ewc.safetensors", model)
+        again = FusedMASPenalty.load(
+            tmp_path / "ewc.safetensors", model, importance=mas_ext.FisherSum("true")
+        )
+        again.consolidate(batches)
+        assert torch.equal(again.alpha, penalty.alpha[[0, 0]])
+    with pytest.raises(
+        ValueError, match=r"exclude: got \('0.bias',\), expected \(\) as in importance"
+    ):
+        FusedMASPenalty(model, importance=mas_ext.FisherSum(), exclude=("0.bias",))
 
 
 @pytest.mark.parametrize("merge", ["consistent", "sum", "latest", "decay"])
@@ -581,7 +633,7 @@ def test_a_state_for_another_rule_is_refused() -> None:
 
 def test_the_public_names() -> None:
     assert mas_ext.FusedMASPenalty is FusedMASPenalty
-    names = {"FusedMASPenalty", "estimate_fisher", "estimate_importance", "info"}
+    names = {"FisherSum", "FusedMASPenalty", "estimate_fisher", "estimate_importance", "info"}
     assert set(mas_ext.__all__) == names
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mas_ext.importance.alone import Forward
-from mas_ext.importance.fisher import estimate_fisher
+from mas_ext.importance.fisher import FisherSum, estimate_fisher
 from mas_ext.importance.objectives import Objective
 from mas_ext.importance.sums import METHODS, ImportanceSum, Method, gather
 from mas_ext.kernels.native import Backend
@@ -16,6 +16,7 @@ from mas_ext.parameters import check_patterns
 
 __all__ = [
     "METHODS",
+    "FisherSum",
     "Forward",
     "ImportanceSum",
     "Method",

@@ -77,6 +77,9 @@ class FisherSum(ImportanceSum):
             pair["labels"] = self._own_labels(model, batch)
         super().add(model, pair)
 
+    def refuse_rounding_noise(self, theta: Mapping[str, Tensor]) -> None:
+        """Nothing: squares vanish with the gradients of a network that has learned its labels."""
+
     def _own_labels(self, model: nn.Module, batch: Any) -> Tensor:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with evaluating(model, device), torch.no_grad():

@@ -201,6 +201,27 @@ class ImportanceSum:
                 sums[name] = t.to(theta[name].device, compute_dtype(theta[name].dtype), copy=True)
         self.sums, self.samples, self.objective_sum = sums, samples, objective
 
+    def refuse_rounding_noise(self, theta: Mapping[str, Tensor]) -> None:
+        """An output of constant norm has no sensitivity: what is left of it is rounding.
+
+        sum_i Omega_i |theta_i| is at least of the order of the objective for a network that is homogeneous in
+        its parameters (Euler), and of the order of its rounding error for an output of constant norm.
+        """
+        importance, objective = self.mean(), self.objective_sum / self.samples
+        change = sum(
+            float((omega.double() * (theta[name].detach().double().abs() + 0.01)).sum())
+            for name, omega in importance.items()
+        )
+        wide = all(omega.dtype == torch.float64 for omega in importance.values())
+        level = torch.finfo(torch.float64 if wide else torch.float32).eps ** 0.5
+        # What is not finite is refused by name later.
+        if change <= level * objective < float("inf"):
+            raise ValueError(
+                f"importance: got a relative sensitivity of {change / max(objective, 1e-300):.3g}, expected "
+                f"more than {level:.3g}, the level of rounding; the usual cause is an output of constant "
+                "norm, such as a normalised embedding: choose another objective"
+            )
+
     def mean(self) -> dict[str, Tensor]:
         """Omega = sum / samples, by name."""
         return {name: total / self.samples for name, total in self.sums.items()}
