@@ -1,4 +1,4 @@
-"""Labelled images for the demo and the tests: scikit-learn's digits, and MNIST in IDX files."""
+"""Labelled images: scikit-learn's digits, and MNIST in IDX files. Float32 in [0, 1], (N, C, H, W)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -16,21 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mas_ext.scenarios import Tensors
+
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
-
-@dataclass(frozen=True)
-class Images:
-    """Images (N, 1, H, W), float32 in [0, 1], and labels (N,), int64, for training and testing."""
-
-    x_train: Tensor
-    y_train: Tensor
-    x_test: Tensor
-    y_test: Tensor
+Pair = tuple[Tensors, Tensors]  # to train and to test on
 
 
-def load(dataset: str, folder: str | Path | None = None) -> Images:
-    """Read the data set called ``dataset``, one of `DATASETS`.
+def load(dataset: str, folder: str | Path | None = None) -> Pair:
+    """Read the data set called ``dataset``, one of `DATASETS`: samples to train and to test on.
 
     ``folder`` is where MNIST's files are looked for (see `load_mnist`); the digits need none.
     Raises ValueError for an unknown name or a broken file, FileNotFoundError for missing files,
@@ -41,7 +34,7 @@ def load(dataset: str, folder: str | Path | None = None) -> Images:
     return DATASETS[dataset](folder)
 
 
-def load_digits(folder: str | Path | None = None) -> Images:
+def load_digits(folder: str | Path | None = None) -> Pair:
     """The 1,797 digits of 8 x 8 pixels bundled with scikit-learn; always the same quarter tests.
 
     Raises ValueError if a ``folder`` is given: nothing would be read from it.
@@ -56,22 +49,20 @@ def load_digits(folder: str | Path | None = None) -> Images:
     x = torch.from_numpy(bundle.images[shuffled] / 16.0).float().unsqueeze(1)
     y = torch.from_numpy(bundle.target[shuffled]).long()
     test = len(y) // 4
-    return Images(x[test:], y[test:], x[:test], y[:test])
+    return Tensors(x[test:], y[test:]), Tensors(x[:test], y[:test])
 
 
-def load_mnist(folder: str | Path | None = None) -> Images:
+def load_mnist(folder: str | Path | None = None) -> Pair:
     """MNIST from IDX files, plain or gzip, in torchvision's layout ``<folder>/MNIST/raw``.
 
     Only ``folder`` is searched if it is given, else ``$MAS_EXT_DATA``, ``./data`` and ``~/data``.
     Raises FileNotFoundError saying where to get the files, ValueError naming a broken one.
     """
     raw = _find_raw(folder)
-    x_train, y_train = _read_labelled(raw, "train")
-    x_test, y_test = _read_labelled(raw, "t10k")
-    return Images(x_train, y_train, x_test, y_test)
+    return _read_labelled(raw, "train"), _read_labelled(raw, "t10k")
 
 
-DATASETS: dict[str, Callable[[str | Path | None], Images]] = {
+DATASETS: dict[str, Callable[[str | Path | None], Pair]] = {
     "digits": load_digits,
     "mnist": load_mnist,
 }
@@ -131,7 +122,7 @@ def _find_raw(folder: str | Path | None) -> Path:
     )
 
 
-def _read_labelled(raw: Path, part: str) -> tuple[Tensor, Tensor]:
+def _read_labelled(raw: Path, part: str) -> Tensors:
     images_path = _find_file(raw / f"{part}-images-idx3-ubyte")
     labels_path = _find_file(raw / f"{part}-labels-idx1-ubyte")
     images, labels = read_idx(images_path, dims=3), read_idx(labels_path, dims=1)
@@ -140,7 +131,7 @@ def _read_labelled(raw: Path, part: str) -> tuple[Tensor, Tensor]:
             f"{labels_path}: expected a label for each of the {len(images)} images in "
             f"{images_path.name}, got {len(labels)}"
         )
-    return images.unsqueeze(1).float() / 255.0, labels.long()
+    return Tensors(images.unsqueeze(1).float() / 255.0, labels)
 
 
 def _find_file(plain: Path) -> Path:

@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mas_ext import data, metrics
-from mas_ext.models import MLP
+from mas_ext.models import mlp
 from mas_ext.penalty import FusedMASPenalty
-from mas_ext.scenarios import Scenario, split
+from mas_ext.scenarios import Scenario, Tensors, split
 
 HIDDEN = (100, 100)
 LEARNING_RATE, MOMENTUM = 0.02, 0.9
@@ -88,7 +89,7 @@ def run_demo(
     if epochs is not None and epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     data.import_extra("matplotlib")  # better now than when everything has been learned
-    scenario = split(data.load(dataset, folder))
+    scenario = split(*data.load(dataset, folder))
     epochs = epochs or EPOCHS[dataset]
 
     start = time.perf_counter()
@@ -127,7 +128,9 @@ def learn(
     """Learn the tasks in turn with SGD: the (T, T) matrix accuracy[t, k], NaN for k > t."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MLP(scenario.in_features, HIDDEN, [len(task.classes) for task in scenario.tasks])
+        model = mlp(scenario.shape, HIDDEN)
+        for task in scenario.tasks:
+            model.add_head(len(task.classes))
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM)
     accuracy = torch.full((len(scenario.tasks), len(scenario.tasks)), math.nan)
@@ -145,15 +148,17 @@ def learn(
         penalty.attach(optimizer, mode=regularizer.mode)
 
     for current, task in enumerate(scenario.tasks):
+        x, y = whole(task.train)
+        y = task.positions(y)
         for _ in range(epochs):
-            for chosen in torch.randperm(len(task.y_train), generator=order).split(BATCH_SIZE):
-                loss = F.cross_entropy(model(task.x_train[chosen], current), task.y_train[chosen])
+            for chosen in torch.randperm(len(y), generator=order).split(BATCH_SIZE):
+                loss = F.cross_entropy(model(x[chosen], current), y[chosen])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             epoch_done()
         if penalty is not None:
-            penalty.consolidate(task.x_train[:IMPORTANCE_SAMPLES].split(BATCH_SIZE))
+            penalty.consolidate(x[:IMPORTANCE_SAMPLES].split(BATCH_SIZE))
         accuracy[current, : current + 1] = evaluate(model, scenario, current)
     return accuracy
 
@@ -161,8 +166,17 @@ def learn(
 @torch.no_grad()
 def evaluate(model: nn.Module, scenario: Scenario, current: int) -> Tensor:
     """Accuracy on the test images of every task up to ``current``, (current + 1,)."""
-    tasks = enumerate(scenario.tasks[: current + 1])
-    return torch.tensor([metrics.accuracy(model(task.x_test, k), task.y_test) for k, task in tasks])
+    accuracies = []
+    for k, task in enumerate(scenario.tasks[: current + 1]):
+        x, y = whole(task.test)
+        accuracies.append(metrics.accuracy(model(x, k), task.positions(y)))
+    return torch.tensor(accuracies)
+
+
+def whole(dataset: Dataset[Any]) -> tuple[Tensor, Tensor]:
+    """All inputs and all labels of data in memory."""
+    assert isinstance(dataset, Tensors)
+    return dataset.batch(torch.arange(len(dataset)))
 
 
 def draw(accuracy: Mapping[str, Tensor], tasks: tuple[str, ...], out: Path) -> None:

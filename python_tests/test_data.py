@@ -36,15 +36,12 @@ def write_mnist(root: Path, zipped: bool) -> None:
 @pytest.mark.parametrize("zipped", [False, True])
 def test_mnist_folder(tmp_path: Path, zipped: bool) -> None:
     write_mnist(tmp_path, zipped)
-    images = data.load("mnist", tmp_path)
-    for x, y, count in (
-        (images.x_train, images.y_train, 6),
-        (images.x_test, images.y_test, 4),
-    ):
-        assert x.dtype == torch.float32
-        assert y.dtype == torch.int64
-        torch.testing.assert_close(x, torch.arange(6.0 * count).reshape(count, 1, 2, 3) / 255)
-        assert y.tolist() == list(range(count))
+    for images, count in zip(data.load("mnist", tmp_path), (6, 4), strict=True):
+        assert images.y.dtype == torch.int64
+        torch.testing.assert_close(
+            images.x, torch.arange(6.0 * count).reshape(count, 1, 2, 3) / 255
+        )
+        assert images.y.tolist() == list(range(count))
 
 
 def test_read_idx_by_hand(tmp_path: Path) -> None:
@@ -140,24 +137,23 @@ def test_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_mnist(folder, zipped=False)
         labels = folder / "MNIST" / "raw" / "train-labels-idx1-ubyte"
         labels.write_bytes(idx(bytes([marker] * 6), 6))
-        assert data.load("mnist").y_train.tolist() == [marker] * 6
+        assert data.load("mnist")[0].y.tolist() == [marker] * 6
 
     with pytest.raises(FileNotFoundError, match=f"^no MNIST/raw folder in {given}:"):
         data.load("mnist", given)
 
 
 def test_digits_are_all_there_and_always_the_same() -> None:
-    images, again = data.load("digits"), data.load("digits")
-    assert images.x_train.shape == (1348, 1, 8, 8)
-    assert images.x_test.shape == (449, 1, 8, 8)
-    assert images.x_train.dtype == torch.float32
-    assert images.y_train.dtype == torch.int64
-    assert images.x_train.min() == 0
-    assert images.x_train.max() == 1
-    assert torch.equal(images.x_train, again.x_train)
-    assert torch.equal(images.y_test, again.y_test)
+    (train, test), (again, _) = data.load("digits"), data.load("digits")
+    assert train.x.shape == (1348, 1, 8, 8)
+    assert test.x.shape == (449, 1, 8, 8)
+    assert train.x.dtype == torch.float32
+    assert train.x.min() == 0
+    assert train.x.max() == 1
+    assert torch.equal(train.x, again.x)
+    assert torch.equal(train.y, again.y)
     # scikit-learn's own count of every digit.
-    counted = torch.cat([images.y_train, images.y_test]).bincount().tolist()
+    counted = torch.cat([train.y, test.y]).bincount().tolist()
     assert counted == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
@@ -181,16 +177,16 @@ def test_a_missing_extra_is_named() -> None:
 if (SHARED / "MNIST").is_dir():
 
     def test_real_mnist() -> None:
-        images = data.load("mnist", SHARED)
-        assert images.x_train.shape == (60000, 1, 28, 28)
-        assert images.x_test.shape == (10000, 1, 28, 28)
+        train, test = data.load("mnist", SHARED)
+        assert train.x.shape == (60000, 1, 28, 28)
+        assert test.x.shape == (10000, 1, 28, 28)
         # Published: how often each digit occurs, the mean and the deviation of the pixels.
         counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-        assert images.y_train.bincount().tolist() == counts
+        assert train.y.bincount().tolist() == counts
         counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-        assert images.y_test.bincount().tolist() == counts
-        assert float(images.x_train.mean()) == pytest.approx(0.1307, abs=1e-4)
-        assert float(images.x_train.std()) == pytest.approx(0.3081, abs=1e-4)
+        assert test.y.bincount().tolist() == counts
+        assert float(train.x.mean()) == pytest.approx(0.1307, abs=1e-4)
+        assert float(train.x.std()) == pytest.approx(0.3081, abs=1e-4)
 
 
 if (SHARED / "broken-truncated-idx3-ubyte.gz").is_file():

@@ -54,7 +54,7 @@ def test_figure_is_a_picture(result: DemoResult) -> None:
 
 
 def test_the_seed_decides() -> None:
-    scenario = split(load("digits"))
+    scenario = split(*load("digits"))
     state = torch.random.get_rng_state()
     one, same, other = (
         learn(scenario, METHODS["MAS"], 1, seed, lambda: None).nan_to_num() for seed in (1, 1, 2)
@@ -68,7 +68,7 @@ def test_the_number_of_threads_is_put_back() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        learn(split(load("digits")), None, 1, 0, lambda: None)
+        learn(split(*load("digits")), None, 1, 0, lambda: None)
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)

@@ -1,75 +1,219 @@
-"""Splitting into tasks, against a plain loop over the samples."""
+"""Data in memory, tasks and scenarios, against plain loops over the samples."""
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from mas_ext.data import Images
-from mas_ext.scenarios import split
+from mas_ext.scenarios import Scenario, Task, Tensors, from_datasets, labels, split
 
 
-def numbered(y_train: list[int], y_test: list[int]) -> Images:
+def numbered(y: list[int]) -> Tensors:
     """Images of 2 x 2 pixels, all of one colour: their number in the data set."""
-    x_train, x_test = torch.arange(float(len(y_train))), torch.arange(float(len(y_test)))
-    return Images(
-        x_train.reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2),
-        torch.tensor(y_train, dtype=torch.int64),
-        x_test.reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2),
-        torch.tensor(y_test, dtype=torch.int64),
-    )
+    x = torch.arange(float(len(y))).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    return Tensors(x, torch.tensor(y, dtype=torch.int64))
+
+
+class OneByOne(Dataset):
+    """A data set as users write them: nothing but samples, with plain numbers as labels."""
+
+    def __init__(self, y: list[int], target_transform=None) -> None:
+        self.y, self.target_transform = y, target_transform
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        y = self.y[i] if self.target_transform is None else self.target_transform(self.y[i])
+        return torch.full((1, 2, 2), float(i)), y
+
+
+class Targets(OneByOne):
+    """As torchvision's: labels before their transform."""
+
+    @property
+    def targets(self) -> list[int]:
+        return self.y
+
+
+# Data in memory
+
+
+def test_samples_and_batches_are_the_same() -> None:
+    x, y = torch.randn(5, 3), torch.tensor([4, 0, 2, 2, 1], dtype=torch.uint8)
+    for transform, expected in ((None, x), (lambda x: 2 * x.flip(1), 2 * x.flip(1))):
+        data = Tensors(x, y, transform)
+        assert len(data) == 5
+        index = torch.tensor([3, 0, 3])
+        batch_x, batch_y = data.batch(index)
+        assert torch.equal(batch_x, expected[index])
+        assert batch_y.tolist() == [2, 4, 2]
+        assert batch_y.dtype == torch.int64
+        for i in (0, 4, -1):
+            assert torch.equal(data[i][0], expected[i])
+            assert data[i][1] == y[i]
+        part = data.subset(y == 2)
+        assert torch.equal(part.batch(torch.arange(2))[0], expected[2:4])
+        loaded = torch.cat([x for x, _ in DataLoader(data, batch_size=2)])
+        assert torch.equal(loaded, expected)
+
+
+def test_a_transform_is_given_whole_batches_and_only_what_is_read() -> None:
+    given = []
+
+    def transform(x: torch.Tensor) -> torch.Tensor:
+        given.append(tuple(x.shape))
+        return x.sum(dim=1)
+
+    data = Tensors(torch.ones(6, 2, 3), torch.zeros(6, dtype=torch.int64), transform)
+    assert given == []
+    x, _ = data.batch(torch.tensor([1, 5, 0, 2]))
+    assert x.shape == (4, 3)
+    data[3]
+    assert given == [(4, 2, 3), (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "expected"),
+    [
+        (torch.ones(3, 2), torch.zeros(2, dtype=torch.int64), "each of the 2 labels, got shape"),
+        (torch.tensor(1.0), torch.zeros(1, dtype=torch.int64), r"each of the 1 labels.*\(\)"),
+        (torch.ones(3, 2), torch.zeros(3), r"y must be integers \(N,\), got torch.float32"),
+        (torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.int64), r"of shape \(3, 1\)"),
+    ],
+)
+def test_data_that_do_not_fit(x: torch.Tensor, y: torch.Tensor, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        Tensors(x, y)
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        numbered([5, 0, 3, 3]),
+        TensorDataset(torch.ones(4, 2), torch.tensor([5, 0, 3, 3])),
+        Subset(Targets([9, 3, 5, 0, 3]), [2, 3, 1, 4]),
+        Targets([5, 0, 3, 3]),
+        Targets([4, -1, 2, 2], target_transform=lambda y: y + 1),
+        OneByOne([5, 0, 3, 3]),
+    ],
+    ids=["tensors", "tensor data set", "subset", "targets", "transformed targets", "one by one"],
+)
+def test_labels_of_any_data_set(dataset: Dataset) -> None:
+    found = labels(dataset)
+    assert found.dtype == torch.int64
+    assert found.tolist() == [5, 0, 3, 3]
+    assert [int(dataset[i][1]) for i in range(4)] == [5, 0, 3, 3]
+
+
+# Tasks and scenarios
+
+
+def test_positions_count_the_classes_of_the_task() -> None:
+    task = Task("animals", numbered([0]), numbered([0]), (3, 7, 40))
+    assert task.positions(torch.tensor([40, 3, 7, 7])).tolist() == [2, 0, 1, 1]
+    assert task.positions(torch.tensor([], dtype=torch.int64)).tolist() == []
+    for label in (-1, 4, 41):
+        with pytest.raises(
+            ValueError, match=rf"classes \[3, 7, 40\] of task 'animals', got {label}$"
+        ):
+            task.positions(torch.tensor([3, label, 7]))
+
+
+def test_any_data_sets_are_tasks() -> None:
+    pairs = [
+        (OneByOne([7, 2, 7]), OneByOne([2])),
+        (numbered([0, 1, 2]), Targets([1, 1])),
+    ]
+    scenario = from_datasets(pairs, names=["mine", "yours"], name="ours")
+    assert scenario.name == "ours"
+    assert [task.name for task in scenario.tasks] == ["mine", "yours"]
+    assert [task.classes for task in scenario.tasks] == [(2, 7), (0, 1, 2)]
+    assert [(task.train, task.test) for task in scenario.tasks] == pairs
+    assert scenario.shape == (1, 2, 2)
+    assert [task.name for task in from_datasets(pairs).tasks] == ["0", "1"]
+
+
+def test_data_sets_that_are_no_tasks() -> None:
+    good = (numbered([0, 1]), numbered([1]))
+    with pytest.raises(ValueError, match="one for each of the 1 tasks, got 2"):
+        from_datasets([good], names=["one", "two"])
+    with pytest.raises(ValueError, match="tasks must be at least one"):
+        from_datasets([])
+    for pair in ((numbered([]), numbered([])), (numbered([0]), numbered([]))):
+        with pytest.raises(ValueError, match="task '1' must have samples to train and to test on"):
+            from_datasets([good, pair])
+    with pytest.raises(ValueError, match=r"test labels of task '0'.*\[0, 1\], got 2$"):
+        from_datasets([(numbered([0, 1]), numbered([1, 2]))])
+    for pair in (
+        (Tensors(torch.ones(1, 5), torch.tensor([0])), numbered([0])),
+        (numbered([0]), Tensors(torch.ones(1, 5), torch.tensor([0]))),
+    ):
+        with pytest.raises(ValueError, match=r"shape \(1, 2, 2\) as the first has, got \(5,\)"):
+            from_datasets([good, pair])
+
+
+# Splitting
 
 
 def test_split_by_hand() -> None:
-    scenario = split(numbered([3, 0, 1, 2, 1, 3], [2, 1, 0, 3]), tasks=2)
+    scenario = split(numbered([3, 0, 1, 2, 1, 3]), numbered([2, 1, 0, 3]), tasks=2, name="hand")
     first, second = scenario.tasks
+    assert scenario.name == "hand"
     assert first.classes == (0, 1)
     assert second.classes == (2, 3)
     assert first.name == "0/1"
     assert second.name == "2/3"
-    assert first.x_train[:, 0, 0, 0].tolist() == [1, 2, 4]
-    assert first.y_train.tolist() == [0, 1, 1]
-    assert second.x_train[:, 0, 0, 0].tolist() == [0, 3, 5]
-    assert second.y_train.tolist() == [1, 0, 1]
-    assert first.x_test[:, 0, 0, 0].tolist() == [1, 2]
-    assert first.y_test.tolist() == [1, 0]
-    assert second.x_test[:, 0, 0, 0].tolist() == [0, 3]
-    assert second.y_test.tolist() == [0, 1]
-    assert scenario.in_features == 4
+    assert first.train.x[:, 0, 0, 0].tolist() == [1, 2, 4]
+    assert first.train.y.tolist() == [0, 1, 1]
+    assert second.train.x[:, 0, 0, 0].tolist() == [0, 3, 5]
+    assert second.train.y.tolist() == [3, 2, 3]
+    assert first.test.x[:, 0, 0, 0].tolist() == [1, 2]
+    assert first.test.y.tolist() == [1, 0]
+    assert second.test.x[:, 0, 0, 0].tolist() == [0, 3]
+    assert second.test.y.tolist() == [2, 3]
 
 
+@pytest.mark.parametrize("kind", [numbered, OneByOne])
 @pytest.mark.parametrize("tasks", [1, 2, 5, 10])
-def test_every_sample_is_in_exactly_one_task(tasks: int) -> None:
-    labels = torch.randint(10, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    images = numbered(labels, labels[:100] + list(range(10)))
-    scenario = split(images, tasks)
+def test_every_sample_is_in_exactly_one_task(tasks: int, kind) -> None:
+    y = torch.randint(10, (200,)).tolist()
+    scenario = split(kind(y), kind(list(range(10)) * 11), tasks)
     assert len(scenario.tasks) == tasks
     seen = []
     for task in scenario.tasks:
-        for x, y in zip(task.x_train, task.y_train, strict=True):
+        for i in range(len(task.train)):
+            x, label = task.train[i]
             number = int(x[0, 0, 0])
-            assert task.classes[int(y)] == labels[number]
+            assert label == y[number]
+            assert label in task.classes
             seen.append(number)
     assert sorted(seen) == list(range(200))
-    assert sum(len(task.y_test) for task in scenario.tasks) == 110
+    assert sum(len(task.test) for task in scenario.tasks) == 110
 
 
 def test_labels_need_not_be_consecutive() -> None:
-    scenario = split(numbered([40, 7, 9, 100], [9, 7, 100, 40]), tasks=2)
+    scenario = split(numbered([40, 7, 9, 100]), numbered([9, 7, 100, 40]), tasks=2)
     assert [task.classes for task in scenario.tasks] == [(7, 9), (40, 100)]
-    assert scenario.tasks[1].y_train.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("tasks", [0, -1, 3, 5])
 def test_classes_that_cannot_be_shared_out(tasks: int) -> None:
     with pytest.raises(ValueError, match=f"number of classes, 4, got {tasks}$"):
-        split(numbered([0, 1, 2, 3], [0, 1, 2, 3]), tasks)
+        split(numbered([0, 1, 2, 3]), numbered([0, 1, 2, 3]), tasks)
 
 
 def test_no_images_at_all() -> None:
     with pytest.raises(ValueError, match="number of classes, 0, got 5"):
-        split(numbered([], []))
+        split(numbered([]), numbered([]))
 
 
 @pytest.mark.parametrize("y_test", [[0, 1, 2], [0, 1, 2, 3, 4]])
 def test_test_labels_differ_from_training(y_test: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"expected test labels of the classes \[0, 1, 2, 3\]"):
-        split(numbered([0, 1, 2, 3], y_test), tasks=2)
+    with pytest.raises(ValueError, match=r"labels of the classes \[0, 1, 2, 3\], as in training"):
+        split(numbered([0, 1, 2, 3]), numbered(y_test), tasks=2)
+
+
+def test_inputs_that_are_no_tensors() -> None:
+    pictures = [(bytes(4), 0)]
+    with pytest.raises(ValueError, match="got bytes to test task 'one': give its data set a"):
+        Scenario((Task("one", numbered([0]), pictures, (0,)),))
