@@ -79,7 +79,7 @@ def encode(content: Mapping[str, Any]) -> Tensor:
 def decode(name: str, encoded: Tensor | None, keys: Collection[str]) -> dict[str, Any]:
     """What `encode` was given; a ValueError that calls it `name` unless it has exactly these keys."""
     if encoded is None:
-        raise ValueError(f"state: got no {name!r}, expected what FusedMASPenalty saved")
+        raise ValueError(f"state: got no {name!r}, expected what mas_ext saved")
     try:
         content = json.loads(bytes(encoded.tolist()))
     except (ValueError, TypeError) as error:
@@ -88,3 +88,44 @@ def decode(name: str, encoded: Tensor | None, keys: Collection[str]) -> dict[str
         got = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"state: got a {name!r} with {got}, expected {sorted(keys)}")
     return content
+
+
+def pack(tree: Any) -> dict[str, Tensor]:
+    """Nested dicts, lists and tuples of tensors, numbers, strings and None as named tensors, for `save`.
+
+    Raises:
+        TypeError: something else is in it.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def skeleton(node: Any, path: str) -> Any:
+        if isinstance(node, Tensor):
+            tensors[path] = node
+            return {"tensor": path}
+        if isinstance(node, Mapping):
+            # As pairs: JSON would make strings of an optimizer's numbers.
+            return {"dict": [[key, skeleton(item, f"{path}/{key}")] for key, item in node.items()]}
+        if isinstance(node, (list, tuple)):
+            kind = "list" if isinstance(node, list) else "tuple"
+            return {kind: [skeleton(item, f"{path}/{i}") for i, item in enumerate(node)]}
+        if node is None or isinstance(node, (bool, int, float, str)):
+            return node
+        raise TypeError(f"state, {path}: got {type(node).__name__}, which can't be saved")
+
+    return {"tree": encode({"tree": skeleton(tree, "")}), **tensors}
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> Any:
+    """What `pack` was given."""
+
+    def grown(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        ((kind, items),) = node.items()
+        if kind == "tensor":
+            return tensors[items]
+        if kind == "dict":
+            return {key: grown(item) for key, item in items}
+        return (list if kind == "list" else tuple)(grown(item) for item in items)
+
+    return grown(decode("tree", tensors.get("tree"), ("tree",))["tree"])

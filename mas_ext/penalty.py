@@ -261,6 +261,11 @@ class FusedMASPenalty(nn.Module):
         return self._held.model
 
     @property
+    def exclude(self) -> tuple[str, ...]:
+        """Patterns on the names of parameters that are not held."""
+        return self._pending.exclude
+
+    @property
     def lam(self) -> float:
         """Strength; may be set at any time, for captured graphs too."""
         return self._state.lam

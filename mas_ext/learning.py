@@ -1,0 +1,365 @@
+"""A run of training, step by step: its model, method, optimizer and data, and what it found so far."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mas_ext import checkpoint, metrics
+from mas_ext.methods.method import Method, Training
+from mas_ext.models import MultiHead
+from mas_ext.scenarios import Scenario
+from mas_ext.settings import PRECISIONS, Settings
+from mas_ext.stream import Part, Stream
+
+EVALUATION_BATCH = 512
+
+
+@dataclass
+class Result:
+    """What a run found, float64, NaN where nothing was measured. T tasks; accuracies in [0, 1].
+
+    accuracy: accuracy[t, k] on the test data of task k after training task t, (T, T); for k > t in the
+        domain-incremental setting only, where the head is there already.
+    validation: the same on validation data.
+    initial: accuracy on the test data before any training, (T,), in the domain-incremental setting.
+    step_seconds: mean duration of a training step, by task, (T,).
+    border_seconds: duration of what the method does when a task begins and ends, (T,).
+    held_bytes: what the method keeps after each task, beside the model, (T,).
+    """
+
+    accuracy: Tensor
+    validation: Tensor
+    initial: Tensor
+    step_seconds: Tensor
+    border_seconds: Tensor
+    held_bytes: Tensor
+
+    @classmethod
+    def nothing(cls, tasks: int) -> Result:
+        """As it is before the first task."""
+        square = ("accuracy", "validation")
+        shapes = [(tasks, tasks) if f.name in square else (tasks,) for f in fields(Result)]
+        return cls(*(torch.full(shape, math.nan, dtype=torch.float64) for shape in shapes))
+
+    @property
+    def average_accuracy(self) -> float:
+        """See metrics.average_accuracy."""
+        return metrics.average_accuracy(self.accuracy)
+
+    @property
+    def forgetting(self) -> float:
+        """See metrics.forgetting."""
+        return metrics.forgetting(self.accuracy)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """How an epoch went: epochs of its task that are over, mean loss, accuracy on validation data or None."""
+
+    task: int
+    epoch: int
+    loss: float
+    validation: float | None
+
+
+@dataclass
+class Progress:
+    """Where a run is: how many tasks, epochs of the present one and steps of that are over.
+
+    seconds, steps: of the present task. best, waited: its best validation accuracy, and epochs since then.
+    """
+
+    task: int = 0
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+    best: float = -1.0
+    waited: int = 0
+
+
+class Learning:
+    """One run of a Trainer; its state can be taken and put back after any step."""
+
+    def __init__(
+        self,
+        model: MultiHead,
+        method: Method,
+        settings: Settings,
+        scenario: Scenario,
+        device: torch.device,
+    ) -> None:
+        """Raises ValueError where scenario, settings and the model's heads do not fit together."""
+        self.model, self.method, self.settings, self.device = model, method, settings, device
+        self.tasks = scenario.tasks
+        self.epochs = settings.epochs_of(len(self.tasks))
+        self.found = Result.nothing(len(self.tasks))
+        self.at = Progress()
+        self._best_model: dict[str, Tensor] = {}
+        self._loss_sum = torch.zeros((), device=device)
+        widths = [len(task.classes) for task in self.tasks]
+        if settings.setting == "domain":
+            if len(set(widths)) > 1:
+                raise ValueError(
+                    f"setting: got 'domain' with tasks of {widths} classes, expected as many for all"
+                )
+            widths = widths[:1]
+        have = [head.out_features for head in model.heads]
+        if have != widths[: len(have)]:
+            raise ValueError(
+                f"model: got heads with {have} outputs, expected {widths} from the first on"
+            )
+        self._widths = widths
+        model.to(device)
+        if settings.setting == "domain":
+            self._add_heads(1)
+            for k in range(len(self.tasks)):
+                self.found.initial[k] = self._accuracy(k, "test")
+
+    # -- a task, from top to bottom ----------------------------------------------------------------
+
+    def begin_task(self, resumed: bool = False) -> None:
+        """Get everything ready for the next step of the present task."""
+        start = time.perf_counter()
+        settings, task = self.settings, self.at.task
+        self._add_heads(task + 1)
+        self._stream = self._data(task)
+        self.optimizer = settings.make_optimizer(self.model.parameters())
+        steps = self.epochs[task] * math.ceil(len(self._stream) / settings.batch_size)
+        self._schedule = settings.make_schedule(self.optimizer, steps)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "float16")
+        self.training = Training(
+            self.model,
+            self.optimizer,
+            task,
+            settings.setting,
+            self._head(task, self.method.joint),
+            self._ordered,
+            settings.make_optimizer,
+            self._observing,
+            resumed,
+        )
+        self.model.train()
+        self.method.begin_task(self.training)
+        if not resumed:
+            self.found.border_seconds[task] = time.perf_counter() - start
+
+    @property
+    def _observing(self) -> bool:
+        """Whether the present epoch is one in which importance is gathered."""
+        epochs = self.epochs[self.at.task]
+        last = min(self.settings.importance_epochs, epochs)
+        return last > 0 and self.at.epoch >= epochs - last
+
+    @property
+    def inside(self) -> bool:
+        """Whether the present task has begun."""
+        return self.at.epoch > 0 or self.at.step > 0
+
+    def epochs_left(self) -> bool:
+        """Whether the task goes on."""
+        patience = self.settings.patience
+        stopped = patience is not None and self.at.waited >= patience
+        return self.at.epoch < self.epochs[self.at.task] and not stopped
+
+    def steps(self) -> Iterator[None]:
+        """Take the steps of the epoch that are left, one at a time."""
+        settings, at, training = self.settings, self.at, self.training
+        training.observing = self._observing
+        precision = PRECISIONS.get(settings.amp or "")
+        left = self._order()[at.step * settings.batch_size :]
+        self.model.train()
+        start, before = time.perf_counter(), at.step
+        try:
+            for batch in self._stream.batches(left, settings.batch_size, settings.seed):
+                x, y = (t.to(self.device, non_blocking=True) for t in batch)
+                self.optimizer.zero_grad()
+                with torch.autocast(self.device.type, precision, enabled=precision is not None):
+                    loss = self.method.loss(training, x, y)
+                self._scaler.scale(loss).backward()
+                if settings.clip is not None:
+                    self._scaler.unscale_(self.optimizer)
+                    nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+                self._scaler.step(self.optimizer)
+                self._scaler.update()
+                if self._schedule is not None:
+                    self._schedule.step()
+                self.method.after_step(training, x, y)
+                self._loss_sum += loss.detach()
+                at.step += 1
+                yield
+        finally:
+            at.seconds += time.perf_counter() - start
+            at.steps += at.step - before
+
+    def end_epoch(self) -> Epoch:
+        """Look at the validation data, and say how the epoch went.
+
+        Raises:
+            FloatingPointError: the loss is not finite any more.
+        """
+        at = self.at
+        loss = float(self._loss_sum) / max(at.step, 1)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"loss: got {loss} in epoch {at.epoch} of task {at.task}, expected a finite one; a smaller lr "
+                'or lam helps, or mode="proximal"'
+            )
+        validation = None
+        if self.settings.validation:
+            validation = self._accuracy(at.task, "validation")
+            at.waited += 1
+            if validation > at.best:
+                at.best, at.waited = validation, 0
+                if self.settings.patience is not None:
+                    self._best_model = {n: t.clone() for n, t in self.model.state_dict().items()}
+        at.epoch, at.step = at.epoch + 1, 0
+        self._loss_sum.zero_()
+        return Epoch(at.task, at.epoch, loss, validation)
+
+    def end_task(self) -> None:
+        """Consolidate what was learned, test it, and go on to the next task."""
+        start, task, found = time.perf_counter(), self.at.task, self.found
+        if self._best_model:
+            self.model.load_state_dict(self._best_model)
+        self.method.end_task(self.training)
+        found.border_seconds[task] += time.perf_counter() - start
+        found.step_seconds[task] = self.at.seconds / max(self.at.steps, 1)
+        held = checkpoint.pack(self.method.state_dict())
+        del held["tree"]
+        found.held_bytes[task] = sum(t.numel() * t.element_size() for t in held.values())
+        for k in range(len(self.tasks) if self.settings.setting == "domain" else task + 1):
+            found.accuracy[task, k] = self._accuracy(k, "test")
+            if self.settings.validation:
+                found.validation[task, k] = self._accuracy(k, "validation")
+        self.at, self._best_model = Progress(task + 1), {}
+
+    # -- data and heads ----------------------------------------------------------------------------
+
+    def _add_heads(self, tasks: int) -> None:
+        for width in self._widths[len(self.model.heads) : tasks]:
+            self.model.add_head(width)
+
+    def _head(self, task: int, joint: bool = False) -> int | None:
+        """The head that a task's logits come from; None for all of them."""
+        if self.settings.setting == "domain":
+            return 0
+        return None if joint or self.settings.setting == "class" else task
+
+    def _part(self, task: int, kind: str, head: int | None) -> Part:
+        """A task's samples for training, validation or testing, with labels for these logits."""
+        data = self.tasks[task]
+        dataset = data.test if kind == "test" else data.train
+        count = len(dataset)  # type: ignore[arg-type]
+        index = torch.arange(count)
+        if kind != "test":
+            index = torch.randperm(count, generator=_generator(self.settings.seed, task))
+            held_out = int(self.settings.validation * count)
+            index = index[:held_out] if kind == "validation" else index[held_out:]
+        if len(index) == 0:
+            raise ValueError(f"{kind} data of task {data.name!r}: got no samples, expected some")
+        return Part(data, dataset, index, sum(self._widths[:task]) if head is None else 0)
+
+    def _data(self, task: int) -> Stream:
+        """What the task is trained on."""
+        joint = self.method.joint
+        tasks = range(task + 1) if joint else [task]
+        parts = [self._part(k, "training", self._head(k, joint)) for k in tasks]
+        return Stream(parts, self.settings.workers)
+
+    def _order(self) -> Tensor:
+        """The samples of the present epoch, which depend on nothing but the seed and its number."""
+        generator = _generator(self.settings.seed, self.at.task, self.at.epoch)
+        count = len(self._stream)
+        if not self.settings.balanced:
+            return torch.randperm(count, generator=generator)
+        classes = self._stream.labels()
+        weights = 1.0 / classes.bincount()[classes]
+        return torch.multinomial(weights, count, replacement=True, generator=generator)
+
+    def _ordered(self, samples: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training.batches."""
+        order = torch.arange(len(self._stream))[:samples]
+        for batch in self._stream.batches(order, self.settings.batch_size, self.settings.seed):
+            x, y = (t.to(self.device, non_blocking=True) for t in batch)
+            yield x, y
+
+    @torch.no_grad()
+    def _accuracy(self, task: int, kind: str) -> float:
+        head, correct = self._head(task), torch.zeros((), dtype=torch.int64, device=self.device)
+        stream = Stream([self._part(task, kind, head)], self.settings.workers)
+        self.model.eval()
+        for batch in stream.batches(torch.arange(len(stream)), EVALUATION_BATCH):
+            x, y = (t.to(self.device, non_blocking=True) for t in batch)
+            correct += (self.model(x, head).argmax(1) == y).sum()
+        return int(correct) / len(stream)
+
+    # -- stopping and going on ---------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later run needs to go on from here to the same bits."""
+        at = self.at
+        state = {
+            "run": self._described(),
+            "at": asdict(at),
+            "found": asdict(self.found),
+            "heads": len(self.model.heads),
+            "model": self.model.state_dict(),
+            "method": self.method.state_dict(),
+            "best_model": self._best_model,
+            "loss_sum": self._loss_sum,
+            "random": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.inside:
+            state["optimizer"] = self.optimizer.state_dict()
+            state["scaler"] = self._scaler.state_dict()
+            state["schedule"] = self._schedule.state_dict() if self._schedule else None
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was taken.
+
+        Raises:
+            ValueError: it comes from another run; nothing has changed then.
+        """
+        for name, own in self._described().items():
+            if state["run"].get(name) != own:
+                raise ValueError(
+                    f"checkpoint: got a run with {name} {state['run'].get(name)}, expected {own}"
+                )
+        self._add_heads(state["heads"])
+        self.model.load_state_dict(state["model"])
+        self.method.load_state_dict(state["method"], self.model)
+        self.at, self.found = Progress(**state["at"]), Result(**state["found"])
+        self._best_model = state["best_model"]
+        self._loss_sum.copy_(state["loss_sum"])
+        if self.inside:
+            self.begin_task(resumed=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self._scaler.load_state_dict(state["scaler"])
+            if self._schedule is not None:
+                self._schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+
+    def _described(self) -> dict[str, Any]:
+        """What two runs must have in common for one to go on from the other."""
+        tasks = [[task.name, *map(int, task.classes)] for task in self.tasks]
+        return {**self.settings.described(), "method": type(self.method).__name__, "tasks": tasks}
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """Random numbers of their own for every seed, task and epoch."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)

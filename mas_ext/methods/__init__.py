@@ -1,0 +1,54 @@
+"""Methods for learning tasks one after another, by name: one file each."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from mas_ext.methods.finetune import Finetune
+from mas_ext.methods.joint import Joint
+from mas_ext.methods.mas import MAS
+from mas_ext.methods.method import SETTINGS, Method, Setting, Training
+
+__all__ = ["METHODS", "SETTINGS", "Method", "Setting", "Training", "create", "options"]
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "finetune": Finetune,
+    "joint": Joint,
+    "mas": MAS,
+    "mas-batch": partial(MAS, importance="batch"),
+    "mas-vector": partial(MAS, objective="vector"),
+    "mas-alpha": partial(MAS, merge="consistent"),
+    "local-mas": partial(MAS, importance="local"),
+}
+
+
+def create(name: str, /, **given: Any) -> Method:
+    """The method called `name`, with options as its class takes them.
+
+    Raises:
+        ValueError: an unknown name, or an option that the method does not have.
+    """
+    known = options(name)
+    for option in given:
+        if option not in known:
+            raise ValueError(
+                f"{option}: method {name!r} has no such option, expected one of {', '.join(known) or 'none'}"
+            )
+    return METHODS[name](**given)
+
+
+def options(name: str) -> list[str]:
+    """The options of the method called `name`, sorted.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(METHODS)}"
+        raise ValueError(f"method: got {name!r}, {hint}")
+    return sorted(inspect.signature(METHODS[name]).parameters)

@@ -1,0 +1,136 @@
+"""How tasks are trained: the hyperparameters of a Trainer, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
+
+from mas_ext.methods.method import SETTINGS, Setting
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter], float], Optimizer]
+MakeSchedule = Callable[[Optimizer, int], LRScheduler]
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9),
+    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr),
+    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr),
+}
+SCHEDULES: dict[str, MakeSchedule] = {
+    "cosine": lambda optimizer, steps: CosineAnnealingLR(optimizer, steps),
+    "linear": lambda optimizer, steps: LinearLR(optimizer, 1.0, 0.0, steps),
+}
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tasks are trained.
+
+    setting: "task" (a head a task, known when testing), "domain" (one head for all tasks) or "class" (a head a
+        task, all side by side when testing).
+    optimizer: "sgd" (momentum 0.9), "adam" or "adamw", or a callable (parameters, lr) -> Optimizer; every task
+        has a new one.
+    lr: learning rate, > 0.
+    epochs: for every task, or one number a task; 0 for a task that was learned before.
+    batch_size: samples in a step.
+    schedule: None, "cosine" or "linear" (both down to 0 within each task), or a callable (optimizer, steps) ->
+        LRScheduler, stepped after every step.
+    clip: largest L2 norm of the gradient of the loss, without the penalty; None for any.
+    amp: None, "bfloat16" or "float16" (with a GradScaler): the dtype of autocast.
+    validation: share of the training data kept for validation, in [0, 1).
+    patience: stop a task after so many epochs without a better validation accuracy, and go back to the weights
+        of the best; None for never.
+    importance_epochs: gather importance online in the last so many epochs instead of after the last.
+    balanced: draw samples with replacement, all classes equally often.
+    seed: of the order of samples, of new heads and of dropout.
+    deterministic: torch.use_deterministic_algorithms while training.
+    workers: processes that read data sets that are not in memory.
+
+    Raises:
+        ValueError: a value that can't be used.
+    """
+
+    setting: Setting = "task"
+    optimizer: str | MakeOptimizer = "adam"
+    lr: float = 1e-3
+    epochs: int | Sequence[int] = 4
+    batch_size: int = 128
+    schedule: str | MakeSchedule | None = None
+    clip: float | None = None
+    amp: str | None = None
+    validation: float = 0.0
+    patience: int | None = None
+    importance_epochs: int = 0
+    balanced: bool = False
+    seed: int = 0
+    deterministic: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Check everything."""
+        for name, choices in (("setting", SETTINGS), ("amp", (None, *PRECISIONS))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {choices}")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            value = getattr(self, name)
+            if not callable(value) and value not in known and (name, value) != ("schedule", None):
+                expected = f"one of {', '.join(known)} or a callable"
+                raise ValueError(f"{name}: got {value!r}, expected {expected}")
+        for name, least in (("batch_size", 1), ("importance_epochs", 0), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: got {value}, expected more than 0")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation: got {self.validation}, expected from 0 to less than 1")
+        epochs = [self.epochs] if isinstance(self.epochs, int) else [*self.epochs]
+        if not epochs or min(epochs) < 0:
+            raise ValueError(f"epochs: got {self.epochs}, expected at least 0 for every task")
+        if self.patience is not None and (self.patience < 1 or not self.validation):
+            raise ValueError(
+                f"patience: got {self.patience} with validation={self.validation}, expected at least 1 "
+                "with some validation data"
+            )
+        if self.patience is not None and self.importance_epochs:
+            raise ValueError(
+                f"importance_epochs: got {self.importance_epochs} with patience, expected 0: which "
+                "epochs are the last is not known before they are over"
+            )
+
+    def epochs_of(self, tasks: int) -> list[int]:
+        """How many epochs each of the tasks takes."""
+        if isinstance(self.epochs, int):
+            return [self.epochs] * tasks
+        if len(self.epochs) != tasks:
+            raise ValueError(
+                f"epochs: got {len(self.epochs)} numbers, expected one for each of {tasks} tasks"
+            )
+        return [*self.epochs]
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """A new optimizer for these parameters."""
+        make = self.optimizer if callable(self.optimizer) else OPTIMIZERS[self.optimizer]
+        return make(parameters, self.lr)
+
+    def make_schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler | None:
+        """A new learning-rate schedule for a task of so many steps."""
+        if self.schedule is None or steps == 0:
+            return None
+        make = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
+        return make(optimizer, steps)
+
+    def described(self) -> dict[str, Any]:
+        """What two runs must have in common for one to go on from the other."""
+        found = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name != "workers"
+        }
+        found["epochs"] = [self.epochs] if isinstance(self.epochs, int) else [*self.epochs]
+        return {name: "a callable" if callable(v) else v for name, v in found.items()}

@@ -1,0 +1,79 @@
+"""The samples of one task, or of several mixed, batch by batch in a given order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mas_ext.scenarios import Task, Tensors, labels
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some samples of a task's data: those of `index`, (n,) int64; labels count from `first`."""
+
+    task: Task
+    dataset: Dataset[Any]
+    index: Tensor
+    first: int = 0
+
+
+class Stream(Dataset[tuple[Tensor, int]]):
+    """Samples of one part after another, with labels as columns of the logits that are trained."""
+
+    def __init__(self, parts: Sequence[Part], workers: int = 0) -> None:
+        """workers: processes that read data sets that are not in memory."""
+        self.parts, self.workers = parts, workers
+        self._ends = torch.tensor([len(part.index) for part in parts]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _place(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the samples `index`: the numbers of their parts, and where in these they are."""
+        number = torch.searchsorted(self._ends, index, right=True)
+        starts = self._ends - torch.tensor([len(part.index) for part in self.parts])
+        return number, index - starts[number]
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        number, place = self._place(torch.tensor(i))
+        part = self.parts[int(number)]
+        x, y = part.dataset[int(part.index[place])]
+        return x, part.first + int(part.task.positions(torch.tensor([int(y)])))
+
+    def labels(self) -> Tensor:
+        """The labels of all samples, (N,)."""
+        return torch.cat(
+            [p.first + p.task.positions(labels(p.dataset)[p.index]) for p in self.parts]
+        )
+
+    def batches(self, order: Tensor, size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The samples `order`, (n,) int64, in batches: x (size, ...), y (size,); seed: of the workers."""
+        chunks = order.split(size) if len(order) else ()
+        if all(isinstance(part.dataset, Tensors) for part in self.parts):
+            for chunk in chunks:
+                yield self._batch(chunk)
+        else:
+            # A generator of its own: what is drawn outside does not depend on where the reading began.
+            yield from DataLoader(
+                self,
+                batch_sampler=[chunk.tolist() for chunk in chunks],
+                num_workers=self.workers,
+                generator=torch.Generator().manual_seed(seed),
+            )
+
+    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        number, place = self._place(index)
+        xs, ys = [], []
+        for k in number.unique().tolist():
+            part = self.parts[k]
+            assert isinstance(part.dataset, Tensors)
+            x, y = part.dataset.batch(part.index[place[number == k]])
+            xs.append(x)
+            ys.append(part.first + part.task.positions(y))
+        return torch.cat(xs), torch.cat(ys)
