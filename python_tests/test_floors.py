@@ -15,7 +15,10 @@ PACKAGE = Path(mas_ext.__file__).parent
 FLOORS = [
     {"cli"},
     {"demo", "benchmark", "benchmark_importance"},
-    {"benchmark_forms", "benchmark_gradients"},
+    {"trainer", "benchmark_forms", "benchmark_gradients"},
+    {"learning"},
+    {"settings"},
+    {"methods"},
     {"penalty"},
     {"attach", "held"},
     {"consolidation"},
@@ -24,7 +27,7 @@ FLOORS = [
     {"kernels"},
     {"_C"},
     # The side rooms: at the bottom, since they know nothing of the house.
-    {"data"},
+    {"data", "stream"},
     {"scenarios", "models", "metrics", "benchmark_networks", "benchmark_timing"},
 ]
 SIDE_ROOMS = FLOORS[-2] | FLOORS[-1]
