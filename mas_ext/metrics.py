@@ -1,10 +1,18 @@
-"""Accuracy, rank correlation, and summaries of accuracy[t, k], that on task k after training task t.
+"""Accuracy, rank correlation, summaries of accuracy[t, k], and how sure one is of a mean over seeds.
 
-The summaries take it as a (T, T) matrix. Entries above the diagonal (tasks not yet trained) are never read
-and may be NaN. Another shape, or NaN on or below the diagonal, raises ValueError.
+accuracy[t, k] is that on task k after training task t, a (T, T) matrix. Its entries above the diagonal (tasks
+not yet trained) may be NaN and are read by `forward_transfer` alone. Another shape, or NaN where a summary
+reads, raises ValueError.
+
+Sources: Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017, section 2 (average accuracy, both
+transfers); Chaudhry et al., Riemannian Walk, ECCV 2018 (forgetting, intransigence); the consistency extension
+of MAS (single-task gap, which it calls forgetting).
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +52,85 @@ def backward_transfer(matrix: Tensor) -> float:
     return float((learned[-1] - learned.diagonal())[:-1].mean())
 
 
+def forward_transfer(matrix: Tensor, initial: Tensor) -> float:
+    """1/(T-1) sum_{k>1} (accuracy[k-1, k] - initial[k]); 0 for a single task.
+
+    What the earlier tasks bring to a task before it is trained. ``initial``: accuracy on each task
+    of the network before any training, (T,); that on the first task is not read.
+    """
+    _checked(matrix)
+    before, untrained = matrix.diagonal(1), _reference("initial", initial, len(matrix), first=1)
+    if before.isnan().any():
+        raise ValueError("matrix must not have NaN just above its diagonal, got some")
+    return float((before - untrained).mean()) if len(matrix) > 1 else 0.0
+
+
+def intransigence(matrix: Tensor, reference: Tensor) -> float:
+    """1/T sum_k (reference[k] - accuracy[k, k]).
+
+    How much less of a task is learned, when its turn comes, than by a network that need not keep
+    anything. ``reference``: accuracy on task k of one that is trained on the tasks up to k at once,
+    (T,). Negative where learning in turn is better.
+    """
+    learned = _checked(matrix).diagonal()
+    return float((_reference("reference", reference, len(matrix)) - learned).mean())
+
+
+def single_task_gap(matrix: Tensor, single: Tensor) -> float:
+    """1/T sum_k (single[k] - accuracy[T, k]).
+
+    ``single``: accuracy on task k of a network that is trained on task k alone, (T,).
+    """
+    last = _checked(matrix)[-1]
+    return float((_reference("single", single, len(matrix)) - last).mean())
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Mean of n runs, and h: with that confidence, the true mean is in [mean - h, mean + h].
+
+    h = q s / sqrt(n), with the standard deviation s (n - 1 in its denominator) and Student's
+    quantile q for n - 1 degrees of freedom; for normally distributed values. Of a single run
+    nothing is known: h is NaN. Raises ValueError for no values, NaN, or a confidence not in (0, 1).
+    """
+    runs = torch.as_tensor(values, dtype=torch.float64)
+    if runs.ndim != 1 or len(runs) == 0 or runs.isnan().any():
+        raise ValueError(f"values must be one or more numbers without NaN, got {values}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    mean = float(runs.mean())
+    if len(runs) == 1:
+        return mean, math.nan
+    half = student_quantile(confidence, len(runs) - 1) * float(runs.std()) / math.sqrt(len(runs))
+    return mean, half
+
+
+def student_quantile(confidence: float, degrees: int) -> float:
+    """q such that Student's t with this many degrees of freedom is in [-q, q] with that probability.
+
+    Found by halving an interval of angles atan(q / sqrt(degrees)).
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        if _student(middle, degrees) < confidence:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _student(angle: float, degrees: int) -> float:
+    """P(|t| < sqrt(degrees) tan(angle)): Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    term = math.cos(angle) if degrees % 2 else 1.0
+    series = 0.0
+    for power in range(degrees % 2, degrees - 1, 2):
+        series += term
+        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
+    if degrees % 2:
+        return 2 / math.pi * (angle + math.sin(angle) * series)
+    return math.sin(angle) * series
+
+
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Spearman's: the correlation of ranks. Equal numbers share their mean rank; a constant gives NaN."""
     return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
@@ -53,6 +140,15 @@ def _ranks(x: Tensor) -> Tensor:
     _, place, counts = x.flatten().unique(return_inverse=True, return_counts=True)
     middle: Tensor = counts.cumsum(0).double() - (counts - 1) / 2
     return middle[place]
+
+
+def _reference(name: str, values: Tensor, tasks: int, first: int = 0) -> Tensor:
+    """An accuracy for each task, from the ``first`` on."""
+    if values.shape != (tasks,):
+        raise ValueError(f"{name} must be of shape ({tasks},), got {tuple(values.shape)}")
+    if values[first:].isnan().any():
+        raise ValueError(f"{name} must not have NaN, got some")
+    return values[first:]
 
 
 def _checked(matrix: Tensor) -> Tensor:
