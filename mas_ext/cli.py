@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from mas_ext.data import DATASETS
+from mas_ext.names import hint
 
 COMMANDS = {
     "demo": "learn five tasks of handwritten digits with and without MAS, and draw the accuracies",
@@ -30,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     command = next((word for word in words if not word.startswith("-")), None)
     if command is not None and command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(COMMANDS)}"
-        parser.error(f"unknown command {command!r}, {hint}")
+        parser.error(f"unknown command {command!r}, {hint(command, COMMANDS)}")
     arguments = parser.parse_args(words)
 
     try:
@@ -87,9 +85,7 @@ def build_parser() -> Parser:
     add["demo"].set_defaults(run=run_demo)
     demo = add["demo"].add_argument
     demo("--dataset", choices=DATASETS, default="digits", help="default: digits")
-    demo(
-        "--data", metavar="DIR", help="folder of MNIST/raw; default: $MAS_EXT_DATA, ./data, ~/data"
-    )
+    demo("--data", metavar="DIR", help="where they are; default: $MAS_EXT_DATA, ./data, ~/data")
     demo("--out", metavar="FILE", default="mas-ext-demo.png", help="figure; default: %(default)s")
     demo("--seed", metavar="N", type=int, default=0, help="default: %(default)s")
     demo("--epochs", metavar="N", type=int, help="per task; default: what suits the data set")

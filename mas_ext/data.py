@@ -1,44 +1,116 @@
-"""Labelled images: scikit-learn's digits, and MNIST in IDX files. Float32 in [0, 1], (N, C, H, W)."""
+"""Data sets by name, read from a folder: images as float32 (N, C, H, W) in [0, 1]."""
 
 from __future__ import annotations
 
-import gzip
 import importlib
-import math
+import inspect
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch.utils.data import Dataset
 
+from mas_ext.data_files import images, read_idx_folder, read_npz
+from mas_ext.names import hint
 from mas_ext.scenarios import Tensors
 
-MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-
 Pair = tuple[Tensors, Tensors]  # to train and to test on
+
+
+class Source(NamedTuple):
+    """A file or folder that a data set may be in, how it is read, and what it is or is got from."""
+
+    path: str
+    read: Callable[[Path], Pair]
+    origin: str = "arrays x_train, y_train, x_test and y_test, all of bytes"
 
 
 def load(dataset: str, folder: str | Path | None = None) -> Pair:
     """Read the data set called ``dataset``, one of `DATASETS`: samples to train and to test on.
 
-    ``folder`` is where MNIST's files are looked for (see `load_mnist`); the digits need none.
-    Raises ValueError for an unknown name or a broken file, FileNotFoundError for missing files,
-    ModuleNotFoundError if scikit-learn is needed and not installed.
+    Only ``folder`` is searched if it is given, else ``$MAS_EXT_DATA``, ``./data`` and ``~/data``, in
+    each of them for everything that `SOURCES` lists, in that order. The digits need no folder.
+
+    Raises ValueError for an unknown name or a broken file, FileNotFoundError saying where to get
+    the files, ModuleNotFoundError if a package is needed and not installed.
     """
     if dataset not in DATASETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
-    return DATASETS[dataset](folder)
+        raise ValueError(f"dataset: unknown name {dataset!r}, {hint(dataset, DATASETS)}")
+    if dataset == "digits":
+        return _digits(folder)
+    folders = _folders(folder)
+    for candidate in folders:
+        for source in SOURCES[dataset]:
+            if (candidate / source.path).exists():
+                try:
+                    return source.read(candidate / source.path)
+                except FileNotFoundError as error:
+                    raise FileNotFoundError(f"{error}: get it from {source.origin}") from error
+    ways = " or ".join(f"{source.path} ({source.origin})" for source in SOURCES[dataset])
+    raise FileNotFoundError(
+        f"{dataset} is not in {', '.join(map(str, folders))}: put {ways} into a folder DIR "
+        "and give --data DIR or set MAS_EXT_DATA=DIR"
+    )
 
 
-def load_digits(folder: str | Path | None = None) -> Pair:
-    """The 1,797 digits of 8 x 8 pixels bundled with scikit-learn; always the same quarter tests.
+def torchvision_dataset(
+    name: str,
+    folder: str | Path,
+    size: int,
+    splits: tuple[str, str] = ("train", "test"),
+) -> tuple[Dataset[Any], Dataset[Any]]:
+    """A classification data set of torchvision, to train and to test on, as images (3, size, size).
 
-    Raises ValueError if a ``folder`` is given: nothing would be read from it.
+    Images are read when they are asked for: as colours in [0, 1], the shorter side scaled to
+    ``size``, and the middle cut out. ``name``: the class in ``torchvision.datasets``, such as
+    ``"Flowers102"``, ``"FGVCAircraft"`` or ``"SVHN"``. ``folder``: given to it as it is; nothing is
+    downloaded. ``splits``: what it calls the two parts, for those that take names of parts.
+
+    Raises ValueError for an unknown name, or one that comes in a single part (then: a
+    `torch.utils.data.random_split` and `mas_ext.scenarios.from_datasets`), FileNotFoundError if the
+    data are not in the folder, ModuleNotFoundError if torchvision is not installed.
     """
+    datasets = import_extra("torchvision.datasets", install="torchvision")
+    transforms = import_extra("torchvision.transforms", install="torchvision")
+    names = [each for each in vars(datasets) if inspect.isclass(getattr(datasets, each))]
+    if name not in names:
+        raise ValueError(f"name: torchvision has no {name!r}, {hint(name, names)}")
+    make = getattr(datasets, name)
+    accepted = inspect.signature(make).parameters
+    if "train" in accepted:
+        parts: list[dict[str, Any]] = [{"train": True}, {"train": False}]
+    elif "split" in accepted:
+        parts = [{"split": split} for split in splits]
+    else:
+        raise ValueError(
+            f"name must be of a data set with parts to train and to test on, got {name!r}"
+        )
+    transform = transforms.Compose(
+        [_colours, transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]
+    )
+    try:
+        train, test = (make(folder, **part, transform=transform) for part in parts)
+    except RuntimeError as error:  # what torchvision raises for files that aren't there
+        raise FileNotFoundError(f"{name} is not whole in {folder}: {error}") from error
+    return train, test
+
+
+def import_extra(module: str, install: str = "'mas-ext[demo]'") -> ModuleType:
+    """Import a module, or raise ModuleNotFoundError naming what has to be installed for it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error.name} is not installed, run: pip install {install}", name=error.name
+        ) from error
+
+
+def _digits(folder: str | Path | None) -> Pair:
+    """The 1,797 digits of 8 x 8 pixels bundled with scikit-learn; always the same quarter tests."""
     if folder is not None:
         raise ValueError(
             "folder must not be given for the digits, which come with scikit-learn, "
@@ -47,96 +119,61 @@ def load_digits(folder: str | Path | None = None) -> Pair:
     bundle = import_extra("sklearn.datasets").load_digits()
     shuffled = np.random.default_rng(0).permutation(len(bundle.target))  # neighbours share a writer
     x = torch.from_numpy(bundle.images[shuffled] / 16.0).float().unsqueeze(1)
-    y = torch.from_numpy(bundle.target[shuffled]).long()
+    y = torch.from_numpy(bundle.target[shuffled])
     test = len(y) // 4
     return Tensors(x[test:], y[test:]), Tensors(x[:test], y[:test])
 
 
-def load_mnist(folder: str | Path | None = None) -> Pair:
-    """MNIST from IDX files, plain or gzip, in torchvision's layout ``<folder>/MNIST/raw``.
+def _cifar(name: str) -> Callable[[Path], Pair]:
+    """CIFAR's files are pickles: torchvision compares their checksums with those it knows first."""
 
-    Only ``folder`` is searched if it is given, else ``$MAS_EXT_DATA``, ``./data`` and ``~/data``.
-    Raises FileNotFoundError saying where to get the files, ValueError naming a broken one.
-    """
-    raw = _find_raw(folder)
-    return _read_labelled(raw, "train"), _read_labelled(raw, "t10k")
+    def read(path: Path) -> Pair:
+        make = getattr(import_extra("torchvision.datasets", install="torchvision"), name)
+        try:
+            train, test = (make(path.parent, train=part) for part in (True, False))
+        except RuntimeError as error:
+            raise ValueError(f"{path}: expected the files of {name}: {error}") from error
+        return (
+            images(path, train.data, np.asarray(train.targets)),
+            images(path, test.data, np.asarray(test.targets)),
+        )
+
+    return read
 
 
-DATASETS: dict[str, Callable[[str | Path | None], Pair]] = {
-    "digits": load_digits,
-    "mnist": load_mnist,
+SOURCES: dict[str, tuple[Source, ...]] = {
+    "mnist": (
+        Source("MNIST/raw", read_idx_folder, "https://ossci-datasets.s3.amazonaws.com/mnist/"),
+    ),
+    "fashion-mnist": (
+        Source(
+            "FashionMNIST/raw",
+            read_idx_folder,
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        ),
+    ),
+    "kmnist": (
+        Source("KMNIST/raw", read_idx_folder, "http://codh.rois.ac.jp/kmnist/dataset/kmnist/"),
+        Source("kmnist10k.npz", read_npz),
+    ),
+    "notmnist": (Source("notmnist10k.npz", read_npz),),
+    "cifar10": (Source("cifar-10-batches-py", _cifar("CIFAR10"), "torchvision downloads it"),),
+    "cifar100": (
+        Source("cifar-100-python", _cifar("CIFAR100"), "torchvision downloads it"),
+        Source("cifar100_subset.npz", read_npz),
+    ),
 }
+DATASETS = ("digits", *SOURCES)
 
 
-def read_idx(path: Path, dims: int) -> Tensor:
-    """Read an IDX file of unsigned bytes with ``dims`` dimensions, gzip if its name ends in .gz.
-
-    Layout: magic number 0x0800 + dims, then ``dims`` sizes, all big-endian uint32, then the bytes.
-    Returns a uint8 tensor of those sizes. Raises ValueError if the file is anything else.
-    """
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path}: expected a whole gzip file, got a broken one: {error}"
-        ) from error
-
-    header = 4 + 4 * dims
-    if len(content) < header:
-        raise ValueError(f"{path}: expected a header of {header} bytes, got {len(content)} bytes")
-    magic, *sizes = (int(number) for number in np.frombuffer(content[:header], dtype=">u4"))
-    if magic != 0x0800 + dims:
-        raise ValueError(f"{path}: expected magic number {0x0800 + dims:#06x}, got {magic:#06x}")
-    if math.prod(sizes) != len(content) - header:
-        raise ValueError(
-            f"{path}: expected {' x '.join(map(str, sizes))} bytes after the header as it says, "
-            f"got {len(content) - header}"
-        )
-    # A bytearray, because torch warns about memory that it may not write to.
-    return torch.from_numpy(np.frombuffer(bytearray(content[header:]), np.uint8)).reshape(sizes)
-
-
-def import_extra(module: str) -> ModuleType:
-    """Import a module of the extra ``demo``, or raise ModuleNotFoundError naming that extra."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{error.name} is not installed, run: pip install 'mas-ext[demo]'", name=error.name
-        ) from error
-
-
-def _find_raw(folder: str | Path | None) -> Path:
+def _folders(folder: str | Path | None) -> list[Path]:
     if folder is not None:
-        folders = [Path(folder)]
-    else:
-        from_env = os.environ.get("MAS_EXT_DATA")
-        folders = [Path(from_env)] if from_env else []
-        folders += [Path("data"), Path("~/data").expanduser()]
-    for candidate in folders:
-        if (candidate / "MNIST" / "raw").is_dir():
-            return candidate / "MNIST" / "raw"
-    raise FileNotFoundError(
-        f"no MNIST/raw folder in {', '.join(map(str, folders))}: put the four files of {MNIST_URL} "
-        "into DIR/MNIST/raw and give --data DIR or set MAS_EXT_DATA=DIR"
-    )
+        return [Path(folder)]
+    from_env = os.environ.get("MAS_EXT_DATA")
+    given = [Path(from_env)] if from_env else []
+    return [*given, Path("data"), Path("~/data").expanduser()]
 
 
-def _read_labelled(raw: Path, part: str) -> Tensors:
-    images_path = _find_file(raw / f"{part}-images-idx3-ubyte")
-    labels_path = _find_file(raw / f"{part}-labels-idx1-ubyte")
-    images, labels = read_idx(images_path, dims=3), read_idx(labels_path, dims=1)
-    if len(images) != len(labels):
-        raise ValueError(
-            f"{labels_path}: expected a label for each of the {len(images)} images in "
-            f"{images_path.name}, got {len(labels)}"
-        )
-    return Tensors(images.unsqueeze(1).float() / 255.0, labels)
-
-
-def _find_file(plain: Path) -> Path:
-    zipped = plain.with_name(plain.name + ".gz")
-    for path in (plain, zipped):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"{zipped} is missing: get it from {MNIST_URL}{zipped.name}")
+def _colours(image: Any) -> Any:
+    """A function of its own, so that the data set can be sent to other processes."""
+    return image.convert("RGB")

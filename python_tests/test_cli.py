@@ -110,13 +110,13 @@ def test_errors_show_where_on_demand(tmp_path: Path, capsys: pytest.CaptureFixtu
     words = ["demo", "--dataset", "mnist", "--data", str(tmp_path)]
     assert main(words) == 1
     err = capsys.readouterr().err
-    assert err.startswith("mas-ext: error: no MNIST/raw folder in ")
+    assert err.startswith("mas-ext: error: mnist is not in ")
     assert err.endswith("(--debug shows where)\n")
     for with_debug in ([*words, "--debug"], ["--debug", *words]):
         assert main(with_debug) == 1
         err = capsys.readouterr().err
         assert err.startswith("Traceback")
-        assert "FileNotFoundError: no MNIST/raw folder in " in err
+        assert "FileNotFoundError: mnist is not in " in err
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,119 +1,54 @@
-"""Reading images: small IDX files made here, broken ones, and real ones where they are at hand."""
+"""Data sets by name: folders made here, a stand-in for torchvision, and real files where they are at hand."""
 
-import gzip
-import os
-import struct
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from image_files import SHARED, idx, write_idx_folder, write_npz
 
 from mas_ext import data
 
-SHARED = Path(os.environ.get("MAS_EXT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
-
-def idx(content: bytes, *sizes: int, magic: int | None = None) -> bytes:
-    magic = 0x0800 + len(sizes) if magic is None else magic
-    return struct.pack(f">I{len(sizes)}I", magic, *sizes) + content
-
-
-IMAGES = idx(bytes(range(24)), 2, 3, 4)
-
-
-def write_mnist(root: Path, zipped: bool) -> None:
-    """Six training and four test images of 2 x 3 pixels, the pixel values counting up."""
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for part, count in (("train", 6), ("t10k", 4)):
-        images = idx(bytes(range(6 * count)), count, 2, 3)
-        labels = idx(bytes(range(count)), count)
-        for name, content in ((f"{part}-images-idx3", images), (f"{part}-labels-idx1", labels)):
-            path = raw / f"{name}-ubyte{'.gz' if zipped else ''}"
-            path.write_bytes(gzip.compress(content) if zipped else content)
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_mnist_folder(tmp_path: Path, zipped: bool) -> None:
-    write_mnist(tmp_path, zipped)
-    for images, count in zip(data.load("mnist", tmp_path), (6, 4), strict=True):
-        assert images.y.dtype == torch.int64
-        torch.testing.assert_close(
-            images.x, torch.arange(6.0 * count).reshape(count, 1, 2, 3) / 255
-        )
-        assert images.y.tolist() == list(range(count))
-
-
-def test_read_idx_by_hand(tmp_path: Path) -> None:
-    path = tmp_path / "images"
-    path.write_bytes(IMAGES)
-    pixels = data.read_idx(path, dims=3)
-    assert pixels.dtype == torch.uint8
-    assert torch.equal(pixels, torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4))
+@pytest.mark.parametrize(
+    ("dataset", "folder"),
+    [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST"), ("kmnist", "KMNIST")],
+)
+def test_idx_folders(tmp_path: Path, dataset: str, folder: str) -> None:
+    write_idx_folder(tmp_path / folder / "raw", zipped=True)
+    train, test = data.load(dataset, tmp_path)
+    assert train.x.flatten().tolist() == pytest.approx([i / 255 for i in range(36)])
+    assert train.y.tolist() == [0, 1, 2, 3, 4, 5]
+    assert test.y.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"),
+    ("dataset", "file"),
     [
-        (b"", "expected a header of 16 bytes, got 0 bytes"),
-        (IMAGES[:15], "expected a header of 16 bytes, got 15 bytes"),
-        (IMAGES[:-1], "expected 2 x 3 x 4 bytes after the header as it says, got 23"),
-        (IMAGES + b"\0", "expected 2 x 3 x 4 bytes after the header as it says, got 25"),
-        (idx(b"", 2**31, 2**31, 2**31), "expected 2147483648 x 2147483648 x 2147483648 bytes"),
-        (idx(bytes(24), 24), "expected magic number 0x0803, got 0x0801"),
-        (idx(bytes(24), 2, 3, 4, magic=0x0D03), "expected magic number 0x0803, got 0x0d03"),
-        (gzip.compress(IMAGES), "expected magic number 0x0803, got 0x1f8b08"),
-        (b"<!DOCTYPE html><html>", "expected magic number 0x0803, got 0x3c21444f"),
+        ("kmnist", "kmnist10k.npz"),
+        ("notmnist", "notmnist10k.npz"),
+        ("cifar100", "cifar100_subset.npz"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_broken_idx(tmp_path: Path, content: bytes, expected: str) -> None:
-    for path, written in (
-        (tmp_path / "images", content),
-        (tmp_path / "images.gz", gzip.compress(content)),
-    ):
-        path.write_bytes(written)
-        with pytest.raises(ValueError, match=f"^{path}: {expected}"):
-            data.read_idx(path, dims=3)
+def test_npz_files(tmp_path: Path, dataset: str, file: str) -> None:
+    write_npz(tmp_path / file, 4, 4, 3)
+    train, test = data.load(dataset, tmp_path)
+    pixels = np.load(tmp_path / file)["x_test"]
+    torch.testing.assert_close(test.x, torch.tensor(pixels).permute(0, 3, 1, 2) / 255)
+    assert train.y.tolist() == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("length", range(len(gzip.compress(IMAGES))))
-def test_truncated_gzip(tmp_path: Path, length: int) -> None:
-    path = tmp_path / "images.gz"
-    path.write_bytes(gzip.compress(IMAGES)[:length])
-    with pytest.raises(ValueError, match=f"^{path}: expected a "):
-        data.read_idx(path, dims=3)
-
-
-def test_any_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
-    whole = gzip.compress(IMAGES)
-    path = tmp_path / "images.gz"
-    messages = []
-    for bit in range(8 * len(whole)):
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(flipped)
-        try:
-            pixels = data.read_idx(path, dims=3)
-        except ValueError as error:
-            messages.append(str(error))
-        else:
-            assert pixels.flatten().tolist() == list(range(24))
-    # Harmless at most: flags, time and system in gzip's header, and the last bits before its sum.
-    assert len(messages) >= 8 * len(whole) - 8 * 7 - 7
-    assert all(message.startswith(f"{path}: expected a ") for message in messages)
-
-
-def test_as_many_labels_as_images(tmp_path: Path) -> None:
-    write_mnist(tmp_path, zipped=False)
-    labels = tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
-    labels.write_bytes(idx(bytes(3), 3))
-    with pytest.raises(ValueError, match=f"^{labels}: expected a label for each of the 4 images"):
-        data.load("mnist", tmp_path)
+def test_the_full_data_set_comes_before_its_extract(tmp_path: Path) -> None:
+    write_npz(tmp_path / "kmnist10k.npz", 28, 28)
+    write_idx_folder(tmp_path / "KMNIST" / "raw")
+    assert data.load("kmnist", tmp_path)[0].x.shape == (6, 1, 2, 3)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    write_mnist(tmp_path, zipped=True)
+    write_idx_folder(tmp_path / "MNIST" / "raw", zipped=True)
     missing = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte.gz"
     missing.unlink()
     with pytest.raises(FileNotFoundError, match=f"^{missing} is missing: get it from https://"):
@@ -134,12 +69,12 @@ def test_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     # From the last place searched to the first: each hides the ones before it.
     for marker, folder in enumerate((home / "data", here / "data", env)):
-        write_mnist(folder, zipped=False)
+        write_idx_folder(folder / "MNIST" / "raw")
         labels = folder / "MNIST" / "raw" / "train-labels-idx1-ubyte"
         labels.write_bytes(idx(bytes([marker] * 6), 6))
         assert data.load("mnist")[0].y.tolist() == [marker] * 6
 
-    with pytest.raises(FileNotFoundError, match=f"^no MNIST/raw folder in {given}:"):
+    with pytest.raises(FileNotFoundError, match=f"^mnist is not in {given}: put MNIST/raw"):
         data.load("mnist", given)
 
 
@@ -163,13 +98,123 @@ def test_digits_take_no_folder(tmp_path: Path) -> None:
 
 
 def test_unknown_dataset() -> None:
-    with pytest.raises(ValueError, match="dataset must be one of digits, mnist, got 'cifar'"):
-        data.load("cifar")
+    with pytest.raises(ValueError, match="dataset: unknown name 'kmnits', did you mean 'kmnist'"):
+        data.load("kmnits")
+    with pytest.raises(ValueError, match="unknown name 'x', choose from digits, mnist, fashion-"):
+        data.load("x")
 
 
 def test_a_missing_extra_is_named() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"not_installed.*pip install 'mas-ext\[demo\]'"):
         data.import_extra("not_installed.at.all")
+
+
+# torchvision, played by a stand-in: it isn't needed for anything else here
+
+
+class Picture:
+    """A grey image that knows what was done to it."""
+
+    def __init__(self, *done: str) -> None:
+        self.done = done
+
+    def convert(self, mode: str) -> "Picture":
+        return Picture(*self.done, mode)
+
+
+class Made:
+    """What data sets of torchvision have in common."""
+
+    def __init__(self, root, transform=None, **part) -> None:
+        if not Path(root).is_dir():
+            raise RuntimeError("Dataset not found or corrupted.")
+        self.root, self.transform, self.part = root, transform, part
+
+    def __getitem__(self, i: int) -> tuple:
+        return self.transform(Picture()), i
+
+
+class CIFAR100(Made):
+    def __init__(self, root, train=True, transform=None) -> None:
+        super().__init__(root, transform, train=train)
+        self.data = np.full((4, 32, 32, 3), 51 if train else 255, np.uint8)
+        self.targets = [3, 1, 99, 0]
+
+
+class Flowers102(Made):
+    def __init__(self, root, split="train", transform=None) -> None:
+        super().__init__(root, transform, split=split)
+
+
+class SUN397(Made):
+    def __init__(self, root, transform=None) -> None:
+        super().__init__(root, transform)
+
+
+@pytest.fixture
+def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(name: str) -> Callable:
+        return lambda *size: lambda picture: Picture(*picture.done, name, *size)
+
+    def compose(steps: list[Callable]) -> Callable:
+        def run(picture: Picture) -> Picture:
+            for step in steps:
+                picture = step(picture)
+            return picture
+
+        return run
+
+    package = ModuleType("torchvision")
+    package.datasets, package.transforms = ModuleType("datasets"), ModuleType("transforms")
+    for made in (CIFAR100, Flowers102, SUN397):
+        setattr(package.datasets, made.__name__, made)
+    package.transforms.Compose = compose
+    for name in ("Resize", "CenterCrop", "ToTensor"):
+        setattr(package.transforms, name, step(name))
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", package.datasets)
+    monkeypatch.setitem(sys.modules, "torchvision.transforms", package.transforms)
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_parts_and_images_of_torchvision(tmp_path: Path) -> None:
+    train, test = data.torchvision_dataset("CIFAR100", tmp_path, 64)
+    assert (train.part, test.part) == ({"train": True}, {"train": False})
+    assert train.root == tmp_path
+    done = ("RGB", "Resize", 64, "CenterCrop", 64, "ToTensor")
+    assert train[0][0].done == done
+    assert test[0][0].done == done
+    train, test = data.torchvision_dataset("Flowers102", tmp_path, 64, splits=("trainval", "test"))
+    assert (train.part, test.part) == ({"split": "trainval"}, {"split": "test"})
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_what_torchvision_has_not(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no 'Flowers103', did you mean 'Flowers102'"):
+        data.torchvision_dataset("Flowers103", tmp_path, 64)
+    with pytest.raises(ValueError, match="with parts to train and to test on, got 'SUN397'"):
+        data.torchvision_dataset("SUN397", tmp_path, 64)
+    missing = tmp_path / "missing"
+    with pytest.raises(FileNotFoundError, match=f"^Flowers102 is not whole in {missing}: Dataset"):
+        data.torchvision_dataset("Flowers102", missing, 64)
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_cifars_pickles_are_left_to_torchvision(tmp_path: Path) -> None:
+    (tmp_path / "cifar-100-python").mkdir()
+    train, test = data.load("cifar100", tmp_path)
+    assert torch.equal(train.x, torch.full((4, 3, 32, 32), 51 / 255))
+    assert torch.equal(test.x, torch.ones(4, 3, 32, 32))
+    assert train.y.tolist() == [3, 1, 99, 0]
+
+
+def test_cifars_pickles_are_not_read_without_torchvision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(ModuleNotFoundError, match="run: pip install torchvision"):
+        data.load("cifar10", tmp_path)
 
 
 # Real files, where they are at hand. Defined conditionally, so that no test is ever skipped.
@@ -189,9 +234,31 @@ if (SHARED / "MNIST").is_dir():
         assert float(train.x.std()) == pytest.approx(0.3081, abs=1e-4)
 
 
-if (SHARED / "broken-truncated-idx3-ubyte.gz").is_file():
+if (SHARED / "FashionMNIST").is_dir():
 
-    def test_real_truncated_file() -> None:
-        path = SHARED / "broken-truncated-idx3-ubyte.gz"
-        with pytest.raises(ValueError, match=f"^{path}: expected a whole gzip file, got a broken"):
-            data.read_idx(path, dims=3)
+    def test_real_fashion() -> None:
+        train, test = data.load("fashion-mnist", SHARED)
+        assert train.x.shape == (60000, 1, 28, 28)
+        # Published: as many of every kind, the mean and the deviation of the pixels.
+        assert train.y.bincount().tolist() == [6000] * 10
+        assert test.y.bincount().tolist() == [1000] * 10
+        assert float(train.x.mean()) == pytest.approx(0.2860, abs=1e-4)
+        assert float(train.x.std()) == pytest.approx(0.3530, abs=1e-4)
+
+
+if (SHARED / "kmnist10k.npz").is_file():
+
+    @pytest.mark.parametrize(
+        ("dataset", "counts", "shape"),
+        [
+            ("kmnist", (8000, 2000), (1, 28, 28)),
+            ("notmnist", (8000, 2000), (1, 28, 28)),
+            ("cifar100", (16000, 4000), (3, 32, 32)),
+        ],
+    )
+    def test_real_npz(dataset: str, counts: tuple[int, int], shape: tuple[int, ...]) -> None:
+        for images, count in zip(data.load(dataset, SHARED), counts, strict=True):
+            assert images.x.shape == (count, *shape)
+            assert images.x.min() == 0
+            assert images.x.max() == 1
+            assert images.y.unique().tolist() == list(range(100 if dataset == "cifar100" else 10))

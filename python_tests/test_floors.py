@@ -28,9 +28,11 @@ FLOORS = [
     {"_C"},
     # The side rooms: at the bottom, since they know nothing of the house.
     {"data", "stream"},
-    {"scenarios", "models", "metrics", "benchmark_networks", "benchmark_timing"},
+    {"data_files"},
+    {"scenarios", "models"},
+    {"names", "metrics", "benchmark_networks", "benchmark_timing"},
 ]
-SIDE_ROOMS = FLOORS[-2] | FLOORS[-1]
+SIDE_ROOMS = set().union(*FLOORS[FLOORS.index({"data"}) :])
 FLOOR = {module: i for i, floor in enumerate(FLOORS) for module in floor}
 KERNELS = ["ops", "per_sample_native", "native", "reference"]
 
