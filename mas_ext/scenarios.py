@@ -46,6 +46,12 @@ class Tensors(Dataset[tuple[Tensor, Tensor]]):
         """The samples ``index``, (n,) int64 or (N,) bool, as data of their own."""
         return Tensors(self.x[index], self.y[index], self.transform)
 
+    def transformed(self, transform: Callable[[Tensor], Tensor]) -> Tensors:
+        """The same samples, in the same memory, seen through one more transform."""
+        first = self.transform
+        both = transform if first is None else lambda x: transform(first(x))
+        return Tensors(self.x, self.y, both)
+
 
 def labels(dataset: Dataset[Any]) -> Tensor:
     """The labels of all samples, (N,) int64, without reading the inputs where that can be avoided.
@@ -121,6 +127,14 @@ class Scenario:
         """The shape of one input."""
         return tuple(self.tasks[0].train[0][0].shape)
 
+    def reordered(self, order: Sequence[int]) -> Scenario:
+        """The same tasks, that at position ``order[0]`` first; ValueError unless each is in it once."""
+        if sorted(order) != list(range(len(self.tasks))):
+            raise ValueError(
+                f"order must have each of 0 to {len(self.tasks) - 1} once, got {list(order)}"
+            )
+        return Scenario(tuple(self.tasks[t] for t in order), self.name)
+
 
 def from_datasets(
     pairs: Sequence[tuple[Dataset[Any], Dataset[Any]]],
@@ -152,8 +166,8 @@ def from_datasets(
 def split(train: Dataset[Any], test: Dataset[Any], tasks: int = 5, name: str = "") -> Scenario:
     """Share the classes out to ``tasks`` tasks of equal size, in the order of their labels.
 
-    Tasks are named by their classes, as in ``"0/1"``. Raises ValueError if the classes cannot be
-    shared out evenly, or if one of them has no test sample.
+    Tasks are named by their classes, as in ``"0/1"``, or more than four as in ``"0-9"``. Raises
+    ValueError if the classes cannot be shared out evenly, or if one of them has no test sample.
     """
     to_train, to_test = labels(train), labels(test)
     classes = to_train.unique().tolist()
@@ -169,7 +183,8 @@ def split(train: Dataset[Any], test: Dataset[Any], tasks: int = 5, name: str = "
     for first in range(0, len(classes), size):
         group = tuple(classes[first : first + size])
         parts = _of(train, to_train, group), _of(test, to_test, group)
-        made.append(Task("/".join(map(str, group)), *parts, classes=group))
+        title = "/".join(map(str, group)) if size <= 4 else f"{group[0]}-{group[-1]}"
+        made.append(Task(title, *parts, classes=group))
     return Scenario(tuple(made), name)
 
 

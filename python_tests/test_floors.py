@@ -27,12 +27,13 @@ FLOORS = [
     {"kernels"},
     {"_C"},
     # The side rooms: at the bottom, since they know nothing of the house.
+    {"catalogue"},
     {"data", "stream"},
     {"data_files"},
     {"scenarios", "models"},
-    {"names", "metrics", "benchmark_networks", "benchmark_timing"},
+    {"names", "transforms", "metrics", "benchmark_networks", "benchmark_timing"},
 ]
-SIDE_ROOMS = set().union(*FLOORS[FLOORS.index({"data"}) :])
+SIDE_ROOMS = set().union(*FLOORS[FLOORS.index({"catalogue"}) :])
 FLOOR = {module: i for i, floor in enumerate(FLOORS) for module in floor}
 KERNELS = ["ops", "per_sample_native", "native", "reference"]
 

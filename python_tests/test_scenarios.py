@@ -196,6 +196,12 @@ def test_labels_need_not_be_consecutive() -> None:
     assert [task.classes for task in scenario.tasks] == [(7, 9), (40, 100)]
 
 
+def test_many_classes_have_a_short_name() -> None:
+    classes = [*range(9), 40]
+    names = [task.name for task in split(numbered(classes), numbered(classes), tasks=2).tasks]
+    assert names == ["0-4", "5-40"]
+
+
 @pytest.mark.parametrize("tasks", [0, -1, 3, 5])
 def test_classes_that_cannot_be_shared_out(tasks: int) -> None:
     with pytest.raises(ValueError, match=f"number of classes, 4, got {tasks}$"):
@@ -211,6 +217,22 @@ def test_no_images_at_all() -> None:
 def test_test_labels_differ_from_training(y_test: list[int]) -> None:
     with pytest.raises(ValueError, match=r"labels of the classes \[0, 1, 2, 3\], as in training"):
         split(numbered([0, 1, 2, 3]), numbered(y_test), tasks=2)
+
+
+def test_a_second_transform_follows_the_first() -> None:
+    data = numbered([0, 0, 0]).transformed(lambda x: x + 1).transformed(lambda x: 10 * x)
+    assert data.batch(torch.tensor([2, 1]))[0][:, 0, 0, 0].tolist() == [30, 20]
+    assert data[0][0][0, 0, 0] == 10
+
+
+def test_tasks_in_another_order() -> None:
+    scenario = from_datasets([(numbered([t]), numbered([t])) for t in range(3)], name="three")
+    turned = scenario.reordered([2, 0, 1])
+    assert [task.classes for task in turned.tasks] == [(2,), (0,), (1,)]
+    assert turned.name == "three"
+    for order in ([0, 1], [0, 1, 1], [1, 2, 3], []):
+        with pytest.raises(ValueError, match="order must have each of 0 to 2 once, got"):
+            scenario.reordered(order)
 
 
 def test_inputs_that_are_no_tensors() -> None:

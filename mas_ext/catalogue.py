@@ -1,0 +1,124 @@
+"""Scenarios by name, on data read from a folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from mas_ext import data
+from mas_ext.names import hint
+from mas_ext.scenarios import Scenario, Tensors, from_datasets, split
+from mas_ext.transforms import Canvas, Permutation, Rotation
+
+Folder = str | Path | None
+
+
+def build(
+    name: str,
+    folder: Folder = None,
+    tasks: int | None = None,
+    order: Sequence[int] | Literal["random"] | None = None,
+    seed: int = 0,
+) -> Scenario:
+    """The scenario called ``name``, one of `SCENARIOS`.
+
+    ``folder``: where its data are, as in `mas_ext.data.load`. ``tasks``: how many; None for as many
+    as is usual. ``order``: in which the tasks are learned, as their positions; None as they are
+    listed, ``"random"`` by the seed, which also decides the permutations of permuted-mnist.
+
+    Raises ValueError for an unknown name, or a number or order of tasks that cannot be, and what
+    `mas_ext.data.load` raises.
+    """
+    if name not in SCENARIOS:
+        raise ValueError(f"name: unknown scenario {name!r}, {hint(name, SCENARIOS)}")
+    entry = SCENARIOS[name]
+    scenario = replace(entry.make(folder, entry.tasks if tasks is None else tasks, seed), name=name)
+    if order is None:
+        return scenario
+    if order == "random":
+        order = torch.randperm(len(scenario.tasks), generator=_generator(seed)).tolist()
+    return scenario.reordered(order)
+
+
+def permuted(train: Tensors, test: Tensors, tasks: int = 10, seed: int = 0) -> Scenario:
+    """The same data with their pixels in another random order in each task but the first.
+
+    Goodfellow et al., An empirical investigation of catastrophic forgetting, 2013. Orders are drawn
+    one after another: those of fewer tasks are the first of more.
+    """
+    _at_least_one(tasks)
+    generator, pixels = _generator(seed), math.prod(train[0][0].shape[1:])
+    orders = [torch.randperm(pixels, generator=generator) for _ in range(1, tasks)]
+    mixed = [(train.transformed(Permutation(o)), test.transformed(Permutation(o))) for o in orders]
+    return from_datasets([(train, test), *mixed])
+
+
+def rotated(train: Tensors, test: Tensors, tasks: int = 10, degrees: float = 180.0) -> Scenario:
+    """The same data turned by t / ``tasks`` of ``degrees`` in task t = 0, 1, ...; see `Rotation`.
+
+    Lopez-Paz and Ranzato, Gradient Episodic Memory, 2017, who draw each angle at random between
+    this one and the next.
+    """
+    _at_least_one(tasks)
+    angles = [t * degrees / tasks for t in range(tasks)]
+    turned = [(train.transformed(Rotation(a)), test.transformed(Rotation(a))) for a in angles]
+    return from_datasets(turned, names=[f"{angle:g}\N{DEGREE SIGN}" for angle in angles])
+
+
+def recognition(folder: Folder = None, tasks: int = 8) -> Scenario:
+    """Digits, clothes, Kuzushiji, letters, then groups of CIFAR-100's classes: as (3, 32, 32).
+
+    In the spirit of the eight recognition tasks of Aljundi et al., Memory Aware Synapses, ECCV 2018,
+    at a size that needs no GPU. Grey images are framed in black, their channel repeated.
+    """
+    names = ("mnist", "fashion-mnist", "kmnist", "notmnist")
+    if tasks <= len(names) or 100 % (tasks - len(names)):
+        raise ValueError(
+            f"tasks must be {len(names)} and a number of groups that divides 100, got {tasks}"
+        )
+    canvas = Canvas((3, 32, 32))
+    pairs = [
+        (train.transformed(canvas), test.transformed(canvas))
+        for train, test in (data.load(name, folder) for name in names)
+    ]
+    groups = split(*data.load("cifar100", folder), tasks - len(names)).tasks
+    objects = tuple(replace(group, name=f"cifar100 {group.name}") for group in groups)
+    return Scenario(from_datasets(pairs, names).tasks + objects)
+
+
+class Entry(NamedTuple):
+    """How a scenario is made of a folder, a number of tasks and a seed, and the usual number."""
+
+    make: Callable[[Folder, int, int], Scenario]
+    tasks: int
+
+
+def _split(dataset: str) -> Callable[[Folder, int, int], Scenario]:
+    return lambda folder, tasks, seed: split(*data.load(dataset, folder), tasks)
+
+
+SCENARIOS = {
+    "split-digits": Entry(_split("digits"), 5),
+    "split-mnist": Entry(_split("mnist"), 5),
+    "split-fashion": Entry(_split("fashion-mnist"), 5),
+    "split-cifar100": Entry(_split("cifar100"), 10),
+    "permuted-mnist": Entry(
+        lambda f, tasks, seed: permuted(*data.load("mnist", f), tasks, seed), 10
+    ),
+    "rotated-mnist": Entry(lambda f, tasks, seed: rotated(*data.load("mnist", f), tasks), 10),
+    "datasets": Entry(lambda f, tasks, seed: recognition(f, tasks), 8),
+}
+
+
+def _at_least_one(tasks: int) -> None:
+    if tasks < 1:
+        raise ValueError(f"tasks must be at least 1, got {tasks}")
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,50 @@
+"""The same images seen another way: functions of a batch (N, C, H, W), applied when it is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, eq=False)
+class Permutation:
+    """Pixel i of the result, counted row by row, is pixel ``order[i]``; in all channels alike."""
+
+    order: Tensor  # (H * W,) int64
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.flatten(2)[:, :, self.order.to(x.device)].view_as(x)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Counter-clockwise about the middle; between pixels bilinear, black from outside the image."""
+
+    degrees: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        angle = math.radians(self.degrees)
+        cos, sin = math.cos(angle), math.sin(angle)
+        height, width = x.shape[2:]
+        # Where in the image each pixel comes from, with coordinates from -1 to 1 along either side.
+        source = x.new_tensor([[cos, -sin * height / width, 0], [sin * width / height, cos, 0]])
+        grid = F.affine_grid(source.expand(len(x), 2, 3), list(x.shape), align_corners=False)
+        return F.grid_sample(x, grid, mode="bilinear", align_corners=False)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Images put in the middle of a black one of another shape, a single channel repeated."""
+
+    shape: tuple[int, int, int]  # (C, H, W)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        channels, height, width = self.shape
+        if x.shape[1] not in (1, channels) or x.shape[2] > height or x.shape[3] > width:
+            raise ValueError(f"x must fit into images {self.shape}, got {tuple(x.shape[1:])}")
+        down, right = height - x.shape[2], width - x.shape[3]
+        padded = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
+        return padded if x.shape[1] == channels else padded.repeat(1, channels, 1, 1)
