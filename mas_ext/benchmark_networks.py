@@ -8,22 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mas_ext import models, resnet
+
+
+def _with_ten_outputs(model: models.MultiHead) -> nn.Module:
+    assert isinstance(model.backbone, nn.Sequential)
+    return nn.Sequential(*model.backbone, nn.Linear(model.width, 10))
+
 
 def mlp() -> nn.Module:
     """784-400-400-10."""
-    return nn.Sequential(
-        nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 10)
-    )
+    return _with_ten_outputs(models.mlp((784,), (400, 400)))
 
 
 def cnn() -> nn.Module:
     """Six convolutions in the manner of VGG, for 32 x 32 pixels."""
-    layers: list[nn.Module] = []
-    for before, width in ((3, 32), (32, 64), (64, 128)):
-        for inputs in (before, width):
-            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048, 256), nn.ReLU(), nn.Linear(256, 10))
+    return _with_ten_outputs(models.cnn((3, 32, 32)))
 
 
 class Transformer(nn.Module):
@@ -40,40 +40,14 @@ class Transformer(nn.Module):
         return logits
 
 
-class Block(nn.Module):
-    """Two convolutions and a way around them."""
-
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
-        self.downsample = nn.Sequential()
-        if inputs != width:
-            self.downsample.append(nn.Conv2d(inputs, width, 1, stride, bias=False))
-            self.downsample.append(nn.BatchNorm2d(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        result: Tensor = self.relu2(y + self.downsample(x))
-        return result
-
-
 def resnet18() -> nn.Module:
     """He et al. 2016, 1000 outputs. It has seen some batches, so that its statistics are its own."""
-    blocks = [
-        Block(inputs, width, 1 if inputs == width else 2)
-        for before, width in ((64, 64), (64, 128), (128, 256), (256, 512))
-        for inputs in (before, width)
-    ]
     model = nn.Sequential(
         nn.Conv2d(3, 64, 7, 2, 3, bias=False),
         nn.BatchNorm2d(64),
         nn.ReLU(),
         nn.MaxPool2d(3, 2, 1),
-        *blocks,
+        *resnet.stages((64, 128, 256, 512), 2, resnet.projected),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(512, 1000),

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from mas_ext import resnet
+from mas_ext.names import hint
 
 
 class MultiHead(nn.Module):
@@ -42,6 +49,98 @@ class MultiHead(nn.Module):
         return logits
 
 
+def with_heads(module: nn.Module, head: str = "fc") -> MultiHead:
+    """Any network as a backbone: its last layer, the nn.Linear called ``head``, is taken out.
+
+    ``module`` itself is changed: it returns the features from now on. Raises ValueError, before
+    anything changes, if there is no such layer or it is of another kind.
+    """
+    found = dict(module.named_modules()).get(head) if head else None
+    if not isinstance(found, nn.Linear):
+        linear = [name for name, each in module.named_modules() if name and type(each) is nn.Linear]
+        kind = (
+            "nothing of that name" if found is None else f"a layer of type {type(found).__name__}"
+        )
+        raise ValueError(
+            f"head must be the name of an nn.Linear, got {head!r}, {kind}"
+            + (f"; {hint(head, linear)}" if linear else "; the module has no nn.Linear")
+        )
+    parent, _, name = head.rpartition(".")
+    setattr(module.get_submodule(parent), name, nn.Identity())
+    return MultiHead(module, found.in_features)
+
+
+def load_backbone(model: MultiHead, path: str | Path) -> list[str]:
+    """Put weights from a file into the backbone; returns the names of the old head's, left out.
+
+    The file is safetensors if it is called so, else what torch.save wrote, of which only tensors are
+    ever read: a state dict, or a dict with one as ``state_dict`` or ``model``. Names may begin with
+    ``module.`` or ``_orig_mod.``, and be those of the backbone or of a whole `MultiHead`.
+
+    Raises ValueError, before anything changes, unless the file has every weight of the backbone in its
+    shape and beyond them those of a single layer, the head, or of a `MultiHead`'s heads.
+    """
+    path = Path(path)
+    found, wanted = _unwrapped(_read(path)), model.backbone.state_dict()
+    # Older versions of torch did not count BatchNorm's batches, and nearly nothing uses the number.
+    missing = [n for n in wanted if n not in found and not n.endswith(".num_batches_tracked")]
+    if missing:
+        raise ValueError(
+            f"{path}: expected all {len(wanted)} weights of the backbone, got no {missing[0]!r} "
+            f"(and {len(missing) - 1} others missing)"
+        )
+    for name in wanted.keys() & found.keys():
+        old, new = wanted[name], found[name]
+        if old.shape != new.shape or old.is_floating_point() != new.is_floating_point():
+            raise ValueError(
+                f"{path}: expected {name!r} as {old.dtype} of shape {tuple(old.shape)}, "
+                f"got {new.dtype} of shape {tuple(new.shape)}"
+            )
+    left = sorted(found.keys() - wanted.keys())
+    layers = {name.rpartition(".")[0] for name in left if not name.startswith("heads.")}
+    if len(layers) > 1:
+        raise ValueError(
+            f"{path}: expected one layer more than the backbone has, the head, "
+            f"got {len(layers)}: {', '.join(sorted(layers)[:4])}"
+        )
+    with torch.no_grad():
+        for name in wanted.keys() & found.keys():
+            wanted[name].copy_(found[name])
+    return left
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    content = path.read_bytes()
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = safetensors.torch.load(content)
+        else:
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file may raise anything
+        first = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path}: expected a whole file of weights, and no code: {first}"
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    values = state if isinstance(state, Mapping) else {"the whole file": state}
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{path}: expected a dict of tensors, got {type(value).__name__} as {name!r}"
+            )
+    return values
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what wrappers put in front of all names."""
+    for prefix in ("module.", "_orig_mod.", "backbone."):
+        if all(name.startswith((prefix, "heads.")) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return dict(state)
+
+
 def mlp(shape: Sequence[int], hidden: Sequence[int] = (400, 400)) -> MultiHead:
     """Linear layers of these widths with ReLU, for inputs of any shape, without a head."""
     widths = [math.prod(shape), *hidden]
@@ -49,3 +148,79 @@ def mlp(shape: Sequence[int], hidden: Sequence[int] = (400, 400)) -> MultiHead:
     for before, width in pairwise(widths):
         layers += [nn.Linear(before, width), nn.ReLU()]
     return MultiHead(nn.Sequential(*layers), widths[-1])
+
+
+def cnn(shape: Sequence[int]) -> MultiHead:
+    """Six convolutions in the manner of VGG and a linear layer, for images of 8 x 8 pixels or more."""
+    channels, height, width = _image(shape, 8)
+    layers: list[nn.Module] = []
+    for before, after in pairwise((channels, 32, 64, 128)):
+        for inputs in (before, after):
+            layers += [nn.Conv2d(inputs, after, 3, padding=1), nn.ReLU()]
+        layers.append(nn.MaxPool2d(2))
+    flat = 128 * (height // 8) * (width // 8)
+    return MultiHead(nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, 256), nn.ReLU()), 256)
+
+
+def alexnet(shape: Sequence[int]) -> MultiHead:
+    """AlexNet for images of 20 x 20 pixels or more, with dropout.
+
+    Serra et al., Overcoming catastrophic forgetting with hard attention to the task, ICML 2018: three
+    convolutions of 64, 128 and 256 channels (for 32 x 32 pixels 4 x 4, 3 x 3 and 2 x 2), two linear
+    layers of width 2048.
+    """
+    channels, *size = _image(shape, 20)
+    kernels = [[side // 8 for side in size], [side // 10 for side in size], [2, 2]]
+    layers: list[nn.Module] = []
+    for before, after, kernel, rate in zip(
+        (channels, 64, 128), (64, 128, 256), kernels, (0.2, 0.2, 0.5), strict=True
+    ):
+        layers += [nn.Conv2d(before, after, (kernel[0], kernel[1])), nn.ReLU()]
+        layers += [nn.Dropout(rate), nn.MaxPool2d(2)]
+        size = [(side - k + 1) // 2 for side, k in zip(size, kernel, strict=True)]
+    layers.append(nn.Flatten())
+    for before, after in pairwise((256 * math.prod(size), 2048, 2048)):
+        layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(0.5)]
+    return MultiHead(nn.Sequential(*layers), 2048)
+
+
+def resnet18(shape: Sequence[int]) -> MultiHead:
+    """ResNet-18 for small images: it begins with a 3 x 3 convolution and does not pool before its end."""
+    return MultiHead(resnet.small(_image(shape)[0], (64, 128, 256, 512), 2, resnet.projected), 512)
+
+
+def resnet20(shape: Sequence[int]) -> MultiHead:
+    """He et al. 2016, section 4.2, with n = 3: for CIFAR, shortcuts without parameters (option A)."""
+    return MultiHead(resnet.small(_image(shape)[0], (16, 32, 64), 3, resnet.Padded), 64)
+
+
+def resnet32(shape: Sequence[int]) -> MultiHead:
+    """As `resnet20`, with n = 5."""
+    return MultiHead(resnet.small(_image(shape)[0], (16, 32, 64), 5, resnet.Padded), 64)
+
+
+MODELS: dict[str, Callable[[Sequence[int]], MultiHead]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "alexnet": alexnet,
+    "resnet18": resnet18,
+    "resnet20": resnet20,
+    "resnet32": resnet32,
+}
+
+
+def build(name: str, shape: Sequence[int]) -> MultiHead:
+    """The network called ``name``, one of `MODELS`, for inputs of this shape, without a head."""
+    if name not in MODELS:
+        raise ValueError(f"name: unknown model {name!r}, {hint(name, MODELS)}")
+    return MODELS[name](shape)
+
+
+def _image(shape: Sequence[int], least: int = 1) -> tuple[int, int, int]:
+    """Channels, height and width; ValueError unless it is an image with sides of ``least`` or more."""
+    if len(shape) != 3 or min(shape[1:]) < least:
+        raise ValueError(
+            f"shape must be (channels, height, width) with sides of {least} or more, "
+            f"got {tuple(shape)}"
+        )
+    return shape[0], shape[1], shape[2]
