@@ -29,7 +29,7 @@ def exact(model: nn.Module, x: Tensor) -> Call:
     def call() -> Omega:
         total = checked.empty()
         total.add(model, x)
-        return total.mean()
+        return total.into_mean()
 
     return call
 

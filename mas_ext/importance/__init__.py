@@ -73,4 +73,4 @@ def estimate_importance(
     check_patterns(model, exclude)
     total = ImportanceSum(method, objective, forward, exclude, max_outputs, backend)
     gather(total, model, batches, max_samples, progress)
-    return total.mean()
+    return total.into_mean()

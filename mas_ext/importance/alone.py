@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -57,21 +57,19 @@ def differ(
     return not bool(error.norm() <= TOLERANCE[precision] * expected.norm() + noise)
 
 
-def gradients(values: Tensor, theta: Mapping[Key, Tensor]) -> Iterator[dict[Key, Tensor]]:
-    """d sum_k values[k, c] / d theta by key, for every c; tensors without a gradient are absent."""
+def gradient(values: Tensor, c: int, theta: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """d sum_k values[k, c] / d theta by key; absent where there is none. To be called for c = 0, 1, ..."""
     if not values.requires_grad:
         raise ValueError(
             "output: got one that depends on no parameter, expected a differentiable one"
         )
-    outputs = values.shape[1]
-    for c in range(outputs):
-        with torch.enable_grad():
-            column = values[:, c].sum()
-        found = torch.autograd.grad(
-            column, [*theta.values()], retain_graph=c + 1 < outputs, allow_unused=True
-        )
-        dense = (g.to_dense() if g is not None and g.is_sparse else g for g in found)
-        yield {name: g for name, g in zip(theta, dense, strict=True) if g is not None}
+    with torch.enable_grad():
+        column = values[:, c].sum()
+    found = torch.autograd.grad(
+        column, [*theta.values()], retain_graph=c + 1 < values.shape[1], allow_unused=True
+    )
+    dense = (g.to_dense() if g is not None and g.is_sparse else g for g in found)
+    return {name: g for name, g in zip(theta, dense, strict=True) if g is not None}
 
 
 def zeros(theta: Mapping[str, Tensor]) -> Totals:
@@ -98,6 +96,15 @@ def accumulate(totals: Totals, found: Mapping[str, Tensor], square: bool, backen
         ops.accumulate_(into, added, 1.0, native.serves(device, backend))
 
 
+def accumulate_gradients(
+    totals: Totals, values: Tensor, theta: Mapping[str, Tensor], square: bool, backend: Backend
+) -> None:
+    """totals += abs(d sum_k values[k, c] / d theta), or its square, for every c."""
+    for c in range(values.shape[1]):
+        # No name for the gradients, which would keep them while the next ones are computed.
+        accumulate(totals, gradient(values, c, theta), square, backend)
+
+
 def one_by_one(
     evaluate: Evaluate,
     batch: Any,
@@ -111,8 +118,8 @@ def one_by_one(
     outputs, values = [], []
     for k in range(samples):
         output, value = evaluate(batches.part(batch, k, k + 1), 1)
-        for found in gradients(value, theta) if theta else ():
-            accumulate(totals, found, square, backend)
+        if theta:
+            accumulate_gradients(totals, value, theta, square, backend)
         outputs.append(output.detach())
         values.append(value.detach())
     return totals, torch.cat(outputs), torch.cat(values)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mas_ext.importance.alone import Evaluate, Totals, accumulate, gradients, zeros
+from mas_ext.importance.alone import Evaluate, Totals, accumulate_gradients, zeros
 from mas_ext.kernels.native import Backend
 
 
@@ -27,6 +27,5 @@ class Batch:
         """The sums by name, and the objectives."""
         _, values = evaluate(batch, samples)
         totals = zeros(theta)
-        for found in gradients(values, theta):
-            accumulate(totals, found, False, self.backend)
+        accumulate_gradients(totals, values, theta, False, self.backend)
         return totals, values.detach()

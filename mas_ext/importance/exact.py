@@ -80,7 +80,9 @@ class Exact:
             return totals, values
         alone: list[tuple[int, Tensor]] = []
         checked = 0
-        run = self._run(evaluate, batch, samples, theta) if self._functions else None
+        run = None
+        if self._functions:
+            run = self._backward(*self._forward(evaluate, batch, samples, theta))
         while True:
             known = self._layouts.copy(), self.generic.copy()
             if run is None or (checked < samples and self._to_be_checked(run, new=not alone)):
@@ -95,7 +97,7 @@ class Exact:
                 if known == (self._layouts, self.generic):
                     break
             if run is None or known != (self._layouts, self.generic):
-                run = self._run(evaluate, batch, samples, theta)
+                run = self._backward(*self._forward(evaluate, batch, samples, theta))
         for start, output in alone:
             together = run.output[start : start + len(output)]
             if theta.keys() - self.generic and differ(together, output, run.precision):
@@ -128,10 +130,12 @@ class Exact:
         Returns their outputs alone.
         """
         samples = batches.size(few)
-        run = self._run(evaluate, few, samples, theta)
+        passed = self._forward(evaluate, few, samples, theta)
+        # Before the way back, so that its sums and the loop's gradients are not there at the same time.
         expected, output, _ = one_by_one(evaluate, few, samples, theta, self.square, self.backend)
         largest = max(float(total.norm()) for total in expected.values())
         while True:
+            run = self._backward(*passed)
             if differ(run.output, output, run.precision):
                 _, again, _ = one_by_one(evaluate, few, samples, {}, self.square, self.backend)
                 if not differ(again, output, run.precision):
@@ -155,15 +159,15 @@ class Exact:
                 self._layouts[name] = LAYOUTS[LAYOUTS.index(self._layouts[name]) + 1]
             if not wrong:
                 break
-            run = self._run(evaluate, few, samples, theta)
+            passed = self._forward(evaluate, few, samples, theta)
         self._functions.add(run.functions)
         self._checked |= run.paths
         self._proven |= run.active
         return output
 
-    def _run(
+    def _forward(
         self, evaluate: Evaluate, batch: Any, samples: int, theta: Mapping[str, Tensor]
-    ) -> Run:
+    ) -> tuple[Tape, Tensor, Tensor]:
         direct = {name: p for name, p in theta.items() if name not in self.generic}
         device = next(iter(theta.values())).device
         native_serves = native.serves(device, self.backend)
@@ -171,11 +175,14 @@ class Exact:
         tape = Tape(direct, layouts, samples, RULES, self.square, native_serves)
         with tape:
             output, values = evaluate(batch, samples)
+        return tape, output, values
+
+    def _backward(self, tape: Tape, output: Tensor, values: Tensor) -> Run:
         paths = {path[0]: path for path in tape.paths()}
         uses = {(path, i) for path in paths.values() for i in range(len(path[1]))}
         tape.watched = {(path[0], i) for path, i in uses - self._proven}
-        totals = tape.backward(values) if direct else {}
-        dtypes = {output.dtype, *tape.dtypes, *(p.dtype for p in direct.values())}
+        totals = tape.backward(values) if tape.theta else {}
+        dtypes = {output.dtype, *tape.dtypes, *(p.dtype for p in tape.theta.values())}
         return Run(
             output.detach(),
             values.detach(),

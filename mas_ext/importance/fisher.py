@@ -161,4 +161,4 @@ def estimate_fisher(
     check_patterns(model, exclude)
     total = FisherSum(labels, forward, exclude, seed, backend)
     gather(total, model, batches, max_samples, progress)
-    return total.mean()
+    return total.into_mean()

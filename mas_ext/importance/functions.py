@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mas_ext.importance.layers import Affine, Convolution, Embedding, Linear
+from mas_ext.importance.layers import Affine, Convolution, Embedding, Linear, Standardised, channels
 from mas_ext.importance.tape import Rule, Tape
 
 RULES: dict[Callable[..., Any], Rule] = {}
@@ -183,10 +183,6 @@ def _rms_norm(
     )
 
 
-def _channels(x: Tensor) -> tuple[int, ...]:
-    return (x.shape[1], *[1] * (x.dim() - 2))
-
-
 @_rule(F.group_norm, torch.group_norm)
 def _group_norm(
     tape: Tape,
@@ -199,7 +195,7 @@ def _group_norm(
     cudnn_enabled: bool = True,
 ) -> Any:
     x = func(input, num_groups, eps=eps)
-    return _affine(tape, func, x, weight, bias, _channels(x))
+    return _affine(tape, func, x, weight, bias, channels(x))
 
 
 @_rule(F.instance_norm)
@@ -216,7 +212,7 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Any:
     x = func(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
-    return _affine(tape, func, x, weight, bias, _channels(x))
+    return _affine(tape, func, x, weight, bias, channels(x))
 
 
 @_rule(F.batch_norm)
@@ -237,13 +233,17 @@ def _batch_norm(
             "model: it normalises over the batch (batch_norm in training mode), so that samples interact "
             'and have no gradient of their own; use method="batch" or another normalisation'
         )
-    x = func(input, running_mean, running_var, None, None, False, momentum, eps)
-    return _affine(tape, func, x, weight, bias, _channels(x))
+    if running_mean is None or running_var is None:
+        return NotImplemented
+    if weight is None:
+        weight = torch.ones_like(running_mean)
+    layer = Standardised(running_mean, running_var, eps)
+    return tape.layer(func, layer, input, weight, bias, input.shape)
 
 
 @_rule(torch.prelu)
 def _prelu(tape: Tape, func: Any, input: Tensor, weight: Tensor) -> Any:
-    shape = _channels(input) if weight.numel() > 1 else (1,)
+    shape = channels(input) if weight.numel() > 1 else (1,)
     slope = tape.spread(func, weight, shape, input.shape)
     return NotImplemented if slope is None else F.relu(input) - slope * F.relu(-input)
 

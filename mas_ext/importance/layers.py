@@ -84,6 +84,11 @@ class Fold:
         return g.sum(dims, dtype=dtype).reshape(self.samples, *shape)
 
 
+def channels(x: Tensor) -> tuple[int, ...]:
+    """The shape with which numbers by channel, dimension 1, are broadcast to x."""
+    return (x.shape[1], *[1] * (x.dim() - 2))
+
+
 class Layer(Protocol):
     """y = f(x, weight) + bias, linear in weight and bias."""
 
@@ -252,6 +257,37 @@ class Affine:
     def weight_use(self, grad: Tensor, x: Tensor, fold: Fold) -> Use:
         """See Layer."""
         g = fold.spread_over(grad * x, self.shape)
+        assert g is not None, "a norm's weight does not differ along the samples"
+        return Rows(g)
+
+
+@dataclass(frozen=True)
+class Standardised:
+    """y = (x - mean) / sqrt(var + eps) weight + bias by channel: BatchNorm on its running statistics.
+
+    x is all that is kept of the way forward: what the weight multiplies is computed again.
+    """
+
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See Layer."""
+        return F.batch_norm(x, self.mean, self.var, weight, bias, eps=self.eps)
+
+    def bias_shape(self, y: Tensor, bias: Tensor) -> tuple[int, ...]:
+        """See Layer."""
+        return channels(y)
+
+    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """See Layer."""
+        return F.batch_norm(grad, torch.zeros_like(self.mean), self.var, weight, eps=self.eps)
+
+    def weight_use(self, grad: Tensor, x: Tensor, fold: Fold) -> Use:
+        """See Layer."""
+        standardised = F.batch_norm(x, self.mean, self.var, eps=self.eps)
+        g = fold.spread_over(standardised.mul_(grad), channels(x))
         assert g is not None, "a norm's weight does not differ along the samples"
         return Rows(g)
 

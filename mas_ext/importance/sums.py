@@ -226,6 +226,14 @@ class ImportanceSum:
         """Omega = sum / samples, by name."""
         return {name: total / self.samples for name, total in self.sums.items()}
 
+    def into_mean(self) -> dict[str, Tensor]:
+        """The mean, in the memory of the sums, of which nothing is left."""
+        omega, samples = self.sums, self.samples
+        self.sums, self.samples, self.objective_sum = {}, 0, 0.0
+        for total in omega.values():
+            total /= samples
+        return omega
+
 
 def gather(
     total: ImportanceSum,

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mas_ext.importance import order
-from mas_ext.importance.alone import Totals, gradients
+from mas_ext.importance.alone import Totals, gradient
 from mas_ext.importance.layers import Fold, Layer, Layout, bias_use
 from mas_ext.importance.uses import Rows, Use, add_uses
 from mas_ext.kernels.reference import compute_dtype
@@ -91,7 +91,7 @@ class Tape(TorchFunctionMode):
         # Uses to look at, and those of them with a gradient that is not zero.
         self.watched: set[tuple[str, int]] = set()
         self.active: set[tuple[str, int]] = set()
-        self._theta = theta
+        self.theta = theta
         self._rules = rules
         self._mentions: dict[str, list[Mention]] = {}
         self._slots = {id(p): Slot(name, p) for name, p in theta.items()}
@@ -180,7 +180,7 @@ class Tape(TorchFunctionMode):
         """Write down that a function uses a parameter; the how manieth use it is."""
         mentions = self._mentions.setdefault(slot.name, [])
         if not self._replaying:
-            layout, shape = self.layouts[slot.name], self._theta[slot.name].shape
+            layout, shape = self.layouts[slot.name], self.theta[slot.name].shape
             mentions.append(Mention(func.__name__, layout, shape, several))
         return len(mentions) - 1
 
@@ -316,7 +316,8 @@ class Tape(TorchFunctionMode):
         # Checkpointed parts run again on the way back, and must do so as they did before.
         self._replaying = True
         with self:
-            for found in gradients(values, {i: slot.tensor for i, slot in enumerate(slots)}):
+            for c in range(values.shape[1]):
+                found = gradient(values, c, {i: slot.tensor for i, slot in enumerate(slots)})
                 self.misfits |= {slots[i].name for i in found}
                 for name, total in self.collect().items():
                     totals[name] = totals[name] + total if name in totals else total
@@ -329,7 +330,7 @@ class Tape(TorchFunctionMode):
         for slot in reversed(self._slots.values()):  # parts come after what they are parts of
             self._unite(slot)
         found, self._totals = self._totals, {}
-        return {name: found[id(p)] for name, p in self._theta.items() if id(p) in found}
+        return {name: found[id(p)] for name, p in self.theta.items() if id(p) in found}
 
     def _unite(self, part: Slot) -> None:
         """Add a part's total to that of what it is a part of; a misfit if they overlap."""
