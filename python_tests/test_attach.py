@@ -9,6 +9,7 @@ import naive
 import numpy as np
 import pytest
 import torch
+from memory import largest_allocation
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
@@ -666,18 +667,6 @@ def test_a_momentum_of_one_has_no_step_length() -> None:
 
 
 # -- memory ----------------------------------------------------------------------------------------
-
-
-def largest_allocation(act: Callable[[], Any]) -> int:
-    """Bytes of the largest single allocation on the CPU."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU],
-        profile_memory=True,
-        acc_events=True,  # without it some versions of torch warn
-    ) as profile:
-        act()
-    events = profile.profiler.kineto_results.events()
-    return max((e.nbytes() for e in events if e.name() == "[memory]"), default=0)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import peak
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import ANY, CASES, Case, Wired
@@ -669,3 +670,27 @@ def test_bad_numbers_are_refused_whatever_the_check_of_samples_makes_of_them(bad
     x[1, 0, 0, 0] = bad
     with pytest.raises(ValueError, match="finite"):
         estimate_importance(model, [x])
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def ordinary(model: nn.Module, x: Tensor) -> None:
+    torch.autograd.grad(model(x).square().sum(), [*model.parameters()])
+
+
+@pytest.mark.parametrize(("method", "objective"), [("exact", "l2"), ("batch", "vector")])
+def test_a_first_batch_takes_two_tensors_a_parameter(method: Any, objective: Any) -> None:
+    """Sums and gradients, or the sums of a few samples together and alone."""
+    model = nn.Sequential(*[nn.Linear(100, 100) for _ in range(24)], nn.Linear(100, 2))
+    x = torch.randn(4, 100)
+    size = sum(p.nbytes for p in model.parameters())
+    assert size < peak(lambda: ordinary(model, x)) < 1.2 * size
+    assert peak(lambda: ImportanceSum(method, objective).add(model, x)) < 2.5 * size
+
+
+def test_activations_take_the_memory_of_an_ordinary_pass() -> None:
+    layers = (nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(8))
+    model, x = nn.Sequential(*layers).eval(), torch.randn(16, 4, 256)
+    own = peak(lambda: ImportanceSum().add(model, x))
+    assert own < 1.3 * peak(lambda: ordinary(model, x))

@@ -583,6 +583,16 @@ def test_half_precision_models_accumulate_in_float32(dtype: torch.dtype, backend
     assert total.mean()["weight"].item() == 1
 
 
+def test_the_mean_may_take_the_memory_of_the_sums() -> None:
+    model, total, x = ConvNet(), ImportanceSum(), images(4)
+    total.add(model, x)
+    before = {name: t.data_ptr() for name, t in total.sums.items()}
+    omega = total.into_mean()
+    assert {name: t.data_ptr() for name, t in omega.items()} == before
+    assert_importance(omega, naive(model, [x]))
+    assert (total.sums, total.samples, total.objective_sum) == ({}, 0, 0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_outputs_are_squared_in_float32(dtype: torch.dtype) -> None:
     """y = 300, of which float16 can't hold the square; 2 y x = 600."""

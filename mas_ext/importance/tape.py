@@ -320,7 +320,7 @@ class Tape(TorchFunctionMode):
                 found = gradient(values, c, {i: slot.tensor for i, slot in enumerate(slots)})
                 self.misfits |= {slots[i].name for i in found}
                 for name, total in self.collect().items():
-                    totals[name] = totals[name] + total if name in totals else total
+                    totals[name] = totals[name].add_(total) if name in totals else total
         return totals
 
     def collect(self) -> Totals:
