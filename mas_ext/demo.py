@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch import Tensor
 from tqdm import tqdm
 
 from mas_ext import data, metrics
+from mas_ext.learning import Epoch
+from mas_ext.methods.finetune import Finetune
+from mas_ext.methods.mas import MAS
+from mas_ext.methods.method import Method
 from mas_ext.models import mlp
-from mas_ext.penalty import FusedMASPenalty
-from mas_ext.scenarios import Scenario, Tensors, split
+from mas_ext.scenarios import Scenario, split
+from mas_ext.trainer import Trainer
 
 HIDDEN = (100, 100)
-LEARNING_RATE, MOMENTUM = 0.02, 0.9
+LEARNING_RATE = 0.02  # of SGD with momentum 0.9
 IMPORTANCE_SAMPLES = 1000  # per task; with all of them MAS gains less than it differs by seed
 EPOCHS = {"digits": 20}  # of others 3
 BATCH_SIZE = 32
 
 
-@dataclass(frozen=True)
-class Regularizer:
-    """How earlier tasks are kept: arguments of `FusedMASPenalty` and of its ``attach``."""
-
-    lam: float
-    merge: Literal["latest", "consistent"]
-    mode: Literal["gradient", "proximal"]
-
-
-METHODS = {
-    "fine-tuning": None,
-    "MAS": Regularizer(0.3, "latest", "gradient"),
-    "MAS-alpha": Regularizer(0.3, "consistent", "gradient"),
+METHODS: dict[str, Callable[[], Method]] = {
+    "fine-tuning": Finetune,
+    "MAS": partial(MAS, 0.3, max_samples=IMPORTANCE_SAMPLES),
+    "MAS-alpha": partial(MAS, 0.3, merge="consistent", max_samples=IMPORTANCE_SAMPLES),
     # The gradient form ends in NaN at a hundredth of this lam.
-    "proximal, lam = 1000": Regularizer(1000.0, "consistent", "proximal"),
+    "proximal, lam = 1000": partial(
+        MAS, 1000.0, merge="consistent", mode="proximal", max_samples=IMPORTANCE_SAMPLES
+    ),
 }
 
 
@@ -96,9 +90,9 @@ def run_demo(
     accuracy = {}
     total = len(METHODS) * len(scenario.tasks) * epochs
     with tqdm(total=total, unit="epoch") as progress:
-        for name, regularizer in METHODS.items():
+        for name, method in METHODS.items():
             progress.set_description(name)
-            accuracy[name] = learn(scenario, regularizer, epochs, seed, progress.update)
+            accuracy[name] = learn(scenario, method(), epochs, seed, progress.update)
     seconds = time.perf_counter() - start
 
     names = tuple(task.name for task in scenario.tasks)
@@ -119,64 +113,23 @@ def one_thread() -> Iterator[None]:
 
 @one_thread()
 def learn(
-    scenario: Scenario,
-    regularizer: Regularizer | None,
-    epochs: int,
-    seed: int,
-    epoch_done: Callable[[], object],
+    scenario: Scenario, method: Method, epochs: int, seed: int, epoch_done: Callable[[], object]
 ) -> Tensor:
     """Learn the tasks in turn with SGD: the (T, T) matrix accuracy[t, k], NaN for k > t."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = mlp(scenario.shape, HIDDEN)
-        for task in scenario.tasks:
-            model.add_head(len(task.classes))
-    order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM)
-    accuracy = torch.full((len(scenario.tasks), len(scenario.tasks)), math.nan)
-    current = 0
-
-    penalty = None
-    if regularizer is not None:
-        penalty = FusedMASPenalty(
-            model,
-            lam=regularizer.lam,
-            merge=regularizer.merge,
-            exclude=("heads.*",),
-            forward=lambda model, x: model(x, current),  # called when `current` is the task's
-        )
-        penalty.attach(optimizer, mode=regularizer.mode)
-
-    for current, task in enumerate(scenario.tasks):
-        x, y = whole(task.train)
-        y = task.positions(y)
-        for _ in range(epochs):
-            for chosen in torch.randperm(len(y), generator=order).split(BATCH_SIZE):
-                loss = F.cross_entropy(model(x[chosen], current), y[chosen])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            epoch_done()
-        if penalty is not None:
-            penalty.consolidate(x[:IMPORTANCE_SAMPLES].split(BATCH_SIZE))
-        accuracy[current, : current + 1] = evaluate(model, scenario, current)
-    return accuracy
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, scenario: Scenario, current: int) -> Tensor:
-    """Accuracy on the test images of every task up to ``current``, (current + 1,)."""
-    accuracies = []
-    for k, task in enumerate(scenario.tasks[: current + 1]):
-        x, y = whole(task.test)
-        accuracies.append(metrics.accuracy(model(x, k), task.positions(y)))
-    return torch.tensor(accuracies)
-
-
-def whole(dataset: Dataset[Any]) -> tuple[Tensor, Tensor]:
-    """All inputs and all labels of data in memory."""
-    assert isinstance(dataset, Tensors)
-    return dataset.batch(torch.arange(len(dataset)))
+    trainer = Trainer(
+        model,
+        method,
+        optimizer="sgd",
+        lr=LEARNING_RATE,
+        epochs=epochs,
+        batch_size=BATCH_SIZE,
+        seed=seed,
+        callbacks=[lambda news: epoch_done() if isinstance(news, Epoch) else None],
+    )
+    return trainer.fit(scenario).accuracy
 
 
 def draw(accuracy: Mapping[str, Tensor], tasks: tuple[str, ...], out: Path) -> None:

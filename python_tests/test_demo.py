@@ -20,7 +20,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
 def test_fine_tuning_forgets_and_the_penalties_do_not(result: DemoResult) -> None:
     forgetting = {name: metrics.forgetting(matrix) for name, matrix in result.accuracy.items()}
     average = {name: metrics.average_accuracy(matrix) for name, matrix in result.accuracy.items()}
-    # Over ten seeds fine-tuning forgot 0.054 to 0.161, the others 0.030 at most.
+    # Over ten seeds fine-tuning forgot 0.046 to 0.183, the others 0.050 at most.
     assert forgetting["fine-tuning"] > 0.04
     for name in METHODS.keys() - {"fine-tuning"}:
         assert forgetting[name] < 0.04
@@ -57,7 +57,7 @@ def test_the_seed_decides() -> None:
     scenario = split(*load("digits"))
     state = torch.random.get_rng_state()
     one, same, other = (
-        learn(scenario, METHODS["MAS"], 1, seed, lambda: None).nan_to_num() for seed in (1, 1, 2)
+        learn(scenario, METHODS["MAS"](), 1, seed, lambda: None).nan_to_num() for seed in (1, 1, 2)
     )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -68,7 +68,7 @@ def test_the_number_of_threads_is_put_back() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        learn(split(*load("digits")), None, 1, 0, lambda: None)
+        learn(split(*load("digits")), METHODS["fine-tuning"](), 1, 0, lambda: None)
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
