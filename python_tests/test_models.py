@@ -77,6 +77,8 @@ def count(model: nn.Module) -> int:
         # The paper's, on 32 x 32: 64 x 3 x 16 + 64, 128 x 64 x 9 + 128, 256 x 128 x 4 + 256, and
         # 1024 -> 2048 -> 2048.
         ("alexnet", (3, 32, 32), 2048, 3136 + 73856 + 131328 + 2099200 + 4196352),
+        # The same on 28 x 28, where they are 3 x 3, 2 x 2 and 2 x 2 of one channel.
+        ("alexnet", (1, 28, 28), 2048, 640 + 32896 + 131328 + 2099200 + 4196352),
         # torchvision's 11,689,512, less its 512,000 + 1,000 at the end and 64 x 3 x (49 - 9).
         ("resnet18", (3, 32, 32), 512, 11_689_512 - 513_000 - 7_680),
         # The paper's 0.27 and 0.46 million, less the 650 of ten outputs.
@@ -155,13 +157,13 @@ def test_resnet20_is_the_formula() -> None:
 def user_network() -> nn.Module:
     return nn.Sequential(
         nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU()),
-        nn.Sequential(nn.Dropout(0.0), nn.Linear(5, 4)),
+        nn.Sequential(nn.Tanh(), nn.Linear(5, 4)),
     )
 
 
 def test_the_last_layer_of_any_network_becomes_heads() -> None:
     network, x = user_network(), torch.randn(3, 6)
-    features, logits = network[0](x), network(x)
+    features, logits = network[0](x).tanh(), network(x)
     old = network[1][1]
     model = models.with_heads(network, head="1.1")
     assert model.width == 5
@@ -178,7 +180,7 @@ def test_layers_that_cannot_be_heads() -> None:
         ("fc", "'fc', nothing of that name; choose from 0.1, 1.1"),
         ("1.2", "'1.2', nothing of that name; did you mean '1.1'"),
         ("1", "'1', a layer of type Sequential"),
-        ("1.0", "'1.0', a layer of type Dropout"),
+        ("1.0", "'1.0', a layer of type Tanh"),
         ("", "'', nothing of that name"),
     ):
         with pytest.raises(ValueError, match=f"the name of an nn.Linear, got {got}"):
