@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.utils.data import Dataset
 
 from mas_ext import data
 from mas_ext.names import hint
-from mas_ext.scenarios import Scenario, Tensors, from_datasets, split
-from mas_ext.transforms import Canvas, Permutation, Rotation
+from mas_ext.scenarios import Scenario, Task, Tensors, from_datasets, split
+from mas_ext.transforms import Canvas, Permutation, Rotation, Standardisation
 
 Folder = str | Path | None
 
@@ -30,6 +31,9 @@ def build(
     ``folder``: where its data are, as in `mas_ext.data.load`. ``tasks``: how many; None for as many
     as is usual. ``order``: in which the tasks are learned, as their positions; None as they are
     listed, ``"random"`` by the seed, which also decides the permutations of permuted-mnist.
+
+    Images are standardised: each channel has mean 0 and standard deviation 1 over the training images
+    of a data set.
 
     Raises ValueError for an unknown name, or a number or order of tasks that cannot be, and what
     `mas_ext.data.load` raises.
@@ -82,13 +86,29 @@ def recognition(folder: Folder = None, tasks: int = 8) -> Scenario:
             f"tasks must be {len(names)} and a number of groups that divides 100, got {tasks}"
         )
     canvas = Canvas((3, 32, 32))
-    pairs = [
-        (train.transformed(canvas), test.transformed(canvas))
-        for train, test in (data.load(name, folder) for name in names)
+    single: list[Task] = []
+    for name in names:
+        train, test = data.load(name, folder)
+        pair = train.transformed(canvas), test.transformed(canvas)
+        single += standardised(from_datasets([pair], [name])).tasks
+    groups = standardised(split(*data.load("cifar100", folder), tasks - len(names))).tasks
+    objects = [replace(group, name=f"cifar100 {group.name}") for group in groups]
+    return Scenario((*single, *objects))
+
+
+def standardised(scenario: Scenario) -> Scenario:
+    """The same tasks, seen through the `Standardisation` of all their training images as they are stored."""
+    stored = {id(part.x): part.x for task in scenario.tasks for part in [_in_memory(task.train)]}
+    transform = Standardisation.of(list(stored.values()))
+    seen = [
+        replace(
+            task,
+            train=_in_memory(task.train).transformed(transform),
+            test=_in_memory(task.test).transformed(transform),
+        )
+        for task in scenario.tasks
     ]
-    groups = split(*data.load("cifar100", folder), tasks - len(names)).tasks
-    objects = tuple(replace(group, name=f"cifar100 {group.name}") for group in groups)
-    return Scenario(from_datasets(pairs, names).tasks + objects)
+    return replace(scenario, tasks=tuple(seen))
 
 
 class Entry(NamedTuple):
@@ -99,7 +119,7 @@ class Entry(NamedTuple):
 
 
 def _split(dataset: str) -> Callable[[Folder, int, int], Scenario]:
-    return lambda folder, tasks, seed: split(*data.load(dataset, folder), tasks)
+    return lambda folder, tasks, seed: standardised(split(*data.load(dataset, folder), tasks))
 
 
 SCENARIOS = {
@@ -108,11 +128,18 @@ SCENARIOS = {
     "split-fashion": Entry(_split("fashion-mnist"), 5),
     "split-cifar100": Entry(_split("cifar100"), 10),
     "permuted-mnist": Entry(
-        lambda f, tasks, seed: permuted(*data.load("mnist", f), tasks, seed), 10
+        lambda f, tasks, seed: standardised(permuted(*data.load("mnist", f), tasks, seed)), 10
     ),
-    "rotated-mnist": Entry(lambda f, tasks, seed: rotated(*data.load("mnist", f), tasks), 10),
+    "rotated-mnist": Entry(
+        lambda f, tasks, seed: standardised(rotated(*data.load("mnist", f), tasks)), 10
+    ),
     "datasets": Entry(lambda f, tasks, seed: recognition(f, tasks), 8),
 }
+
+
+def _in_memory(dataset: Dataset[Any]) -> Tensors:
+    assert isinstance(dataset, Tensors)  # all that `data.load` gives is
+    return dataset
 
 
 def _at_least_one(tasks: int) -> None:

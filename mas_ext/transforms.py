@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,3 +50,26 @@ class Canvas:
         down, right = height - x.shape[2], width - x.shape[3]
         padded = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
         return padded if x.shape[1] == channels else padded.repeat(1, channels, 1, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Standardisation:
+    """Each channel minus its mean, divided by its standard deviation."""
+
+    mean: Tensor  # (C,)
+    deviation: Tensor  # (C,)
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor]) -> Standardisation:
+        """After which these images together, (N, C, H, W) each, have mean 0 and standard deviation 1."""
+        pixels = sum(x[:, 0].numel() for x in parts)
+        moments = [
+            sum((x**power).sum((0, 2, 3), dtype=torch.float64) for x in parts) / pixels
+            for power in (1, 2)
+        ]
+        mean, square = (torch.as_tensor(moment) for moment in moments)
+        return cls(mean.float(), (square - mean**2).sqrt().float())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mean, deviation = (t.to(x.device)[:, None, None] for t in (self.mean, self.deviation))
+        return (x - mean) / deviation
