@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from mas_ext.methods.ewc import EWC, OnlineEWC
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.joint import Joint
 from mas_ext.methods.mas import MAS
@@ -23,6 +24,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "mas-vector": partial(MAS, objective="vector"),
     "mas-alpha": partial(MAS, merge="consistent"),
     "local-mas": partial(MAS, importance="local"),
+    "ewc": EWC,
+    "online-ewc": OnlineEWC,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mas_ext.attach import Mode
@@ -17,12 +18,14 @@ from mas_ext.penalty import FusedMASPenalty
 class Quadratic(Method):
     """Cross entropy + lam sum_i W_i (theta_i - A_i)^2, the latter applied in the optimizer's step.
 
-    Subclasses consolidate a task's importance into `penalty` when it ends.
+    Subclasses consolidate a task's importance into `penalty` when it ends, times `weight`.
     """
 
     def __init__(self, lam: float, mode: Mode = "gradient", **penalty: Any) -> None:
         """lam, and further arguments of FusedMASPenalty; mode: see FusedMASPenalty.attach."""
-        self.lam, self.mode, self._arguments = lam, mode, penalty
+        # As wide as each parameter: float64 is for those of float64 alone.
+        self._arguments = {"omega_dtype": torch.float64, **penalty}
+        self.lam, self.mode, self.weight = lam, mode, 1.0
         self.penalty: FusedMASPenalty | None = None
 
     def build(self, model: nn.Module, exclude: Sequence[str]) -> FusedMASPenalty:
@@ -33,7 +36,8 @@ class Quadratic(Method):
         """See Method.begin_task."""
         if self.penalty is None:
             self.penalty = self.build(training.model, training.own_parameters)
-        self.penalty.attach(training.optimizer, mode=self.mode)
+        if self.penalty.lam > 0:
+            self.penalty.attach(training.optimizer, mode=self.mode)
 
     def state_dict(self) -> dict[str, Any]:
         """See Method.state_dict."""
@@ -90,4 +94,5 @@ class Estimated(Quadratic):
         """See Method.end_task."""
         assert self.penalty is not None
         observed = training.observing
-        self.penalty.consolidate(None if observed else training.batches(self.max_samples))
+        batches = None if observed else training.batches(self.max_samples)
+        self.penalty.consolidate(batches, self.weight)
