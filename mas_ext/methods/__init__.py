@@ -13,6 +13,7 @@ from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.joint import Joint
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import SETTINGS, Method, Setting, Training
+from mas_ext.methods.si import SI
 
 __all__ = ["METHODS", "SETTINGS", "Method", "Setting", "Training", "create", "options"]
 
@@ -26,6 +27,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "local-mas": partial(MAS, importance="local"),
     "ewc": EWC,
     "online-ewc": OnlineEWC,
+    "si": SI,
 }
 
 
