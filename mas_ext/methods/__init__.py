@@ -10,6 +10,7 @@ from typing import Any
 
 from mas_ext.methods.ewc import EWC, OnlineEWC
 from mas_ext.methods.finetune import Finetune
+from mas_ext.methods.imm import MeanIMM, ModeIMM
 from mas_ext.methods.joint import Joint
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import SETTINGS, Method, Setting, Training
@@ -28,6 +29,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ewc": EWC,
     "online-ewc": OnlineEWC,
     "si": SI,
+    "imm-mean": MeanIMM,
+    "imm-mode": ModeIMM,
 }
 
 
