@@ -37,7 +37,8 @@ class Trainer:
         checkpoint: a file, written after every epoch, after every task and when Ctrl-C stops the training.
             Where it exists, fit goes on from it, to the same bits (but for random augmentation in worker
             processes).
-        callbacks: called with an Epoch after every epoch, and with the Result so far after every task.
+        callbacks: called with an Epoch after every epoch, and with the Result so far after every task, before
+            the checkpoint is written: a run that was killed in between tells the same again.
         settings: see Settings.
 
     Raises:
@@ -105,9 +106,9 @@ class Trainer:
         return run.found
 
     def _tell(self, run: Learning, news: Epoch | Result) -> None:
-        self._save(run)
         for callback in self.callbacks:
             callback(news)
+        self._save(run)
 
     def _save(self, run: Learning) -> None:
         if self.checkpoint is not None:
