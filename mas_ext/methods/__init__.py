@@ -49,8 +49,8 @@ def create(name: str, /, **given: Any) -> Method:
     return METHODS[name](**given)
 
 
-def options(name: str) -> list[str]:
-    """The options of the method called `name`, sorted.
+def options(name: str) -> dict[str, Any]:
+    """The options of the method called `name`, sorted, with their defaults.
 
     Raises:
         ValueError: an unknown name.
@@ -59,4 +59,5 @@ def options(name: str) -> list[str]:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(METHODS)}"
         raise ValueError(f"method: got {name!r}, {hint}")
-    return sorted(inspect.signature(METHODS[name]).parameters)
+    parameters = inspect.signature(METHODS[name]).parameters
+    return {option: parameters[option].default for option in sorted(parameters)}
