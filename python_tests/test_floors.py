@@ -15,6 +15,7 @@ PACKAGE = Path(mas_ext.__file__).parent
 FLOORS = [
     {"cli"},
     {"demo", "benchmark", "benchmark_importance"},
+    {"config"},
     {"trainer", "benchmark_forms", "benchmark_gradients"},
     {"learning"},
     {"settings"},

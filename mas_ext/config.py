@@ -1,0 +1,326 @@
+"""What a comparison of methods is: read from a TOML file and the command line, checked before any work."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from mas_ext import catalogue, models
+from mas_ext.methods import METHODS, Method, create, options
+from mas_ext.names import hint
+from mas_ext.settings import Settings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# The share of the training data that lam is chosen on where `validation` says nothing.
+CHOOSING_SHARE = 0.1
+
+
+class Key(NamedTuple):
+    """A key of the file, and an option of the command line.
+
+    kind: str, int, float or bool. many: a list of them, with commas between on the command line; one alone is
+        a list, too. word: taken instead of a list. help: for the command line.
+    """
+
+    kind: type
+    help: str
+    many: bool = False
+    word: str | None = None
+
+    def read(self, name: str, value: Any) -> Any:
+        """The value, checked: lists are tuples, whole numbers may stand for others.
+
+        Raises:
+            ValueError: it is of another kind.
+        """
+        if self.word is not None and value == self.word:
+            return value
+        if not self.many:
+            return self._one(name, value)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(self._one(name, each) for each in values)
+
+    def parse(self, name: str, text: str) -> Any:
+        """The same of a word on the command line."""
+        if text == self.word:
+            return text
+        values = [self._converted(word) for word in (text.split(",") if self.many else [text])]
+        return self.read(name, values if self.many else values[0])
+
+    def _converted(self, word: str) -> Any:
+        try:
+            return self.kind(word)
+        except ValueError:
+            return word
+
+    def _one(self, name: str, value: Any) -> Any:
+        if self.kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not self.kind:
+            expected = {
+                str: "a word",
+                int: "a whole number",
+                float: "a number",
+                bool: "true or false",
+            }
+            or_word = "" if self.word is None else f" or {self.word!r}"
+            raise ValueError(f"{name}: got {value!r}, expected {expected[self.kind]}{or_word}")
+        return value
+
+
+def _names(known: Iterable[str]) -> str:
+    return ", ".join(known)
+
+
+WHAT = {
+    "scenario": Key(str, f"tasks to learn: {_names(catalogue.SCENARIOS)}"),
+    "data": Key(str, "folder of the data sets; default: $MAS_EXT_DATA, ./data, ~/data"),
+    "tasks": Key(int, "how many tasks; default: what is usual for the scenario"),
+    "order": Key(
+        int, "positions of the tasks in another order, or random", many=True, word="random"
+    ),
+    "model": Key(str, f"network: {_names(models.MODELS)}"),
+    "hidden": Key(int, "widths of the hidden layers of the mlp; default: 400,400", many=True),
+    "methods": Key(str, f"what is compared: {_names(METHODS)}", many=True),
+    "lam": Key(
+        float,
+        "strength for all methods that have one; of several each method's best on validation data is taken; "
+        "default: each method's own",
+        many=True,
+    ),
+    "lam_seeds": Key(int, "how many seeds lam is chosen with, other ones than those of --seeds"),
+    "seeds": Key(int, "how many times everything is learned, with the seeds 0, 1, ..."),
+    "device": Key(str, "cpu, cuda, ..."),
+}
+
+HOW = {
+    "setting": Key(
+        str,
+        "task (a head a task, the task is known when testing), domain (one head) or class (a head a task, all "
+        "side by side)",
+    ),
+    "optimizer": Key(str, "sgd, adam or adamw"),
+    "lr": Key(float, "learning rate"),
+    "epochs": Key(int, "for every task, or one number a task", many=True),
+    "batch_size": Key(int, "samples in a step"),
+    "schedule": Key(str, "of the learning rate within a task: cosine or linear; default: constant"),
+    "clip": Key(float, "largest norm of the gradient; default: any"),
+    "amp": Key(str, "bfloat16 or float16: mixed precision; default: none"),
+    "validation": Key(
+        float,
+        "share of the training data kept for validation; lam is chosen on this, or on "
+        f"{CHOOSING_SHARE:g} of them, kept for that alone",
+    ),
+    "patience": Key(
+        int, "epochs without a better validation accuracy that end a task; default: any"
+    ),
+    "importance_epochs": Key(int, "gather importance online in the last so many epochs of a task"),
+    "balanced": Key(bool, "draw all classes equally often"),
+    "deterministic": Key(bool, "use deterministic algorithms of torch only"),
+    "workers": Key(int, "processes that read data sets that are not in memory"),
+}
+
+KEYS = {**WHAT, **HOW}
+
+# Where things are and what reads them: a run may go on with others.
+FREE = ("data", "workers")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is compared, and how it is trained; the fields are the keys of the file, see WHAT.
+
+    methods: options by name; "lam" among them may be a list, and goes before `lam`.
+    settings: see HOW; the seed in it is not used.
+
+    Raises:
+        ValueError: a value that can't be used.
+    """
+
+    scenario: str = "split-digits"
+    data: str | None = None
+    tasks: int | None = None
+    order: tuple[int, ...] | Literal["random"] | None = None
+    model: str = "mlp"
+    hidden: tuple[int, ...] | None = None
+    methods: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: {"finetune": {}, "mas": {}, "mas-alpha": {}, "joint": {}}
+    )
+    lam: tuple[float, ...] = ()
+    lam_seeds: int = 1
+    seeds: int = 1
+    device: str = "cpu"
+    settings: Settings = field(default_factory=Settings)
+
+    def __post_init__(self) -> None:
+        """Check everything that can be without data."""
+        for name, value, known in (
+            ("scenario", self.scenario, catalogue.SCENARIOS),
+            ("model", self.model, models.MODELS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: got {value!r}, {hint(value, known)}")
+        counts = {"tasks": self.tasks, "seeds": self.seeds, "lam_seeds": self.lam_seeds}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name}: got {count}, expected at least 1")
+        if self.hidden is not None and (self.model != "mlp" or min(self.hidden, default=0) < 1):
+            raise ValueError(
+                f"hidden: got {list(self.hidden)} for {self.model}, expected widths of an mlp's layers"
+            )
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"device: got {self.device!r}, expected one that is here ({str(error).splitlines()[0]})"
+            ) from error
+        if not self.methods:
+            raise ValueError(f"methods: got none, expected some of {_names(METHODS)}")
+        _check_lams("lam", self.lam)
+        for method in self.methods:
+            for lam in self.lams(method) or [None]:
+                try:
+                    self.create(method, lam)
+                except TypeError as error:
+                    raise ValueError(f"methods.{method}: {error}") from error
+
+    def lams(self, method: str) -> tuple[float, ...]:
+        """The strengths that a method is tried with: its own, else all methods', else its default.
+
+        There are none where it has no lam.
+        """
+        known = options(method)
+        if "lam" not in known:
+            return ()
+        own = self.methods[method].get("lam")
+        if own is None:
+            return self.lam or (known["lam"],)
+        lams = Key(float, "", many=True).read(f"methods.{method}.lam", own)
+        _check_lams(f"methods.{method}.lam", lams)
+        return lams  # type: ignore[no-any-return]
+
+    def create(self, method: str, lam: float | None) -> Method:
+        """A new method, with its options and this lam; None: it has none."""
+        given = {**self.methods[method]}
+        if lam is not None:
+            given["lam"] = lam
+        return create(method, **given)
+
+    def values(self) -> dict[str, Any]:
+        """All keys that have a value, as a file has them."""
+        found: dict[str, Any] = {}
+        for name in KEYS:
+            value = getattr(self.settings if name in HOW else self, name)
+            if value not in (None, ()):
+                found[name] = list(value) if isinstance(value, tuple) else value
+        found["methods"] = {name: dict(given) for name, given in self.methods.items()}
+        return found
+
+
+def _check_lams(name: str, lams: tuple[float, ...]) -> None:
+    if not all(math.isfinite(lam) and lam >= 0 for lam in lams):
+        raise ValueError(f"{name}: got {list(lams)}, expected finite numbers from 0 up")
+    if len(set(lams)) < len(lams):
+        raise ValueError(f"{name}: got {list(lams)}, expected each number once")
+
+
+def read(values: Mapping[str, Any]) -> Config:
+    """The configuration with these values, by the names in KEYS; what is not given has its default.
+
+    Raises:
+        ValueError: an unknown name, or a value that can't be used.
+    """
+    what: dict[str, Any] = {}
+    how: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in KEYS:
+            raise ValueError(f"{name}: there is no such key, {hint(name, KEYS)}")
+        if name == "methods":
+            what[name] = _methods(value)
+        else:
+            (how if name in HOW else what)[name] = KEYS[name].read(name, value)
+    if len(how.get("epochs", ())) == 1:
+        (how["epochs"],) = how["epochs"]
+    return Config(**what, settings=Settings(**how))
+
+
+def _methods(value: Any) -> dict[str, dict[str, Any]]:
+    """Tables of options by method, or names alone."""
+    if isinstance(value, Mapping):
+        for name, given in value.items():
+            if not isinstance(given, Mapping):
+                raise ValueError(
+                    f"methods.{name}: got {given!r}, expected a table of options: [methods.{name}]"
+                )
+        return {name: dict(given) for name, given in value.items()}
+    names = KEYS["methods"].read("methods", value)
+    if len(set(names)) < len(names):
+        raise ValueError(f"methods: got {list(names)}, expected each name once")
+    return {name: {} for name in names}
+
+
+def merge(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with those given in their place. Methods that are given by name keep their options."""
+    merged = {**values, **given}
+    if "methods" in values and not isinstance(given.get("methods", {}), Mapping):
+        tables = _methods(values["methods"])
+        merged["methods"] = {name: tables.get(name, {}) for name in _methods(given["methods"])}
+    return merged
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """What differs, in words, but for where data are and what reads them."""
+    before, after = old.values(), new.values()
+    return [
+        f"{name} was {before.get(name, 'not given')} and is {after.get(name, 'not given')}"
+        for name in KEYS
+        if name not in FREE and before.get(name) != after.get(name)
+    ]
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The values in a TOML file, not yet checked.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no TOML.
+    """
+    try:
+        values: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected TOML ({error})") from error
+    return values
+
+
+def dump(config: Config) -> str:
+    """The configuration as TOML, with all defaults written out."""
+    values = config.values()
+    tables = values.pop("methods")
+    lines = [f"{name} = {_toml(value)}" for name, value in values.items()]
+    for method, given in tables.items():
+        lines += ["", f"[methods.{method}]"]
+        lines += [f"{name} = {_toml(value)}" for name, value in given.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        # JSON escapes as TOML does, but for this one, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value)

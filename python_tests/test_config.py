@@ -1,0 +1,212 @@
+"""Configurations: what is read, what is refused and how, and that a file gives back what was written."""
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mas_ext import config
+from mas_ext.config import KEYS, Config, differences, dump, load, merge, read
+from mas_ext.settings import Settings
+
+EVERYTHING: dict[str, Any] = {
+    "scenario": "permuted-mnist",
+    "data": 'a "quoted" \\ folder\tcalled \x7f ö',
+    "tasks": 3,
+    "order": [2, 0, 1],
+    "model": "mlp",
+    "hidden": [30, 20],
+    "methods": {"joint": {}, "mas": {"lam": [0.5, 2], "mode": "proximal", "max_samples": 7}},
+    "lam": [1e-05, 1.0, 1e16],
+    "lam_seeds": 2,
+    "seeds": 4,
+    "device": "cpu",
+    "setting": "domain",
+    "optimizer": "sgd",
+    "lr": 0.05,
+    "epochs": [1, 0, 2],
+    "batch_size": 7,
+    "schedule": "cosine",
+    "clip": 2.0,
+    "amp": "bfloat16",
+    "validation": 0.25,
+    "patience": 2,
+    "importance_epochs": 0,
+    "balanced": True,
+    "deterministic": True,
+    "workers": 1,
+}
+
+
+def test_every_field_has_a_key() -> None:
+    own = {field.name for field in fields(Config)} - {"settings"}
+    assert set(config.WHAT) == own
+    assert set(config.HOW) == {field.name for field in fields(Settings)} - {"seed"}
+    assert set(EVERYTHING) == set(KEYS)
+
+
+def test_every_value_arrives() -> None:
+    found = read(EVERYTHING)
+    for name, value in EVERYTHING.items():
+        got = getattr(found.settings if name in config.HOW else found, name)
+        assert (list(got) if isinstance(value, list) else got) == value, name
+        assert type(got) is (tuple if isinstance(value, list) else type(value)), name
+
+
+def test_nothing_given() -> None:
+    found = read({})
+    assert found == Config()
+    assert found.settings == Settings()
+    assert list(found.methods) == ["finetune", "mas", "mas-alpha", "joint"]
+
+
+@pytest.mark.parametrize("values", [EVERYTHING, {}, {"order": "random", "clip": math.inf}])
+def test_a_file_gives_back_what_was_written(values: dict[str, Any], tmp_path: Path) -> None:
+    written = read(values)
+    path = tmp_path / "config.toml"
+    path.write_text(dump(written), encoding="utf-8")
+    assert read(load(path)) == written
+    assert differences(written, read(load(path))) == []
+
+
+def test_a_file_as_people_write_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(
+        'scenario = "split-digits"\nepochs = 3\nlam = 10\nlr = 1\n[methods.finetune]\n[methods.mas-alpha]\n'
+        "lam = [1, 2.5]\n"
+    )
+    found = read(load(path))
+    assert (found.settings.epochs, found.settings.lr, found.lam) == (3, 1.0, (10.0,))
+    assert found.methods == {"finetune": {}, "mas-alpha": {"lam": [1, 2.5]}}
+    path.write_text('methods = ["mas", "joint"]\nepochs = [3]')
+    assert read(load(path)).methods == {"mas": {}, "joint": {}}
+    assert read(load(path)).settings.epochs == 3
+
+
+def test_no_toml(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    for content in (b"lr = ", b"lr = 1\nlr = 2", b"data = '\xff'"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"config\.toml: expected TOML \("):
+            load(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epoch": 3}, r"epoch: there is no such key, did you mean 'epochs'\?"),
+        ({"seed": 3}, r"seed: there is no such key, did you mean 'seeds'\?"),
+        ({"scenario": "split-mnits"}, r"scenario: got 'split-mnits', did you mean 'split-mnist'\?"),
+        ({"model": "resnet19"}, r"model: got 'resnet19', did you mean 'resnet"),
+        ({"methods": ["mas", "join"]}, r"'join', did you mean 'joint'\?"),
+        ({"methods": ["mas", "mas"]}, r"methods: got \['mas', 'mas'\], expected each name once"),
+        ({"methods": []}, "methods: got none, expected some of finetune"),
+        (
+            {"methods": {"mas": 3}},
+            r"methods.mas: got 3, expected a table of options: \[methods.mas\]",
+        ),
+        (
+            {"methods": {"mas": {"lamda": 3}}},
+            "lamda: method 'mas' has no such option, expected one of",
+        ),
+        ({"methods": {"finetune": {"lam": 3}}}, "lam: method 'finetune' has no such option"),
+        ({"methods": {"mas": {"lam": "x"}}}, "methods.mas.lam: got 'x', expected a number"),
+        (
+            {"methods": {"mas": {"lam": [1, -1]}}},
+            r"methods.mas.lam: got \[1.0, -1.0\], expected finite",
+        ),
+        ({"lam": [1, 1]}, r"lam: got \[1.0, 1.0\], expected each number once"),
+        ({"lam": math.inf}, r"lam: got \[inf\], expected finite numbers from 0 up"),
+        ({"lr": "fast"}, "lr: got 'fast', expected a number"),
+        ({"lr": True}, "lr: got True, expected a number"),
+        ({"lr": [1.0]}, r"lr: got \[1.0\], expected a number"),
+        ({"lr": -1}, "lr: got -1.0, expected more than 0"),
+        ({"epochs": 1.5}, "epochs: got 1.5, expected a whole number"),
+        ({"epochs": []}, "epochs: got .*, expected at least 0 for every task"),
+        ({"balanced": 1}, "balanced: got 1, expected true or false"),
+        ({"data": 1}, "data: got 1, expected a word"),
+        ({"order": "rndm"}, "order: got 'rndm', expected a whole number or 'random'"),
+        ({"seeds": 0}, "seeds: got 0, expected at least 1"),
+        ({"tasks": 0}, "tasks: got 0, expected at least 1"),
+        ({"lam_seeds": -1}, "lam_seeds: got -1, expected at least 1"),
+        ({"hidden": [3, 0]}, r"hidden: got \[3, 0\] for mlp, expected widths"),
+        ({"model": "cnn", "hidden": [3]}, r"hidden: got \[3\] for cnn, expected widths of an mlp"),
+        ({"device": "gpu"}, "device: got 'gpu', expected one that is here"),
+        ({"setting": "tsk"}, "setting: got 'tsk', expected one of"),
+        ({"patience": 1}, "patience: got 1 with validation=0.0"),
+    ],
+)
+def test_what_cannot_be_used(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        read(values)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("methods", "mas,joint", ("mas", "joint")),
+        ("lam", "1,1e-3", (1.0, 0.001)),
+        ("epochs", "4", (4,)),
+        ("order", "random", "random"),
+        ("order", "1,0", (1, 0)),
+        ("lr", "1", 1.0),
+        ("tasks", "7", 7),
+        ("scenario", "a,b", "a,b"),
+    ],
+)
+def test_words_of_the_command_line(name: str, text: str, value: Any) -> None:
+    got = KEYS[name].parse(name, text)
+    assert got == value
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("epochs", "many", "epochs: got 'many', expected a whole number"),
+        ("epochs", "4,", "epochs: got '', expected a whole number"),
+        ("lam", "1;2", "lam: got '1;2', expected a number"),
+        ("order", "1,random", "order: got 'random', expected a whole number or 'random'"),
+    ],
+)
+def test_words_that_are_no_values(name: str, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KEYS[name].parse(name, text)
+
+
+def test_which_lam() -> None:
+    """A method's own, else everybody's, else its default; methods without lam have none."""
+    methods = {"finetune": {}, "mas": {"lam": 3}, "mas-alpha": {"lam": [4, 5]}, "local-mas": {}}
+    found = read({"methods": methods, "lam": [7, 8]})
+    assert [found.lams(name) for name in methods] == [(), (3.0,), (4.0, 5.0), (7.0, 8.0)]
+    assert read({"methods": ["mas"]}).lams("mas") == (1.0,)
+    created = found.create("mas-alpha", 5.0)
+    assert vars(created)["lam"] == 5.0
+    assert type(found.create("finetune", None)).__name__ == "Finetune"
+
+
+def test_merge() -> None:
+    """What is given goes first; methods that are only named keep the options that they had."""
+    file = {"lr": 1.0, "seeds": 2, "methods": {"mas": {"lam": 3}, "joint": {}}}
+    given = {"seeds": 5, "methods": ("local-mas", "mas")}
+    assert merge(file, given) == {
+        "lr": 1.0,
+        "seeds": 5,
+        "methods": {"local-mas": {}, "mas": {"lam": 3}},
+    }
+    assert merge(file, {"methods": {"mas": {}}})["methods"] == {"mas": {}}
+    assert merge({}, given) == given
+    assert merge(file, {}) == file
+
+
+def test_differences() -> None:
+    old = read({"seeds": 3, "data": "here", "methods": {"mas": {"lam": 1}}})
+    new = read({"seeds": 4, "data": "there", "workers": 1, "tasks": 5, "methods": ["mas"]})
+    assert differences(old, new) == [
+        "tasks was not given and is 5",
+        "methods was {'mas': {'lam': 1}} and is {'mas': {}}",
+        "seeds was 3 and is 4",
+    ]
