@@ -1,0 +1,74 @@
+"""How far a run is, on stderr: a bar on a terminal, elsewhere a line a task."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from mas_ext.learning import Epoch
+
+
+class Progress:
+    """Counts epochs of jobs, which all learn the same tasks, one job after another."""
+
+    def __init__(self, epochs: Sequence[int], jobs: int) -> None:
+        """epochs: of each task; jobs: how many there are."""
+        self._epochs, self._total = epochs, jobs * sum(epochs)
+        self._job, self._start, self._now, self._learned = "", 0, 0, 0
+        self._began = time.perf_counter()
+        # Without smoothing time left is by the mean of all epochs, of which some methods have slow ones.
+        self._bar = tqdm(
+            total=self._total, unit="epoch", smoothing=0, disable=not sys.stderr.isatty()
+        )
+
+    def begin(self, job: str) -> None:
+        """A job begins."""
+        self._job, self._start = job, self._now
+        self._bar.set_description(job)
+
+    def epoch(self, news: Epoch) -> None:
+        """An epoch of it is over."""
+        task = f"task {news.task + 1}/{len(self._epochs)}"
+        self._bar.set_description(
+            f"{self._job}, {task}, epoch {news.epoch}/{self._epochs[news.task]}"
+        )
+        if news.validation is not None:
+            self._bar.set_postfix_str(f"validation accuracy {100 * news.validation:.1f} %")
+        self._learned += 1
+        self._move(sum(self._epochs[: news.task]) + news.epoch)
+
+    def task(self, task: int, accuracy: float) -> None:
+        """A task of it is over, with this mean accuracy on the tasks so far."""
+        self._move(sum(self._epochs[: task + 1]))
+        found = f"accuracy {100 * accuracy:.1f} %"
+        self._bar.set_postfix_str(found)
+        if self._bar.disable:
+            self.say(
+                f"{self._job}: task {task + 1}/{len(self._epochs)}, {found}, {self._left()} left"
+            )
+
+    def end(self) -> None:
+        """It is over, at whatever epoch."""
+        self._move(sum(self._epochs))
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+    def _move(self, epochs: int) -> None:
+        """To so many epochs of the job. Those that were not learned now took no time."""
+        before, self._now = self._now, self._start + epochs
+        self._bar.initial = self._now - self._learned
+        self._bar.update(self._now - before)
+
+    def _left(self) -> str:
+        each = (time.perf_counter() - self._began) / max(self._learned, 1)
+        return str(tqdm.format_interval(each * (self._total - self._now)))

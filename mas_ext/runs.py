@@ -1,0 +1,416 @@
+"""Comparisons of methods: each learns the same scenario with the same seeds; what is found is kept."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from mas_ext import catalogue, checkpoint, metrics, models, record
+from mas_ext.config import CHOOSING_SHARE, Config
+from mas_ext.learning import Epoch, Learning, Result
+from mas_ext.methods import options
+from mas_ext.models import MultiHead
+from mas_ext.progress import Progress
+from mas_ext.scenarios import Scenario
+from mas_ext.settings import Settings
+from mas_ext.trainer import Trainer
+
+# What `summary` returns, or {"diverged": why}; as it is in a file.
+Found = dict[str, Any]
+Purpose = Literal["choose", "final"]
+
+FIRST_WEIGHTS = 2**32
+
+
+def run(
+    comparison: Config, out: str | Path, *, resume: bool = False, tensorboard: bool = False
+) -> str:
+    """Compare the methods, with progress on stderr; `mas_ext.record` says what is written.
+
+    Where a method has several lam to choose from, it learns everything with each of them and seeds of its own,
+    and the one of the largest average accuracy on validation data is taken, of equal ones the first. A training
+    that diverges is reported as that; a lam with which one did is not taken.
+
+    Args:
+        comparison: what to do.
+        out: a directory that is not there yet.
+        resume: go on in one that is there; what is finished stays, the rest goes on from its last epoch.
+        tensorboard: write events, too.
+
+    Returns:
+        The table that is in the directory as well.
+
+    Raises:
+        ValueError: something that can't be used, found before any training; a damaged checkpoint.
+        FileExistsError: `out` exists, and is not to be resumed.
+        FileNotFoundError: there is nothing to resume; data are missing.
+        ModuleNotFoundError: a package for the data or for events is not installed.
+        KeyboardInterrupt: Ctrl-C; what was learned is kept.
+    """
+    out = Path(out)
+    record.check(out, comparison, resume)
+    make_writer = _summary_writer() if tensorboard else None
+    work = Comparison(comparison, out, make_writer)
+    work.rehearse()
+    record.begin(out, comparison)
+    return work.do()
+
+
+def _summary_writer() -> Callable[[str], Any]:
+    try:
+        module = importlib.import_module("torch.utils.tensorboard")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "tensorboard is not installed, run: pip install 'mas-ext[tensorboard]'", name=error.name
+        ) from error
+    make: Callable[[str], Any] = module.SummaryWriter
+    return make
+
+
+@dataclass(frozen=True)
+class Job:
+    """The scenario learned once."""
+
+    method: str
+    seed: int
+    lam: float | None
+    purpose: Purpose = "final"
+
+    @property
+    def folder(self) -> str:
+        """Where it is in the run's directory."""
+        if self.purpose == "choose":
+            return f"choosing/{self.method}-lam{self.lam!r}-seed{self.seed}"
+        return f"{self.method}-seed{self.seed}"
+
+    def __str__(self) -> str:
+        strength = f" lam {self.lam:g}" if self.purpose == "choose" else ""
+        return f"{self.method}{strength} seed {self.seed}"
+
+
+class Comparison:
+    """All jobs of a run, one after another."""
+
+    def __init__(
+        self, comparison: Config, out: Path, make_writer: Callable[[str], Any] | None
+    ) -> None:
+        """make_writer: a SummaryWriter for a folder; None for no events."""
+        self.config, self.out, self._make_writer = comparison, out, make_writer
+        self._scenario: tuple[int, Scenario] | None = None
+
+    def rehearse(self) -> None:
+        """Begin the first task with every method, on a sample a task: what can't be used is found out now."""
+        scenario = self.scenario(0)
+        share = self.settings(0, "choose" if self.tried() else "final").validation
+        for task in scenario.tasks:
+            count = len(task.train)  # type: ignore[arg-type]
+            if share and int(share * count) == 0:
+                raise ValueError(
+                    f"validation: got {share:g} of the {count} samples of task {task.name!r}, which is none, "
+                    "expected a larger share"
+                )
+        tasks = [
+            replace(task, train=Subset(task.train, [0]), test=Subset(task.test, [0]))
+            for task in scenario.tasks
+        ]
+        settings = replace(self.config.settings, validation=0.0, patience=None)
+        for name in self.config.methods:
+            for lam in self.config.lams(name) or (None,):
+                method, model = self.config.create(name, lam), self.model(scenario, 0)
+                device = torch.device(self.config.device)
+                try:
+                    with torch.random.fork_rng([]):
+                        few = Scenario(tuple(tasks))
+                        Learning(model, method, settings, few, device).begin_task()
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{name}: {error}") from error
+
+    def do(self) -> str:
+        """Choose lam where there is a choice, learn everything, and write the table."""
+        seeds = range(self.config.seeds)
+        choosing = [
+            Job(method, len(seeds) + n, lam, "choose")
+            for n in range(self.config.lam_seeds)
+            for method in self.tried()
+            for lam in self.config.lams(method)
+        ]
+        self._epochs = self.config.settings.epochs_of(len(self.scenario(0).tasks))
+        record.clear(self.out)
+        self._journal = record.Journal(self.out / record.METRICS)
+        self._progress = Progress(
+            self._epochs, len(choosing) + len(seeds) * len(self.config.methods)
+        )
+        try:
+            without = [name for name in self.config.methods if "lam" not in options(name)]
+            if self.config.lam and without:
+                self._progress.say(f"no lam, so the list is not for them: {', '.join(without)}")
+            grid = self.choose({job: self.learn(job) for job in choosing})
+            # Joint training first: intransigence is measured against it.
+            order = sorted(self.config.methods, key=lambda name: name != "joint")
+            found: dict[str, list[Found]] = {name: [] for name in self.config.methods}
+            for seed in seeds:
+                for name in order:
+                    job = Job(name, seed, self.lam(name, grid))
+                    lost = name in grid and job.lam is None
+                    found[name].append({"diverged": "with every lam"} if lost else self.learn(job))
+        finally:
+            self._progress.close()
+            self._journal.close()
+        text = table(found, grid)
+        record.write(self.out / record.TABLE, text)
+        return text
+
+    def tried(self) -> list[str]:
+        """The methods with several lam to choose from."""
+        return [name for name in self.config.methods if len(self.config.lams(name)) > 1]
+
+    def choose(self, found: Mapping[Job, Found]) -> dict[str, Any]:
+        """The grid of lam and what was chosen, by method; written to the directory."""
+        grid = {}
+        for name in self.tried():
+            candidates = []
+            for lam in self.config.lams(name):
+                by_seed = [
+                    result.get("validation_accuracy", math.nan)
+                    for job, result in found.items()
+                    if (job.method, job.lam) == (name, lam)
+                ]
+                mean = sum(by_seed) / len(by_seed)
+                candidates.append({"lam": lam, "validation_accuracy": by_seed, "mean": mean})
+            usable = [each for each in candidates if not math.isnan(each["mean"])]
+            best = max(usable, key=lambda each: each["mean"], default={"lam": None})
+            grid[name] = {"candidates": candidates, "chosen": best["lam"]}
+        if grid:
+            record.write_json(self.out / record.LAM, grid)
+        return grid
+
+    def lam(self, name: str, grid: Mapping[str, Any]) -> float | None:
+        """The lam that was chosen, or the only one; None if there is none."""
+        if name in grid:
+            chosen: float | None = grid[name]["chosen"]
+            return chosen
+        return next(iter(self.config.lams(name)), None)
+
+    def learn(self, job: Job) -> Found:
+        """Do a job, or what is left of it."""
+        folder = self.out / job.folder
+        self._progress.begin(str(job))
+        if not (folder / record.RESULT).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            record.clear(folder)
+            found = self._learn(job, folder)
+            if "diverged" in found:
+                self._progress.say(f"{job}: diverged, {found['diverged']}")
+            record.write_json(folder / record.RESULT, {**vars(job), **found})
+        if job.purpose == "choose":
+            (folder / record.CHECKPOINT).unlink(missing_ok=True)
+        self._progress.end()
+        result: Found = json.loads((folder / record.RESULT).read_text(encoding="utf-8"))
+        return result
+
+    def _learn(self, job: Job, folder: Path) -> Found:
+        scenario, path = self.scenario(job.seed), folder / record.CHECKPOINT
+        if path.exists():
+            checkpoint.load(path)  # A damaged file is not a training that diverged.
+        with self._events(job) as events:
+            trainer = Trainer(
+                self.model(scenario, job.seed),
+                self.config.create(job.method, job.lam),
+                device=self.config.device,
+                checkpoint=path,
+                callbacks=[self._follow(job, folder, events)],
+                **vars(self.settings(job.seed, job.purpose)),
+            )
+            try:
+                result = trainer.fit(scenario)
+            except (FloatingPointError, ValueError) as error:
+                return {"diverged": str(error)}
+        return summary(result, [task.name for task in scenario.tasks], self._joint(job))
+
+    def _follow(self, job: Job, folder: Path, events: Any) -> Callable[[Epoch | Result], None]:
+        """What is done after each epoch and each task of a job."""
+        before = time.perf_counter()
+
+        def follow(news: Epoch | Result) -> None:
+            nonlocal before
+            seconds, before = time.perf_counter() - before, time.perf_counter()
+            if isinstance(news, Epoch):
+                self._progress.epoch(news)
+                line = {**vars(news), "seconds": seconds}
+            else:
+                line = task_line(news)
+                task = line["task"]
+                record.write_matrix(folder / record.ACCURACY, news.accuracy)
+                self._progress.task(task, float(news.accuracy[task, : task + 1].mean()))
+            if self._journal.add({**vars(job), **line}) and events is not None:
+                write_events(events, line, self._epochs)
+
+        return follow
+
+    @contextmanager
+    def _events(self, job: Job) -> Iterator[Any]:
+        """Where a job's events go, None for nowhere."""
+        if self._make_writer is None:
+            yield None
+            return
+        writer = self._make_writer(str(self.out / record.EVENTS / job.folder))
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+    def _joint(self, job: Job) -> Tensor | None:
+        """The accuracy of joint training with this job's seed on each task when it was new, (T,)."""
+        if job.purpose == "choose" or job.method == "joint" or "joint" not in self.config.methods:
+            return None
+        folder = self.out / Job("joint", job.seed, None).folder
+        if "diverged" in json.loads((folder / record.RESULT).read_text(encoding="utf-8")):
+            return None
+        return record.read_matrix(folder / record.ACCURACY).diagonal()
+
+    def settings(self, seed: int, purpose: Purpose) -> Settings:
+        """How a job is trained: lam is chosen on validation data, of which there are then some."""
+        settings = self.config.settings
+        share = settings.validation or (CHOOSING_SHARE if purpose == "choose" else 0.0)
+        return replace(settings, seed=seed, validation=share)
+
+    def model(self, scenario: Scenario, seed: int) -> MultiHead:
+        """The network with its first weights, which are the same for all methods."""
+        with torch.random.fork_rng([]):
+            # Not the random numbers that heads get theirs from.
+            torch.manual_seed(seed + FIRST_WEIGHTS)
+            if self.config.hidden is not None:
+                return models.mlp(scenario.shape, self.config.hidden)
+            return models.build(self.config.model, scenario.shape)
+
+    def scenario(self, seed: int) -> Scenario:
+        """The scenario, whose random parts are by the seed; the last one is kept."""
+        if self._scenario is None or self._scenario[0] != seed:
+            c = self.config
+            self._scenario = None
+            self._scenario = (seed, catalogue.build(c.scenario, c.data, c.tasks, c.order, seed))
+        return self._scenario[1]
+
+
+def summary(result: Result, tasks: Sequence[str], joint: Tensor | None) -> Found:
+    """What a job found.
+
+    Args:
+        result: of a Trainer, for T tasks.
+        tasks: their names.
+        joint: accuracy of joint training on each task when it was new, (T,), None without joint training.
+
+    Returns:
+        tasks; average_accuracy, forgetting, backward_transfer, forward_transfer (in the domain-incremental
+        setting, else None), intransigence (None without joint), see `mas_ext.metrics`; validation_accuracy: the
+        average accuracy on validation data, None without; step_seconds, border_seconds, held_bytes: see Result.
+    """
+    accuracy, validation = result.accuracy, result.validation
+    known_before = not result.initial.isnan().any()
+    return {
+        "tasks": list(tasks),
+        "average_accuracy": result.average_accuracy,
+        "forgetting": result.forgetting,
+        "backward_transfer": metrics.backward_transfer(accuracy),
+        "forward_transfer": (
+            metrics.forward_transfer(accuracy, result.initial) if known_before else None
+        ),
+        "intransigence": None if joint is None else metrics.intransigence(accuracy, joint),
+        "validation_accuracy": (
+            None if validation.diagonal().isnan().any() else metrics.average_accuracy(validation)
+        ),
+        "step_seconds": result.step_seconds,
+        "border_seconds": result.border_seconds,
+        "held_bytes": result.held_bytes,
+    }
+
+
+def task_line(found: Result) -> dict[str, Any]:
+    """What is noted of the last task that is over."""
+    task = int((~found.held_bytes.isnan()).sum()) - 1
+    return {
+        "task": task,
+        "epoch": None,
+        "accuracy": found.accuracy[task],
+        "validation": found.validation[task],
+        "step_seconds": float(found.step_seconds[task]),
+        "border_seconds": float(found.border_seconds[task]),
+        "held_bytes": float(found.held_bytes[task]),
+    }
+
+
+def write_events(events: Any, line: Mapping[str, Any], epochs: Sequence[int]) -> None:
+    """Add what is in a line of metrics.jsonl to a SummaryWriter, by epochs since the first task."""
+    task, epoch = line["task"], line["epoch"]
+    if epoch is None:
+        step = sum(epochs[: task + 1])
+        row = line["accuracy"]
+        events.add_scalar("accuracy/average", float(row[: task + 1].mean()), step)
+        for k in (~row.isnan()).nonzero()[:, 0].tolist():
+            events.add_scalar(f"accuracy/task {k}", float(row[k]), step)
+    else:
+        step = sum(epochs[:task]) + epoch
+        events.add_scalar("loss", line["loss"], step)
+        if line["validation"] is not None:
+            events.add_scalar("validation", line["validation"], step)
+    events.flush()
+
+
+def table(found: Mapping[str, Sequence[Found]], grid: Mapping[str, Any]) -> str:
+    """Markdown: a row a method, mean and 95 % interval over its seeds, and how lam was chosen."""
+    titles = ("method", "lam", "average accuracy, %", "forgetting, %", "ms per step", "MB held")
+    rows = [titles, *(_row(name, results) for name, results in found.items())]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
+    rows.insert(1, tuple("-" * width for width in widths))
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    seeds = max(map(len, found.values()))
+    over = f"mean and 95 % interval over {seeds} seeds" if seeds > 1 else "of one seed"
+    lines += ["", f"Accuracy on all tasks after the last one, and forgetting: {over}."]
+    for name, tried in grid.items():
+        each = ", ".join(
+            f"{c['lam']:g} ({'diverged' if math.isnan(c['mean']) else format(100 * c['mean'], '.2f')})"
+            for c in tried["candidates"]
+        )
+        lines.append(
+            f"{name}: lam was chosen on validation data (average accuracy, %) from {each}."
+        )
+    for name, results in found.items():
+        reasons = {result["diverged"] for result in results if "diverged" in result}
+        lines += [f"{name} diverged: {reason}" for reason in sorted(reasons)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, results: Sequence[Found]) -> tuple[str, ...]:
+    lam = results[0].get("lam")
+    first = (name, "-" if lam is None else f"{lam:g}")
+    lost = sum("diverged" in result for result in results)
+    if lost:
+        return (*first, f"diverged, {lost} of {len(results)} seeds", "-", "-", "-")
+
+    def mean(values: Sequence[float], digits: int) -> str:
+        middle, half = metrics.mean_interval(values)
+        return f"{middle:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+    def average(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    steps = average([average(result["step_seconds"]) for result in results])
+    held = average([result["held_bytes"][-1] for result in results])
+    return (
+        *first,
+        mean([100 * result["average_accuracy"] for result in results], 2),
+        mean([100 * result["forgetting"] for result in results], 2),
+        f"{1000 * steps:.3g}",
+        f"{held / 1e6:.3g}",
+    )

@@ -1,0 +1,132 @@
+"""The directory of a run: files that are whole or not there, and lines that are there once."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mas_ext
+from mas_ext import record
+from mas_ext.config import Config, load, read
+
+
+def line(task: int, epoch: int | None, **more: Any) -> dict[str, Any]:
+    return {
+        "method": "mas",
+        "seed": 0,
+        "lam": 1.0,
+        "purpose": "final",
+        "task": task,
+        "epoch": epoch,
+        **more,
+    }
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(each) for each in path.read_text().splitlines()]
+
+
+def test_journal_has_no_line_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    journal = record.Journal(path)
+    assert journal.add(line(0, 1, loss=0.5))
+    assert not journal.add(line(0, 1, loss=0.7))
+    assert journal.add(line(0, None, accuracy=torch.tensor([0.25, math.nan])))
+    journal.close()
+
+    journal = record.Journal(path)
+    assert not journal.add(line(0, 1, loss=0.5))
+    assert not journal.add(line(0, None))
+    for other in ({"method": "joint"}, {"seed": 1}, {"lam": 2.0}, {"purpose": "choose"}):
+        assert journal.add({**line(0, 1), **other})
+    journal.close()
+    assert lines(path)[:2] == [line(0, 1, loss=0.5), line(0, None, accuracy=[0.25, None])]
+    assert len(lines(path)) == 6
+
+
+@pytest.mark.parametrize("kept", [0, 1, 30])
+def test_journal_of_a_run_that_was_killed_while_writing(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole, torn = json.dumps(line(0, 1)) + "\n", json.dumps(line(0, 2))
+    path.write_text(whole + torn[:kept])
+    journal = record.Journal(path)
+    assert journal.add(line(0, 2))
+    journal.close()
+    assert lines(path) == [line(0, 1), line(0, 2)]
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result.json"
+    record.write_json(path, {"a": torch.tensor([1.0, math.inf]), "b": (math.nan, "c", 1)})
+    assert json.loads(path.read_text()) == {"a": [1.0, None], "b": [None, "c", 1]}
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "fsync", full)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="no space"):
+        record.write_json(path, {})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path) -> None:
+    left, other = tmp_path / (".result.json." + 4 * "01234abf"), tmp_path / ".keep"
+    left.touch()
+    other.touch()
+    record.clear(tmp_path)
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_matrix(tmp_path: Path) -> None:
+    path = tmp_path / "accuracy.csv"
+    matrix = torch.tensor([[1 / 3, math.nan], [0.1, 1.0]], dtype=torch.float64)
+    record.write_matrix(path, matrix)
+    assert path.read_text() == "0.3333333333333333,\n0.1,1.0\n"
+    assert torch.equal(record.read_matrix(path).nan_to_num(-1), matrix.nan_to_num(-1))
+
+
+def test_begin(tmp_path: Path) -> None:
+    out, comparison = tmp_path / "new" / "run", read({"seeds": 2})
+    record.check(out, comparison, resume=False)
+    with pytest.raises(
+        FileNotFoundError, match=r"run', where no run has begun; leave out --resume"
+    ):
+        record.check(out, comparison, resume=True)
+    record.begin(out, comparison)
+    assert {path.name for path in out.iterdir()} == {"config.toml", "environment.json"}
+    assert [path.name for path in out.parent.iterdir()] == ["run"]
+    assert read(load(out / "config.toml")) == comparison == record.load_config(out)
+
+    record.check(out, comparison, resume=True)
+    record.check(out, read({"seeds": 2, "data": "elsewhere"}), resume=True)
+    with pytest.raises(FileExistsError, match="which is a run already; --resume goes on with it"):
+        record.check(out, comparison, resume=False)
+    with pytest.raises(ValueError, match="run' is another run: seeds was 2 and is 1"):
+        record.check(out, Config(), resume=True)
+
+    record.begin(out, comparison)
+    first, second = json.loads((out / "environment.json").read_text())
+    assert first["started"] <= second["started"]
+    for environment in (first, second):
+        assert environment["torch"] == torch.__version__
+        assert environment["backend"] == mas_ext.info()["backend"]
+        assert environment["cpu"]
+
+
+def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
+    record.check(tmp_path, Config(), resume=False)
+    (tmp_path / "thesis.tex").touch()
+    for out in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(FileExistsError, match="which exists; expected a new directory"):
+            record.check(out, Config(), resume=False)
+        with pytest.raises(FileNotFoundError, match="where no run has begun"):
+            record.check(out, Config(), resume=True)
+    (tmp_path / "thesis.tex").unlink()
+    record.begin(tmp_path, Config())
+    assert (tmp_path / "config.toml").exists()
