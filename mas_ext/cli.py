@@ -1,21 +1,43 @@
-"""The command line: mas-ext demo | info | bench."""
+"""The command line: mas-ext demo | run | info | bench."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
+from mas_ext import config
 from mas_ext.data import DATASETS
 from mas_ext.names import hint
 
 COMMANDS = {
     "demo": "learn five tasks of handwritten digits with and without MAS, and draw the accuracies",
+    "run": "compare methods on one protocol, with all that is found kept in a directory",
     "info": "show which backend is in use and why, versions, threads and GPU",
     "bench": "measure the penalty against other ways of computing it",
 }
+
+EPILOG = """\
+examples:
+  mas-ext demo                       what it is about, in a minute
+  mas-ext run --out runs/digits      fine-tuning, MAS, MAS-alpha and joint training compared
+  mas-ext run --help                 everything that can be compared, and how
+
+exit codes:
+  0    done
+  1    failed; the line on stderr says why, --debug shows where
+  2    arguments that are not understood
+  130  interrupted; `run` can go on with --resume
+
+environment:
+  MAS_EXT_DATA      folder of the data sets
+  OMP_NUM_THREADS   threads on the CPU; for small networks 1 is often fastest
+"""
 
 # What a user can put right; anything else is a bug and keeps its traceback.
 EXPECTED = (ValueError, OSError, ImportError)
@@ -54,6 +76,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"mas-ext: error: {message} (see {self.prog} --help)\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Nothing may be left over: what a subcommand does not know is its own error."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = hint(unknown[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}, {near}")
+        return namespace, unknown
+
 
 def build_parser() -> Parser:
     """The parser of all commands; ``run`` in its result is the function of the one given."""
@@ -68,8 +98,10 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="mas-ext",
         description="Continual learning with Memory Aware Synapses on fused kernels.",
-        epilog="To start with: mas-ext demo",
+        epilog=EPILOG,
         parents=[debug],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add = {
@@ -78,6 +110,8 @@ def build_parser() -> Parser:
             help=text,
             description=text[0].upper() + text[1:] + ".",
             parents=[debug],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         for name, text in COMMANDS.items()
     }
@@ -90,6 +124,8 @@ def build_parser() -> Parser:
     demo("--seed", metavar="N", type=int, default=0, help="default: %(default)s")
     demo("--epochs", metavar="N", type=int, help="per task; default: what suits the data set")
 
+    add_run(add["run"])
+
     add["info"].set_defaults(run=run_info)
 
     add["bench"].set_defaults(run=run_bench)
@@ -101,6 +137,84 @@ def build_parser() -> Parser:
     bench("--tasks", metavar="T", type=int, nargs="+", default=[1, 10], help="default: 1 10")
     bench("--repeats", metavar="N", type=int, default=11, help="default: %(default)s")
     return parser
+
+
+RUN_EXAMPLES = """\
+examples:
+  mas-ext run --out runs/digits
+      The defaults: fine-tuning, MAS, MAS-alpha and joint training on five tasks of two digits each.
+  mas-ext run --scenario split-mnist --methods finetune,mas,joint --seeds 3 --out runs/mnist
+  mas-ext run --methods mas,mas-alpha --lam 0.1,1,10 --out runs/lam
+      Each method with its best lam on validation data.
+  mas-ext run --config digits.toml --epochs 8 --out runs/long
+      All from a file, but for the epochs.
+  mas-ext run --out runs/long --resume
+      Go on where it was stopped.
+
+file:
+  Keys are the long options with _ for -. Methods have tables with options of their own; lam may be a list:
+      scenario = "split-mnist"
+      seeds = 3
+      [methods.finetune]
+      [methods.mas]
+      lam = [0.1, 1.0]
+      mode = "proximal"
+"""
+
+
+def add_run(parser: Parser) -> None:
+    """The options of `run`: those of what is written, and one for each key of a configuration."""
+    parser.set_defaults(run=run_run)
+    parser.epilog = RUN_EXAMPLES
+    add = parser.add_argument_group("where from, where to").add_argument
+    add("--config", metavar="FILE", help="TOML file; what is given here goes before what is in it")
+    add("--out", metavar="DIR", required=True, help="new directory for all that is found")
+    add("--resume", action="store_true", help="go on with the run in --out, which stays what it is")
+    add("--tensorboard", action="store_true", help="write TensorBoard events, too")
+
+    defaults = config.Config().values()
+    for title, keys in (("what is compared", config.WHAT), ("how it is trained", config.HOW)):
+        group = parser.add_argument_group(title)
+        for name, key in keys.items():
+            option, text = f"--{name.replace('_', '-')}", key.help
+            if name in defaults and key.kind is not bool:
+                default = defaults[name]
+                listed = map(str, default) if isinstance(default, (list, dict)) else [str(default)]
+                text += f"; default: {','.join(listed)}"
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+            if key.kind is not bool:
+                metavar = {str: "NAME", int: "N", float: "X"}[key.kind] + ",..." * key.many
+                how = {"metavar": metavar, "type": functools.partial(parse_key, name)}
+            group.add_argument(option, default=argparse.SUPPRESS, help=text, **how)
+
+
+def parse_key(name: str, text: str) -> Any:
+    """The value of a configuration's key, as argparse wants it told where it can't be used."""
+    try:
+        return config.KEYS[name].parse(name, text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name}: ")) from error
+
+
+def run_run(arguments: argparse.Namespace) -> None:
+    """Progress on stderr, then the table and the directory."""
+    from mas_ext import record, runs
+
+    out = Path(arguments.out)
+    values = record.load_config(out).values() if arguments.resume else {}
+    if arguments.config is not None:
+        values = config.merge(values, config.load(arguments.config))
+    given = {name: value for name, value in vars(arguments).items() if name in config.KEYS}
+    comparison = config.read(config.merge(values, given))
+    try:
+        table = runs.run(
+            comparison, out, resume=arguments.resume, tensorboard=arguments.tensorboard
+        )
+    except KeyboardInterrupt:
+        if (out / record.CONFIG).exists():
+            print(f"to go on: mas-ext run --out {shlex.quote(str(out))} --resume", file=sys.stderr)
+        raise
+    print(f"{table}\nall that was found: {out}")
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,9 @@ import pytest
 from test_data import idx
 
 import mas_ext
+from mas_ext import config
 from mas_ext.cli import COMMANDS, main
+from mas_ext.methods import METHODS
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -28,7 +30,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("dmeo", "did you mean 'demo'?"),
         ("inof", "did you mean 'info'?"),
         ("benchmark", "did you mean 'bench'?"),
-        ("qqq", "choose from demo, info, bench"),
+        ("qqq", "choose from demo, run, info, bench"),
     ],
 )
 def test_unknown_command(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,7 +42,13 @@ def test_unknown_command(word: str, hint: str, capsys: pytest.CaptureFixture[str
     ("words", "expected"),
     [
         ([], "COMMAND (see mas-ext --help)"),
-        (["demo", "--sede", "1"], "unrecognized arguments: --sede 1"),
+        (["demo", "--sede", "1"], "unrecognized arguments: --sede 1, did you mean '--seed'?"),
+        (
+            ["run", "--out", "x", "--seed", "1"],
+            "--seed 1, did you mean '--seeds'? (see mas-ext run",
+        ),
+        (["run"], "the following arguments are required: --out"),
+        (["run", "--out", "x", "--epochs", "1,x"], "--epochs: got 'x', expected a whole number"),
         (["demo", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["demo", "--dataset", "cifar"], "argument --dataset: invalid choice: 'cifar'"),
     ],
@@ -128,3 +136,69 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr(mas_ext, "benchmark", fake, raising=False)
     assert main(["bench"]) == 130
     assert capsys.readouterr().err == "mas-ext: interrupted\n"
+
+
+RUN = ["run", "--tasks", "2", "--hidden", "16", "--epochs", "1", "--methods", "finetune,mas"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    words = [*RUN, "--out", str(out)]
+    assert main([*words, "--lam", "1,10", "--batch-size", "64", "--balanced"]) == 0
+    printed, err = capsys.readouterr()
+    table = (out / "table.md").read_text()
+    assert printed == f"{table}\nall that was found: {out}\n"
+    assert table.startswith("| method ")
+    assert "no lam, so the list is not for them: finetune" in err
+    assert "finetune seed 0: task 2/2, accuracy " in err
+    written = config.read(config.load(out / "config.toml"))
+    assert (written.tasks, written.hidden, written.lam) == (2, (16,), (1.0, 10.0))
+    assert (written.settings.batch_size, written.settings.balanced) == (64, True)
+    assert list(written.methods) == ["finetune", "mas"]
+
+    # Nothing is left to do, whatever of it is given again.
+    for again in ([], ["--lam", "1,10", "--config", str(out / "config.toml")]):
+        assert main(["run", "--out", str(out), "--resume", *again]) == 0
+        assert capsys.readouterr().out == printed
+    for other, message in (
+        (["--resume", "--epochs", "2"], f"resume: '{out}' is another run: epochs was 1 and is 2"),
+        ([], f"out: got '{out}', which is a run already; --resume goes on with it"),
+        (["--config", str(tmp_path / "no.toml")], "[Errno 2] No such file or directory"),
+        (["--scenario", "split-digit"], "got 'split-digit', did you mean 'split-digits'?"),
+        (["--methods", "finetun"], "method: got 'finetun', did you mean 'finetune'?"),
+    ):
+        assert main(["run", "--out", str(out), *other]) == 1
+        nothing, err = capsys.readouterr()
+        assert not nothing
+        assert err.startswith("mas-ext: error: ")
+        assert message in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_run_from_a_file(tmp_path: Path) -> None:
+    """What is on the command line goes before what is in the file; methods keep their options."""
+    file, out = tmp_path / "digits.toml", tmp_path / "run"
+    file.write_text(
+        "methods.joint = {}\nmethods.mas = {lam = 3}\nepochs = 9\ntasks = 2\nhidden = 8\nbalanced = true"
+    )
+    words = ["--config", str(file), "--out", str(out), "--epochs", "1", "--no-balanced"]
+    assert main(["run", *words, "--methods", "mas"]) == 0
+    written = config.read(config.load(out / "config.toml"))
+    assert written.methods == {"mas": {"lam": 3}}
+    assert (written.hidden, written.tasks) == ((8,), 2)
+    assert (written.settings.epochs, written.settings.balanced) == (1, False)
+
+
+def test_help_of_run_tells_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["run", "--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    for name, value in config.Config().values().items():
+        assert f"--{name.replace('_', '-')}" in out
+        if not isinstance(value, (bool, list, dict)):
+            assert f"default: {value}" in " ".join(out.split())
+    for name in METHODS:
+        assert name in out
