@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,20 @@ def test_the_penalty_holds() -> None:
     """What the comparisons compare is no fine-tuning: the penalty moves weights by far more than 1e-10."""
     free, held = (learn(EWC(lam), "domain")[2][-1] for lam in (0.0, LAM))
     assert float((free["backbone.0.weight"] - held["backbone.0.weight"]).abs().max()) > 0.01
+
+
+def test_a_strength_of_0_takes_no_part_in_the_step() -> None:
+    """It is fine-tuning, also with an optimizer for which there is no proximal step."""
+
+    def make(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.RMSprop(parameters, lr)
+
+    free = learn(methods.create("finetune"), "class", optimizer=make)[2][-1]
+    held = learn(EWC(0.0, mode="proximal"), "class", optimizer=make)[2][-1]
+    for name, t in free.items():
+        assert torch.equal(t, held[name])
+    with pytest.raises(TypeError, match="RMSprop"):
+        learn(EWC(LAM, mode="proximal"), "class", optimizer=make)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -179,6 +179,20 @@ def test_what_has_no_gradient_has_no_part_in_it() -> None:
     assert method.state_dict()["path"] == method.state_dict()["start"] == {}
 
 
+def test_sparse_gradients() -> None:
+    model = MultiHead(torch.nn.EmbeddingBag(10, 4, sparse=True), 4)
+    model.add_head(2)
+    method = SI(LAM, XI)
+    training = begun(method, model)
+    before = weights(model)["backbone.weight"]
+    method.loss(training, torch.tensor([[1, 2], [5, 1]]), torch.tensor([0, 1])).backward()
+    training.optimizer.step()
+    moved = weights(model)["backbone.weight"] - before
+    right = moved.square() / 0.1  # dtheta = -lr g
+    torch.testing.assert_close(method.state_dict()["path"]["backbone.weight"], right)
+    assert int(moved.any(1).sum()) == 3
+
+
 @pytest.mark.parametrize("xi", [0.0, -1.0, float("nan")])
 def test_no_damping_is_refused(xi: float) -> None:
     with pytest.raises(ValueError, match="xi: got"):

@@ -107,7 +107,7 @@ class _Steps:
         if rows:
             theta, old, gradient, _ = self._moving
             torch._foreach_copy_(old, theta)
-            torch._foreach_copy_(gradient, [p.grad for p in theta if p.grad is not None])
+            torch._foreach_copy_(gradient, [p.grad.to_dense() for p in theta if p.grad is not None])
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
