@@ -42,7 +42,10 @@ class MultiHead(nn.Module):
         """The logits of one head, or (None) of all of them side by side, in the order of the tasks."""
         if not self.heads:
             raise ValueError("the model has no head yet: call add_head first")
-        features = self.backbone(x)
+        return self.classify(self.backbone(x), head)
+
+    def classify(self, features: Tensor, head: int | None = None) -> Tensor:
+        """The logits of one head, or (None) of all of them, for what the backbone gave, (N, width)."""
         if head is None:
             return torch.cat([each(features) for each in self.heads], dim=1)
         logits: Tensor = self.heads[head](features)

@@ -12,6 +12,7 @@ from mas_ext.methods.ewc import EWC, OnlineEWC
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.imm import MeanIMM, ModeIMM
 from mas_ext.methods.joint import Joint
+from mas_ext.methods.lwf import LwF
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import SETTINGS, Method, Setting, Training
 from mas_ext.methods.si import SI
@@ -31,6 +32,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "si": SI,
     "imm-mean": MeanIMM,
     "imm-mode": ModeIMM,
+    "lwf": LwF,
 }
 
 

@@ -1,0 +1,136 @@
+"""Learning without Forgetting: the model as it was teaches the model that learns."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mas_ext.methods.method import Method, Training
+from mas_ext.models import MultiHead
+
+
+class LwF(Method):
+    """Cross entropy + lam sum_o KD_o (Li & Hoiem, Learning without Forgetting, ECCV 2016 and TPAMI 2018).
+
+    The teacher is the model as it was before the task, in eval mode. With p' its probabilities for an old task
+    o and p the model's, on the samples of the new task,
+
+        KD_o = -mean over samples sum_c q'_c log q_c,   q_c = p_c^(1/T) / sum_j p_j^(1/T)
+
+    and q' likewise, which for p = softmax(z) is softmax(z / T): not multiplied by T^2. Old tasks are the old
+    heads in the task-incremental setting, the one head in the domain-incremental, and in the class-incremental
+    the columns of all old heads together, while the cross entropy is over all columns.
+
+    A new head is first trained alone, by the cross entropy, with all else frozen (dropout off, BatchNorm on its
+    running statistics): the paper's warm-up, which there goes on until it converges.
+
+    Args:
+        lam: the paper's lambda_o, 1 in most of its experiments.
+        temperature: the paper's T, 2.
+        warm_up: epochs in which only the new head is trained, from the second task on.
+
+    Raises:
+        ValueError: an argument that can't be used.
+    """
+
+    def __init__(self, lam: float = 1.0, temperature: float = 2.0, warm_up: int = 1) -> None:
+        """See the class."""
+        if not 0 <= lam < math.inf:
+            raise ValueError(f"lam: got {lam}, expected a finite number of at least 0")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature: got {temperature}, expected a finite number above 0")
+        if warm_up < 0:
+            raise ValueError(f"warm_up: got {warm_up}, expected at least 0")
+        self.lam, self.temperature, self.warm_up = lam, temperature, warm_up
+        self.teacher: MultiHead | None = None
+
+    def begin_task(self, training: Training) -> None:
+        """See Method.begin_task."""
+        if training.resumed or training.task == 0:
+            return
+        if training.setting == "domain":
+            self.teacher = _teacher(training.model, heads=1)
+        else:
+            self.teacher = _teacher(training.model, heads=training.task)
+            self._train_new_head(training)
+
+    def _train_new_head(self, training: Training) -> None:
+        model = training.model
+        parameters = list(model.heads[training.task].parameters())
+        optimizer = training.make_optimizer(parameters)
+        model.eval()
+        for _ in range(self.warm_up):
+            for features, y in features_of(training):
+                loss = F.cross_entropy(model.classify(features, training.head), y)
+                optimizer.zero_grad()
+                loss.backward(inputs=parameters)
+                optimizer.step()
+        model.train()
+
+    def loss(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
+        """See Method.loss."""
+        features = training.model.backbone(x)
+        logits = training.model.classify(features, training.head)
+        loss = F.cross_entropy(logits, y)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            taught = self.teacher.backbone(x)
+        return loss + self.forgetting(training, features, logits, taught)
+
+    def forgetting(
+        self, training: Training, features: Tensor, logits: Tensor, taught: Tensor
+    ) -> Tensor:
+        """What is added to the cross entropy, 0-dim.
+
+        features, taught: of the model and its teacher, (N, width); logits: of the present head.
+        """
+        assert self.teacher is not None
+        heads = range(training.task) if training.setting == "task" else [training.head]
+        total = logits.new_zeros(())
+        for head in heads:
+            with torch.no_grad():
+                target = self.teacher.classify(taught, head)
+            old = logits if head == training.head else training.model.classify(features, head)
+            # Of all columns side by side, the first are those of the teacher.
+            total = total + distillation(old[:, : target.shape[1]], target, self.temperature)
+        return self.lam * total
+
+    def state_dict(self) -> dict[str, Any]:
+        """See Method.state_dict."""
+        if self.teacher is None:
+            return {}
+        return {"heads": len(self.teacher.heads), "teacher": self.teacher.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], model: MultiHead) -> None:
+        """See Method.load_state_dict."""
+        if "teacher" in state:
+            self.teacher = _teacher(model, state["heads"])
+            self.teacher.load_state_dict(state["teacher"])
+
+
+def distillation(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """KD of the class LwF: logits and the teacher's, (N, classes) -> 0-dim."""
+    # Not all devices' autocast leaves 16 bits for a softmax, as it does for the cross entropy.
+    precision = torch.promote_types(target.dtype, torch.float32)
+    return F.cross_entropy(logits / temperature, (target / temperature).softmax(1, precision))
+
+
+@torch.no_grad()
+def features_of(training: Training, samples: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The training data as `Training.batches` gives them, with the backbone's features, (N, width), for x."""
+    for x, y in training.batches(samples):
+        yield training.model.backbone(x), y
+
+
+def _teacher(model: MultiHead, heads: int) -> MultiHead:
+    """The model as it is, with its first heads only, for evaluation."""
+    teacher = copy.deepcopy(model)
+    del teacher.heads[heads:]
+    return teacher.requires_grad_(False).eval()
