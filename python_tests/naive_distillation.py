@@ -1,8 +1,8 @@
-"""LwF and EBLL once more, with plain gradient descent on whole tasks: what the tests compare with."""
+"""LwF and EBLL once more, by plain gradient descent on whole tasks, and what else their tests share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mas_ext.checkpoint import pack, unpack
+from mas_ext.learning import Learning
 from mas_ext.methods import Method, Setting
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
@@ -53,6 +55,67 @@ def trainer(learner: MultiHead, method: Method, setting: Setting, **settings: An
         **settings,
     }
     return Trainer(learner, method, setting=setting, **chosen)
+
+
+def run_of(method: Method, setting: Setting, learner: MultiHead, **settings: Any) -> Learning:
+    """The same as a run that is taken step by step."""
+    its = trainer(learner, method, setting, **settings)
+    pairs = scenario(tasks(setting))
+    return Learning(its.model, its.method, its.settings, pairs, torch.device("cpu"))
+
+
+def train(run: Learning) -> None:
+    """What is left of a task, but for its end."""
+    while run.epochs_left():
+        for _ in run.steps():
+            pass
+        run.end_epoch()
+
+
+def learn_task(run: Learning) -> None:
+    """A task from its beginning to its end."""
+    run.begin_task()
+    train(run)
+    run.end_task()
+
+
+def with_statistics() -> MultiHead:
+    """A model that has BatchNorm and dropout."""
+    layers = [nn.Linear(INPUTS, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh()]
+    return MultiHead(nn.Sequential(*layers, nn.Linear(8, WIDTH)), WIDTH).double()
+
+
+def copies(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether all bits are."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stopped_and_whole(
+    make: Callable[[], Method], setting: Setting, task: int
+) -> tuple[Learning, Learning]:
+    """Two runs to the end of a task: one that is put together anew inside it, one that never stops."""
+    whole = run_of(make(), setting, with_statistics(), batch_size=5)
+    for _ in range(task):
+        learn_task(whole)
+    whole.begin_task()
+    steps = whole.steps()
+    next(steps)
+    next(steps)
+    state = {name: tensor.clone() for name, tensor in pack(whole.state_dict()).items()}
+    for _ in steps:
+        pass
+    whole.end_epoch()
+    train(whole)
+    whole.end_task()
+    stopped = run_of(make(), setting, with_statistics(), batch_size=5)
+    stopped.load_state_dict(unpack(state))
+    train(stopped)
+    stopped.end_task()
+    return stopped, whole
 
 
 @dataclass
@@ -115,7 +178,7 @@ def adadelta(
             parameter.data -= lr * delta
 
 
-def learn(
+def parameters_after(
     setting: Setting,
     pairs: Sequence[Pair],
     *,
@@ -135,7 +198,7 @@ def learn(
     heads: list[list[Tensor]] = []
     encoders: list[list[Tensor]] = []
 
-    def learn_task(task: int, x: Tensor, y: Tensor) -> None:
+    def one_task(task: int, x: Tensor, y: Tensor) -> None:
         if task == 0 or setting != "domain":
             heads.append(new_layer(WIDTH, int(y.max()) + 1))
         old_body = [p.detach().clone() for p in body]
@@ -180,7 +243,7 @@ def learn(
             encoders.append([p.detach() for p in encoder])
 
     for task, pair in enumerate(pairs):
-        learn_task(task, *pair)
+        one_task(task, *pair)
     names = [f"heads.{k}.{kind}" for k in range(len(heads)) for kind in ("weight", "bias")]
     names = ["backbone.0.weight", "backbone.0.bias", *names]
     return dict(zip(names, [*body, *chain.from_iterable(heads)], strict=True))

@@ -8,52 +8,20 @@ from typing import Any
 import naive_distillation as naive
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mas_ext.checkpoint import pack, unpack
+from mas_ext.checkpoint import pack
 from mas_ext.learning import Learning
 from mas_ext.methods import SETTINGS, Setting, create
 from mas_ext.methods.lwf import LwF, distillation
 from mas_ext.models import MultiHead
 
 
-def run_of(
-    method: LwF, setting: Setting, learner: MultiHead | None = None, **settings: Any
-) -> Learning:
-    learner = naive.model() if learner is None else learner
-    trainer = naive.trainer(learner, method, setting, **settings)
-    scenario = naive.scenario(naive.tasks(setting))
-    return Learning(trainer.model, trainer.method, trainer.settings, scenario, torch.device("cpu"))
-
-
-def finish_task(run: Learning) -> None:
-    while run.epochs_left():
-        for _ in run.steps():
-            pass
-        run.end_epoch()
-    run.end_task()
-
-
-def second_task(method: LwF, setting: Setting, **settings: Any) -> Learning:
+def second_task(method: LwF, setting: Setting, learner: MultiHead, **settings: Any) -> Learning:
     """A run that has learned its first task."""
-    run = run_of(method, setting, **settings)
-    run.begin_task()
-    finish_task(run)
+    run = naive.run_of(method, setting, learner, **settings)
+    naive.learn_task(run)
     return run
-
-
-def copies(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def with_statistics() -> MultiHead:
-    """A model that has BatchNorm and dropout."""
-    layers = [nn.Linear(naive.INPUTS, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh()]
-    return MultiHead(nn.Sequential(*layers, nn.Linear(8, naive.WIDTH)), naive.WIDTH).double()
 
 
 def test_distillation_of_known_probabilities() -> None:
@@ -71,7 +39,7 @@ def test_three_tasks_are_those_of_a_naive_loop(setting: Setting) -> None:
     learner = naive.model()
     method = LwF(lam=0.7, temperature=3.0, warm_up=2)
     naive.trainer(learner, method, setting).fit(naive.scenario(pairs))
-    expected = naive.learn(setting, pairs, lam=0.7, temperature=3.0, warm_up=2)
+    expected = naive.parameters_after(setting, pairs, lam=0.7, temperature=3.0, warm_up=2)
     assert learner.state_dict().keys() == expected.keys()
     for name, parameter in learner.named_parameters():
         torch.testing.assert_close(parameter, expected[name], rtol=0, atol=1e-12)
@@ -80,51 +48,49 @@ def test_three_tasks_are_those_of_a_naive_loop(setting: Setting) -> None:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_teacher_is_the_model_before_the_task_and_never_moves(setting: Setting) -> None:
     method = LwF()
-    run = second_task(method, setting, learner=with_statistics(), batch_size=5)
+    run = second_task(method, setting, naive.with_statistics(), batch_size=5)
     assert method.teacher is None
-    before = copies(run.model)
-    run.begin_task()
-    finish_task(run)
+    before = naive.copies(run.model)
+    naive.learn_task(run)
     assert method.teacher is not None
-    assert same(method.teacher.state_dict(), before)
+    assert naive.same(method.teacher.state_dict(), before)
     assert not any(module.training for module in method.teacher.modules())
     assert not any(p.requires_grad for p in method.teacher.parameters())
     assert all(p.grad is None for p in method.teacher.parameters())
     optimized = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert optimized == {id(p) for p in run.model.parameters()}
-    assert not same(copies(run.model.backbone), copies(method.teacher.backbone))
+    assert not naive.same(naive.copies(run.model.backbone), naive.copies(method.teacher.backbone))
 
 
 @pytest.mark.parametrize("setting", ["task", "class"])
 def test_warm_up_changes_the_new_head_only(setting: Setting) -> None:
-    run = second_task(LwF(warm_up=2), setting, learner=with_statistics(), batch_size=5)
-    before = copies(run.model)
+    run = second_task(LwF(warm_up=2), setting, naive.with_statistics(), batch_size=5)
+    before = naive.copies(run.model)
     run.optimizer.zero_grad()
     torch.manual_seed(9)
     new = nn.Linear(naive.WIDTH, 3, dtype=torch.float64)
     torch.manual_seed(9)
     run.begin_task()
-    after = copies(run.model)
+    after = naive.copies(run.model)
     for kind in ("weight", "bias"):
         assert not torch.equal(after.pop(f"heads.1.{kind}"), getattr(new, kind))
-    assert same(after, before)
+    assert naive.same(after, before)
     moved = {name for name, p in run.model.named_parameters() if p.grad is not None}
     assert moved == {"heads.1.weight", "heads.1.bias"}
     assert all(module.training for module in run.model.modules())
 
 
 def test_no_warm_up_without_a_new_head() -> None:
-    run = second_task(LwF(warm_up=2), "domain")
-    before = copies(run.model)
+    run = second_task(LwF(warm_up=2), "domain", naive.model())
+    before = naive.copies(run.model)
     run.begin_task()
-    assert same(copies(run.model), before)
+    assert naive.same(naive.copies(run.model), before)
 
 
 def test_the_backbone_runs_once_a_step() -> None:
     method = LwF(warm_up=0)
-    run = second_task(method, "task", epochs=1)
-    run.begin_task()
-    finish_task(run)
+    run = second_task(method, "task", naive.model(), epochs=1)
+    naive.learn_task(run)
     run.begin_task()
     assert method.teacher is not None
     calls = []
@@ -136,25 +102,12 @@ def test_the_backbone_runs_once_a_step() -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_goes_on_inside_a_task_to_the_same_bits(setting: Setting) -> None:
-    straight = second_task(LwF(), setting, learner=with_statistics(), batch_size=5)
-    straight.begin_task()
-    steps = straight.steps()
-    next(steps)
-    next(steps)
-    state = {name: tensor.clone() for name, tensor in pack(straight.state_dict()).items()}
-    for _ in steps:
-        pass
-    straight.end_epoch()
-    finish_task(straight)
-
-    resumed = run_of(LwF(), setting, learner=with_statistics(), batch_size=5)
-    resumed.load_state_dict(unpack(state))
-    finish_task(resumed)
-    assert same(copies(resumed.model), copies(straight.model))
-    assert same(pack(resumed.method.state_dict()), pack(straight.method.state_dict()))
+    stopped, whole = naive.stopped_and_whole(LwF, setting, task=1)
+    assert naive.same(stopped.model.state_dict(), whole.model.state_dict())
+    assert naive.same(pack(stopped.method.state_dict()), pack(whole.method.state_dict()))
 
 
-def test_a_checkpoint_after_ctrl_c_goes_on(tmp_path: Path) -> None:
+def test_a_checkpoint_written_inside_a_task_goes_on(tmp_path: Path) -> None:
     scenario = naive.scenario(naive.tasks("task"))
     whole, stopped = naive.model(), naive.model()
     naive.trainer(whole, LwF(), "task").fit(scenario)
@@ -168,12 +121,12 @@ def test_a_checkpoint_after_ctrl_c_goes_on(tmp_path: Path) -> None:
         naive.trainer(stopped, LwF(), "task", checkpoint=file, callbacks=[stop]).fit(scenario)
     again = naive.model()
     naive.trainer(again, LwF(), "task", checkpoint=file).fit(scenario)
-    assert same(copies(again), copies(whole))
+    assert naive.same(naive.copies(again), naive.copies(whole))
 
 
 def test_under_autocast_the_loss_is_nearly_the_same() -> None:
     method = LwF()
-    run = second_task(method, "task", learner=with_statistics())
+    run = second_task(method, "task", naive.with_statistics())
     run.begin_task()
     assert method.teacher is not None
     run.model.float().eval()

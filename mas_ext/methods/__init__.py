@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from mas_ext.methods.ebll import EBLL
 from mas_ext.methods.ewc import EWC, OnlineEWC
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.imm import MeanIMM, ModeIMM
@@ -33,6 +34,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "imm-mean": MeanIMM,
     "imm-mode": ModeIMM,
     "lwf": LwF,
+    "ebll": EBLL,
 }
 
 

@@ -95,8 +95,7 @@ class LwF(Method):
         heads = range(training.task) if training.setting == "task" else [training.head]
         total = logits.new_zeros(())
         for head in heads:
-            with torch.no_grad():
-                target = self.teacher.classify(taught, head)
+            target = self.teacher.classify(taught, head)
             old = logits if head == training.head else training.model.classify(features, head)
             # Of all columns side by side, the first are those of the teacher.
             total = total + distillation(old[:, : target.shape[1]], target, self.temperature)
