@@ -112,7 +112,7 @@ class Learning:
                     f"setting: got 'domain' with tasks of {widths} classes, expected as many for all"
                 )
             widths = widths[:1]
-        have = [head.out_features for head in model.heads]
+        have = model.outputs
         if have != widths[: len(have)]:
             raise ValueError(
                 f"model: got heads with {have} outputs, expected {widths} from the first on"

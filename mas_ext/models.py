@@ -30,6 +30,11 @@ class MultiHead(nn.Module):
         self.width = width
         self.heads = nn.ModuleList()
 
+    @property
+    def outputs(self) -> list[int]:
+        """How many outputs each head has."""
+        return [len(head.weight) for head in self.heads]  # type: ignore[arg-type]
+
     def add_head(self, classes: int) -> None:
         """One more head, for ``classes`` classes, on the device and of the dtype of the backbone."""
         if classes < 1:

@@ -21,7 +21,7 @@ class Joint(Method):
         """See Method.loss; y are positions among the outputs of all heads."""
         logits = training.logits(x)
         if training.setting == "task":
-            widths = [head.out_features for head in training.model.heads]
-            head = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths)).to(y.device)
+            outputs = torch.tensor(training.model.outputs)
+            head = torch.arange(len(outputs)).repeat_interleave(outputs).to(y.device)
             logits = logits.masked_fill(head != head[y][:, None], -torch.inf)
         return F.cross_entropy(logits, y)

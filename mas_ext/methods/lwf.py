@@ -25,7 +25,8 @@ class LwF(Method):
 
     and q' likewise, which for p = softmax(z) is softmax(z / T): not multiplied by T^2. Old tasks are the old
     heads in the task-incremental setting, the one head in the domain-incremental, and in the class-incremental
-    the columns of all old heads together, while the cross entropy is over all columns.
+    the columns of all old heads together. The cross entropy is always over the new task's outputs alone, as in
+    the paper: over all columns it would have the old ones unlearned, faster than they are taught.
 
     A new head is first trained alone, by the cross entropy, with all else frozen (dropout off, BatchNorm on its
     running statistics): the paper's warm-up, which there goes on until it converges.
@@ -67,7 +68,7 @@ class LwF(Method):
         model.eval()
         for _ in range(self.warm_up):
             for features, y in features_of(training):
-                loss = F.cross_entropy(model.classify(features, training.head), y)
+                loss = new_task_loss(training, model.classify(features, training.head), y)
                 optimizer.zero_grad()
                 loss.backward(inputs=parameters)
                 optimizer.step()
@@ -77,7 +78,7 @@ class LwF(Method):
         """See Method.loss."""
         features = training.model.backbone(x)
         logits = training.model.classify(features, training.head)
-        loss = F.cross_entropy(logits, y)
+        loss = new_task_loss(training, logits, y)
         if self.teacher is None:
             return loss
         with torch.no_grad():
@@ -112,6 +113,14 @@ class LwF(Method):
         if "teacher" in state:
             self.teacher = _teacher(model, state["heads"])
             self.teacher.load_state_dict(state["teacher"])
+
+
+def new_task_loss(training: Training, logits: Tensor, y: Tensor) -> Tensor:
+    """The cross entropy over the present task's outputs: `training.logits(x)` and their labels -> 0-dim."""
+    first = 0
+    if training.setting == "class":
+        first = sum(training.model.outputs[: training.task])
+    return F.cross_entropy(logits[:, first:], y - first)
 
 
 def distillation(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
