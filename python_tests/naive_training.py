@@ -185,13 +185,17 @@ class Naive:
         shared = "backbone" if self.setting == "task" else ""
         return {n: t.clone() for n, t in self.theta.items() if n.startswith(shared)}
 
-    def log_p(self, x: Tensor, theta: Weights) -> Tensor:
-        """log p, (N, classes), of the present task."""
+    def logits(self, x: Tensor, theta: Weights) -> Tensor:
+        """(N, classes) of the present task."""
         hidden = torch.tanh(x @ theta["backbone.0.weight"].T + theta["backbone.0.bias"])
         heads = {"task": [self.task], "domain": [0], "class": range(self.task + 1)}[self.setting]
-        logits = torch.cat(
+        return torch.cat(
             [hidden @ theta[f"heads.{h}.weight"].T + theta[f"heads.{h}.bias"] for h in heads], 1
         )
+
+    def log_p(self, x: Tensor, theta: Weights) -> Tensor:
+        """Of the same shape."""
+        logits = self.logits(x, theta)
         return logits - logits.exp().sum(1, keepdim=True).log()
 
     def gradients(self, value: Callable[[Weights], Tensor]) -> Weights:

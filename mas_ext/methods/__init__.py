@@ -18,7 +18,7 @@ from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import SETTINGS, Method, Setting, Training
 from mas_ext.methods.si import SI
 
-__all__ = ["METHODS", "SETTINGS", "Method", "Setting", "Training", "create", "options"]
+__all__ = ["MAS", "METHODS", "SETTINGS", "Method", "Setting", "Training", "create", "options"]
 
 METHODS: dict[str, Callable[..., Method]] = {
     "finetune": Finetune,

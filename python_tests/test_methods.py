@@ -1,0 +1,57 @@
+"""Every method in every setting, on digits; and methods by name."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from mas_ext import catalogue, methods, models
+from mas_ext.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SEEN = {"task": 0.04, "domain": 0.15, "class": 0.1}
+
+
+@functools.cache
+def learned(name: str, setting: methods.Setting) -> torch.Tensor:
+    """accuracy[t, k] on the digits 0 to 4 and 5 to 9."""
+    scenario = catalogue.build("split-digits", tasks=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = models.mlp(scenario.shape, (64, 64))
+    trainer = Trainer(model, name, setting=setting, epochs=4, batch_size=32, lr=3e-3)
+    return trainer.fit(scenario).accuracy
+
+
+@pytest.mark.parametrize("setting", methods.SETTINGS)
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if name != "finetune"])
+def test_keeps_more_than_fine_tuning_and_learns_what_is_new(
+    name: str, setting: methods.Setting
+) -> None:
+    free, held = learned("finetune", setting), learned(name, setting)
+    assert held[0, 0] == free[0, 0] > 0.95
+    assert free[1, 1] > 0.9
+    assert held[1, 0] > free[1, 0] + SEEN[setting]
+    assert held[1, 1] > 0.4  # by chance: 0.2
+
+
+def test_joint_training_is_the_upper_bound() -> None:
+    for setting in methods.SETTINGS:
+        best = max(learned(name, setting)[1].mean() for name in methods.METHODS)
+        assert learned("joint", setting)[1].mean() > best - 0.01
+
+
+def test_methods_by_name() -> None:
+    assert methods.options("online-ewc")["gamma"] == 1.0
+    method = methods.create("mas-alpha", lam=3.0)
+    assert isinstance(method, methods.MAS)
+    assert method.lam == 3.0
+    with pytest.raises(ValueError, match="method: got 'mas-alfa', did you mean 'mas-alpha'"):
+        methods.create("mas-alfa")
+    with pytest.raises(ValueError, match="method: got 'xyz', expected one of finetune, joint, mas"):
+        methods.options("xyz")
+    with pytest.raises(ValueError, match="lam: method 'finetune' has no such option"):
+        methods.create("finetune", lam=1.0)
