@@ -7,5 +7,13 @@ measures how important they are, without labels; `info` tells which kernels do t
 from mas_ext.importance import FisherSum, estimate_fisher, estimate_importance
 from mas_ext.info import info
 from mas_ext.penalty import FusedMASPenalty
+from mas_ext.trainer import Trainer
 
-__all__ = ["FisherSum", "FusedMASPenalty", "estimate_fisher", "estimate_importance", "info"]
+__all__ = [
+    "FisherSum",
+    "FusedMASPenalty",
+    "Trainer",
+    "estimate_fisher",
+    "estimate_importance",
+    "info",
+]

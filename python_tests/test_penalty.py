@@ -633,7 +633,14 @@ def test_a_state_for_another_rule_is_refused() -> None:
 
 def test_the_public_names() -> None:
     assert mas_ext.FusedMASPenalty is FusedMASPenalty
-    names = {"FisherSum", "FusedMASPenalty", "estimate_fisher", "estimate_importance", "info"}
+    names = {
+        "FisherSum",
+        "FusedMASPenalty",
+        "Trainer",
+        "estimate_fisher",
+        "estimate_importance",
+        "info",
+    }
     assert set(mas_ext.__all__) == names
 
 

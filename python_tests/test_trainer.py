@@ -1,0 +1,458 @@
+"""The Trainer: data, settings, stopping and going on, against plain loops; methods have tests of their own."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import naive_training as naive
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+import mas_ext
+from mas_ext import metrics
+from mas_ext.learning import Epoch, Learning, Result
+from mas_ext.methods import Method, Training
+from mas_ext.methods.finetune import Finetune
+from mas_ext.methods.joint import Joint
+from mas_ext.models import MultiHead
+from mas_ext.scenarios import Scenario, Tensors, from_datasets
+from mas_ext.settings import Settings
+from mas_ext.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+
+
+class Recorder(Finetune):
+    """What a method is shown."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, Tensor, Tensor]] = []
+        self.losses: list[Tensor] = []
+
+    def loss(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
+        """Keeps the batch."""
+        self.batches.append((training.task, x, y))
+        loss = super().loss(training, x, y)
+        self.losses.append(loss.detach())
+        return loss
+
+
+def small(dropout: float = 0.0) -> MultiHead:
+    torch.manual_seed(0)
+    layers = [nn.Linear(naive.INPUTS, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout)]
+    return MultiHead(nn.Sequential(*layers).double(), 8)
+
+
+def fit(method: Method | str, model: MultiHead | None = None, **settings: Any) -> Result:
+    scenario = naive.scenario(settings.get("setting", "task"))
+    return Trainer(model or small(), method, **{"batch_size": 8, **settings}).fit(scenario)
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_takes_every_sample_once_in_another_order() -> None:
+    recorder = Recorder()
+    fit(recorder, epochs=2)
+    data = naive.scenario("task").tasks[1].train
+    assert isinstance(data, Tensors)
+    of_task = [(x, y) for task, x, y in recorder.batches if task == 1]
+    assert [len(y) for _, y in of_task] == [8, 8, 4] * 2
+    epochs = [torch.cat([x for x, _ in of_task[i : i + 3]]) for i in (0, 3)]
+    for x in epochs:
+        assert torch.equal(x[x[:, 0].argsort()], data.x[data.x[:, 0].argsort()])
+    assert not torch.equal(*epochs)
+    for x, y in of_task:
+        for sample, label in zip(x, y.tolist(), strict=True):
+            (i,) = (data.x == sample).all(1).nonzero()[0].tolist()
+            assert int(data.y[i]) == 2 + label
+
+
+def test_labels_are_columns_of_what_is_trained() -> None:
+    for setting, lowest in (("task", [0, 0, 0]), ("domain", [0, 0, 0]), ("class", [0, 2, 4])):
+        recorder = Recorder()
+        model = small()
+        fit(recorder, model, setting=setting, epochs=1)
+        for task in range(3):
+            seen = torch.cat([y for t, _, y in recorder.batches if t == task])
+            assert seen.unique().tolist() == [lowest[task], lowest[task] + 1]
+        assert model.outputs == ([2] if setting == "domain" else [2, 2, 2])
+
+
+def test_joint_training_mixes_all_tasks_so_far_and_tells_their_heads_apart() -> None:
+    class Watched(Joint):
+        def loss(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
+            loss = super().loss(training, x, y)
+            if training.task == 2:
+                features = training.model.backbone(x)
+                losses = [
+                    -training.model.heads[c // 2](h).log_softmax(0)[c % 2]
+                    for h, c in zip(features, y.tolist(), strict=True)
+                ]
+                torch.testing.assert_close(loss, torch.stack(losses).mean())
+                labels.append(y)
+            return loss
+
+    labels: list[Tensor] = []
+    model = MultiHead(nn.Linear(naive.INPUTS, 8).double(), 8)
+    fit(Watched(), model, epochs=1)
+    assert torch.cat(labels).bincount().tolist() == [10] * 6
+    assert max(len(y.unique()) for y in labels) > 4
+
+
+def test_balanced_samples() -> None:
+    x = torch.randn(400, naive.INPUTS, dtype=torch.float64)
+    y = (torch.arange(400) % 10 == 0).long()
+    recorder = Recorder()
+    scenario = from_datasets([(Tensors(x, y), Tensors(x, y))])
+    Trainer(small(), recorder, epochs=5, balanced=True).fit(scenario)
+    drawn = torch.cat([labels for _, _, labels in recorder.batches])
+    assert len(drawn) == 2000
+    # 4 standard deviations of a fair coin.
+    assert abs(int(drawn.sum()) - 1000) < 4 * 500**0.5
+
+
+class Listed(Dataset[tuple[Tensor, int]]):
+    """The same data, but not in memory."""
+
+    def __init__(self, data: Tensors) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        x, y = self.data[i]
+        return x, int(y)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_any_data_set_gives_the_same_as_data_in_memory(joint: bool, workers: int) -> None:
+    scenario = naive.scenario("task")
+    pairs = []
+    for task in scenario.tasks:
+        assert isinstance(task.train, Tensors)
+        pairs.append((Listed(task.train), TensorDataset(task.train.x, task.train.y)))
+    method = "joint" if joint else "finetune"
+    model = MultiHead(nn.Linear(naive.INPUTS, 8).double(), 8)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    Trainer(model, method, epochs=2, batch_size=100, workers=workers).fit(from_datasets(pairs))
+    same = MultiHead(nn.Linear(naive.INPUTS, 8).double(), 8)
+    same.load_state_dict(state)
+    Trainer(same, method, epochs=2, batch_size=100).fit(scenario)
+    for name, t in model.state_dict().items():
+        torch.testing.assert_close(t, same.state_dict()[name], rtol=0, atol=1e-12)
+
+
+# -- what is measured ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", naive.SETTINGS)
+def test_accuracy_is_measured_as_the_setting_says(setting: str) -> None:
+    class Tested(Finetune):
+        """Tests the model by itself when a task ends."""
+
+        def end_task(self, training: Training) -> None:
+            model = training.model.eval()
+            for k, task in enumerate(scenario.tasks[: training.task + 1]):
+                assert isinstance(task.test, Tensors)
+                heads = {"task": [k], "domain": [0], "class": range(training.task + 1)}[setting]
+                right = 0
+                for x, y in zip(task.test.x, task.test.y.tolist(), strict=True):
+                    features = model.backbone(x[None])[0]
+                    told = max(
+                        (float(z), (h, c))
+                        for h in heads
+                        for c, z in enumerate(model.heads[h](features).tolist())
+                    )[1]
+                    right += told == ({"task": k, "domain": 0, "class": k}[setting], y % 2)
+                expected[training.task, k] = right / len(task.test)
+            model.train()
+
+    expected = torch.full((3, 3), float("nan"), dtype=torch.float64)
+    scenario = naive.scenario(setting)
+    result = fit(Tested(), setting=setting, epochs=3)
+    lower = ~expected.isnan()
+    assert torch.equal(result.accuracy[lower], expected[lower])
+    assert result.average_accuracy == metrics.average_accuracy(expected)
+    assert result.forgetting == metrics.forgetting(expected)
+    # With one head for all tasks, those to come are tested as well, and all before any training.
+    assert bool(result.accuracy.isnan().any()) == bool(result.initial.isnan().any())
+    assert bool(result.initial.isnan().any()) == (setting != "domain")
+    assert (result.step_seconds > 0).all()
+    assert (result.border_seconds > 0).all()
+    assert result.held_bytes.tolist() == [0, 0, 0]
+
+
+def test_what_mas_holds_is_two_numbers_a_parameter() -> None:
+    result = fit("mas", epochs=1)
+    parameters = sum(p.numel() for p in small().backbone.parameters())
+    # float64 here; and a remainder for each tensor, counters and settings.
+    assert (result.held_bytes >= 16 * parameters).all()
+    assert (result.held_bytes < 16 * parameters + 2000).all()
+
+
+def test_validation_data_are_held_out() -> None:
+    recorder, told = Recorder(), []
+    model = small()
+    trainer = Trainer(
+        model, recorder, epochs=2, batch_size=8, validation=0.25, callbacks=[told.append]
+    )
+    result = trainer.fit(naive.scenario("task"))
+    data = naive.scenario("task").tasks[2].train
+    assert isinstance(data, Tensors)
+    used = torch.cat([x for task, x, _ in recorder.batches if task == 2])
+    assert len(used) == 2 * 15
+    out = torch.tensor([not (used == x).all(1).any() for x in data.x])
+    assert int(out.sum()) == 5
+    with torch.no_grad():
+        right = model.eval()(data.x[out], 2).argmax(1) == data.y[out] - 4
+    assert result.validation[2, 2] == right.double().mean()
+    assert not result.validation[2].isnan().any()
+    epochs = [news for news in told if isinstance(news, Epoch)]
+    assert [(e.task, e.epoch) for e in epochs] == [(t, e) for t in range(3) for e in (1, 2)]
+    assert epochs[-1].validation == result.validation[2, 2]
+    losses = torch.stack(recorder.losses[-2:])
+    assert epochs[-1].loss == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert sum(isinstance(news, Result) for news in told) == 3
+
+
+def test_early_stopping_goes_back_to_the_best_weights() -> None:
+    class Worse(Finetune):
+        """Learns in the first two epochs and unlearns afterwards."""
+
+        def loss(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
+            weights.setdefault(epoch(), {n: t.clone() for n, t in model.state_dict().items()})
+            sign = 1 if epoch() < 2 else -3
+            return sign * F.cross_entropy(training.logits(x), y)
+
+        def end_task(self, training: Training) -> None:
+            ended.update({n: t.clone() for n, t in model.state_dict().items()})
+
+    def epoch() -> int:
+        return len([news for news in told if isinstance(news, Epoch)])
+
+    told: list[Epoch | Result] = []
+    weights: dict[int, dict[str, Tensor]] = {}
+    ended: dict[str, Tensor] = {}
+    model = small()
+    scenario = Scenario(naive.scenario("task").tasks[:1])
+    settings: dict[str, Any] = {"epochs": 20, "validation": 0.5, "patience": 3, "lr": 0.05}
+    Trainer(model, Worse(), callbacks=[told.append], **settings).fit(scenario)
+    shares = [news.validation or 0.0 for news in told if isinstance(news, Epoch)]
+    best = shares.index(max(shares))
+    assert len(shares) == best + 4 < 20
+    for name, t in ended.items():
+        assert torch.equal(t, weights[best + 1][name]), name
+
+
+# -- the step --------------------------------------------------------------------------------------
+
+
+def test_schedule_and_clipping() -> None:
+    class Watched(Finetune):
+        def after_step(self, training: Training, x: Tensor, y: Tensor) -> None:
+            rates.append(training.optimizer.param_groups[0]["lr"])
+            gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
+            norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+
+    rates: list[float] = []
+    norms: list[float] = []
+    fit(Watched(), epochs=2, schedule="linear", lr=0.6, clip=1e-3)
+    assert rates == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.0] * 3, abs=1e-9)
+    assert max(norms) == pytest.approx(1e-3, rel=1e-3)
+    assert sorted(norms)[9] == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_autocast(amp: str) -> None:
+    class Watched(Finetune):
+        def loss(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
+            seen.append(training.logits(x).dtype)
+            return super().loss(training, x, y)
+
+    seen: list[torch.dtype] = []
+    data = Tensors(torch.randn(16, 4), torch.arange(16) % 2)
+    model = MultiHead(nn.Linear(4, 8), 8)
+    before = model.backbone.weight.detach().clone()
+    Trainer(model, Watched(), epochs=2, amp=amp).fit(from_datasets([(data, data)]))
+    assert set(seen) == {getattr(torch, amp)}
+    moved = (model.backbone.weight.detach() - before).abs().max()
+    assert 1e-4 < float(moved) < 1e-2  # two steps of Adam of 1e-3 each
+
+
+def test_a_task_that_was_learned_before_takes_no_epochs() -> None:
+    model = small()
+    model.add_head(2)
+    before = model.heads[0].weight.detach().clone()  # type: ignore[operator]
+    recorder = Recorder()
+    fit(recorder, model, epochs=[0, 1, 1])
+    assert {task for task, _, _ in recorder.batches} == {1, 2}
+    assert torch.equal(model.heads[0].weight, before)  # type: ignore[arg-type]
+    assert fit("mas", epochs=[0, 1, 1], importance_epochs=1).held_bytes[0] > 0
+
+
+def test_random_numbers_and_determinism_are_those_of_the_seed_and_are_put_back() -> None:
+    class Watched(Finetune):
+        def end_task(self, training: Training) -> None:
+            assert torch.are_deterministic_algorithms_enabled()
+
+    models = [small(0.5) for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        before = torch.get_rng_state()
+        fit(Watched(), model, seed=seed, epochs=2, deterministic=True)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert not torch.are_deterministic_algorithms_enabled()
+    one, same, other = ([*model.parameters()] for model in models)
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# -- stopping and going on -------------------------------------------------------------------------
+
+
+class Stopped(Finetune):
+    """Presses Ctrl-C after some steps."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def after_step(self, training: Training, x: Tensor, y: Tensor) -> None:
+        """Counts."""
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(signal.SIGINT)
+
+
+EVERYTHING: dict[str, Any] = {
+    "epochs": 3,
+    "validation": 0.2,
+    "patience": 2,
+    "schedule": "cosine",
+    "clip": 0.5,
+    "amp": "float16",
+    "lr": 0.01,
+}
+
+
+@pytest.mark.parametrize("setting", naive.SETTINGS)
+@pytest.mark.parametrize("after", [1, 4, 6, 11, 14])
+def test_ctrl_c_ends_the_step_and_fit_goes_on_to_the_same_bits(
+    after: int, setting: str, tmp_path: Path
+) -> None:
+    settings = {**EVERYTHING, "setting": setting}
+    whole = small(0.5)
+    expected = fit(Finetune(), whole, **settings)
+    path = tmp_path / "run.safetensors"
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Stopped(after), small(0.5), checkpoint=path, **settings)
+    assert signal.getsignal(signal.SIGINT) is handler
+    elsewhere = small(0.5)
+    torch.manual_seed(99)
+    stopped = Stopped(0)  # the same method, which does not stop again
+    found = fit(stopped, elsewhere, checkpoint=path, **settings)
+    for name, t in whole.state_dict().items():
+        assert torch.equal(t, elsewhere.state_dict()[name]), name
+    for key in ("accuracy", "validation", "initial"):
+        a, b = getattr(expected, key), getattr(found, key)
+        assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+    # What is over stays as it is.
+    again = fit(stopped, small(0.5), checkpoint=path, **settings)
+    assert torch.equal(again.accuracy.nan_to_num(-1), found.accuracy.nan_to_num(-1))
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path) -> None:
+    class Twice(Finetune):
+        def loss(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(Twice(), checkpoint=tmp_path / "run.safetensors")
+    assert not (tmp_path / "run.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_run_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(Stopped(2), checkpoint=path)
+    model = small()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"checkpoint: got a run with lr 0\.001, expected 0\.5"):
+        fit(Stopped(2), model, checkpoint=path, lr=0.5)
+    with pytest.raises(ValueError, match="got a run with method Stopped, expected MAS"):
+        fit("mas", model, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        fit(Stopped(2), model, checkpoint=path)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"setting": "tasks"}, "setting: got 'tasks', expected one of"),
+        ({"optimizer": "rmsprop"}, "optimizer: got 'rmsprop', expected one of sgd, adam, adamw"),
+        ({"schedule": "step"}, "schedule: got 'step', expected one of cosine, linear"),
+        ({"amp": "half"}, "amp: got 'half'"),
+        ({"lr": 0.0}, "lr: got 0.0, expected more than 0"),
+        ({"clip": -1.0}, "clip: got -1.0"),
+        ({"epochs": -1}, "epochs: got -1"),
+        ({"epochs": [1, 1]}, "epochs: got 2 numbers, expected one for each of 3 tasks"),
+        ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
+        ({"validation": 1.0}, "validation: got 1.0"),
+        ({"validation": 0.01}, "validation data of task '0': got no samples"),
+        ({"patience": 2}, "patience: got 2 with validation=0.0"),
+        (
+            {"patience": 2, "validation": 0.1, "importance_epochs": 1},
+            "importance_epochs: got 1 with patience",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit("finetune", **settings)
+
+
+def test_what_does_not_fit_together() -> None:
+    with pytest.raises(TypeError, match="settings: got 'batchsize', did you mean 'batch_size'"):
+        fit("finetune", batchsize=3)
+    with pytest.raises(ValueError, match="model: got Linear, expected a MultiHead"):
+        Trainer(nn.Linear(2, 2))  # type: ignore[arg-type]
+    model = small()
+    model.add_head(7)
+    with pytest.raises(
+        ValueError, match=r"model: got heads with \[7\] outputs, expected \[2, 2, 2\]"
+    ):
+        fit("finetune", model)
+    data = [Tensors(torch.randn(9, 5), torch.arange(9) % classes) for classes in (2, 3)]
+    with pytest.raises(ValueError, match=r"setting: got 'domain' with tasks of \[2, 3\] classes"):
+        Trainer(small(), setting="domain").fit(from_datasets([(d, d) for d in data]))
+
+
+def test_a_training_that_diverges_is_an_error() -> None:
+    with pytest.raises(
+        FloatingPointError, match=r"loss: got \w+ in epoch \d of task 0, expected a fin"
+    ):
+        fit("finetune", lr=1e200, optimizer="sgd", epochs=3)
+
+
+def test_public_names() -> None:
+    assert mas_ext.Trainer is Trainer
+    assert Settings().setting == "task"
+    learning = Learning(small(), Finetune(), Settings(epochs=0), naive.scenario("task"), CPU)
+    learning.begin_task()
+    assert not learning.epochs_left()
