@@ -33,18 +33,20 @@ class Progress:
         """An epoch of it is over."""
         task = f"task {news.task + 1}/{len(self._epochs)}"
         self._bar.set_description(
-            f"{self._job}, {task}, epoch {news.epoch}/{self._epochs[news.task]}"
+            f"{self._job}, {task}, epoch {news.epoch}/{self._epochs[news.task]}", refresh=False
         )
         if news.validation is not None:
-            self._bar.set_postfix_str(f"validation accuracy {100 * news.validation:.1f} %")
+            self._bar.set_postfix_str(
+                f"validation accuracy {100 * news.validation:.1f} %", refresh=False
+            )
         self._learned += 1
         self._move(sum(self._epochs[: news.task]) + news.epoch)
 
     def task(self, task: int, accuracy: float) -> None:
         """A task of it is over, with this mean accuracy on the tasks so far."""
-        self._move(sum(self._epochs[: task + 1]))
         found = f"accuracy {100 * accuracy:.1f} %"
-        self._bar.set_postfix_str(found)
+        self._bar.set_postfix_str(found, refresh=False)
+        self._move(sum(self._epochs[: task + 1]))
         if self._bar.disable:
             self.say(
                 f"{self._job}: task {task + 1}/{len(self._epochs)}, {found}, {self._left()} left"
@@ -67,7 +69,8 @@ class Progress:
         """To so many epochs of the job. Those that were not learned now took no time."""
         before, self._now = self._now, self._start + epochs
         self._bar.initial = self._now - self._learned
-        self._bar.update(self._now - before)
+        self._bar.n += self._now - before
+        self._bar.refresh()
 
     def _left(self) -> str:
         each = (time.perf_counter() - self._began) / max(self._learned, 1)

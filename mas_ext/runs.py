@@ -45,7 +45,8 @@ def run(
     Args:
         comparison: what to do.
         out: a directory that is not there yet.
-        resume: go on in one that is there; what is finished stays, the rest goes on from its last epoch.
+        resume: go on in one that is there; what is finished stays, the rest goes on from its last epoch, to the
+            same bits where torch has as many threads.
         tensorboard: write events, too.
 
     Returns:
