@@ -190,8 +190,8 @@ def methods_table() -> str:
         "",
         "Split MNIST, five tasks of two digits, task-incremental; MLP 784-400-400, Adam 0.001, 4 epochs, "
         f"batches of 128; mean and 95 % interval over {seeds} seeds. lam was chosen on a tenth of the training "
-        "data, with another seed, from the values in `benchmarks/split-mnist.toml`. Published: Hsu et al. 2018, "
-        "whose protocol this is, over 10 seeds.",
+        "data, with another seed, from the values in `benchmarks/split-mnist.toml`. Published: Hsu et al. "
+        "2018, whose protocol this is, over 10 seeds.",
         "",
         f"{place(result['machine'], result['threads'])}. Every seed and every lam: "
         "`benchmarks/results/methods_split-mnist.json`.",
