@@ -14,7 +14,7 @@ PACKAGE = Path(mas_ext.__file__).parent
 # From the roof down. A module may import those of lower floors, never one of its own floor or above.
 FLOORS = [
     {"cli"},
-    {"demo", "runs", "benchmark", "benchmark_importance"},
+    {"demo", "runs", "benchmark", "benchmark_importance", "benchmark_step"},
     {"record", "progress"},
     {"config"},
     {"trainer", "benchmark_forms", "benchmark_gradients"},
