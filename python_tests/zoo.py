@@ -1168,6 +1168,190 @@ for way, pick in PICKED.items():
     )
 
 
+def compared(gate: Tensor, slots: Tensor) -> Tensor:
+    """Which rows go to which slot, shape (slots, rows): the first chosen one to the first, and so on."""
+    return ((gate.cumsum(0) * gate)[None] == slots[:, None] + 1).to(gate)
+
+
+def computed(gate: Tensor, slots: Tensor) -> Tensor:
+    """The same, in which nothing is ever compared."""
+    return F.relu(1 - (gate.cumsum(0)[None] - slots[:, None] - 1).abs()) * gate
+
+
+def multiplied(matrix: Callable[[Tensor, Tensor], Tensor]) -> Wiring:
+    """Twice as many slots as samples; chosen rows get there, and back, by products with a matrix."""
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        slot = matrix(F.relu(rows[:, 0].sign()), torch.arange(2 * len(x)).to(x))
+        y = slot.T @ torch.tanh(m.left(slot @ rows))
+        return m.out(y.view(len(x), -1, 3))
+
+    return wiring
+
+
+def copied(m: Any, x: Tensor) -> Tensor:
+    """Chosen rows are written to the slots of a new tensor."""
+    rows = x.flatten(0, 1)
+    i = (rows[:, 0] > 0).nonzero()[:, 0]
+    slots = torch.zeros(2 * len(x), 4).to(x).index_copy(0, torch.arange(len(i)), rows[i])
+    y = torch.zeros(len(rows), 3).to(x).index_copy(0, i, torch.tanh(m.left(slots))[: len(i)])
+    return m.out(y.view(len(x), -1, 3))
+
+
+class Picked(torch.autograd.Function):
+    """rows[i], where autograd knows nothing of i."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, i: Tensor) -> Tensor:
+        ctx.i, ctx.count = i, len(rows)
+        return rows[i]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy(0, ctx.i, grad), None
+
+
+def put_back_by_python(m: Any, x: Tensor) -> Tensor:
+    """A list of numbers says which rows are chosen, and cat puts them back."""
+    gate = (x.flatten(0, 1)[:, 0] > 0).tolist()
+    rows = x.flatten(0, 1)
+    h = torch.tanh(m.left(torch.stack([row for row, open in zip(rows, gate, strict=True) if open])))
+    left = iter(h)
+    y = [next(left) if open else h.new_zeros(3) for open in gate]
+    return m.out(torch.stack(y).view(len(x), -1, 3))
+
+
+def put_back_by_a_function(m: Any, x: Tensor) -> Tensor:
+    rows = x.flatten(0, 1)
+    gate = rows[:, 0] > 0
+    h = torch.cat([torch.tanh(m.left(rows[gate])), torch.zeros(1, 3).to(x)])
+    y = Picked.apply(h, torch.where(gate, gate.cumsum(0) - 1, gate.sum()))
+    return m.out(y.view(len(x), -1, 3))
+
+
+ONE_EACH, TWO_EACH = ((1,) * 6, (1, 1, 1, 2, 0, 1)), ((2,) * 6, (2, 2, 2, 1, 2, 1))
+ROUTED: dict[str, tuple[Wiring, Sequence[Sequence[int]]]] = {
+    "a product with a matrix": (multiplied(compared), TWO_EACH),
+    "arithmetic alone": (multiplied(computed), TWO_EACH),
+    "index_copy": (copied, TWO_EACH),
+    "an operator called directly": (
+        picking(lambda rows, i: torch.ops.aten.index(rows, [i])),
+        ONE_EACH,
+    ),
+    "Python": (put_back_by_python, ((2,) * 6, (2, 2, 2, 3, 1, 2))),
+    "a function with its own backward": (put_back_by_a_function, ONE_EACH),
+    "a checkpointed part": (
+        lambda m, x: checkpoint(lambda x: multiplied(compared)(m, x), x, use_reentrant=False),
+        TWO_EACH,
+    ),
+}
+# In the first batch, and for the first samples of the second, the slots of a sample are where it is itself.
+for way, (wiring, counts) in ROUTED.items():
+    wired(
+        f"routed by {way}",
+        chosen(*counts),
+        wiring,
+        lambda: {"left": nn.Linear(4, 3), "out": nn.Linear(3, 2)},
+        may=("left.weight", "left.bias"),
+        must=True,
+        sizes=(6, 6),
+    )
+
+
+def shut_for_pairs(m: Any, x: Tensor) -> Tensor:
+    """Samples of which two rows are chosen do without them."""
+    gate = ((x[..., 0] > 0).sum(1) != 2).long()[:, None, None]
+    return m.open(x) + gate * multiplied(compared)(m, x)
+
+
+# The whole first batch does without. Of the second, samples run alone in threes agree by chance.
+wired(
+    "routed, and shut in the first batch",
+    chosen((2,) * 9, (2, 2, 2, 1, 2, 2, 2, 2, 1)),
+    shut_for_pairs,
+    lambda: {"open": nn.Linear(4, 2), "left": nn.Linear(4, 3), "out": nn.Linear(3, 2)},
+    may=("left.weight", "left.bias"),
+    must=True,
+    sizes=(9, 9),
+)
+
+
+def by_rank(back: Callable[[Tensor, Tensor], Tensor]) -> Wiring:
+    """Samples in the order of their first number, and back."""
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        return m.out(back(torch.tanh(m.left(x[order])), order.argsort()))
+
+    return wiring
+
+
+def into_a_slice(h: Tensor, i: Tensor) -> Tensor:
+    y = h.new_zeros(len(h) + 1, h.shape[1])
+    y[1:][i.argsort()] = h
+    return y[1:]
+
+
+def turned_by_python(h: Tensor, i: Tensor) -> Tensor:
+    return torch.cat([h[int(k)][None] for k in i])
+
+
+def turned_by_shapes(h: Tensor, i: Tensor) -> Tensor:
+    """Of h[k], k is the number of samples before."""
+    return torch.stack([h[len((i < k).nonzero())] for k in i])
+
+
+def turned_when_checkpointed(h: Tensor, i: Tensor) -> Tensor:
+    matrix = (i[:, None] == torch.arange(len(h))).to(h)
+    return checkpoint(lambda h: matrix @ h, h, use_reentrant=False)
+
+
+def ranked(*swapped: Sequence[int]) -> Inputs:
+    """Samples in order, but for two, in each batch in turn."""
+    turn = itertools.cycle(swapped)
+
+    def inputs(n: int) -> Tensor:
+        x = torch.randn(n, 4)
+        first = torch.arange(n).to(x)
+        i, j = next(turn)
+        first[i], first[j] = float(j), float(i)
+        x[:, 0] = first / n
+        return x
+
+    return inputs
+
+
+# 129 samples apart: in a proof with one factor for each, these have the same.
+wired(
+    "two of many samples change places",
+    ranked((5, 5), (4, 133)),
+    by_rank(Tensor.__getitem__),
+    lambda: {"left": nn.Linear(4, 5), "out": nn.Linear(5, 3)},
+    may=("left.weight", "left.bias"),
+    must=True,
+    sizes=(140, 140),
+)
+# Of two samples, random numbers might well say the same as the first batch.
+for way, back in {
+    "an index": Tensor.__getitem__,
+    "an index into a slice": into_a_slice,
+    "Python": turned_by_python,
+    "shapes": turned_by_shapes,
+    "a function with its own backward": Picked.apply,
+    "a checkpointed product": turned_when_checkpointed,
+}.items():
+    wired(
+        f"two samples change places by {way}",
+        ranked((0, 0), (0, 1)),
+        by_rank(back),
+        lambda: {"left": nn.Linear(4, 5), "out": nn.Linear(5, 3)},
+        may=("left.weight", "left.bias"),
+        must=True,
+        sizes=(2, 2),
+    )
+
+
 def ragged(m: Any, batch: dict[str, Tensor]) -> Tensor:
     lengths = batch["lengths"].tolist()
     rows = torch.cat([x[:n] for x, n in zip(batch["x"], lengths, strict=True)])
@@ -1235,6 +1419,15 @@ def turned(m: Any, x: Tensor) -> Tensor:
 
 wired(
     "positions looked up by a row of numbers", real(5, 4), turned,
+    lambda: {"embed": nn.Linear(4, 3), "out": nn.Linear(3, 2)},
+)  # fmt: skip
+
+
+wired(
+    "positions looked up one by one", real(5, 4),
+    lambda m, x: m.out(
+        torch.tanh(m.embed(x) * torch.arange(9).to(x)[:, None].cos()[torch.arange(x.shape[1])])
+    ),
     lambda: {"embed": nn.Linear(4, 3), "out": nn.Linear(3, 2)},
 )  # fmt: skip
 

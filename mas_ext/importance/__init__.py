@@ -45,8 +45,11 @@ def estimate_importance(
     obj the squared norm of each layer's own output, after ReLU where that is next. The model runs in eval mode.
 
     "exact" runs a few samples alone too, to find out where in the model's tensors the samples are, and refuses
-    models whose samples interact. Rows whose order data decide (routing, masks) are found by the functions that
-    pick them; a model that picks by other means, such as a product with a one-hot matrix, is not found out.
+    models whose samples interact. That all samples are there is then proven: once for each way through the
+    model and each size of batch, which takes the time of about two batches more; or, where data may decide
+    where rows go (routing, indices, numbers that Python reads), batch by batch, for about twice the time.
+    What can't be proven takes the generic way, and a warning says so. Not found out: samples that interact,
+    but not among those that were run alone.
 
     Args:
         model: any module. Parameters that require a gradient take part.

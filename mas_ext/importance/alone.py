@@ -38,11 +38,14 @@ class Evaluate(NamedTuple):
     forward: Forward
     values: Values
 
+    def output(self, batch: Any) -> Tensor:
+        """The output."""
+        # A model that changes its input would see it changed again on every pass, and so would the caller.
+        return self.forward(self.model, batches.copied(batch))
+
     def __call__(self, batch: Any, samples: int) -> tuple[Tensor, Tensor]:
         """The output, and the objectives of shape (samples, K)."""
-        # A model that changes its input would see it changed again on every pass, and so would the caller.
-        batch = batches.copied(batch)
-        output = self.forward(self.model, batch)
+        output = self.output(batch)
         return output, self.values(output, batch, samples)
 
 

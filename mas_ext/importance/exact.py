@@ -4,6 +4,7 @@ The uses of parameters that have a rule are followed through one forward and bac
 samples lie in a model's tensors is found out, never guessed: on the first batch, and whenever a model
 takes another path, a few samples are run alone too. Where a parameter's sums then differ, another layout
 is tried, and if none is right it takes the generic way, which runs samples alone (alone.py, generic.py).
+That all samples lie so is then proven, for all batches or, where data decide, for every single one (proof.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mas_ext.importance import batches
+from mas_ext.importance import batches, proof
 from mas_ext.importance.alone import TOLERANCE, Evaluate, Totals, differ, one_by_one, zeros
 from mas_ext.importance.functions import RULES
 from mas_ext.importance.generic import Generic
@@ -36,19 +37,25 @@ NOISE = 32
 _told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
+# What a proof holds for: the functions called, the uses of parameters, the number of samples, and which
+# sizes in the batch are 1: along such a dimension, rows in several orders are the same.
+Signature = tuple[tuple[str, ...], frozenset[Path], int, tuple[tuple[bool, ...], ...]]
+
+
 class Run(NamedTuple):
     """One forward and backward pass of a batch."""
 
     output: Tensor
     values: Tensor
     totals: Totals
-    functions: tuple[str, ...]
+    signature: Signature
     paths: set[Path]
     # Uses that were not proven before, and have a gradient.
     active: set[tuple[Path, int]]
     # Parameters that the pass can't answer for.
     misfits: set[str]
-    together: list[set[str]]
+    # Parameters used on rows of other samples than they are taken for.
+    strangers: set[str]
     # The lowest one that the model computed in.
     precision: torch.dtype
 
@@ -69,6 +76,8 @@ class Exact:
         self._functions: set[tuple[str, ...]] = set()
         # Uses whose gradient was not zero when they were checked: a wrong one would have shown.
         self._proven: set[tuple[Path, int]] = set()
+        # Whether data may decide where the samples are, so that every batch needs a proof of its own.
+        self._open: dict[Signature, bool] = {}
         self._alone = Generic(backend, square)
 
     def __call__(
@@ -80,9 +89,7 @@ class Exact:
             return totals, values
         alone: list[tuple[int, Tensor]] = []
         checked = 0
-        run = None
-        if self._functions:
-            run = self._backward(*self._forward(evaluate, batch, samples, theta))
+        run = self._run(evaluate, batch, samples, theta) if self._functions else None
         while True:
             known = self._layouts.copy(), self.generic.copy()
             if run is None or (checked < samples and self._to_be_checked(run, new=not alone)):
@@ -91,18 +98,20 @@ class Exact:
                 few = batches.part(batch, start, stop)
                 alone.append((start, self.learn(evaluate, few, theta)))
                 checked = stop
+            elif run.strangers:
+                self._condemn(evaluate.model, run.strangers)
             else:
                 unknown = {name for name, _ in run.paths - self._checked}
                 self._condemn(evaluate.model, unknown | run.misfits)
                 if known == (self._layouts, self.generic):
                     break
             if run is None or known != (self._layouts, self.generic):
-                run = self._backward(*self._forward(evaluate, batch, samples, theta))
+                run = self._run(evaluate, batch, samples, theta)
         for start, output in alone:
             together = run.output[start : start + len(output)]
             if theta.keys() - self.generic and differ(together, output, run.precision):
                 raise _interacting(output, together)
-        self._functions.add(run.functions)
+        self._functions.add(run.signature[0])
         generic = {name: p for name, p in theta.items() if name in self.generic}
         others = self._alone(evaluate, batch, samples, generic) if generic else {}
         unused = theta.keys() - run.totals.keys() - generic.keys()
@@ -110,7 +119,7 @@ class Exact:
 
     def _to_be_checked(self, run: Run, new: bool) -> bool:
         """Whether the model took another path, or a use has its first gradient."""
-        if new and not (run.functions in self._functions and run.paths <= self._checked):
+        if new and not (run.signature[0] in self._functions and run.paths <= self._checked):
             return True
         return not run.active <= self._proven
 
@@ -120,9 +129,9 @@ class Exact:
             self._layouts.setdefault(name, LAYOUTS[0])
         return self._layouts
 
-    def knows(self, tape: Tape) -> bool:
-        """Whether a pass with the same functions and uses was checked."""
-        return tuple(tape.functions) in self._functions and tape.paths() <= self._checked
+    def knows(self, tape: Tape, batch: Any) -> bool:
+        """Whether what was found out holds for a pass without looking at it."""
+        return tape.paths() <= self._checked and not self._open.get(_signature(tape, batch), True)
 
     def learn(self, evaluate: Evaluate, few: Any, theta: Mapping[str, Tensor]) -> Tensor:
         """Compare a few samples with themselves alone, to find out how the model uses its parameters.
@@ -135,7 +144,7 @@ class Exact:
         expected, output, _ = one_by_one(evaluate, few, samples, theta, self.square, self.backend)
         largest = max(float(total.norm()) for total in expected.values())
         while True:
-            run = self._backward(*passed)
+            run = self._backward(*passed, few=True)
             if differ(run.output, output, run.precision):
                 _, again, _ = one_by_one(evaluate, few, samples, {}, self.square, self.backend)
                 if not differ(again, output, run.precision):
@@ -145,14 +154,9 @@ class Exact:
             wrong = {
                 name
                 for name in theta.keys() - self.generic
-                if name in run.misfits
+                if name in run.misfits | run.strangers
                 or differ(run.totals.get(name), expected[name], run.precision, noise)
             }
-            # Where rows are misplaced in a weight's only call, the bias of that call may agree by chance.
-            once = {name for name, mentions in run.paths if len(mentions) == 1} - run.misfits
-            for names in run.together:
-                if names & wrong & once:
-                    wrong |= names - self.generic
             last = {name for name in wrong if self._layouts[name] == LAYOUTS[-1]}
             self._condemn(evaluate.model, last)
             for name in wrong - last:
@@ -160,39 +164,59 @@ class Exact:
             if not wrong:
                 break
             passed = self._forward(evaluate, few, samples, theta)
-        self._functions.add(run.functions)
+        self._functions.add(run.signature[0])
         self._checked |= run.paths
         self._proven |= run.active
         return output
 
+    def _run(
+        self, evaluate: Evaluate, batch: Any, samples: int, theta: Mapping[str, Tensor]
+    ) -> Run:
+        """A pass of a batch of several samples, whose rows are proven to be theirs."""
+        tape, output, values, signature = self._forward(evaluate, batch, samples, theta)
+        if tape.theta and signature not in self._open:
+            precision = _precision(tape, output)
+            del tape, output, values  # one graph at a time
+            tape = self._tape(samples, theta)
+            self._open[signature] = not proof.keeps_rows(evaluate, batch, tape, precision)
+            tape, output, values, signature = self._forward(evaluate, batch, samples, theta)
+        return self._backward(tape, output, values, signature)
+
+    def _tape(self, samples: int, theta: Mapping[str, Tensor]) -> Tape:
+        direct = {name: p for name, p in theta.items() if name not in self.generic}
+        native_serves = native.serves(next(iter(theta.values())).device, self.backend)
+        layouts = self.layouts(direct)
+        return Tape(direct, layouts, samples, RULES, self.square, native_serves)
+
     def _forward(
         self, evaluate: Evaluate, batch: Any, samples: int, theta: Mapping[str, Tensor]
-    ) -> tuple[Tape, Tensor, Tensor]:
-        direct = {name: p for name, p in theta.items() if name not in self.generic}
-        device = next(iter(theta.values())).device
-        native_serves = native.serves(device, self.backend)
-        layouts = self.layouts(direct)
-        tape = Tape(direct, layouts, samples, RULES, self.square, native_serves)
+    ) -> tuple[Tape, Tensor, Tensor, Signature]:
+        tape = self._tape(samples, theta)
         with tape:
             output, values = evaluate(batch, samples)
-        return tape, output, values
+        return tape, output, values, _signature(tape, batch)
 
-    def _backward(self, tape: Tape, output: Tensor, values: Tensor) -> Run:
+    def _backward(
+        self, tape: Tape, output: Tensor, values: Tensor, signature: Signature, few: bool = False
+    ) -> Run:
         paths = {path[0]: path for path in tape.paths()}
         uses = {(path, i) for path in paths.values() for i in range(len(path[1]))}
         tape.watched = {(path[0], i) for path, i in uses - self._proven}
+        precision = _precision(tape, output)
+        strangers = set()
+        if tape.theta and values.requires_grad and (few or self._open.get(signature)):
+            strangers = proof.strangers(tape, values, precision)
         totals = tape.backward(values) if tape.theta else {}
-        dtypes = {output.dtype, *tape.dtypes, *(p.dtype for p in tape.theta.values())}
         return Run(
             output.detach(),
             values.detach(),
             totals,
-            tuple(tape.functions),
+            signature,
             {*paths.values()},
             {(paths[name], i) for name, i in tape.active},
             tape.misfits,
-            tape.together,
-            max(dtypes, key=TOLERANCE.__getitem__),
+            strangers,
+            precision,
         )
 
     def _condemn(self, model: nn.Module, names: set[str], reason: str = NO_RULE) -> None:
@@ -208,6 +232,22 @@ class Exact:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _precision(tape: Tape, output: Tensor) -> torch.dtype:
+    dtypes = {output.dtype, *tape.dtypes, *(p.dtype for p in tape.theta.values())}
+    return max(dtypes & TOLERANCE.keys(), key=TOLERANCE.__getitem__)
+
+
+def _signature(tape: Tape, batch: Any) -> Signature:
+    ones: list[tuple[bool, ...]] = []
+
+    def note(t: Tensor) -> Tensor:
+        ones.append(tuple(size == 1 for size in t.shape))
+        return t
+
+    batches.mapped(batch, note)
+    return tuple(tape.functions), frozenset(tape.paths()), tape.samples, tuple(ones)
 
 
 def _interacting(alone: Tensor, together: Tensor) -> ValueError:

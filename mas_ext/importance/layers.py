@@ -58,6 +58,13 @@ class Fold:
             return t.reshape(self.samples, k, *t.shape[1:])
         return t.reshape(k, self.samples, *t.shape[1:]).transpose(0, 1)
 
+    def each(self, numbers: Tensor, like: Tensor) -> Tensor:
+        """numbers, one a sample, where the samples are in a tensor of this shape."""
+        places = torch.arange(like.numel(), device=like.device).view(like.shape)
+        found = numbers.new_empty(like.numel())
+        found[self.unfolded(places).reshape(self.samples, -1)] = numbers[:, None]
+        return found.view(like.shape)
+
     def features(self, t: Tensor) -> Tensor:
         """(samples, positions, features) of a tensor (..., features)."""
         return self.unfolded(t).flatten(1, -2)

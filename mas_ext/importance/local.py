@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mas_ext.importance import batches
 from mas_ext.importance.alone import Evaluate, Totals, zeros
-from mas_ext.importance.exact import CHECKED, Exact
+from mas_ext.importance.exact import Exact
 from mas_ext.importance.functions import RULES
 from mas_ext.importance.layers import Layer, bias_use
-from mas_ext.importance.tape import Spot, Tape
+from mas_ext.importance.nodes import Spot
+from mas_ext.importance.tape import Tape
 from mas_ext.kernels import native
 from mas_ext.kernels.native import Backend
 
@@ -38,8 +38,8 @@ class Local:
     ) -> tuple[Totals, Tensor]:
         """The sums by name, and the objectives of the model's output."""
         tape, values = self._run(evaluate, batch, samples, theta)
-        if samples > 1 and not self._exact.knows(tape):
-            self._exact.learn(evaluate, batches.part(batch, 0, CHECKED), theta)
+        if samples > 1 and not self._exact.knows(tape, batch):
+            self._exact(evaluate, batch, samples, theta)
             tape, values = self._run(evaluate, batch, samples, theta)
         outside = sorted(tape.misfits | self._exact.generic)
         if outside:

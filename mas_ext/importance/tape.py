@@ -19,27 +19,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mas_ext.importance import order
 from mas_ext.importance.alone import Totals, gradient
-from mas_ext.importance.layers import Fold, Layer, Layout, bias_use
-from mas_ext.importance.uses import Rows, Use, add_uses
+from mas_ext.importance.layers import Fold, Layer, Layout
+from mas_ext.importance.nodes import LayerNode, Slot, Spot, SpreadNode
+from mas_ext.importance.uses import Use, add_uses
 from mas_ext.kernels.reference import compute_dtype
 
 # Stands for a function: (tape, function, *its arguments) -> its result, or NotImplemented.
 Rule = Callable[..., Any]
-
-
-class Slot(NamedTuple):
-    """A parameter, or a part of one: a tensor that holds some of its elements (a slice, a view).
-
-    A part is cut off from autograd's graph, so that what is used of it can be told from the rest; `origin` is
-    what it was cut from, computed from the tensor of the slot `whole`.
-    """
-
-    name: str
-    tensor: Tensor
-    origin: Tensor | None = None
-    whole: Slot | None = None
 
 
 class Mention(NamedTuple):
@@ -52,14 +39,8 @@ class Mention(NamedTuple):
     several: bool
 
 
-class Spot(NamedTuple):
-    """A use of a parameter that will be noted: the how manieth of its uses, and where the samples are."""
-
-    slot: Slot
-    number: int
-    fold: Fold
-
-
+# Sees, on the way back, the uses in one call and the gradient of its result: the gradient to go on with.
+Witness = Callable[[Sequence[Spot], Tensor], Tensor]
 # All uses of a parameter in a forward pass: a check of these is valid for every pass with the same.
 Path = tuple[str, tuple[Mention, ...]]
 
@@ -86,11 +67,11 @@ class Tape(TorchFunctionMode):
         self.misfits: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
         self.functions: list[str] = []
-        # Parameters of one call: where the samples are is the same for all of them.
-        self.together: list[set[str]] = []
         # Uses to look at, and those of them with a gradient that is not zero.
         self.watched: set[tuple[str, int]] = set()
         self.active: set[tuple[str, int]] = set()
+        # Whether parts of the model ran again on the way back.
+        self.replayed = False
         self.theta = theta
         self._rules = rules
         self._mentions: dict[str, list[Mention]] = {}
@@ -101,6 +82,7 @@ class Tape(TorchFunctionMode):
         self._held: dict[int, list[Use]] = {}
         self._totals: dict[int, Tensor] = {}
         self._replaying = False
+        self._witness: Witness | None = None
 
     def paths(self) -> set[Path]:
         """The uses of every parameter that was used."""
@@ -119,30 +101,18 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.autograd.grad:  # checkpointed parts run again inside
             return self.inside(func, *args, **kwargs)
-        astray = order.astray(func, args, kwargs, self.samples)
-        if not torch.is_grad_enabled() or _transformed():
-            result = func(*args, **kwargs)
-            if astray:
-                order.mark(result)
-            return result
         if not self._replaying:
             self.functions.append(func.__name__)
+        if not torch.is_grad_enabled() or _transformed():
+            return func(*args, **kwargs)
+        self.replayed |= self._replaying
         self.before(func, args)
-        values = [*args, *kwargs.values()]
         rule = self._rules.get(func)
-        if rule is not None and any(self._mentioned(values)):
-            if not astray:
-                result = rule(self, func, *args, **kwargs)
-                if result is not NotImplemented:
-                    return result
-            else:
-                for slot in self._mentioned(values):
-                    self.mention(func, slot)
-                    self.misfits.add(slot.name)
-        result = func(*args, **kwargs)
-        if astray:
-            order.mark(result)
-        return result
+        if rule is not None and any(self._mentioned([*args, *kwargs.values()])):
+            result = rule(self, func, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
 
     def before(self, func: Callable[..., Any], args: Sequence[Any]) -> None:
         """Called before every function."""
@@ -212,7 +182,6 @@ class Tape(TorchFunctionMode):
         y_shape: that of the result, as far as it says where the samples are.
         """
         slots = [self.slot(t) for t in (weight, bias)]
-        self.together.append({slot.name for slot in slots if slot is not None})
         spots = [self.spot(func, slot, y_shape) for slot in slots]
         # What needs a gradient but can't be noted is left to autograd.
         left = [
@@ -237,7 +206,7 @@ class Tape(TorchFunctionMode):
     ) -> Tensor:
         """The layer as an autograd Function."""
         self._expect(*spots)
-        y: Tensor = _Layer.apply(self, layer, spots, x, weight, bias)  # type: ignore[no-untyped-call]
+        y: Tensor = LayerNode.apply(self, layer, spots, x, weight, bias)  # type: ignore[no-untyped-call]
         self.dtypes.add(y.dtype)
         return y
 
@@ -257,7 +226,7 @@ class Tape(TorchFunctionMode):
         self, spot: Spot, p: Tensor, shape: Sequence[int], y_shape: Sequence[int]
     ) -> Tensor:
         self._expect(spot)
-        spread: Tensor = _Spread.apply(self, spot, p, tuple(shape), tuple(y_shape))  # type: ignore[no-untyped-call]
+        spread: Tensor = SpreadNode.apply(self, spot, p, tuple(shape), tuple(y_shape))  # type: ignore[no-untyped-call]
         return spread
 
     @contextmanager
@@ -288,6 +257,23 @@ class Tape(TorchFunctionMode):
     def _expect(self, *spots: Spot | None) -> None:
         if not self._replaying:
             self._expected.update(id(spot.slot.tensor) for spot in spots if spot is not None)
+
+    @torch.no_grad()
+    def witness(self, witness: Witness, y: Tensor, grad: Tensor) -> None:
+        """A backward pass from y, of gradient grad, in which a witness sees all uses; none is noted."""
+        self._replaying, self._witness = True, witness
+        tensors = [slot.tensor for slot in self._slots.values()]
+        try:
+            with self:
+                torch.autograd.grad(y, tensors, grad, retain_graph=True, allow_unused=True)
+        finally:
+            self._witness = None
+
+    def witnessed(self, spots: Sequence[Spot | None], grad: Tensor) -> Tensor | None:
+        """The gradient to go on with; None where uses are to be noted."""
+        if self._witness is None:
+            return None
+        return self._witness([spot for spot in spots if spot is not None], grad)
 
     def note(self, spot: Spot, use: Use) -> None:
         """Take a use; once all uses of a tensor are there, their total."""
@@ -354,63 +340,3 @@ class Tape(TorchFunctionMode):
 def _transformed() -> bool:
     """Whether a transform of torch.func runs, which knows nothing of the functions below."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-class _Layer(torch.autograd.Function):
-    """A layer whose backward notes per-sample gradients in place of forming parameter gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tape: Tape,
-        layer: Layer,
-        spots: Sequence[Spot | None],
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        y = layer.forward(x, weight, bias)
-        ctx.tape, ctx.layer, ctx.spots, ctx.input_dtype = tape, layer, spots, x.dtype
-        # Under autocast the layer computed with a rounded x.
-        rounded = x.is_floating_point() and y.dtype.itemsize < x.dtype.itemsize
-        if spots[0] is None:  # its values are not needed: the model may change them in place
-            x = x.new_empty(()).expand(x.shape)
-        ctx.save_for_backward(x.to(y.dtype) if rounded else x, weight)
-        # Autograd forbids changes in place of what is a view, as some layers' results are inside.
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        weight_spot, bias_spot = ctx.spots
-        if weight_spot is not None:
-            ctx.tape.note(weight_spot, ctx.layer.weight_use(grad, x, weight_spot.fold))
-        if bias_spot is not None:
-            use = bias_use(ctx.layer, grad, bias_spot.slot.tensor, bias_spot.fold)
-            ctx.tape.note(bias_spot, use)
-        gradient = None
-        if ctx.needs_input_grad[3]:
-            gradient = ctx.layer.input_gradient(grad, x, weight).to(ctx.input_dtype)
-        return None, None, None, gradient, None, None
-
-
-class _Spread(torch.autograd.Function):
-    """A parameter broadcast to the activations' shape."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tape: Tape,
-        spot: Spot,
-        p: Tensor,
-        shape: tuple[int, ...],
-        y_shape: tuple[int, ...],
-    ) -> Tensor:
-        ctx.tape, ctx.spot, ctx.shape = tape, spot, shape
-        return p.detach().view(shape).expand(y_shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        g = ctx.spot.fold.spread_over(grad, ctx.shape)
-        ctx.tape.note(ctx.spot, Rows(g.reshape(-1, *ctx.spot.slot.tensor.shape)))
-        return None, None, None, None, None
