@@ -104,6 +104,12 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     return mean, half
 
 
+def interval_text(values: Sequence[float], digits: int) -> str:
+    """`mean_interval` in words, such as "97.45 ± 2.20"; of a single run the value alone."""
+    mean, half = mean_interval(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
 def student_quantile(confidence: float, degrees: int) -> float:
     """q such that Student's t with this many degrees of freedom is in [-q, q] with that probability.
 

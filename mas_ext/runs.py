@@ -399,10 +399,6 @@ def _row(name: str, results: Sequence[Found]) -> tuple[str, ...]:
     if lost:
         return (*first, f"diverged, {lost} of {len(results)} seeds", "-", "-", "-")
 
-    def mean(values: Sequence[float], digits: int) -> str:
-        middle, half = metrics.mean_interval(values)
-        return f"{middle:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
-
     def average(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
@@ -410,8 +406,8 @@ def _row(name: str, results: Sequence[Found]) -> tuple[str, ...]:
     held = average([result["held_bytes"][-1] for result in results])
     return (
         *first,
-        mean([100 * result["average_accuracy"] for result in results], 2),
-        mean([100 * result["forgetting"] for result in results], 2),
+        metrics.interval_text([100 * result["average_accuracy"] for result in results], 2),
+        metrics.interval_text([100 * result["forgetting"] for result in results], 2),
         f"{1000 * steps:.3g}",
         f"{held / 1e6:.3g}",
     )

@@ -111,6 +111,12 @@ def test_mean_over_seeds() -> None:
     assert math.isnan(half)
 
 
+def test_interval_in_words() -> None:
+    # Of 3 and 5: t(0.975, 1) = 12.7062, times sqrt(2) / sqrt(2).
+    assert metrics.interval_text([3.0, 5.0], 2) == "4.00 ± 12.71"
+    assert metrics.interval_text([0.25], 1) == "0.2"
+
+
 def test_the_interval_has_the_mean_as_often_as_it_says() -> None:
     draws = np.random.default_rng(0).normal(7.0, 2.0, (4000, 4))
     found = sum(
