@@ -1,4 +1,4 @@
-"""The command line: mas-ext demo | run | info | bench."""
+"""The command line: mas-ext demo | run | report | info | bench."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mas_ext.names import hint
 COMMANDS = {
     "demo": "learn five tasks of handwritten digits with and without MAS, and draw the accuracies",
     "run": "compare methods on one protocol, with all that is found kept in a directory",
+    "report": "show what a run found as a page with pictures, also while it goes on",
     "info": "show which backend is in use and why, versions, threads and GPU",
     "bench": "measure the penalty against other ways of computing it",
 }
@@ -26,6 +27,7 @@ EPILOG = """\
 examples:
   mas-ext demo                       what it is about, in a minute
   mas-ext run --out runs/digits      fine-tuning, MAS, MAS-alpha and joint training compared
+  mas-ext report runs/digits         the same as a page with pictures
   mas-ext run --help                 everything that can be compared, and how
 
 exit codes:
@@ -126,6 +128,11 @@ def build_parser() -> Parser:
 
     add_run(add["run"])
 
+    add["report"].set_defaults(run=run_report)
+    report = add["report"].add_argument
+    report("directory", metavar="RUN", help="the directory that --out of mas-ext run was")
+    report("--out", metavar="DIR", help="for report.html and its PNGs; default: RUN")
+
     add["info"].set_defaults(run=run_info)
 
     add["bench"].set_defaults(run=run_bench)
@@ -215,6 +222,13 @@ def run_run(arguments: argparse.Namespace) -> None:
             print(f"to go on: mas-ext run --out {shlex.quote(str(out))} --resume", file=sys.stderr)
         raise
     print(f"{table}\nall that was found: {out}")
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    """The page's path."""
+    from mas_ext.report import report
+
+    print(f"report: {report(arguments.directory, arguments.out)}")
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

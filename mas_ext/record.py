@@ -12,6 +12,7 @@
     choosing/           the same for the runs that lam was chosen with, without their checkpoints
     tensorboard/        events, where asked for
     table.md            what was printed at the end: a row a method
+    report.html         where `mas-ext report` was asked for, with its pictures beside it, as PNGs
 
 A line of metrics.jsonl has method, seed, lam, purpose ("final" or "choose"), task (from 0), and either epoch
 (from 1), loss, validation and seconds, or, when the task is over, epoch null, accuracy (row of the matrix),
@@ -108,12 +109,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file; the one that was there before survives until the new one is complete."""
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8; the one that was there before survives until the new one is complete."""
     temporary = _temporary(path)
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -30,7 +30,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("dmeo", "did you mean 'demo'?"),
         ("inof", "did you mean 'info'?"),
         ("benchmark", "did you mean 'bench'?"),
-        ("qqq", "choose from demo, run, info, bench"),
+        ("qqq", "choose from demo, run, report, info, bench"),
     ],
 )
 def test_unknown_command(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:

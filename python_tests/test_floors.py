@@ -14,6 +14,9 @@ PACKAGE = Path(mas_ext.__file__).parent
 # From the roof down. A module may import those of lower floors, never one of its own floor or above.
 FLOORS = [
     {"cli"},
+    {"report"},
+    {"charts"},
+    {"findings"},
     {"demo", "runs", "benchmark", "benchmark_importance", "benchmark_step"},
     {"record", "progress"},
     {"config"},

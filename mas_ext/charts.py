@@ -1,0 +1,252 @@
+"""Pictures of what a run found. Every method has the same colour, marker and line in all of them."""
+
+from __future__ import annotations
+
+import io
+import math
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from mas_ext.data import import_extra
+from mas_ext.findings import Findings, Learned, over_seeds, shares
+
+# Okabe and Ito's, told apart by colour-blind people, without yellow, which is too light for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+MARKERS = "osD^vP<>Xp*hd8H"
+LINES = ("-", "--", ":")
+WIDTH = 8.0  # inches
+
+
+def style(findings: Findings, method: str) -> dict[str, Any]:
+    """Of a method: no two of up to 21 are the same."""
+    i = list(findings.learned).index(method)
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "marker": MARKERS[i % len(MARKERS)],
+        "linestyle": LINES[i // len(COLOURS) % len(LINES)],
+        "markersize": 5,
+        "linewidth": 1.3,
+    }
+
+
+def draw(findings: Findings) -> dict[str, bytes]:
+    """PNGs by name, of what there is something to show of.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    import_extra("matplotlib")
+    pictures = {}
+    for make in (accuracy, matrices, forgetting, cost, importance, lam):
+        figure = make(findings)
+        if figure is not None:
+            file = io.BytesIO()
+            figure.savefig(file, dpi=150, format="png")
+            pictures[make.__name__] = file.getvalue()
+    return pictures
+
+
+def _panels(count: int, columns: int, height: float, **how: Any) -> tuple[Any, list[Any]]:
+    """A figure, and as many axes in rows of equal panels."""
+    from matplotlib.figure import Figure  # not pyplot: no global state, no window
+
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(WIDTH, 0.6 + rows * height), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, **how).flat)
+    for empty in grid[count:]:
+        empty.remove()
+    return figure, grid[:count]
+
+
+def _legend(figure: Any, panel: Any) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
+
+
+def begun(findings: Findings) -> dict[str, list[Learned]]:
+    """The methods of which some task is over."""
+    return {m: seeds for m, seeds in findings.learned.items() if any(s.tasks for s in seeds)}
+
+
+def _beside(i: int, count: int, tasks: int) -> Any:
+    """Tasks 1 to T for the i-th of so many methods, side by side, so that none hides another."""
+    return torch.arange(1, tasks + 1) + 0.5 * ((i + 0.5) / count - 0.5)
+
+
+def _over_tasks(panel: Any, tasks: int) -> None:
+    """The task is what x means."""
+    panel.set_xlim(0.5, tasks + 0.5)
+    panel.set_xticks(range(1, tasks + 1, math.ceil(tasks / 10)))
+    panel.grid(alpha=0.3)
+
+
+def _range(values: Any) -> tuple[float, float]:
+    """The smallest and the largest, NaN left out; of nothing those of any accuracy in %."""
+    known = values[~values.isnan()]
+    return (float(known.min()), float(known.max())) if len(known) else (0.0, 100.0)
+
+
+def accuracy(findings: Findings) -> Any:
+    """A panel a task, and one for the mean of the tasks so far: accuracy after each task."""
+    methods, count = begun(findings), len(findings.tasks)
+    if not methods:
+        return None
+    # A number for a name would be taken for that of the task.
+    titles = [
+        f"task {k}" + (f": {name}" if name and not name.isdigit() else "")
+        for k, name in enumerate(findings.tasks, 1)
+    ]
+    titles.append("mean of the tasks so far")
+    figure, panels = _panels(count + 1, 3, 2.3, sharex=True, sharey=True)
+    means = []
+    for i, (method, seeds) in enumerate(methods.items()):
+        mean, half = over_seeds(seeds, lambda s: torch.hstack([s.accuracy, s.average[:, None]]))
+        means.append(mean)
+        how = {"label": method, **style(findings, method)}
+        for panel, y, error in zip(panels, 100 * mean.T, 100 * half.nan_to_num().T, strict=True):
+            x = _beside(i, len(methods), count)
+            panel.vlines(x, y - error, y + error, color=how["color"], linewidth=0.6, alpha=0.6)
+            panel.plot(x, y, **how)
+    for panel, title in zip(panels, titles, strict=True):
+        panel.set_title(title, fontsize="medium")
+        _over_tasks(panel, count)
+    # By the means: intervals of a few seeds would leave no room for them.
+    low, high = _range(100 * torch.stack(means))
+    margin = max(0.1 * (high - low), 1.0)
+    panels[0].set_ylim(low - margin, high + margin)
+    figure.supxlabel("tasks learned", fontsize="medium")
+    figure.supylabel("accuracy in %", fontsize="medium")
+    _legend(figure, panels[0])
+    return figure
+
+
+def matrices(findings: Findings) -> Any:
+    """A panel a method: accuracy[t, k] as colours, and as numbers where there is room for them."""
+    methods, count = begun(findings), len(findings.tasks)
+    if not methods:
+        return None
+    found = {method: 100 * over_seeds(s, lambda s: s.accuracy)[0] for method, s in methods.items()}
+    low, high = _range(torch.stack(list(found.values())))
+    figure, panels = _panels(len(found), 3, 2.3)
+    for panel, (method, matrix) in zip(panels, found.items(), strict=True):
+        image = panel.imshow(matrix.numpy(), cmap="cividis", vmin=low, vmax=max(high, low + 1))
+        panel.set_title(method, fontsize="medium")
+        ticks = range(0, count, math.ceil(count / 10))
+        panel.set_xticks(ticks, [k + 1 for k in ticks])
+        panel.set_yticks(ticks, [k + 1 for k in ticks])
+        for t, k in (~matrix.isnan() * (count <= 12)).nonzero().tolist():
+            value = float(matrix[t, k])
+            text = f"{value:.0f}" if count > 5 else f"{value:.1f}"
+            colour = "white" if image.norm(value) < 0.5 else "black"
+            panel.text(k, t, text, ha="center", va="center", color=colour, fontsize=7 - (count > 8))
+    figure.supxlabel("accuracy on task", fontsize="medium")
+    figure.supylabel("tasks learned", fontsize="medium")
+    figure.colorbar(image, ax=panels, label="accuracy in %", aspect=40)
+    return figure
+
+
+def forgetting(findings: Findings) -> Any:
+    """Forgetting against average accuracy: a small point a seed, a large one the mean."""
+    results = {
+        method: [each.found for each in seeds if each.found]
+        for method, seeds in findings.learned.items()
+        if not any(each.diverged for each in seeds)
+    }
+    results = {method: each for method, each in results.items() if each}
+    if not results or len(findings.tasks) == 1:
+        return None
+    figure, (panel,) = _panels(1, 1, 4.2)
+    for method, each in results.items():
+        x, y = ([100 * found[key] for found in each] for key in ("forgetting", "average_accuracy"))
+        how = {**style(findings, method), "linestyle": ""}
+        panel.plot(x, y, **{**how, "markersize": 4}, alpha=0.4)
+        mean = sum(x) / len(x), sum(y) / len(y)
+        large = {**how, "markersize": 11, "markeredgewidth": 2}
+        panel.plot(*mean, **large, markerfacecolor="none", label=method)
+    panel.set_xlabel("forgetting in % points")
+    panel.set_ylabel("average accuracy in %")
+    panel.grid(alpha=0.3)
+    _legend(figure, panel)
+    return figure
+
+
+def cost(findings: Findings) -> Any:
+    """Time of a step and what is held, by task."""
+    methods, count = begun(findings), len(findings.tasks)
+    if not methods:
+        return None
+    figure, panels = _panels(2, 2, 3.2)
+    for i, (method, seeds) in enumerate(methods.items()):
+        seconds, held = (
+            over_seeds(seeds, attrgetter(k))[0] for k in ("step_seconds", "held_bytes")
+        )
+        for panel, y in zip(panels, (1e3 * seconds, 1e-6 * held), strict=True):
+            x = _beside(i, len(methods), count)
+            panel.plot(x, y, label=method, **style(findings, method))
+    for panel, label in zip(panels, ("ms per step", "MB held beside the model"), strict=True):
+        panel.set_ylabel(label)
+        panel.set_xlabel("task")
+        high = panel.get_ylim()[1]
+        panel.set_ylim(-0.03 * high, 1.03 * high)
+        _over_tasks(panel, count)
+    _legend(figure, panels[0])
+    return figure
+
+
+def importance(findings: Findings) -> Any:
+    """By layer the share of all importance, and the mean a parameter over that of all parameters."""
+    found = {m: s for m, seeds in findings.learned.items() if (s := shares(seeds))}
+    if not found:
+        return None
+    layers = list(dict.fromkeys(layer for each in found.values() for layer in each))
+    height = min(max(0.35, 0.13 * len(found) + 0.15) * len(layers), 25.0)
+    figure, panels = _panels(2, 2, 0.8 + height, sharey=True)
+    for i, (method, each) in enumerate(found.items()):
+        y = [layers.index(layer) + 0.8 * ((i + 0.5) / len(found) - 0.5) for layer in each]
+        how = {**style(findings, method), "linestyle": ""}
+        for panel, x in zip(panels, zip(*each.values(), strict=True), strict=True):
+            panel.hlines(y, 0, x, color=how["color"], linewidth=1.5)
+            panel.plot(x, y, label=method, **how)
+    for panel, label in zip(
+        panels, ("share of all importance", "mean of its parameters (of all: 1)"), strict=True
+    ):
+        for i in range(1, len(layers), 2):
+            panel.axhspan(i - 0.5, i + 0.5, color="#f0f0f0", zorder=0)
+        panel.set_xlabel(label)
+        panel.set_xlim(left=0)
+    panels[1].axvline(1, color="grey", linewidth=0.8)
+    panels[0].set_yticks(range(len(layers)), layers)
+    panels[0].set_ylim(len(layers) - 0.5, -0.5)
+    _legend(figure, panels[0])
+    return figure
+
+
+def lam(findings: Findings) -> Any:
+    """Average accuracy on validation data over lam; what was chosen has a ring."""
+    if not findings.grid:
+        return None
+    figure, (panel,) = _panels(1, 1, 3.6)
+    tried = [lam for choice in findings.grid.values() for lam in choice.means]
+    if min(tried) == 0:
+        panel.set_xscale("symlog", linthresh=min((x for x in tried if x), default=1.0))
+    else:
+        panel.set_xscale("log")
+    for i, (method, choice) in enumerate(findings.grid.items()):
+        how = style(findings, method)
+        known = sorted((lam, 100 * y) for lam, y in choice.means.items() if y is not None)
+        best = [each for each in known if each[0] == choice.lam]
+        x, y = torch.tensor(known).reshape(-1, 2).T
+        panel.plot(x, y, label=method, **how)
+        lost = [lam for lam, y in choice.means.items() if y is None]
+        bottom, cross = panel.get_xaxis_transform(), {"markersize": 9, "color": how["color"]}
+        panel.plot(lost, [0.03 + 0.05 * i] * len(lost), "x", transform=bottom, **cross)
+        ring = {"markersize": 12 + 4 * i, "markerfacecolor": "none", "color": how["color"]}
+        panel.plot(*torch.tensor(best).reshape(-1, 2).T, "o", **ring)
+    panel.set_xlabel("lam")
+    panel.set_ylabel("average accuracy on validation data in %")
+    panel.grid(alpha=0.3)
+    _legend(figure, panel)
+    return figure

@@ -1,0 +1,149 @@
+"""What is drawn: the values in the pictures are those of the run."""
+
+import io
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.collections import LineCollection
+from test_findings import ACCURACY, make
+
+from mas_ext import charts, config, findings, record
+from mas_ext.findings import Findings
+from mas_ext.methods import METHODS
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Findings:
+    return findings.read(make(tmp_path / "run"))
+
+
+def curves(panel: Any) -> dict[str, Any]:
+    """What is drawn under each name."""
+    return {line.get_label(): line for line in panel.lines if line.get_label()[0] != "_"}
+
+
+def test_pictures(found: Findings) -> None:
+    pictures = charts.draw(found)
+    assert list(pictures) == [
+        "accuracy", "matrices", "forgetting", "cost", "importance", "lam",
+    ]  # fmt: skip
+    for picture in pictures.values():
+        pixels = matplotlib.image.imread(io.BytesIO(picture), format="png")
+        assert pixels.shape[1] == 1200
+        assert len(np.unique(pixels)) > 10
+
+
+def test_accuracy(found: Findings) -> None:
+    figure = charts.accuracy(found)
+    each = 100 * np.array([ACCURACY["finetune", n] for n in range(3)], dtype=float)
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles == ["task 1: 0/1", "task 2: 2/3", "mean of the tasks so far"]
+    expected = [each[:, :, 0], each[:, :, 1], np.stack([each[:, 0, 0], each[:, 1].mean(1)], 1)]
+    for panel, values in zip(figure.axes, expected, strict=True):
+        line = curves(panel)["finetune"]
+        np.testing.assert_allclose(line.get_ydata(), values.mean(0), rtol=1e-14)
+        np.testing.assert_array_less(np.abs(line.get_xdata() - [1, 2]), 0.3)
+        bars = next(c for c in panel.collections if isinstance(c, LineCollection)).get_segments()
+        half = 4.302653 * values.std(0, ddof=1) / math.sqrt(3)
+        for bar, middle, h in zip(bars, values.mean(0), half, strict=True):
+            if not math.isnan(middle):
+                np.testing.assert_allclose(bar[:, 1], [middle - h, middle + h], rtol=1e-6)
+        # All means are from 60 to 96.
+        assert panel.get_ylim() == pytest.approx((56.4, 99.6))
+    mas = curves(figure.axes[0])["mas"].get_ydata()
+    np.testing.assert_allclose(mas, [100 * (0.9 + 0.7 + 0.6) / 3, np.nan])
+
+
+def test_matrices(found: Findings) -> None:
+    figure = charts.matrices(found)
+    panels = {panel.get_title(): panel for panel in figure.axes if panel.get_title()}
+    assert list(panels) == ["finetune", "mas", "joint"]
+    each = 100 * np.array([ACCURACY["finetune", n] for n in range(3)], dtype=float)
+    image = panels["finetune"].images[0].get_array()
+    np.testing.assert_allclose(image.filled(np.nan), each.mean(0), rtol=1e-14)
+    numbers = [(t.get_position(), t.get_text()) for t in panels["finetune"].texts]
+    assert numbers == [((0, 0), "90.0"), ((0, 1), "60.0"), ((1, 1), "70.0")]
+    assert len({panel.images[0].get_clim() for panel in panels.values()}) == 1
+
+
+def test_forgetting(found: Findings) -> None:
+    (panel,) = charts.forgetting(found).axes
+    # Of mas a seed diverged.
+    assert list(curves(panel)) == ["finetune", "joint"]
+    points = [(line.get_xdata(), line.get_ydata()) for line in panel.lines]
+    np.testing.assert_allclose(points[0], [[40, 40, 10], [65, 55, 75]], rtol=1e-14)
+    np.testing.assert_allclose(points[1], [[30], [65]], rtol=1e-14)
+    np.testing.assert_allclose(points[2], [[-1], [95]], rtol=1e-12)
+
+
+def test_cost(found: Findings) -> None:
+    steps, held = charts.cost(found).axes
+    for panel, expected in ((steps, [2, 4]), (held, [0, 3])):
+        for method in ("finetune", "joint"):
+            np.testing.assert_allclose(curves(panel)[method].get_ydata(), expected, rtol=1e-14)
+        assert panel.get_ylim()[0] <= 0
+
+
+def test_importance(found: Findings) -> None:
+    share, mean = charts.importance(found).axes
+    assert [label.get_text() for label in share.get_yticklabels()] == ["backbone.1", "backbone.3"]
+    np.testing.assert_allclose(curves(share)["mas"].get_xdata(), [10 / 22, 12 / 22], rtol=1e-14)
+    expected = [(10 / 8) / (22 / 12), 3 / (22 / 12)]
+    np.testing.assert_allclose(curves(mean)["mas"].get_xdata(), expected, rtol=1e-14)
+    assert list(curves(share)) == ["mas"]
+
+
+@pytest.mark.parametrize("least", [0.0, 0.5])
+def test_lam(least: float, tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    means = {2.0: 0.8, least: 0.9, 9.0: None}
+    candidates = [{"lam": lam, "mean": mean} for lam, mean in means.items()]
+    tried = {"mas": {"candidates": candidates, "chosen": least}}
+    lost = {"joint": {"candidates": [{"lam": 9.0, "mean": None}], "chosen": None}}
+    record.write_json(run / "lam.json", {**tried, **lost})
+    (panel,) = charts.lam(findings.read(run)).axes
+    assert list(curves(panel)) == ["mas", "joint"]
+    points = [(list(line.get_xdata()), list(line.get_ydata())) for line in panel.lines]
+    assert points[0] == ([least, 2.0], pytest.approx([90, 80]))
+    assert points[1][0] == [9.0]
+    assert points[2] == ([least], pytest.approx([90]))
+    assert points[3:] == [([], []), ([9.0], [pytest.approx(0.08)]), ([], [])]
+    low, high = panel.get_xlim()
+    assert low < least or (low, least) == (0, 0)
+    assert high > 9
+
+
+def test_no_picture_of_nothing(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    for path in (*run.glob("*/*"), run / "metrics.jsonl", run / "lam.json"):
+        path.unlink()
+    assert charts.draw(findings.read(run)) == {}
+
+
+def test_methods_are_told_apart_the_same_way_everywhere(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    everything = config.read({"methods": list(METHODS)})
+    record.write(run / "config.toml", config.dump(everything))
+    found = findings.read(run)
+    looks = [tuple(charts.style(found, method).values()) for method in METHODS]
+    assert len(set(looks)) == len(METHODS) > 10
+    panels = [
+        *charts.accuracy(found).axes,
+        *charts.cost(found).axes,
+        *charts.importance(found).axes,
+    ]
+    for panel in panels:
+        for method, line in curves(panel).items():
+            look = charts.style(found, method)
+            assert (line.get_color(), line.get_marker()) == (look["color"], look["marker"])
+
+
+def test_without_matplotlib(found: Findings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"run: pip install 'mas-ext\[demo\]'"):
+        charts.draw(found)

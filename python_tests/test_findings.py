@@ -1,0 +1,238 @@
+"""What is read from a run's directory: a small one with known numbers, whole, unfinished and damaged."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mas_ext import checkpoint, config, findings, record
+
+# accuracy[t, k] by method and seed, None where nothing was measured. mas diverged with seed 1 in task 1 and
+# is on its way with seed 2; joint has not begun with seed 1.
+ACCURACY: dict[tuple[str, int], list[list[float | None]]] = {
+    ("finetune", 0): [[0.9, None], [0.5, 0.8]],
+    ("finetune", 1): [[0.8, None], [0.4, 0.7]],
+    ("finetune", 2): [[1.0, None], [0.9, 0.6]],
+    ("mas", 0): [[0.9, None], [0.85, 0.7]],
+    ("mas", 1): [[0.7, None]],
+    ("mas", 2): [[0.6, None]],
+    ("joint", 0): [[0.95, None], [0.96, 0.94]],
+    ("joint", 2): [[0.97, None]],
+}
+WHY = "loss: got nan <here> & now"
+LAM = {
+    "mas": {
+        "candidates": [
+            {"lam": 0.5, "validation_accuracy": [0.9], "mean": 0.9},
+            {"lam": 2.0, "validation_accuracy": [0.8], "mean": 0.8},
+            {"lam": 9.0, "validation_accuracy": [None], "mean": None},
+        ],
+        "chosen": 0.5,
+    }
+}
+# Of 2 x 3 + 2 parameters of importance 1 and 2, and of 2 x 2 of importance 3.
+OMEGA = {
+    "omega.backbone.1.weight": torch.ones(1, 2, 3),
+    "omega.backbone.1.bias": torch.full((1, 2), 2.0),
+    "omega.backbone.3.weight": torch.full((1, 2, 2), 3.0),
+    "anchor.backbone.3.weight": torch.full((1, 2, 2), 99.0),
+}
+
+
+def result(accuracy: list[list[Any]], seed: int, **more: Any) -> dict[str, Any]:
+    """As runs.summary gives it; numbers that are read and not computed need not fit together."""
+    return {
+        "tasks": ["0/1", "2/3"],
+        "average_accuracy": (accuracy[1][0] + accuracy[1][1]) / 2,
+        "forgetting": accuracy[0][0] - accuracy[1][0],
+        "backward_transfer": accuracy[1][0] - accuracy[0][0],
+        "forward_transfer": None,
+        "intransigence": 0.01 * (seed + 1),
+        "validation_accuracy": None,
+        "step_seconds": [0.002, 0.004],
+        "border_seconds": [0.1, 0.1],
+        "held_bytes": [0.0, 3e6],
+        **more,
+    }
+
+
+def make(folder: Path) -> Path:
+    """The directory of a run that was stopped."""
+    folder.mkdir()
+    values = {
+        "methods": {"finetune": {}, "mas": {"lam": [0.5, 2.0, 9.0]}, "joint": {}},
+        "seeds": 3,
+        "data": "<script>alert(1)</script>",
+    }
+    record.write(folder / "config.toml", config.dump(config.read(values)))
+    record.write_json(
+        folder / "environment.json", [{"started": "then", "cpu": "A & B", "gpu": None}]
+    )
+    record.write_json(folder / "lam.json", LAM)
+    lines: list[dict[str, Any]] = []
+    for (method, seed), accuracy in ACCURACY.items():
+        same = {"method": method, "seed": seed, "lam": None, "purpose": "final"}
+        lines.append(
+            {**same, "task": 0, "epoch": 1, "loss": 1.0, "validation": None, "seconds": 1.0}
+        )
+        for task, row in enumerate(accuracy):
+            times = {"step_seconds": 0.002 * (task + 1), "held_bytes": 3e6 * task}
+            lines.append({**same, "task": task, "epoch": None, "accuracy": row, **times})
+        job = folder / f"{method}-seed{seed}"
+        job.mkdir()
+        if len(accuracy) == 2:
+            record.write_json(job / "result.json", result(accuracy, seed))
+        state = {"penalty": OMEGA} if method == "mas" else {}
+        checkpoint.save(checkpoint.pack({"method": state}), job / "checkpoint.safetensors")
+    record.write_json(folder / "mas-seed1" / "result.json", {"diverged": WHY})
+    choosing = {**lines[1], "purpose": "choose", "seed": 0, "accuracy": [0.1, None]}
+    torn = json.dumps(choosing)[:20]
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, choosing]) + torn
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make(tmp_path / "run")
+
+
+def test_everything_is_read(run: Path) -> None:
+    found = findings.read(run)
+    assert list(found.learned) == ["finetune", "mas", "joint"]
+    assert found.tasks == ["0/1", "2/3"]
+    assert found.grid == {"mas": (0.5, {0.5: 0.9, 2.0: 0.8, 9.0: None})}
+    assert [found.lam(name) for name in found.learned] == [None, 0.5, None]
+    assert found.starts == [{"started": "then", "cpu": "A & B", "gpu": None}]
+    for (method, seed), rows in ACCURACY.items():
+        one = found.learned[method][seed]
+        assert (one.method, one.seed, one.tasks) == (method, seed, len(rows))
+        whole = np.array([*rows, [None, None]][:2], dtype=float)
+        np.testing.assert_array_equal(one.accuracy.numpy(), whole)
+        held, seconds = np.array([[0.0, 3e6], [0.002, 0.004]])
+        held[len(rows) :] = seconds[len(rows) :] = np.nan
+        np.testing.assert_array_equal(one.held_bytes.numpy(), held)
+        np.testing.assert_array_equal(one.step_seconds.numpy(), seconds)
+        average = [whole[0, 0], whole[1].mean()]
+        np.testing.assert_allclose(one.average.numpy(), average, rtol=1e-15)
+    states = [[(e.finished, e.diverged) for e in seeds] for seeds in found.learned.values()]
+    assert states == [
+        [(True, None)] * 3,
+        [(True, None), (False, WHY), (False, None)],
+        [(True, None), (False, None), (False, None)],
+    ]
+    assert found.learned["joint"][1].tasks == 0
+
+
+def test_means_over_seeds(run: Path) -> None:
+    """Those that are on their way are left out where they have not come; what diverged ends the mean."""
+    learned = findings.read(run).learned
+    mean, half = findings.over_seeds(learned["finetune"], lambda one: one.accuracy)
+    each = np.array([ACCURACY["finetune", n] for n in range(3)], dtype=float)
+    np.testing.assert_allclose(mean, each.mean(0), rtol=1e-15)
+    # Student's quantile for two degrees of freedom: 4.302653.
+    np.testing.assert_allclose(half, 4.302653 * each.std(0, ddof=1) / math.sqrt(3), rtol=1e-6)
+
+    mean, half = findings.over_seeds(learned["mas"], lambda one: one.accuracy)
+    np.testing.assert_allclose(
+        mean, [[(0.9 + 0.7 + 0.6) / 3, np.nan], [np.nan, np.nan]], rtol=1e-15
+    )
+    mean, half = findings.over_seeds(learned["joint"], lambda one: one.accuracy)
+    np.testing.assert_allclose(mean, [[0.96, np.nan], [0.96, 0.94]], rtol=1e-15)
+    np.testing.assert_array_equal(half.isnan(), [[False, True], [True, True]])
+
+
+def test_importance_by_layer(run: Path) -> None:
+    mas = findings.read(run).learned["mas"]
+    assert mas[0].layers == {"backbone.1": (10.0, 8), "backbone.3": (12.0, 4)}
+    assert findings.shares(mas) == {
+        "backbone.1": pytest.approx((10 / 22, (10 / 8) / (22 / 12))),
+        "backbone.3": pytest.approx((12 / 22, 3 / (22 / 12))),
+    }
+    # IMM's transfer pulls, and is no importance; two rows are two tasks.
+    rows = torch.tensor([[1.0, 2.0], [0.0, 4.0]])
+    state = {"transfer": {"penalty": OMEGA}, "merging": {"penalty": {"omega.a.weight": rows}}}
+    assert findings.importance(state) == {"a": (7.0, 2)}
+    assert findings.importance({"teacher": {}}) == {}
+
+
+def test_importance_is_of_what_counts(run: Path) -> None:
+    """Seeds count alike, however large their importance; what diverged and nothing at all don't."""
+    nothing = {name: torch.zeros_like(t) for name, t in OMEGA.items()}
+    large = {name: 1e6 * t for name, t in OMEGA.items() if not name.endswith("bias")}
+    for seed, omega in ((0, large), (1, {"omega.x.weight": torch.ones(1, 1)}), (2, nothing)):
+        path = run / f"mas-seed{seed}" / "checkpoint.safetensors"
+        checkpoint.save(checkpoint.pack({"method": {"penalty": omega}}), path)
+    assert findings.shares(findings.read(run).learned["mas"]) == {
+        "backbone.1": pytest.approx((6 / 18, 1 / 1.8)),
+        "backbone.3": pytest.approx((12 / 18, 3 / 1.8)),
+    }
+
+
+def test_a_run_of_another_machine(run: Path) -> None:
+    text = (run / "config.toml").read_text()
+    assert 'device = "cpu"' in text
+    (run / "config.toml").write_text(text.replace('device = "cpu"', 'device = "cuda:7"'))
+    assert findings.read(run).device == "cuda:7"
+
+
+def test_a_run_that_has_only_begun(run: Path) -> None:
+    for path in (*run.glob("*/*"), run / "metrics.jsonl", run / "lam.json"):
+        path.unlink()
+    found = findings.read(run)
+    assert (found.tasks, found.grid, found.lam("mas")) == ([], {}, None)
+    assert {one.tasks for seeds in found.learned.values() for one in seeds} == {0}
+
+
+def test_every_lam_diverged(run: Path) -> None:
+    lost = {"candidates": [{"lam": 2.0, "mean": None}, {"lam": 9.0, "mean": None}], "chosen": None}
+    record.write_json(run / "lam.json", {"mas": lost})
+    found = findings.read(run)
+    assert found.lam("mas") is None
+    assert [one.diverged for one in found.learned["mas"]] == ["with every lam"] * 3
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def other(content: str) -> Callable[[Path], Any]:
+    return lambda path: path.write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("config.toml", other("methods = ")),
+        ("config.toml", other("seedz = 1")),
+        ("environment.json", cut),
+        ("environment.json", other("[3]")),
+        ("lam.json", other("[]")),
+        ("lam.json", other('{"mas": {"chosen": 1}}')),
+        ("metrics.jsonl", other("{}\n")),
+        ("metrics.jsonl", other("\x00\n")),
+        ("metrics.jsonl", lambda path: path.write_bytes(b"\xff\xfe\n")),
+        ("finetune-seed1/result.json", cut),
+        ("finetune-seed1/result.json", other("{}")),
+        ("finetune-seed1/result.json", other("7")),
+        ("mas-seed0/checkpoint.safetensors", cut),
+        ("mas-seed0/checkpoint.safetensors", lambda path: path.write_bytes(b"")),
+    ],
+)
+def test_damaged_files(run: Path, name: str, damage: Callable[[Path], Any]) -> None:
+    damage(run / name)
+    with pytest.raises(ValueError, match=str(run / name)):
+        findings.read(run)
+
+
+def test_no_run(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for path in (tmp_path, tmp_path / "nothing", file):
+        with pytest.raises(FileNotFoundError, match=f"run: got '{path}', where no run has begun"):
+            findings.read(path)
