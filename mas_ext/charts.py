@@ -83,10 +83,12 @@ def _over_tasks(panel: Any, tasks: int) -> None:
     panel.grid(alpha=0.3)
 
 
-def _range(values: Any) -> tuple[float, float]:
-    """The smallest and the largest, NaN left out; of nothing those of any accuracy in %."""
+def _limits(values: Any) -> tuple[float, float]:
+    """Of an axis, for these values in %, NaN left out: some room around them, and never less than a point."""
     known = values[~values.isnan()]
-    return (float(known.min()), float(known.max())) if len(known) else (0.0, 100.0)
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 100.0)
+    room = max(0.1 * (high - low), 0.5)
+    return low - room, high + room
 
 
 def accuracy(findings: Findings) -> Any:
@@ -114,9 +116,7 @@ def accuracy(findings: Findings) -> Any:
         panel.set_title(title, fontsize="medium")
         _over_tasks(panel, count)
     # By the means: intervals of a few seeds would leave no room for them.
-    low, high = _range(100 * torch.stack(means))
-    margin = max(0.1 * (high - low), 1.0)
-    panels[0].set_ylim(low - margin, high + margin)
+    panels[0].set_ylim(_limits(100 * torch.stack(means)))
     figure.supxlabel("tasks learned", fontsize="medium")
     figure.supylabel("accuracy in %", fontsize="medium")
     _legend(figure, panels[0])
@@ -129,11 +129,12 @@ def matrices(findings: Findings) -> Any:
     if not methods:
         return None
     found = {method: 100 * over_seeds(s, lambda s: s.accuracy)[0] for method, s in methods.items()}
-    low, high = _range(torch.stack(list(found.values())))
+    low, high = _limits(torch.stack(list(found.values())))
     figure, panels = _panels(len(found), 3, 2.3)
     for panel, (method, matrix) in zip(panels, found.items(), strict=True):
-        image = panel.imshow(matrix.numpy(), cmap="cividis", vmin=low, vmax=max(high, low + 1))
+        image = panel.imshow(matrix.numpy(), cmap="cividis", vmin=max(low, 0), vmax=min(high, 100))
         panel.set_title(method, fontsize="medium")
+        panel.tick_params(labelsize="small")
         ticks = range(0, count, math.ceil(count / 10))
         panel.set_xticks(ticks, [k + 1 for k in ticks])
         panel.set_yticks(ticks, [k + 1 for k in ticks])
@@ -166,6 +167,8 @@ def forgetting(findings: Findings) -> Any:
         mean = sum(x) / len(x), sum(y) / len(y)
         large = {**how, "markersize": 11, "markeredgewidth": 2}
         panel.plot(*mean, **large, markerfacecolor="none", label=method)
+    for key, limit in (("forgetting", panel.set_xlim), ("average_accuracy", panel.set_ylim)):
+        limit(_limits(torch.tensor([100 * one[key] for each in results.values() for one in each])))
     panel.set_xlabel("forgetting in % points")
     panel.set_ylabel("average accuracy in %")
     panel.grid(alpha=0.3)
@@ -202,13 +205,13 @@ def importance(findings: Findings) -> Any:
     if not found:
         return None
     layers = list(dict.fromkeys(layer for each in found.values() for layer in each))
-    height = min(max(0.35, 0.13 * len(found) + 0.15) * len(layers), 25.0)
+    height = min(max(0.35, 0.13 * len(found) + 0.15) * len(layers), 12.0)
     figure, panels = _panels(2, 2, 0.8 + height, sharey=True)
     for i, (method, each) in enumerate(found.items()):
         y = [layers.index(layer) + 0.8 * ((i + 0.5) / len(found) - 0.5) for layer in each]
         how = {**style(findings, method), "linestyle": ""}
-        for panel, x in zip(panels, zip(*each.values(), strict=True), strict=True):
-            panel.hlines(y, 0, x, color=how["color"], linewidth=1.5)
+        for panel, x, base in zip(panels, zip(*each.values(), strict=True), (0, 1), strict=True):
+            panel.hlines(y, base, x, color=how["color"], linewidth=1.5)
             panel.plot(x, y, label=method, **how)
     for panel, label in zip(
         panels, ("share of all importance", "mean of its parameters (of all: 1)"), strict=True
@@ -216,7 +219,10 @@ def importance(findings: Findings) -> Any:
         for i in range(1, len(layers), 2):
             panel.axhspan(i - 0.5, i + 0.5, color="#f0f0f0", zorder=0)
         panel.set_xlabel(label)
-        panel.set_xlim(left=0)
+    panels[0].set_xlim(left=0)
+    panels[1].set_xscale("log")
+    low, high = panels[1].get_xlim()
+    panels[1].set_xlim(min(low, 0.1), max(high, 10))  # decades have labels that don't overlap
     panels[1].axvline(1, color="grey", linewidth=0.8)
     panels[0].set_yticks(range(len(layers)), layers)
     panels[0].set_ylim(len(layers) - 0.5, -0.5)

@@ -45,9 +45,9 @@ CAPTIONS = {
     ),
     "importance": (
         "Importance by layer",
-        "What the methods hold at the end, mean over seeds: the share of each layer in the sum of all"
-        " importance, and the mean over the layer's parameters divided by that over all parameters, "
-        "so that right of the line at 1 a parameter counts more than elsewhere.",
+        "What the methods hold at the end, mean over seeds: the share of each layer in the sum of all "
+        "importance, and the mean over the layer's parameters divided by that over all parameters, "
+        "drawn from 1: to the right a parameter counts more than the average one.",
     ),
 }
 
@@ -111,9 +111,10 @@ dt { font-weight: bold; }
   body { font-size: 10pt; max-width: none; }
   .wide { overflow: visible; }
   img { min-width: 0; max-height: 22cm; object-fit: contain; }
+  h2 { break-after: avoid; }
   figure, tr { break-inside: avoid; }
   th, td { padding: .1rem .35rem; }
-  .numbers td { white-space: normal; }
+  .numbers { font-size: 8pt; }
 }
 </style>
 </head>

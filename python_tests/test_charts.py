@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
-from test_findings import ACCURACY, make
+from test_findings import ACCURACY, make, result
 
 from mas_ext import charts, config, findings, record
 from mas_ext.findings import Findings
@@ -79,6 +79,19 @@ def test_forgetting(found: Findings) -> None:
     np.testing.assert_allclose(points[0], [[40, 40, 10], [65, 55, 75]], rtol=1e-14)
     np.testing.assert_allclose(points[1], [[30], [65]], rtol=1e-14)
     np.testing.assert_allclose(points[2], [[-1], [95]], rtol=1e-12)
+    assert panel.get_xlim() == pytest.approx((-1 - 4.1, 40 + 4.1))
+
+
+def test_no_axis_makes_much_of_next_to_nothing(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    for method, seed in ACCURACY:
+        (run / f"{method}-seed{seed}" / "result.json").unlink(missing_ok=True)
+    value = {"average_accuracy": 0.95, "forgetting": 0.02}
+    record.write_json(
+        run / "joint-seed0" / "result.json", {**result(ACCURACY["joint", 0], 0), **value}
+    )
+    (panel,) = charts.forgetting(findings.read(run)).axes
+    assert (*panel.get_xlim(), *panel.get_ylim()) == pytest.approx((1.5, 2.5, 94.5, 95.5))
 
 
 def test_cost(found: Findings) -> None:
@@ -96,6 +109,9 @@ def test_importance(found: Findings) -> None:
     expected = [(10 / 8) / (22 / 12), 3 / (22 / 12)]
     np.testing.assert_allclose(curves(mean)["mas"].get_xdata(), expected, rtol=1e-14)
     assert list(curves(share)) == ["mas"]
+    # What it is more or less than.
+    bars = next(c for c in mean.collections if isinstance(c, LineCollection)).get_segments()
+    np.testing.assert_allclose([bar[0, 0] for bar in bars], 1)
 
 
 @pytest.mark.parametrize("least", [0.0, 0.5])
