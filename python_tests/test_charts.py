@@ -148,6 +148,7 @@ def test_methods_are_told_apart_the_same_way_everywhere(tmp_path: Path) -> None:
     found = findings.read(run)
     looks = [tuple(charts.style(found, method).values()) for method in METHODS]
     assert len(set(looks)) == len(METHODS) > 10
+    assert len({charts.style(found, method)["marker"] for method in METHODS}) == len(METHODS)
     panels = [
         *charts.accuracy(found).axes,
         *charts.cost(found).axes,
