@@ -65,6 +65,60 @@ def test_the_example_of_how_to_add_a_method(monkeypatch: pytest.MonkeyPatch) -> 
     assert methods.options("rehearsal") == {"samples": 50}
 
 
+def ends(method: methods.Method, seed: int, setting: str) -> list[dict[str, torch.Tensor]]:
+    """The weights after each task."""
+    learning = naive_training.start(method, setting, seed, epochs=1)
+    found = []
+    for _ in naive_training.steps(learning):
+        if not learning.inside:
+            found.append(naive_training.weights(learning.model))
+    return found
+
+
+@pytest.mark.parametrize("setting", methods.SETTINGS)
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_method_begins_anew_with_another_model(name: str, setting: str) -> None:
+    method = methods.create(name)
+    ends(method, 1, setting)
+    used, fresh = (ends(each, 2, setting) for each in (method, methods.create(name)))
+    assert len(used) == naive_training.TASKS
+    for got, right in zip(used, fresh, strict=True):
+        for weight, t in right.items():
+            assert torch.equal(got[weight], t), weight
+
+
+OTHER = {
+    "lam": 7.0,
+    "importance": "local",
+    "objective": "l1",
+    "merge": "sum",
+    "alpha_sum": "lam",
+    "mode": "proximal",
+    "max_samples": 3,
+    "labels": "predicted",
+    "gamma": 0.5,
+    "xi": 0.5,
+    "alpha": (1.0, 2.0),
+    "dropout": 0.5,
+    "temperature": 3.0,
+    "warm_up": 2,
+    "code": 5,
+    "reconstruction": 1.0,
+    "epochs": 5,
+    "lr": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_what_a_method_was_made_with_is_in_its_options(name: str) -> None:
+    own = methods.create(name).options()
+    assert own == methods.create(name).options()
+    for option in methods.options(name):
+        special = {("ebll", "alpha"): 0.5, ("local-mas", "importance"): "exact"}
+        value = special.get((name, option), OTHER[option])
+        assert methods.create(name, **{option: value}).options() != own, option
+
+
 def test_methods_by_name() -> None:
     assert methods.options("online-ewc")["gamma"] == 1.0
     method = methods.create("mas-alpha", lam=3.0)

@@ -67,6 +67,12 @@ class EBLL(LwF):
         self.epochs, self.lr, self.max_samples = epochs, lr, max_samples
         self.encoders: tuple[Tensor, Tensor] | None = None
 
+    def begin_task(self, training: Training) -> None:
+        """See Method.begin_task."""
+        if training.task == 0 and not training.resumed:
+            self.encoders = None
+        super().begin_task(training)
+
     def codes(self, features: Tensor) -> Tensor:
         """The codes of all earlier tasks side by side: features (N, width) -> (N, sum of sizes)."""
         assert self.encoders is not None
@@ -107,6 +113,11 @@ class EBLL(LwF):
                 optimizer.step()
         return encoder
 
+    def options(self) -> dict[str, Any]:
+        """See Method.options."""
+        names = ("alpha", "code", "reconstruction", "epochs", "lr", "max_samples")
+        return {**super().options(), **{name: getattr(self, name) for name in names}}
+
     def state_dict(self) -> dict[str, Any]:
         """See Method.state_dict."""
         encoders = {} if self.encoders is None else {"encoders": self.encoders}
@@ -115,6 +126,7 @@ class EBLL(LwF):
     def load_state_dict(self, state: dict[str, Any], model: MultiHead) -> None:
         """See Method.load_state_dict."""
         super().load_state_dict(state, model)
+        self.encoders = None
         if "encoders" in state:
             device = next(model.parameters()).device
             weight, bias = state["encoders"]

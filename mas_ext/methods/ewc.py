@@ -26,6 +26,10 @@ class Fisher(Estimated):
         super().__init__(lam, mode, max_samples, **penalty)
         self.labels = labels
 
+    def options(self) -> dict[str, Any]:
+        """See Method.options."""
+        return {**super().options(), "labels": self.labels}
+
     def estimator(self, exclude: Sequence[str]) -> FisherSum:
         """See Estimated.estimator."""
         return FisherSum(self.labels, self.forward, exclude)

@@ -92,6 +92,11 @@ class IMM(Method):
         self.merging.end_task(training)
         _write(training.model, _anchor(self.merging))
 
+    def options(self) -> dict[str, Any]:
+        """See Method.options."""
+        parts = {"transfer": self.transfer.options(), "merging": self.merging.options()}
+        return {"alpha": self.alpha, "dropout": self.dropout, **parts}
+
     def state_dict(self) -> dict[str, Any]:
         """See Method.state_dict."""
         return {"transfer": self.transfer.state_dict(), "merging": self.merging.state_dict()}

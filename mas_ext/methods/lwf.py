@@ -53,9 +53,11 @@ class LwF(Method):
 
     def begin_task(self, training: Training) -> None:
         """See Method.begin_task."""
-        if training.resumed or training.task == 0:
+        if training.resumed:
             return
-        if training.setting == "domain":
+        if training.task == 0:
+            self.teacher = None
+        elif training.setting == "domain":
             self.teacher = _teacher(training.model, heads=1)
         else:
             self.teacher = _teacher(training.model, heads=training.task)
@@ -102,6 +104,10 @@ class LwF(Method):
             total = total + distillation(old[:, : target.shape[1]], target, self.temperature)
         return self.lam * total
 
+    def options(self) -> dict[str, Any]:
+        """See Method.options."""
+        return {"lam": self.lam, "temperature": self.temperature, "warm_up": self.warm_up}
+
     def state_dict(self) -> dict[str, Any]:
         """See Method.state_dict."""
         if self.teacher is None:
@@ -110,6 +116,7 @@ class LwF(Method):
 
     def load_state_dict(self, state: dict[str, Any], model: MultiHead) -> None:
         """See Method.load_state_dict."""
+        self.teacher = None
         if "teacher" in state:
             self.teacher = _teacher(model, state["heads"])
             self.teacher.load_state_dict(state["teacher"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mas_ext.attach import Mode
 from mas_ext.importance import ImportanceSum
@@ -42,6 +43,11 @@ class MAS(Estimated):
         """See the class."""
         super().__init__(lam, mode, max_samples, merge=merge, alpha_sum=alpha_sum)
         self.importance, self.objective = importance, objective
+
+    def options(self) -> dict[str, Any]:
+        """See Method.options."""
+        own = {"importance": self.importance, "objective": self.objective}
+        return {**super().options(), **own}
 
     def estimator(self, exclude: Sequence[str]) -> ImportanceSum:
         """See Estimated.estimator."""

@@ -64,7 +64,10 @@ class Method:
     joint = False
 
     def begin_task(self, training: Training) -> None:
-        """Before a task's first step, and again where a run goes on inside it (`training.resumed`)."""
+        """Before a task's first step, and again where a run goes on inside it (`training.resumed`).
+
+        Task 0 begins anew: what was kept of an earlier training, maybe of another model, counts no more.
+        """
 
     def loss(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
         """What is minimised: x (N, ...), y (N,) as positions in `training.logits(x)` -> 0-dim."""
@@ -75,6 +78,10 @@ class Method:
 
     def end_task(self, training: Training) -> None:
         """After a task's last step; the model is then tested as it is."""
+
+    def options(self) -> dict[str, Any]:
+        """What it was made with, by name: a run does not go on with other ones."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """All that later calls need: dicts, lists and tuples of tensors, numbers and strings."""

@@ -34,10 +34,14 @@ class Quadratic(Method):
 
     def begin_task(self, training: Training) -> None:
         """See Method.begin_task."""
-        if self.penalty is None:
+        if self.penalty is None or (training.task == 0 and not training.resumed):
             self.penalty = self.build(training.model, training.own_parameters)
         if self.penalty.lam > 0:
             self.penalty.attach(training.optimizer, mode=self.mode)
+
+    def options(self) -> dict[str, Any]:
+        """See Method.options."""
+        return {"lam": self.lam, "mode": self.mode, **self._arguments}
 
     def state_dict(self) -> dict[str, Any]:
         """See Method.state_dict."""
@@ -83,6 +87,10 @@ class Estimated(Quadratic):
         """See Method.begin_task."""
         super().begin_task(training)
         self._head = training.head
+
+    def options(self) -> dict[str, Any]:
+        """See Method.options."""
+        return {**super().options(), "max_samples": self.max_samples}
 
     def after_step(self, training: Training, x: Tensor, y: Tensor) -> None:
         """See Method.after_step."""

@@ -73,6 +73,10 @@ class SI(Quadratic):
         self.penalty.consolidate(importance=importance, weight=self.weight)
         self._path, self._start = {}, {}
 
+    def options(self) -> dict[str, Any]:
+        """See Method.options."""
+        return {**super().options(), "xi": self.xi}
+
     def state_dict(self) -> dict[str, Any]:
         """See Method.state_dict."""
         return {**super().state_dict(), "path": self._path, "start": self._start}
