@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -17,7 +17,7 @@ from mas_ext.methods.method import Method, Training
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 from mas_ext.settings import PRECISIONS, Settings
-from mas_ext.stream import Part, Stream
+from mas_ext.stream import Part, Stream, split
 
 EVALUATION_BATCH = 512
 
@@ -133,7 +133,7 @@ class Learning:
         self._add_heads(task + 1)
         self._stream = self._data(task)
         self.optimizer = settings.make_optimizer(self.model.parameters())
-        steps = self.epochs[task] * math.ceil(len(self._stream) / settings.batch_size)
+        steps = self.epochs[task] * len(split(torch.arange(len(self._stream)), settings.batch_size))
         self._schedule = settings.make_schedule(self.optimizer, steps)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "float16")
         self.training = Training(
@@ -147,7 +147,6 @@ class Learning:
             self._observing,
             resumed,
         )
-        self.model.train()
         self.method.begin_task(self.training)
         if not resumed:
             self.found.border_seconds[task] = time.perf_counter() - start
@@ -175,11 +174,11 @@ class Learning:
         settings, at, training = self.settings, self.at, self.training
         training.observing = self._observing
         precision = PRECISIONS.get(settings.amp or "")
-        left = self._order()[at.step * settings.batch_size :]
+        left = split(self._order(), settings.batch_size)[at.step :]
         self.model.train()
         start, before = time.perf_counter(), at.step
         try:
-            for batch in self._stream.batches(left, settings.batch_size, settings.seed):
+            for batch in self._stream.batches(left, settings.seed):
                 x, y = (t.to(self.device, non_blocking=True) for t in batch)
                 self.optimizer.zero_grad()
                 with torch.autocast(self.device.type, precision, enabled=precision is not None):
@@ -207,7 +206,7 @@ class Learning:
             FloatingPointError: the loss is not finite any more.
         """
         at = self.at
-        loss = float(self._loss_sum) / max(at.step, 1)
+        loss = float(self._loss_sum) / at.step
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"loss: got {loss} in epoch {at.epoch} of task {at.task}, expected a finite one; a smaller lr "
@@ -281,14 +280,15 @@ class Learning:
         count = len(self._stream)
         if not self.settings.balanced:
             return torch.randperm(count, generator=generator)
-        classes = self._stream.labels()
+        classes = self._stream.labels
         weights = 1.0 / classes.bincount()[classes]
         return torch.multinomial(weights, count, replacement=True, generator=generator)
 
     def _ordered(self, samples: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Training.batches."""
         order = torch.arange(len(self._stream))[:samples]
-        for batch in self._stream.batches(order, self.settings.batch_size, self.settings.seed):
+        indices = split(order, self.settings.batch_size)
+        for batch in self._stream.batches(indices, self.settings.seed):
             x, y = (t.to(self.device, non_blocking=True) for t in batch)
             yield x, y
 
@@ -297,7 +297,7 @@ class Learning:
         head, correct = self._head(task), torch.zeros((), dtype=torch.int64, device=self.device)
         stream = Stream([self._part(task, kind, head)], self.settings.workers)
         self.model.eval()
-        for batch in stream.batches(torch.arange(len(stream)), EVALUATION_BATCH):
+        for batch in stream.batches(split(torch.arange(len(stream)), EVALUATION_BATCH)):
             x, y = (t.to(self.device, non_blocking=True) for t in batch)
             correct += (self.model(x, head).argmax(1) == y).sum()
         return int(correct) / len(stream)
@@ -337,6 +337,11 @@ class Learning:
                 raise ValueError(
                     f"checkpoint: got a run with {name} {state['run'].get(name)}, expected {own}"
                 )
+        models = state["model"], self.model.state_dict()
+        for name in models[0] | models[1]:
+            got, own = (tuple(t[name].shape) if name in t else None for t in models)
+            if got != own and not name.startswith("heads."):
+                raise ValueError(f"checkpoint: got {name!r} of shape {got}, expected {own}")
         self._add_heads(state["heads"])
         self.model.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"], self.model)
@@ -355,8 +360,26 @@ class Learning:
 
     def _described(self) -> dict[str, Any]:
         """What two runs must have in common for one to go on from the other."""
-        tasks = [[task.name, *map(int, task.classes)] for task in self.tasks]
-        return {**self.settings.described(), "method": type(self.method).__name__, "tasks": tasks}
+        sizes = [[len(data) for data in (task.train, task.test)] for task in self.tasks]  # type: ignore[arg-type]
+        found = {
+            **self.settings.described(),
+            "method": type(self.method).__name__,
+            **{f"method's {name}": value for name, value in self.method.options().items()},
+            "tasks": [[task.name, *map(int, task.classes)] for task in self.tasks],
+            "numbers of samples": sizes,
+        }
+        return {name: _comparable(value) for name, value in found.items()}
+
+
+def _comparable(value: Any) -> Any:
+    """A setting or an option as a checkpoint has it, whether it was a list or a tuple."""
+    if isinstance(value, Mapping):
+        return {name: _comparable(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_comparable(each) for each in value]
+    if isinstance(value, torch.dtype):
+        return str(value)
+    return "a callable" if callable(value) else value
 
 
 def _generator(*numbers: int) -> torch.Generator:

@@ -38,7 +38,7 @@ class Settings:
         has a new one.
     lr: learning rate, > 0.
     epochs: for every task, or one number a task; 0 for a task that was learned before.
-    batch_size: samples in a step.
+    batch_size: samples in a step; one that is left over joins the last step, as BatchNorm can't learn from it.
     schedule: None, "cosine" or "linear" (both down to 0 within each task), or a callable (optimizer, steps) ->
         LRScheduler, stepped after every step.
     clip: largest L2 norm of the gradient of the loss, without the penalty; None for any.
@@ -82,18 +82,21 @@ class Settings:
             if not callable(value) and value not in known and (name, value) != ("schedule", None):
                 expected = f"one of {', '.join(known)} or a callable"
                 raise ValueError(f"{name}: got {value!r}, expected {expected}")
-        for name, least in (("batch_size", 1), ("importance_epochs", 0), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
-        for name in ("lr", "clip"):
+        counts = {"batch_size": 1, "importance_epochs": 0, "seed": 0, "workers": 0}
+        for name, least in counts.items():
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: got {value}, expected an integer of at least {least}")
+        for name, value in (("lr", self.lr), ("clip", self.clip)):
+            if (name, value) != ("clip", None) and not (value and value > 0):
                 raise ValueError(f"{name}: got {value}, expected more than 0")
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation: got {self.validation}, expected from 0 to less than 1")
-        epochs = [self.epochs] if isinstance(self.epochs, int) else [*self.epochs]
-        if not epochs or min(epochs) < 0:
-            raise ValueError(f"epochs: got {self.epochs}, expected at least 0 for every task")
+        epochs = self.epochs if isinstance(self.epochs, Sequence) else [self.epochs]
+        if not epochs or not all(isinstance(n, int) and n >= 0 for n in epochs):
+            raise ValueError(
+                f"epochs: got {self.epochs}, expected integers of at least 0 for every task"
+            )
         if self.patience is not None and (self.patience < 1 or not self.validation):
             raise ValueError(
                 f"patience: got {self.patience} with validation={self.validation}, expected at least 1 "
@@ -133,4 +136,4 @@ class Settings:
             name: getattr(self, name) for name in self.__dataclass_fields__ if name != "workers"
         }
         found["epochs"] = [self.epochs] if isinstance(self.epochs, int) else [*self.epochs]
-        return {name: "a callable" if callable(v) else v for name, v in found.items()}
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,14 @@ class Part:
     dataset: Dataset[Any]
     index: Tensor
     first: int = 0
+
+
+def split(order: Tensor, size: int) -> list[Tensor]:
+    """The samples `order`, (N,), in batches of `size`; a single one that is left over joins the last."""
+    found = list(order.split(size)) if len(order) else []
+    if len(found) > 1 and len(found[-1]) == 1 < size:
+        found[-2:] = [torch.cat(found[-2:])]
+    return found
 
 
 class Stream(Dataset[tuple[Tensor, int]]):
@@ -46,23 +55,23 @@ class Stream(Dataset[tuple[Tensor, int]]):
         x, y = part.dataset[int(part.index[place])]
         return x, part.first + int(part.task.positions(torch.tensor([int(y)])))
 
+    @functools.cached_property
     def labels(self) -> Tensor:
         """The labels of all samples, (N,)."""
         return torch.cat(
             [p.first + p.task.positions(labels(p.dataset)[p.index]) for p in self.parts]
         )
 
-    def batches(self, order: Tensor, size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The samples `order`, (n,) int64, in batches: x (size, ...), y (size,); seed: of the workers."""
-        chunks = order.split(size) if len(order) else ()
+    def batches(self, indices: Sequence[Tensor], seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The samples of each index, (n,) int64: x (n, ...), y (n,); seed: of the workers."""
         if all(isinstance(part.dataset, Tensors) for part in self.parts):
-            for chunk in chunks:
-                yield self._batch(chunk)
+            for index in indices:
+                yield self._batch(index)
         else:
             # A generator of its own: what is drawn outside does not depend on where the reading began.
             yield from DataLoader(
                 self,
-                batch_sampler=[chunk.tolist() for chunk in chunks],
+                batch_sampler=[index.tolist() for index in indices],
                 num_workers=self.workers,
                 generator=torch.Generator().manual_seed(seed),
             )

@@ -61,6 +61,8 @@ class Trainer:
             raise ValueError(
                 f"model: got {type(model).__name__}, expected a MultiHead; mas_ext.models.with_heads makes one"
             )
+        if not isinstance(method, (Method, str)):
+            raise ValueError(f"method: got {method!r}, expected a Method or the name of one")
         known = [field.name for field in fields(Settings)]
         for name in settings:
             if name not in known:
@@ -75,7 +77,9 @@ class Trainer:
         parameter = next(model.parameters(), torch.empty(0))
         self.device = torch.device(device) if device is not None else parameter.device
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.callbacks = callbacks
+        if self.checkpoint is not None and not self.checkpoint.parent.is_dir():
+            raise ValueError(f"checkpoint: got {checkpoint}, expected a folder that exists")
+        self.callbacks = tuple(callbacks)
 
     def fit(self, scenario: Scenario) -> Result:
         """Learn the tasks in turn, from the start or from where the checkpoint was written.
@@ -118,14 +122,14 @@ class Trainer:
 @contextmanager
 def _reproducible(settings: Settings, device: torch.device) -> Iterator[None]:
     """Random numbers from the seed, and the caller's as they were before."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         try:
-            torch.use_deterministic_algorithms(before or settings.deterministic)
+            torch.set_deterministic_debug_mode("error" if settings.deterministic else before)
             yield
         finally:
-            torch.use_deterministic_algorithms(before)
+            torch.set_deterministic_debug_mode(before)
 
 
 @contextmanager

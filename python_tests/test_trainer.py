@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import naive_training as naive
@@ -11,18 +14,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 import mas_ext
+from mas_ext import learning as learning_module
 from mas_ext import metrics
 from mas_ext.learning import Epoch, Learning, Result
-from mas_ext.methods import Method, Training
+from mas_ext.methods import Method, Training, create
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.joint import Joint
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
 from mas_ext.settings import Settings
-from mas_ext.trainer import Trainer
+from mas_ext.trainer import Callback, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,9 +54,12 @@ def small(dropout: float = 0.0) -> MultiHead:
     return MultiHead(nn.Sequential(*layers).double(), 8)
 
 
-def fit(method: Method | str, model: MultiHead | None = None, **settings: Any) -> Result:
+def fit(
+    method: Method | str, model: MultiHead | None = None, *callbacks: Callback, **settings: Any
+) -> Result:
     scenario = naive.scenario(settings.get("setting", "task"))
-    return Trainer(model or small(), method, **{"batch_size": 8, **settings}).fit(scenario)
+    settings = {"batch_size": 8, "callbacks": callbacks, **settings}
+    return Trainer(model or small(), method, **settings).fit(scenario)
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -192,6 +199,39 @@ def test_accuracy_is_measured_as_the_setting_says(setting: str) -> None:
     assert result.held_bytes.tolist() == [0, 0, 0]
 
 
+def test_seconds_are_sums_over_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    monkeypatch.setattr(learning_module, "time", clock)
+    result = fit("finetune", epochs=2)
+    # One tick between two looks at the clock: 2 epochs of 3 steps; a beginning and an end.
+    assert result.step_seconds.tolist() == [2 / 6] * 3
+    assert result.border_seconds.tolist() == [2.0] * 3
+    stopped = naive.start(Finetune(), "task")
+    next(naive.steps(stopped))
+    elsewhere = naive.start(Finetune(), "task")
+    clock.perf_counter = lambda: 0.0  # what was measured before is kept
+    elsewhere.load_state_dict(stopped.state_dict())
+    for _ in naive.steps(elsewhere):
+        pass
+    assert elsewhere.found.border_seconds.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_accuracy_is_measured_on_the_test_data_without_gradients() -> None:
+    class Watched(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            assert torch.is_grad_enabled() == self.training
+            return super().forward(x)
+
+    x, y = torch.randn(40, 4), torch.arange(40) % 2
+    x[:, 0] = 9.0 * y - 4.5
+    train, test = Tensors(x, y), Tensors(x, (y + (torch.arange(40) < 4)) % 2)
+    result = Trainer(MultiHead(Watched(4, 8), 8), "finetune", lr=0.05, batch_size=8).fit(
+        from_datasets([(train, test)])
+    )
+    assert result.accuracy.tolist() == [[0.9]]
+
+
 def test_what_mas_holds_is_two_numbers_a_parameter() -> None:
     result = fit("mas", epochs=1)
     parameters = sum(p.numel() for p in small().backbone.parameters())
@@ -254,10 +294,26 @@ def test_early_stopping_goes_back_to_the_best_weights() -> None:
         assert torch.equal(t, weights[best + 1][name]), name
 
 
+def test_without_patience_the_last_weights_stay() -> None:
+    class Watched(Finetune):
+        def after_step(self, training: Training, x: Tensor, y: Tensor) -> None:
+            last.update({n: p.detach().clone() for n, p in training.model.named_parameters()})
+
+    model, last, told = small(), {}, []  # type: ignore[var-annotated]
+    settings: dict[str, Any] = {"epochs": 6, "validation": 0.5, "lr": 0.5, "batch_size": 4}
+    scenario = Scenario(naive.scenario("task").tasks[:1])
+    Trainer(model, Watched(), callbacks=[told.append], **settings).fit(scenario)
+    shares = [news.validation for news in told if isinstance(news, Epoch)]
+    assert shares.index(max(shares)) < 5
+    for name, p in model.named_parameters():
+        assert torch.equal(p, last[name]), name
+
+
 # -- the step --------------------------------------------------------------------------------------
 
 
-def test_schedule_and_clipping() -> None:
+@pytest.mark.parametrize("amp", [None, "float16"])
+def test_schedule_and_clipping(amp: str | None) -> None:
     class Watched(Finetune):
         def after_step(self, training: Training, x: Tensor, y: Tensor) -> None:
             rates.append(training.optimizer.param_groups[0]["lr"])
@@ -266,7 +322,7 @@ def test_schedule_and_clipping() -> None:
 
     rates: list[float] = []
     norms: list[float] = []
-    fit(Watched(), epochs=2, schedule="linear", lr=0.6, clip=1e-3)
+    fit(Watched(), epochs=2, schedule="linear", lr=0.6, clip=1e-3, amp=amp)
     assert rates == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.0] * 3, abs=1e-9)
     assert max(norms) == pytest.approx(1e-3, rel=1e-3)
     assert sorted(norms)[9] == pytest.approx(1e-3, rel=1e-3)
@@ -289,6 +345,43 @@ def test_autocast(amp: str) -> None:
     assert 1e-4 < float(moved) < 1e-2  # two steps of Adam of 1e-3 each
 
 
+def test_a_step_whose_gradients_overflow_is_left_out_and_the_scale_is_kept() -> None:
+    class Overflowing(Finetune):
+        def loss(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
+            loss = super().loss(training, x, y)
+            if learning.at.step == 0:
+                loss.register_hook(lambda g: g * torch.inf)
+            return loss
+
+    settings = Settings(epochs=1, batch_size=8, amp="float16")
+    learning = Learning(small(), Overflowing(), settings, naive.scenario("task"), CPU)
+    learning.begin_task()
+    before = [p.detach().clone() for p in learning.model.parameters()]
+    steps = learning.steps()
+    next(steps)
+    assert all(map(torch.equal, learning.model.parameters(), before))
+    state = learning.state_dict()
+    assert state["scaler"]["scale"] == 2**15
+    next(steps)
+    assert not any(map(torch.equal, learning.model.parameters(), before))
+    elsewhere = Learning(small(), Overflowing(), settings, naive.scenario("task"), CPU)
+    elsewhere.load_state_dict(state)
+    assert elsewhere.state_dict()["scaler"]["scale"] == 2**15
+
+
+def test_a_single_sample_that_is_left_over_joins_the_last_step() -> None:
+    recorder = Recorder()
+    rates: list[float] = []
+
+    def schedule(optimizer: torch.optim.Optimizer, steps: int) -> Any:
+        rates.append(steps)
+        return torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+    fit(recorder, epochs=1, batch_size=19, schedule=schedule)  # 20 samples, and BatchNorm
+    assert [len(y) for _, _, y in recorder.batches] == [20] * 3
+    assert rates == [1] * 3
+
+
 def test_a_task_that_was_learned_before_takes_no_epochs() -> None:
     model = small()
     model.add_head(2)
@@ -298,6 +391,30 @@ def test_a_task_that_was_learned_before_takes_no_epochs() -> None:
     assert {task for task, _, _ in recorder.batches} == {1, 2}
     assert torch.equal(model.heads[0].weight, before)  # type: ignore[arg-type]
     assert fit("mas", epochs=[0, 1, 1], importance_epochs=1).held_bytes[0] > 0
+
+
+def test_the_order_of_samples_is_that_of_the_seed() -> None:
+    seen = []
+    for seed in (1, 1, 2):
+        recorder = Recorder()
+        fit(recorder, seed=seed, epochs=1)
+        seen.append(torch.cat([x for _, x, _ in recorder.batches]))
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize(("deterministic", "mode"), [(False, 1), (True, 2)])
+def test_the_callers_determinism_is_put_back(deterministic: bool, mode: int) -> None:
+    class Watched(Finetune):
+        def end_task(self, training: Training) -> None:
+            assert torch.get_deterministic_debug_mode() == mode
+
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        fit(Watched(), epochs=1, deterministic=deterministic)
+        assert torch.get_deterministic_debug_mode() == 1
+    finally:
+        torch.set_deterministic_debug_mode("default")
 
 
 def test_random_numbers_and_determinism_are_those_of_the_seed_and_are_put_back() -> None:
@@ -350,7 +467,8 @@ def test_ctrl_c_ends_the_step_and_fit_goes_on_to_the_same_bits(
 ) -> None:
     settings = {**EVERYTHING, "setting": setting}
     whole = small(0.5)
-    expected = fit(Finetune(), whole, **settings)
+    told: list[Epoch | Result] = []
+    expected = fit(Finetune(), whole, told.append, **settings)
     path = tmp_path / "run.safetensors"
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -359,15 +477,67 @@ def test_ctrl_c_ends_the_step_and_fit_goes_on_to_the_same_bits(
     elsewhere = small(0.5)
     torch.manual_seed(99)
     stopped = Stopped(0)  # the same method, which does not stop again
-    found = fit(stopped, elsewhere, checkpoint=path, **settings)
+    tail: list[Epoch | Result] = []
+    found = fit(stopped, elsewhere, tail.append, checkpoint=path, **settings)
     for name, t in whole.state_dict().items():
         assert torch.equal(t, elsewhere.state_dict()[name]), name
     for key in ("accuracy", "validation", "initial"):
         a, b = getattr(expected, key), getattr(found, key)
         assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+    epochs = [[e for e in news if isinstance(e, Epoch)] for news in (told, tail)]
+    assert epochs[0][-len(epochs[1]) :] == epochs[1] != []
     # What is over stays as it is.
     again = fit(stopped, small(0.5), checkpoint=path, **settings)
     assert torch.equal(again.accuracy.nan_to_num(-1), found.accuracy.nan_to_num(-1))
+
+
+def test_ctrl_c_while_a_task_ends_is_heard_before_the_next_begins(tmp_path: Path) -> None:
+    class Slow(Finetune):
+        def begin_task(self, training: Training) -> None:
+            begun.append(training.task)
+
+        def end_task(self, training: Training) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    begun: list[int] = []
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(Slow(), checkpoint=path, epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Slow(), checkpoint=path, epochs=1)
+    assert begun == [0, 1]
+
+
+class Killed(Exception):
+    """What a callback raises."""
+
+
+@pytest.mark.parametrize("setting", naive.SETTINGS)
+@pytest.mark.parametrize("news", [1, 2, 3, 4, 6])
+def test_a_run_goes_on_between_epochs_and_tasks(news: int, setting: str, tmp_path: Path) -> None:
+    """From the checkpoint before, which for 3 and 6 was written when the last epoch was over."""
+
+    def tell(what: Epoch | Result) -> None:
+        told.append(what)
+        if len(told) == news:
+            raise Killed
+
+    settings: dict[str, Any] = {"epochs": 2, "importance_epochs": 1, "lr": 0.05, "batch_size": 8}
+    settings.update(setting=setting, checkpoint=tmp_path / "run")
+    model, told = small(0.5), []  # type: ignore[var-annotated]
+    with pytest.raises(Killed):
+        Trainer(model, "mas-alpha", callbacks=[tell], **settings).fit(naive.scenario(setting))
+    assert model.heads
+    again, tail, whole, all_told = small(0.5), [], small(0.5), []  # type: ignore[var-annotated]
+    Trainer(again, "mas-alpha", callbacks=[tail.append], **settings).fit(naive.scenario(setting))
+    settings["checkpoint"] = None
+    Trainer(whole, "mas-alpha", callbacks=[all_told.append], **settings).fit(
+        naive.scenario(setting)
+    )
+    for name, t in whole.state_dict().items():
+        assert torch.equal(t, again.state_dict()[name]), name
+    epochs = [[e for e in news if isinstance(e, Epoch)] for news in (all_told[news - 1 :], tail)]
+    assert epochs[0] == epochs[1]
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path) -> None:
@@ -388,14 +558,46 @@ def test_a_checkpoint_of_another_run_changes_nothing(tmp_path: Path) -> None:
         fit(Stopped(2), checkpoint=path)
     model = small()
     before = {name: t.clone() for name, t in model.state_dict().items()}
+    *most, last = naive.scenario("task").tasks
+    fewer = Scenario((*most, replace(last, test=Subset(last.test, range(19)))))
     with pytest.raises(ValueError, match=r"checkpoint: got a run with lr 0\.001, expected 0\.5"):
         fit(Stopped(2), model, checkpoint=path, lr=0.5)
     with pytest.raises(ValueError, match="got a run with method Stopped, expected MAS"):
         fit("mas", model, checkpoint=path)
+    with pytest.raises(
+        ValueError, match=r"got a run with numbers of samples \[\[20, 20\], .* 19\]\]"
+    ):
+        Trainer(model, Stopped(2), batch_size=8, checkpoint=path).fit(fewer)
+    with pytest.raises(ValueError, match=r"got a run with tasks .*, expected \[\['2', 4, 5\]"):
+        Trainer(model, Stopped(2), batch_size=8, checkpoint=path).fit(
+            naive.scenario("task").reordered([2, 1, 0])
+        )
+    wider = MultiHead(nn.Linear(naive.INPUTS, 9), 9)
+    with pytest.raises(ValueError, match=r"got 'backbone\.0\.weight' of shape \(8, 5\), exp"):
+        fit(Stopped(2), wider, checkpoint=path)
+    assert not wider.heads
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged"):
         fit(Stopped(2), model, checkpoint=path)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_run_does_not_go_on_with_other_options_of_its_method(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    options: dict[str, Any] = {"alpha": (1.0, 2.0, 3.0), "lam": 1.0}
+    found = fit(create("imm-mode", **options), checkpoint=path, epochs=1)
+    for name, change in (("alpha", (1.0, 2.0, 4.0)), ("lam", 2.0), ("max_samples", 5)):
+        part = {"alpha": "alpha", "lam": "transfer", "max_samples": "merging"}[name]
+        with pytest.raises(ValueError, match=f"checkpoint: got a run with method's {part} "):
+            fit(create("imm-mode", **{**options, name: change}), checkpoint=path, epochs=1)
+    # A list is as good as a tuple; callables are not compared.
+    options["alpha"] = [1.0, 2.0, 3.0]
+    again = fit(create("imm-mode", **options), checkpoint=path, epochs=1)
+    assert torch.equal(again.step_seconds, found.step_seconds)
+    path.unlink()
+    for _ in range(2):
+        method = create("mas", objective=lambda output: output.square().sum(1))
+        fit(method, checkpoint=path, epochs=1)
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -412,7 +614,20 @@ def test_a_checkpoint_of_another_run_changes_nothing(tmp_path: Path) -> None:
         ({"clip": -1.0}, "clip: got -1.0"),
         ({"epochs": -1}, "epochs: got -1"),
         ({"epochs": [1, 1]}, "epochs: got 2 numbers, expected one for each of 3 tasks"),
-        ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
+        ({"batch_size": 0}, "batch_size: got 0, expected an integer of at least 1"),
+        ({"batch_size": 2.5}, "batch_size: got 2.5"),
+        ({"seed": -1}, "seed: got -1, expected an integer of at least 0"),
+        ({"workers": -1}, "workers: got -1"),
+        ({"importance_epochs": -1}, "importance_epochs: got -1"),
+        ({"validation": -0.5}, r"validation: got -0\.5"),
+        ({"epochs": 2.5}, r"epochs: got 2\.5, expected integers of at least 0"),
+        ({"epochs": []}, r"epochs: got \[\]"),
+        ({"epochs": [1, -1, 1]}, "epochs: got"),
+        ({"lr": None}, "lr: got None, expected more than 0"),
+        ({"lr": float("nan")}, "lr: got nan"),
+        ({"clip": 0.0}, r"clip: got 0\.0"),
+        ({"patience": 0, "validation": 0.1}, r"patience: got 0 with validation=0\.1"),
+        ({"checkpoint": "no-such-folder/run"}, "checkpoint: got no-such-folder/run, expected a f"),
         ({"validation": 1.0}, "validation: got 1.0"),
         ({"validation": 0.01}, "validation data of task '0': got no samples"),
         ({"patience": 2}, "patience: got 2 with validation=0.0"),
@@ -432,6 +647,8 @@ def test_what_does_not_fit_together() -> None:
         fit("finetune", batchsize=3)
     with pytest.raises(ValueError, match="model: got Linear, expected a MultiHead"):
         Trainer(nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"method: got <class .*Finetune'>, expected a Method or"):
+        Trainer(small(), Finetune)  # type: ignore[arg-type]
     model = small()
     model.add_head(7)
     with pytest.raises(
