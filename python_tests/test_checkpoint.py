@@ -492,3 +492,32 @@ def test_a_model_with_other_parameters_is_refused_by_name(
         penalty.consolidate()
     penalty.save(tmp_path / "file")
     assert named in refused(tmp_path / "file", make()).replace("'bias'", "'bias' of weight")
+
+
+def test_a_tree_of_any_kind_comes_back_from_a_file(tmp_path: Path) -> None:
+    leaf = torch.arange(3.0)
+    tree = {
+        "optimizer": {"state": {0: {"step": leaf}, 1: {"step": leaf + 1}}, "betas": (0.9, 0.99)},
+        "list": [None, True, 2, 0.1, "tensor", [leaf + 2, (leaf + 3, [])]],
+        "tensor": {"tensor": leaf + 4, "dict": {}},
+        "float": float("inf"),
+    }
+    checkpoint.save(checkpoint.pack(tree), tmp_path / "tree")
+    got = checkpoint.unpack(checkpoint.load(tmp_path / "tree"))
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, Tensor):
+            return "tensor of", node.tolist()
+        if isinstance(node, dict):
+            return {key: plain(item) for key, item in node.items()}
+        return type(node)(map(plain, node)) if isinstance(node, (list, tuple)) else node
+
+    assert plain(got) == plain(tree)
+    assert checkpoint.unpack(checkpoint.pack(None)) is None
+
+
+def test_what_is_in_no_tree_is_refused_by_its_place() -> None:
+    with pytest.raises(TypeError, match="state, /a/1: got set, which can't be saved"):
+        checkpoint.pack({"a": [1, {2}]})
+    with pytest.raises(ValueError, match="state: got no 'tree', expected what mas_ext saved"):
+        checkpoint.unpack({})
