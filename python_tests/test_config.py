@@ -124,7 +124,7 @@ def test_no_toml(tmp_path: Path) -> None:
         ({"lr": [1.0]}, r"lr: got \[1.0\], expected a number"),
         ({"lr": -1}, "lr: got -1.0, expected more than 0"),
         ({"epochs": 1.5}, "epochs: got 1.5, expected a whole number"),
-        ({"epochs": []}, "epochs: got .*, expected at least 0 for every task"),
+        ({"epochs": []}, "epochs: got .*, expected integers of at least 0 for every task"),
         ({"balanced": 1}, "balanced: got 1, expected true or false"),
         ({"data": 1}, "data: got 1, expected a word"),
         ({"order": "rndm"}, "order: got 'rndm', expected a whole number or 'random'"),
