@@ -62,7 +62,7 @@ def test_the_example_of_how_to_add_a_method(monkeypatch: pytest.MonkeyPatch) -> 
             assert held[1, 0] > free[1, 0] + 0.02
             assert held[1, 1] > 0.9
             naive_training.resumed(lambda: methods.create(name), setting, after=12)  # noqa: B023
-    assert methods.options("rehearsal") == {"samples": 50}
+    assert methods.options("rehearsal") == methods.create("rehearsal").options() == {"samples": 50}
 
 
 def ends(method: methods.Method, seed: int, setting: str) -> list[dict[str, torch.Tensor]]:
