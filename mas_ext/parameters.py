@@ -12,6 +12,8 @@ from torch.nn.parameter import is_lazy
 
 # Modules that wrap another one without being part of the model's own names.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Modules that run their child `module` on several devices.
+PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MISSING = torch.empty(0, device="meta")
 
@@ -32,10 +34,9 @@ def _walk(module: nn.Module, prefix: str, path: Path) -> Iterator[tuple[str, _Sl
     for key, parameter in module._parameters.items():
         if parameter is not None:
             yield prefix + key, _Slot(parameter, module._parameters, key, path)
-    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     for key, child in module._modules.items():
         if child is not None:
-            hidden = key in _WRAPPERS or (key == "module" and isinstance(module, parallel))
+            hidden = key in _WRAPPERS or (key == "module" and isinstance(module, PARALLEL))
             inner = prefix if hidden else f"{prefix}{key}."
             yield from _walk(child, inner, (*path, (module._modules, key, child)))
 

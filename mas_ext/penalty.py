@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mas_ext import checkpoint
 from mas_ext.attach import Handle, Mode, attach
 from mas_ext.consolidation import Consolidation
+from mas_ext.distributed import Ranks, Together, refuse_unused
 from mas_ext.held import HeldModel
 from mas_ext.importance import METHODS, Forward, ImportanceSum, Method, gather
 from mas_ext.importance.objectives import Objective
@@ -23,6 +24,9 @@ from mas_ext.kernels.native import Backend
 from mas_ext.memory import Group
 from mas_ext.parameters import check_patterns
 from mas_ext.rules import AlphaSum, Merge, Rule, Store, check_lam
+
+if TYPE_CHECKING:  # torch may be built without it
+    from torch.distributed import ProcessGroup
 
 
 class FusedMASPenalty(nn.Module):
@@ -48,6 +52,10 @@ class FusedMASPenalty(nn.Module):
         exclude: fnmatch patterns on whole parameter names; one that matches nothing raises.
         backend: "auto", "native" (compiled kernels or an error) or "reference" (plain PyTorch).
         omega_dtype: float32, bfloat16 (rounded stochastically), or float64 for float64 parameters.
+        process_group: the ranks of torch.distributed that train this model together: importance is summed
+            over them, in consolidate and adapt, which every one of them calls. "auto" is the group of a
+            DistributedDataParallel wrapper; on one of several ranks a model without needs a word: the group,
+            or None for a model of this rank alone.
 
     Raises:
         ValueError: an argument that is not one of the choices.
@@ -67,6 +75,7 @@ class FusedMASPenalty(nn.Module):
         exclude: Sequence[str] = (),
         backend: Backend = "auto",
         omega_dtype: torch.dtype = torch.float32,
+        process_group: ProcessGroup | Together | None = "auto",
     ) -> None:
         """See the class."""
         super().__init__()
@@ -84,6 +93,8 @@ class FusedMASPenalty(nn.Module):
         rule = Rule(merge, store, alpha_sum, gamma, omega_dtype, backend)
         self._state = Consolidation(rule, check_lam(lam))
         self._held = HeldModel(model, exclude)
+        self._ranks = Ranks(process_group)
+        self._ranks.group(model)  # what is wrong with it shows here, not at the end of a task
 
     # -- the penalty -------------------------------------------------------------------------------
 
@@ -91,8 +102,13 @@ class FusedMASPenalty(nn.Module):
         """The value as a differentiable 0-dim tensor; 0 before the first consolidation.
 
         float64 if any parameter is, else float32, on the first consolidated parameter's device. One fused
-        pass forward (12 bytes per float32 parameter) and one backward (16).
+        pass forward (12 bytes per float32 parameter) and one backward (16). Under DistributedDataParallel
+        every rank adds the same penalty to its loss, and the mean of their gradients is right.
+
+        Raises:
+            RuntimeError: DistributedDataParallel with find_unused_parameters=True.
         """
+        refuse_unused(self.model)
         values = [
             ops.penalty(theta, g.offsets, g.omega, g.anchor, g.alpha, g.remainder, g.native)
             for g, theta in self._held.bound(self._state)
@@ -196,37 +212,42 @@ class FusedMASPenalty(nn.Module):
 
         Args:
             batches: unlabelled data of the task, see estimate_importance. Without it the importance
-                comes from the batches that were observed.
+                comes from the batches that were observed. Under torch.distributed, this rank's part of it,
+                which may be empty: Omega_t is the mean over all ranks' samples.
             weight: multiplies this task's importance (and 1/S_t under "consistent").
             progress: show a progress bar.
             importance: instead of batches, Omega_t by name, computed elsewhere; a name left out counts as 0.
-                Under merge "latest" it may be negative: W <- max(0, W + Omega_t).
+                Under merge "latest" it may be negative: W <- max(0, W + Omega_t). The same on every rank.
 
         Raises:
             RuntimeError: not exactly one of observed batches, `batches` and `importance`.
             ValueError: see estimate_importance; importance that is not finite or vanishes.
         """
-        observed = self._pending.samples or None
-        given = {"batches": batches, "importance": importance, "observed samples": observed}
-        found = [name for name, value in given.items() if value is not None]
-        if len(found) != 1:
-            raise RuntimeError(
-                f"batches: got importance from {' and '.join(found) or 'nowhere'}, expected one of batches, "
-                "importance= and samples observed by observe(batch)"
-            )
-        if importance is not None:
+        if importance is not None and batches is None and not self._pending.samples:
             self._state.add_task(self._held.parameters(), importance, weight)
             self._held.state_changed()
             return
-        total = self._pending
-        if batches is not None:
-            total = self._pending.empty()
-            gather(total, self.model, batches, progress=progress)
-        self._add(total, weight, move_anchor=True)
+
+        def gathered() -> ImportanceSum:
+            observed = self._pending.samples or None
+            given = {"batches": batches, "importance": importance, "observed samples": observed}
+            found = [name for name, value in given.items() if value is not None]
+            # Of several ranks, one may have observed nothing.
+            if len(found) > 1 or (not found and self._ranks.group(self.model) is None):
+                raise RuntimeError(
+                    f"batches: got importance from {' and '.join(found) or 'nowhere'}, expected one of "
+                    "batches, importance= and samples observed by observe(batch)"
+                )
+            return self._pending if batches is None else self._gathered(batches, progress)
+
+        self._add(gathered, weight, move_anchor=True)
         self._pending = self._pending.empty()
 
     def observe(self, batch: Any) -> None:
-        """Gather importance online: averaged over all samples observed since the last consolidation."""
+        """Gather importance online: averaged over all samples observed since the last consolidation.
+
+        Under torch.distributed each rank keeps its own part until then, and saves its own.
+        """
         self._pending.add(self.model, batch)
 
     def adapt(self, batches: Iterable[Any], weight: float = 1.0) -> None:
@@ -235,9 +256,7 @@ class FusedMASPenalty(nn.Module):
         Under "consistent" and "sum" its anchor is the present parameters, under "latest" and "decay" the
         anchor stays. See consolidate.
         """
-        total = self._pending.empty()
-        gather(total, self.model, batches)
-        self._add(total, weight, move_anchor=False)
+        self._add(lambda: self._gathered(batches), weight, move_anchor=False)
 
     def set_weight(self, t: int, w: float) -> None:
         """Change the weight of entry t; store "per_task" only."""
@@ -331,6 +350,7 @@ class FusedMASPenalty(nn.Module):
         forward: Forward | None = None,
         backend: Backend = "auto",
         importance: ImportanceSum | None = None,
+        process_group: ProcessGroup | Together | None = "auto",
     ) -> FusedMASPenalty:
         """A penalty from a file that `save` wrote, for a model with the same parameters.
 
@@ -350,7 +370,12 @@ class FusedMASPenalty(nn.Module):
                 raise ValueError("importance: got none, expected the estimator that was used")
             settings["importance"] = importance
         penalty = cls(
-            model, objective=objective or saved, forward=forward, backend=backend, **settings
+            model,
+            objective=objective or saved,
+            forward=forward,
+            backend=backend,
+            process_group=process_group,
+            **settings,
         )
         penalty._load(tensors)
         return penalty
@@ -399,8 +424,14 @@ class FusedMASPenalty(nn.Module):
             raise IndexError(f"t: got {t}, expected a number from 0 to {self.num_tasks - 1}")
         return t
 
-    def _add(self, total: ImportanceSum, weight: float, move_anchor: bool) -> None:
+    def _gathered(self, batches: Iterable[Any], progress: bool = False) -> ImportanceSum:
+        total = self._pending.empty()
+        gather(total, self.model, batches, progress=progress)
+        return total
+
+    def _add(self, collect: Callable[[], ImportanceSum], weight: float, move_anchor: bool) -> None:
         theta = self._held.parameters()
+        total = self._ranks.sum(collect, self.model, theta)
         importance = total.mean()
         if importance and self._state.rule.merge == "consistent":
             total.refuse_rounding_noise(theta)

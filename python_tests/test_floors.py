@@ -25,7 +25,7 @@ FLOORS = [
     {"settings"},
     {"methods"},
     {"penalty"},
-    {"attach", "held"},
+    {"attach", "held", "distributed"},
     {"consolidation"},
     {"importance", "memory", "info", "checkpoint"},
     {"parameters", "rules"},

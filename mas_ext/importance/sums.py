@@ -21,7 +21,7 @@ from mas_ext.importance.local import Local
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.native import Backend
 from mas_ext.kernels.reference import compute_dtype
-from mas_ext.parameters import check_supported, named_parameters
+from mas_ext.parameters import PARALLEL, check_supported, named_parameters
 
 Method = Literal["exact", "batch", "local"]
 # (evaluate, batch, samples, parameters by name) -> sums over samples by name, and the objectives.
@@ -50,6 +50,8 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
         if isinstance(module, nn.modules.batchnorm._NormBase)
         for b in module.buffers(recurse=False)
     ]
+    # What runs a model in parallel would wait for other ranks, whose passes have other lengths.
+    parallel = [module for module in modes if isinstance(module, PARALLEL)]
     devices = [device] if device.type == "cuda" else []
     # Autocast keeps rounded weights; those that a pass without gradients left behind would have none.
     cached = torch.is_autocast_cache_enabled()
@@ -66,8 +68,12 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
         try:
             torch.set_autocast_cache_enabled(False)
             model.eval()
+            for wrapper in parallel:
+                wrapper.__dict__["forward"] = wrapper.module
             yield
         finally:
+            for wrapper in parallel:
+                del wrapper.__dict__["forward"]
             torch.set_autocast_cache_enabled(cached)
             for module, training in modes.items():
                 module.training = training
@@ -223,16 +229,22 @@ class ImportanceSum:
             )
 
     def mean(self) -> dict[str, Tensor]:
-        """Omega = sum / samples, by name."""
+        """Omega = sum / samples, by name; no sample at all is an error."""
+        self._refuse_empty()
         return {name: total / self.samples for name, total in self.sums.items()}
 
     def into_mean(self) -> dict[str, Tensor]:
         """The mean, in the memory of the sums, of which nothing is left."""
+        self._refuse_empty()
         omega, samples = self.sums, self.samples
         self.sums, self.samples, self.objective_sum = {}, 0, 0.0
         for total in omega.values():
             total /= samples
         return omega
+
+    def _refuse_empty(self) -> None:
+        if self.samples == 0:
+            raise ValueError("batches: got no samples, expected at least one")
 
 
 def gather(
@@ -242,7 +254,7 @@ def gather(
     max_samples: int | None = None,
     progress: bool = False,
 ) -> None:
-    """Add batches to a sum, at most max_samples samples in all; no sample at all is an error."""
+    """Add batches to a sum, at most max_samples samples in all."""
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError(
             f"batches: got a single {type(batches).__name__}, expected an iterable of batches; "
@@ -260,8 +272,6 @@ def gather(
             total.add(model, batch)
             if max_samples is not None and total.samples - start >= max_samples:
                 break
-    if total.samples == start:
-        raise ValueError("batches: got no samples, expected at least one")
 
 
 def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:

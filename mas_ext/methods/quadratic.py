@@ -23,8 +23,8 @@ class Quadratic(Method):
 
     def __init__(self, lam: float, mode: Mode = "gradient", **penalty: Any) -> None:
         """lam, and further arguments of FusedMASPenalty; mode: see FusedMASPenalty.attach."""
-        # As wide as each parameter: float64 is for those of float64 alone.
-        self._arguments = {"omega_dtype": torch.float64, **penalty}
+        # As wide as each parameter: float64 is for those of float64 alone. A trainer knows no other rank.
+        self._arguments = {"omega_dtype": torch.float64, "process_group": None, **penalty}
         self.lam, self.mode, self.weight = lam, mode, 1.0
         self.penalty: FusedMASPenalty | None = None
 

@@ -1,0 +1,166 @@
+"""Ranks of torch.distributed that hold the same model and different data: importance summed over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mas_ext.importance import ImportanceSum
+from mas_ext.importance.alone import zeros
+
+if TYPE_CHECKING:  # torch may be built without it
+    from torch.distributed import ProcessGroup
+
+Together = Literal["auto"]
+
+
+def refuse_unused(model: nn.Module) -> None:
+    """Raise a RuntimeError for DDP that would reduce gradients before the penalty's are there."""
+    if (
+        isinstance(model, DistributedDataParallel)
+        and model.find_unused_parameters
+        and torch.is_grad_enabled()
+    ):
+        raise RuntimeError(
+            "penalty: got a loss for DistributedDataParallel with find_unused_parameters=True, which takes "
+            "parameters for unused that only the penalty depends on; use penalty.attach(optimizer) instead"
+        )
+
+
+class Ranks:
+    """Which ranks' data count together: those of a process group, "auto" that of DDP, None each its own."""
+
+    def __init__(self, process_group: ProcessGroup | Together | None) -> None:
+        """See FusedMASPenalty."""
+        if isinstance(process_group, str) and process_group != "auto":
+            raise ValueError(
+                f"process_group: got {process_group!r}, expected 'auto', a process group or None"
+            )
+        self._process_group = process_group
+
+    def group(self, model: nn.Module) -> ProcessGroup | None:
+        """The process group of a model's data; None where this rank is by itself.
+
+        Raises:
+            ValueError: a model without DDP on one of several ranks, and no word on what it is part of.
+        """
+        if not isinstance(self._process_group, str):
+            return self._process_group
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                return module.process_group
+        if dist.get_world_size() > 1:
+            raise ValueError(
+                f"process_group: got 'auto' for a model without DistributedDataParallel on one of "
+                f"{dist.get_world_size()} ranks, expected that wrapper as model, or process_group= the "
+                "group whose ranks train this model together (torch.distributed.group.WORLD), or None "
+                "for a model of this rank alone"
+            )
+        return None
+
+    def sum(
+        self, collect: Callable[[], ImportanceSum], model: nn.Module, theta: Mapping[str, Tensor]
+    ) -> ImportanceSum:
+        """What `collect` returns, summed over the ranks: the same bits on every one of them.
+
+        A rank may have no samples. An error on one rank is an error on all; none is left waiting.
+
+        Args:
+            collect: gathers this rank's importance.
+            model: the model.
+            theta: its parameters by name, which stand for importance 0 on a rank without samples.
+
+        Raises:
+            RuntimeError: another rank failed.
+            ValueError: the ranks' parameters differ.
+        """
+        group = self.group(model)
+        if group is None:
+            return collect()
+        own, failure = None, None
+        try:
+            own = collect()
+        except Exception as error:
+            failure = error
+        news = _exchanged(_news(own, failure, theta), group)
+        if failure is not None:
+            raise failure
+        _refuse_failures(news)
+        assert own is not None
+        total = own.empty()
+        total.samples = sum(n.samples for n in news)
+        total.objective_sum = math.fsum(n.objective_sum for n in news)
+        names = next((n.kinds for n in news if n.samples), {})
+        mine = own.sums if own.samples else zeros({name: theta[name] for name in names})
+        total.sums = _added({name: mine[name] for name in names}, group)
+        return total
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self  # a process group can't be copied
+
+
+class _News(NamedTuple):
+    """What a rank tells the others before the sums."""
+
+    error: str | None
+    samples: int
+    objective_sum: float
+    # Shape and dtype of the importance by name; without samples, of all that it could have.
+    kinds: dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def _news(
+    own: ImportanceSum | None, failure: Exception | None, theta: Mapping[str, Tensor]
+) -> _News:
+    if own is None:
+        return _News(f"{type(failure).__name__}: {failure}", 0, 0.0, {})
+    sums = own.sums if own.samples else zeros(theta)
+    kinds = {name: (tuple(t.shape), t.dtype) for name, t in sums.items()}
+    return _News(None, own.samples, own.objective_sum, kinds)
+
+
+def _exchanged(news: _News, group: ProcessGroup) -> list[_News]:
+    """Every rank's, in the order of the ranks."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, news, group)
+    return found
+
+
+def _refuse_failures(news: list[_News]) -> None:
+    """The same error on every rank, or none."""
+    for rank, n in enumerate(news):
+        if n.error is not None:
+            raise RuntimeError(f"importance: rank {rank} failed with {n.error}")
+    first = next((rank for rank, n in enumerate(news) if n.samples), 0)
+    expected = news[first].kinds
+    for rank, n in enumerate(news):
+        different = expected.items() - n.kinds.items()
+        if n.samples:
+            different |= n.kinds.items() - expected.items()
+        if different:
+            raise ValueError(
+                f"importance of {min(name for name, _ in different)!r}: got another shape or dtype, or "
+                f"none, on rank {rank} than on rank {first}, expected the same model on every rank"
+            )
+
+
+def _added(sums: dict[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
+    """The sums over the ranks, in one reduction for each device and dtype."""
+    kinds: dict[Any, list[str]] = {}
+    for name, t in sums.items():
+        kinds.setdefault((t.device, t.dtype), []).append(name)
+    total: dict[str, Tensor] = {}
+    for names in kinds.values():
+        flat = torch.cat([sums[name].reshape(-1) for name in names])
+        dist.all_reduce(flat, group=group)
+        parts = flat.split([sums[name].numel() for name in names])
+        total.update((n, p.view(sums[n].shape)) for n, p in zip(names, parts, strict=True))
+    return {name: total[name] for name in sums}

@@ -1,0 +1,256 @@
+"""Several processes against one, written out in plain float64 loops."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mas_ext import FusedMASPenalty, estimate_importance
+
+LAM, LR, TASKS, STEPS, BATCH = 3.0, 0.05, 3, 6, 8
+# Batches of 3 to estimate from: uneven over 2 ranks and over 4, where task 2 leaves rank 3 without any.
+SAMPLES, PORTION = [13, 11, 3], 3
+FORMS = ["loss", "add_grad", "gradient", "proximal"]
+
+Named = dict[str, Tensor]
+
+
+class Task(NamedTuple):
+    x: Tensor
+    y: Tensor
+    unlabelled: Tensor
+
+    def portions(self, rank: int, ranks: int) -> list[Tensor]:
+        """The batches that a rank estimates from: every `ranks`-th sample."""
+        return [b for b in self.unlabelled[rank::ranks].split(PORTION) if len(b)]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Dropout(0.0), nn.Linear(5, 3)
+    )
+    layers.register_buffer("broadcast", torch.zeros(1))  # by DDP, on every pass
+    return layers.double()
+
+
+def tasks() -> list[Task]:
+    torch.manual_seed(1)
+    shapes = [((STEPS, BATCH, 6), (STEPS, BATCH, 3), (n, 6)) for n in SAMPLES]
+    return [Task(*(torch.randn(s, dtype=torch.float64) for s in three)) for three in shapes]
+
+
+# -- one process -----------------------------------------------------------------------------------
+
+
+def importance_of(model: nn.Module, samples: Tensor) -> list[Tensor]:
+    """Mean over samples of abs(d |F(x)|^2 / d theta), sample by sample."""
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    for x in samples:
+        found = torch.autograd.grad(model(x[None]).square().sum(), [*model.parameters()])
+        total = [t + g.abs() for t, g in zip(total, found, strict=True)]
+    return [t / len(samples) for t in total]
+
+
+class Trained(NamedTuple):
+    """After every task: the parameters, W of the merged quadratic times its scale, and its anchor."""
+
+    theta: list[list[Tensor]]
+    weight: list[list[Tensor]]
+    anchor: list[list[Tensor]]
+
+
+def one_process(proximal: bool) -> Trained:
+    """SGD on loss + sum_t alpha_t Omega_t (theta - theta_t)^2, or a proximal step after each of the loss's."""
+    model, history = network(), Trained([], [], [])
+    entries: list[tuple[list[Tensor], list[Tensor]]] = []
+    for task in tasks():
+        for x, y in zip(task.x, task.y, strict=True):
+            theta = [*model.parameters()]
+            slope = torch.autograd.grad((model(x) - y).square().mean(), theta)
+            for i, (p, g) in enumerate(zip(theta, slope, strict=True)):
+                weight, anchor = merged(entries, i)
+                with torch.no_grad():
+                    if proximal:
+                        p -= LR * g
+                        c = 2 * LR * weight
+                        p += c / (1 + c) * (anchor - p)
+                    else:
+                        p -= LR * (g + 2 * weight * (p - anchor))
+        entries.append(
+            (
+                importance_of(model, task.unlabelled),
+                [p.detach().clone() for p in model.parameters()],
+            )
+        )
+        both = [merged(entries, i) for i in range(len(theta))]
+        history.theta.append(entries[-1][1])
+        history.weight.append([w for w, _ in both])
+        history.anchor.append([a for _, a in both])
+    return history
+
+
+def merged(entries: list[tuple[list[Tensor], list[Tensor]]], i: int) -> tuple[Any, Any]:
+    """sum_t alpha_t Omega_t and the anchors' mean by it, alpha_t S_t equal and sum_t alpha_t = lam T."""
+    if not entries:
+        return 0.0, 0.0
+    inverse = [1 / float(sum(o.sum() for o in omega)) for omega, _ in entries]
+    alpha = [LAM * len(entries) * s / sum(inverse) for s in inverse]
+    weights = [a * omega[i] for a, (omega, _) in zip(alpha, entries, strict=True)]
+    pulled = sum(w * theta[i] for w, (_, theta) in zip(weights, entries, strict=True))
+    return sum(weights), pulled / sum(weights)
+
+
+# -- several ---------------------------------------------------------------------------------------
+
+
+def run(worker: Any, ranks: int, folder: Path) -> list[Any]:
+    """What worker(rank, ranks) returns on each of several processes."""
+    torch.multiprocessing.spawn(_started, (worker, ranks, str(folder)), nprocs=ranks)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def _started(rank: int, worker: Any, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(minutes=2),
+    )
+    try:
+        torch.save(worker(rank, ranks), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def trained(rank: int, ranks: int) -> dict[str, list[dict[str, list[Tensor]]]]:
+    """After every task of every form: theta, scale W and A."""
+    return {form: _trained(form, rank, ranks) for form in FORMS}
+
+
+def _trained(form: str, rank: int, ranks: int) -> list[dict[str, list[Tensor]]]:
+    bare = network()
+    model = DistributedDataParallel(bare, gradient_as_bucket_view=form == "gradient")
+    options: dict[str, Any] = {"lam": LAM, "omega_dtype": torch.float64}
+    if form == "proximal":
+        penalty = FusedMASPenalty(bare, **options, process_group=dist.group.WORLD)
+    else:
+        penalty = FusedMASPenalty(model, **options)
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    if form in ("gradient", "proximal"):
+        penalty.attach(optimizer, mode=form)
+    share, history = BATCH // ranks, []
+    for t, task in enumerate(tasks()):
+        for x, y in zip(task.x, task.y, strict=True):
+            mine = slice(rank * share, (rank + 1) * share)
+            optimizer.zero_grad()
+            loss = (model(x[mine]) - y[mine]).square().mean()
+            if form == "loss":
+                loss = loss + penalty()
+            loss.backward()
+            if form == "add_grad":
+                penalty.add_grad_()
+            optimizer.step()
+        portions = task.portions(rank, ranks)
+        if form == "add_grad" and t > 0:
+            for batch in portions:
+                penalty.observe(batch)
+            penalty.consolidate()
+        else:
+            penalty.consolidate(iter(portions))
+        assert penalty.model.training
+        names = [name for name, _ in bare.named_parameters()]
+        history.append(
+            {
+                "theta": [p.detach().clone() for p in bare.parameters()],
+                "weight": [penalty.scale * penalty.omega[name] for name in names],
+                "anchor": [penalty.anchor[name].clone() for name in names],
+            }
+        )
+    return history
+
+
+def refused(rank: int, ranks: int) -> None:
+    """What must not be silent, nor leave a rank waiting for another one."""
+    x = torch.randn(4 + rank, 6, dtype=torch.float64)
+    model = DistributedDataParallel(network())
+    penalty = FusedMASPenalty(model)
+
+    def failing() -> Iterator[Tensor]:
+        yield x
+        if rank == 1:
+            raise OSError("no such image")
+
+    wrong = (OSError, "no such image") if rank == 1 else (RuntimeError, "rank 1 .* no such image")
+    with pytest.raises(wrong[0], match=wrong[1]):
+        penalty.consolidate(failing())
+    with pytest.raises(ValueError, match="no samples"):
+        penalty.consolidate([])
+    with pytest.raises(ValueError, match="no samples"):
+        penalty.consolidate()
+    model.module[4].bias.requires_grad_(rank == 0)
+    with pytest.raises(ValueError, match=r"'4\.bias': got another .* on rank 1 than on rank 0"):
+        penalty.adapt([x])
+    model.module[4].bias.requires_grad_(True)
+    assert penalty.num_tasks == 0
+
+    with pytest.raises(ValueError, match="process_group: got 'auto' for a model without"):
+        FusedMASPenalty(network())
+    with pytest.raises(ValueError, match="process_group: got 'ddp', expected 'auto'"):
+        FusedMASPenalty(network(), process_group="ddp")  # type: ignore[arg-type]
+    if rank == 0:  # and the others do nothing
+        alone = network()
+        own = FusedMASPenalty(alone, merge="sum", process_group=None, omega_dtype=torch.float64)
+        own.consolidate([x])
+        for omega, expected in zip(own.omega.values(), importance_of(alone, x), strict=True):
+            torch.testing.assert_close(omega, expected)
+
+    inner = FusedMASPenalty(nn.Sequential(model), merge="sum", process_group=dist.group.WORLD)
+    copied = copy.deepcopy(inner)
+    copied.consolidate([x] if rank == 0 else [])
+    expected = estimate_importance(model, [x])
+    everywhere = [torch.empty_like(expected["4.bias"]) for _ in range(ranks)]
+    dist.all_gather(everywhere, expected["4.bias"])
+    torch.testing.assert_close(copied.omega["0.4.bias"], everywhere[0].float())
+
+    partly = DistributedDataParallel(network(), find_unused_parameters=True)
+    loose = FusedMASPenalty(partly)
+    with pytest.raises(RuntimeError, match=r"find_unused_parameters=True.*penalty\.attach"):
+        loose()
+    with torch.no_grad():
+        assert loose() == 0
+    loose.consolidate([x])
+    optimizer = torch.optim.SGD(partly.parameters(), LR)
+    loose.attach(optimizer)
+    partly(x).sum().backward()
+    optimizer.step()
+
+
+def trained_and_refused(rank: int, ranks: int) -> dict[str, list[dict[str, list[Tensor]]]]:
+    refused(rank, ranks)
+    return trained(rank, ranks)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_several_processes_train_as_one(ranks: int, tmp_path: Path) -> None:
+    found = run(trained_and_refused, ranks, tmp_path)
+    for form in FORMS:
+        expected = one_process(proximal=form == "proximal")._asdict()
+        for t in range(TASKS):
+            for what, values in found[0][form][t].items():
+                for i, value in enumerate(values):
+                    for other in found[1:]:
+                        assert torch.equal(other[form][t][what][i], value), (form, t, what)
+                    torch.testing.assert_close(value, expected[what][t][i], rtol=1e-9, atol=1e-12)
