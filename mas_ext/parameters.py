@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -81,6 +82,14 @@ def check_supported(name: str, parameter: Tensor) -> None:
     """Raise an error that names the parameter unless it is a dense floating-point tensor with data."""
     if is_lazy(parameter):
         raise TypeError(f"parameter {name!r}: got a lazy parameter, expected one with data")
+    if "torch.distributed.tensor" in sys.modules:  # else there are none, and the import takes long
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(parameter, DTensor):
+            raise TypeError(
+                f"parameter {name!r}: got a DTensor (fully_shard, or tensor parallelism), expected a tensor "
+                "that is whole on every rank, as under DistributedDataParallel"
+            )
     if parameter.layout != torch.strided or parameter.is_quantized:
         raise TypeError(
             f"parameter {name!r}: got layout {parameter.layout}, expected a dense tensor"

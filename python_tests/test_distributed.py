@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_module, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from mas_ext import FusedMASPenalty, estimate_importance
@@ -225,6 +229,10 @@ def refused(rank: int, ranks: int) -> None:
     dist.all_gather(everywhere, expected["4.bias"])
     torch.testing.assert_close(copied.omega["0.4.bias"], everywhere[0].float())
 
+    sharded = distribute_module(network(), init_device_mesh("cpu", (ranks,)))
+    with pytest.raises(TypeError, match=r"parameter '0\.weight': got a DTensor"):
+        FusedMASPenalty(sharded, process_group=dist.group.WORLD).consolidate([x])
+
     partly = DistributedDataParallel(network(), find_unused_parameters=True)
     loose = FusedMASPenalty(partly)
     with pytest.raises(RuntimeError, match=r"find_unused_parameters=True.*penalty\.attach"):
@@ -254,3 +262,17 @@ def test_several_processes_train_as_one(ranks: int, tmp_path: Path) -> None:
                     for other in found[1:]:
                         assert torch.equal(other[form][t][what][i], value), (form, t, what)
                     torch.testing.assert_close(value, expected[what][t][i], rtol=1e-9, atol=1e-12)
+
+
+def test_example(tmp_path: Path) -> None:
+    example = Path(__file__).parents[1] / "examples" / "ddp.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(example)], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    first, kept, second = (float(n) for n in re.findall(r"([\d.]+)%", done.stdout))
+    assert "2 ranks" in done.stdout
+    assert first > 95
+    assert kept > 85  # 75 at lam = 0
+    assert second > 85  # 39 at lam = 1
