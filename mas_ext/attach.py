@@ -14,13 +14,13 @@ Mode = Literal["gradient", "proximal"]
 class Pulling(Protocol):
     """What of a penalty the hooks need."""
 
-    def add_grad_to(self, only: Collection[int]) -> None:
-        """Add the penalty's gradient into .grad of the parameters with these ids."""
+    def add_grad_to(self, only: Collection[int], times: Tensor | None = None) -> None:
+        """Add the penalty's gradient, times a factor, into .grad of the parameters with these ids."""
 
     def proximal_(
         self,
         parameters: Sequence[Tensor],
-        eta: float,
+        eta: float | Tensor,
         second_moment: Mapping[int, Tensor] | None = None,
         correction: float = 1.0,
         eps: float = 0.0,
@@ -44,7 +44,7 @@ class _Step(NamedTuple):
     """Parameters that share a step length: eta, or eta / (sqrt(v correction) + eps)."""
 
     parameters: list[Tensor]
-    eta: float
+    eta: float | Tensor
     second_moment: dict[int, Tensor] | None = None
     correction: float = 1.0
     eps: float = 0.0
@@ -56,12 +56,15 @@ def attach(
     """Register the penalty with an optimizer.
 
     "gradient": before every step, 2 alpha Omega (theta - A) is added into .grad, as if the penalty were
-    part of the loss. Clip gradients before, and the penalty is not clipped.
+    part of the loss. Clipping between backward() and step() does not clip it: there add_grad_ goes first.
 
     "proximal": after every step, theta <- theta + c / (1 + c) (A - theta) with c = 2 eta scale W, stable for
     every lam. eta is what the optimizer multiplies the gradient by: SGD lr (1 - dampening) / (1 - momentum),
     Nesterov too; Adam and AdamW lr / (sqrt(v_hat) + eps) from their state. A parameter that Adam has not
     stepped yet stays where it is.
+
+    Under a GradScaler a skipped step applies nothing, and scaled gradients are met by the penalty's times the
+    same scale. Optimizers with fused=True have both on the device, where they are read.
 
     Raises:
         TypeError: LBFGS, or an optimizer whose step length is unknown and no eta.
@@ -93,9 +96,12 @@ def attach(
         )
 
     def after(*_: Any) -> None:
+        # With fused=True this runs after a skipped step, too.
+        found_inf = getattr(optimizer, "found_inf", None)
         for group in optimizer.param_groups:
             for step in steps(group, optimizer.state):
-                penalty.proximal_(*step)
+                eta = step.eta if found_inf is None else step.eta * (found_inf == 0).double()
+                penalty.proximal_(*step._replace(eta=eta))
 
     for group in optimizer.param_groups:
         list(
@@ -117,12 +123,9 @@ def _add_gradient(
         raise RuntimeError(
             "closure: got one, expected none: with step(closure) add penalty() to the loss instead"
         )
-    if getattr(optimizer, "grad_scale", None) is not None:
-        raise RuntimeError(
-            "optimizer: got fused=True under a GradScaler, whose gradients are still scaled here; add "
-            "penalty() to the loss instead"
-        )
-    penalty.add_grad_to({id(p) for group in optimizer.param_groups for p in group["params"]})
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    # What a GradScaler tells an optimizer with fused=True, whose gradients are still scaled.
+    penalty.add_grad_to(own, getattr(optimizer, "grad_scale", None))
 
 
 _State = Mapping[Tensor, Mapping[str, Any]]
@@ -145,7 +148,7 @@ def _sgd(group: dict[str, Any], state: _State) -> Iterator[_Step]:
         raise ValueError(f"momentum: got {momentum}, expected less than 1")
     # Without momentum SGD ignores dampening.
     damped = 1 - group["dampening"] if momentum else 1.0
-    yield _Step(group["params"], float(group["lr"]) * damped / (1 - momentum))
+    yield _Step(group["params"], group["lr"] * (damped / (1 - momentum)))
 
 
 def _adam(group: dict[str, Any], state: _State) -> Iterator[_Step]:
@@ -155,10 +158,11 @@ def _adam(group: dict[str, Any], state: _State) -> Iterator[_Step]:
     for p in group["params"]:
         if key in state.get(p, {}):
             by_step.setdefault(float(state[p]["step"]), []).append(p)
+    by_step.pop(0.0, None)  # the first step was skipped
     for step, parameters in by_step.items():
         yield _Step(
             parameters,
-            float(group["lr"]),
+            group["lr"],
             {id(p): state[p][key] for p in parameters},
             1 / (1 - beta2**step),
             group["eps"],

@@ -119,7 +119,8 @@ class FusedMASPenalty(nn.Module):
     def add_grad_(self) -> Tensor:
         """Instead of the loss form: after backward, add 2 alpha Omega (theta - A) into .grad, in one pass.
 
-        20 bytes per float32 parameter. A parameter without .grad gets one; a frozen one stays without.
+        20 bytes per float32 parameter. A parameter without .grad gets one; a frozen one stays without. Clipping
+        after it clips the penalty, too. Under a GradScaler it goes behind scaler.unscale_(optimizer).
 
         Returns:
             The value, detached.
@@ -145,19 +146,22 @@ class FusedMASPenalty(nn.Module):
         return _total(values) if values else torch.zeros(())
 
     @torch.no_grad()
-    def add_grad_to(self, only: Collection[int]) -> None:
-        """add_grad_ for the parameters with these ids alone, and only while they are trained."""
+    def add_grad_to(self, only: Collection[int], times: Tensor | None = None) -> None:
+        """add_grad_ for the parameters with these ids alone, and only while they are trained.
+
+        times: a factor, for gradients that are scaled; it is read on the device.
+        """
         for g, theta in self._held.bound(self._state):
             chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in only]
             if chosen:
-                picked, *state = _subset(g, theta, chosen)
+                picked, *state = _subset(g, theta, chosen, times)
                 ops.add_grad_(picked, [_grad(p) for p in picked], *state, g.remainder, g.native)
 
     @torch.no_grad()
     def proximal_(
         self,
         parameters: Sequence[Tensor],
-        eta: float,
+        eta: float | Tensor,
         second_moment: Mapping[int, Tensor] | None = None,
         correction: float = 1.0,
         eps: float = 0.0,
@@ -168,19 +172,20 @@ class FusedMASPenalty(nn.Module):
 
         Args:
             parameters: the ones to move; those frozen or not consolidated are left alone.
-            eta: step length, finite and >= 0.
+            eta: step length, finite and >= 0; a 0-dim tensor is read on the device.
             second_moment: by id of the parameter, v of Adam; the step length is then
                 eta / (sqrt(v correction) + eps).
             correction: 1 / (1 - beta2^step), Adam's bias correction.
             eps: Adam's eps.
         """
         wanted = {id(p) for p in parameters}
+        length, times = (1.0, eta) if isinstance(eta, Tensor) else (eta, None)
         for g, theta in self._held.bound(self._state):
             chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in wanted]
             if chosen:
-                picked, *state = _subset(g, theta, chosen)
+                picked, *state = _subset(g, theta, chosen, times)
                 moments = [second_moment[id(p)] for p in picked] if second_moment else []
-                ops.proximal_(picked, *state, moments, eta, correction, eps, g.native)
+                ops.proximal_(picked, *state, moments, length, correction, eps, g.native)
 
     def attach(
         self, optimizer: torch.optim.Optimizer, mode: Mode = "gradient", eta: float | None = None
@@ -473,10 +478,13 @@ def _total(values: Sequence[Tensor]) -> Tensor:
     )
 
 
-def _subset(group: Group, theta: list[Tensor], chosen: list[int]) -> tuple[Any, ...]:
-    """The operators' arguments for some of a group's parameters."""
+def _subset(
+    group: Group, theta: list[Tensor], chosen: list[int], times: Tensor | None
+) -> tuple[Any, ...]:
+    """The operators' arguments for some of a group's parameters, its alpha times a factor."""
     picked, offsets = [theta[i] for i in chosen], [group.offsets[i] for i in chosen]
-    return picked, offsets, group.omega, group.anchor, group.alpha
+    alpha = group.alpha if times is None else group.alpha * times.to(group.alpha.device)
+    return picked, offsets, group.omega, group.anchor, alpha
 
 
 def _grad(parameter: Tensor) -> Tensor:
