@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from mas_ext.consolidation import Consolidation
 from mas_ext.memory import Group
@@ -22,7 +23,7 @@ class HeldModel:
         """exclude: fnmatch patterns on the names of parameters that don't count."""
         self._find: Callable[[], nn.Module] = _Always(model)
         self._exclude = tuple(exclude)
-        self._bindings: list[Binding] | None = None
+        self._bindings: list[Binding] = []
 
     @property
     def model(self) -> nn.Module:
@@ -43,19 +44,21 @@ class HeldModel:
                 raise RuntimeError("the model's parameters change while the penalty is computed")
         return bound
 
+    # Unlike torch.compiler.disable, this does not import the compiler with the package.
+    @_disable_dynamo
     def fit(self, state: Consolidation) -> None:
         """Have the state follow the parameters."""
         state.fit(self.parameters())
-        self.state_changed()
+        self.bind(state)
 
-    def state_changed(self) -> None:
-        """The state's groups are new ones: their parameters are looked up anew."""
-        self._bindings = None
+    def bind(self, state: Consolidation) -> None:
+        """Look up the parameters of the state's groups, which are new ones."""
+        self._bindings = [Binding(self.model, g.names) for g in state.memory.groups]
 
     def _lookup(self, state: Consolidation) -> Bound | None:
         groups = state.memory.groups
-        if self._bindings is None:
-            self._bindings = [Binding(self.model, g.names) for g in groups]
+        if len(self._bindings) != len(groups):
+            self.bind(state)
         bound = []
         for group, binding in zip(groups, self._bindings, strict=True):
             theta = binding.parameters()
@@ -65,7 +68,7 @@ class HeldModel:
         return bound
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bindings": None}
+        return {**self.__dict__, "_bindings": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeldModel:
         copied = copy.copy(self)

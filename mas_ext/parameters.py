@@ -141,4 +141,5 @@ class Binding:
 
     def parameters(self) -> list[Tensor]:
         """The parameters as they are now, in the order of the names."""
-        return [_MISSING if (p := owner.get(key)) is None else p for owner, key in self._places]
+        found = [owner.get(key) for owner, key in self._places]
+        return [_MISSING if p is None else p for p in found]

@@ -102,8 +102,10 @@ class FusedMASPenalty(nn.Module):
         """The value as a differentiable 0-dim tensor; 0 before the first consolidation.
 
         float64 if any parameter is, else float32, on the first consolidated parameter's device. One fused
-        pass forward (12 bytes per float32 parameter) and one backward (16). Under DistributedDataParallel
-        every rank adds the same penalty to its loss, and the mean of their gradients is right.
+        pass forward (12 bytes per float32 parameter) and one backward (16). Compiled, it is part of the graph;
+        a model whose parameters were replaced breaks that once (under fullgraph, call it outside first). Under
+        DistributedDataParallel every rank adds the same penalty to its loss, and the mean of their gradients is
+        right.
 
         Raises:
             RuntimeError: DistributedDataParallel with find_unused_parameters=True.
@@ -113,7 +115,7 @@ class FusedMASPenalty(nn.Module):
             ops.penalty(theta, g.offsets, g.omega, g.anchor, g.alpha, g.remainder, g.native)
             for g, theta in self._held.bound(self._state)
         ]
-        return _total(values) if values else torch.zeros((), requires_grad=True)
+        return _total(values) if values else _NOTHING.clone()
 
     @torch.no_grad()
     def add_grad_(self) -> Tensor:
@@ -230,7 +232,7 @@ class FusedMASPenalty(nn.Module):
         """
         if importance is not None and batches is None and not self._pending.samples:
             self._state.add_task(self._held.parameters(), importance, weight)
-            self._held.state_changed()
+            self._held.bind(self._state)
             return
 
         def gathered() -> ImportanceSum:
@@ -418,7 +420,7 @@ class FusedMASPenalty(nn.Module):
         pending.load_tensors(observed, theta)
         self._state.load_tensors({k: t for k, t in found.items() if k not in observed}, theta)
         self._pending = pending
-        self._held.state_changed()
+        self._held.bind(self._state)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -441,7 +443,7 @@ class FusedMASPenalty(nn.Module):
         if importance and self._state.rule.merge == "consistent":
             total.refuse_rounding_noise(theta)
         self._state.add_task(theta, importance, weight, move_anchor)
-        self._held.state_changed()
+        self._held.bind(self._state)
 
     def _quadratic(self) -> dict[str, tuple[Tensor, Tensor]]:
         self._held.bound(self._state)
@@ -454,6 +456,9 @@ class FusedMASPenalty(nn.Module):
         }
         return self
 
+
+# A leaf that is there already: a compiled function can't make one.
+_NOTHING = torch.zeros((), requires_grad=True)
 
 _SETTINGS = (
     "importance",
