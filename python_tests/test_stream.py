@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -75,3 +78,18 @@ def test_reading_draws_no_random_numbers_outside() -> None:
     before = torch.get_rng_state()
     list(stream(False, False).batches([torch.arange(4)]))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Read(Dataset[Any]):
+    """Which process reads."""
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return torch.tensor([os.getpid()]), 0
+
+
+def test_workers_read() -> None:
+    data = Read()
+    part = Part(Task("0", data, data, (0,)), data, torch.arange(2))
+    for workers in (0, 1):
+        (batch,) = Stream([part], workers).batches([torch.arange(2)])
+        assert bool((batch[0] == os.getpid()).all()) == (workers == 0)
