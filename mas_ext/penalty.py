@@ -461,14 +461,8 @@ class FusedMASPenalty(nn.Module):
 _NOTHING = torch.zeros((), requires_grad=True)
 
 _SETTINGS = (
-    "importance",
-    "objective",
-    "alpha_sum",
-    "gamma",
-    "exclude",
-    "omega_dtype",
-    "merge",
-    "store",
+    *("importance", "objective", "exclude"),
+    *("merge", "store", "alpha_sum", "gamma", "omega_dtype"),
 )
 
 
