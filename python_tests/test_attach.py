@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import naive
@@ -13,6 +13,7 @@ from memory import largest_allocation
 from product import LAM, SETTINGS, Array, Held, Settings, array, held, train, twin
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
+from torch.optim.lr_scheduler import OneCycleLR
 
 from mas_ext import FusedMASPenalty
 
@@ -43,22 +44,44 @@ GRADIENT: dict[str, Callable[[Any], Optimizer]] = {
 }
 
 
-@pytest.mark.parametrize("make", GRADIENT.values(), ids=GRADIENT)
-def test_as_a_gradient_it_is_the_penalty_in_the_loss(make: Callable[[Any], Optimizer]) -> None:
-    paths = []
-    for form in ("attached", "in the loss", "by the formula"):
-        case = held()
-        optimizer = make(case.model.parameters())
-        if form == "attached":
+FORMS = ("formula", "loss", "add_grad_", "attached", "free")
+
+
+def path_in_form(
+    form: str, make: Callable[[Held], Sequence[Optimizer]], schedule: bool = False
+) -> Array:
+    """12 steps with the penalty applied in one of its forms, the formula in the loss, or not at all."""
+    case = held()
+    optimizers = make(case)
+    if form == "attached":
+        for optimizer in optimizers:
             case.penalty.attach(optimizer)
-        added = {"in the loss": case.penalty, "by the formula": case.naive_penalty}.get(form)
-        loss = case.loss if added is None else lambda c=case, a=added: c.loss() + a()
-        paths.append(train(case, [optimizer], loss, 12))
-    for other in paths[1:]:
-        np.testing.assert_allclose(paths[0], other, rtol=1e-10, atol=1e-12)
-    free = held()
-    unpulled = train(free, [make(free.model.parameters())], free.loss, 12)
-    assert np.abs(paths[0] - unpulled).max() > 1e-2
+    added = {"formula": case.naive_penalty, "loss": case.penalty}.get(form)
+    schedules = [OneCycleLR(o, 0.1, total_steps=13) for o in optimizers if schedule]
+    path = []
+    for _ in range(12):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = case.loss()
+        (loss if added is None else loss + added()).backward()
+        if form == "add_grad_":
+            case.penalty.add_grad_()
+        for step in (*optimizers, *schedules):
+            step.step()
+        path.append(array(case.model.theta()))
+    return np.stack(path)
+
+
+def check_forms(make: Callable[[Held], Sequence[Optimizer]], schedule: bool = False) -> None:
+    expected, *paths, free = [path_in_form(form, make, schedule) for form in FORMS]
+    for path in paths:
+        np.testing.assert_allclose(path, expected, rtol=1e-10, atol=1e-12)
+    assert np.abs(expected - free).max() > 1e-2
+
+
+@pytest.mark.parametrize("make", GRADIENT.values(), ids=GRADIENT)
+def test_every_form_takes_the_same_steps(make: Callable[[Any], Optimizer]) -> None:
+    check_forms(lambda case: [make(case.model.parameters())])
 
 
 def test_as_a_gradient_in_float32() -> None:
@@ -73,23 +96,34 @@ def test_as_a_gradient_in_float32() -> None:
     np.testing.assert_allclose(*paths, rtol=1e-4, atol=1e-5)
 
 
-def split(case: Held, kind: str) -> list[Optimizer]:
+def one_sgd(case: Held) -> list[Optimizer]:
     a, b, c = case.model.parameters()
-    if kind == "groups":
-        groups = [{"params": [a], "lr": 0.05}, {"params": [b, c], "momentum": 0.5}]
-        return [SGD(groups, lr=0.02)]
+    groups = [{"params": [a], "lr": 0.05}, {"params": [b, c], "momentum": 0.5}]
+    return [SGD(groups, lr=0.02)]
+
+
+def two_sgd(case: Held) -> list[Optimizer]:
+    a, b, c = case.model.parameters()
     return [SGD([a], lr=0.05), SGD([b, c], lr=0.02, momentum=0.5)]
 
 
-@pytest.mark.parametrize("kind", ["groups", "optimizers"])
-def test_groups_and_several_optimizers_pull_every_parameter_once(kind: str) -> None:
-    case, other = held(), held()
-    attached, free = split(case, kind), split(other, kind)
-    for optimizer in attached:
-        case.penalty.attach(optimizer)
-    path = train(case, attached, case.loss, 8)
-    expected = train(other, free, lambda: other.loss() + other.naive_penalty(), 8)
-    np.testing.assert_allclose(path, expected, rtol=1e-11)
+def one_adamw(case: Held) -> list[Optimizer]:
+    a, b, c = case.model.parameters()
+    groups = [{"params": [a], "lr": 0.1}, {"params": [b, c], "betas": (0.5, 0.9)}]
+    return [AdamW(groups, lr=0.02, weight_decay=0.1, fused=True)]
+
+
+def adam_and_sgd(case: Held) -> list[Optimizer]:
+    a, b, c = case.model.parameters()
+    return [Adam([c, a], lr=0.1, foreach=True), SGD([b], lr=0.02, momentum=0.5, nesterov=True)]
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+@pytest.mark.parametrize("make", [one_sgd, two_sgd, one_adamw, adam_and_sgd])
+def test_groups_several_optimizers_and_schedules_pull_every_parameter_once(
+    make: Callable[[Held], Sequence[Optimizer]], schedule: bool
+) -> None:
+    check_forms(make, schedule)
 
 
 def test_an_optimizer_gives_gradients_to_its_own_parameters_only() -> None:
@@ -474,3 +508,23 @@ def test_add_grad_makes_no_temporary_of_parameter_size(frozen: bool) -> None:
     size = 4 * 300 * 200
     assert largest_allocation(lambda: penalty().backward()) >= size
     assert largest_allocation(penalty.add_grad_) < size / 100
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+@pytest.mark.parametrize("optimizer", [SGD, Adam, AdamW])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_attached_penalty_makes_no_temporary_of_parameter_size(
+    optimizer: Any, mode: Any, scaled: bool
+) -> None:
+    model = nn.Linear(300, 200)
+    penalty = FusedMASPenalty(model)
+    penalty.consolidate([torch.randn(2, 300)])
+    attached = optimizer(model.parameters(), lr=1e-3, fused=True)
+    penalty.attach(attached, mode)
+    model(torch.randn(2, 300)).sum().backward()
+    attached.step()  # Adam's state is there from here on
+    if scaled:
+        attached.grad_scale, attached.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    before = model.weight.detach().clone()
+    assert largest_allocation(attached.step) < 4 * 300 * 200 / 100
+    assert not torch.equal(model.weight, before)
