@@ -264,15 +264,19 @@ def test_several_processes_train_as_one(ranks: int, tmp_path: Path) -> None:
                     torch.testing.assert_close(value, expected[what][t][i], rtol=1e-9, atol=1e-12)
 
 
-def test_example(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.cuda)])
+def test_example(ranks: int) -> None:
     example = Path(__file__).parents[1] / "examples" / "ddp.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*command, str(example)], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [*command, f"--nproc-per-node={ranks}", str(example)],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     first, kept, second = (float(n) for n in re.findall(r"([\d.]+)%", done.stdout))
-    assert "2 ranks" in done.stdout
+    assert f"{ranks} ranks" in done.stdout
     assert first > 95
     assert kept > 85  # 75 at lam = 0
     assert second > 85  # 39 at lam = 1
