@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from memory import largest_allocation
-from product import Array, Product, array
+from product import Array, Product, array, held
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -171,6 +171,28 @@ def test_a_changed_model_is_followed_outside_of_the_graph(whole: bool) -> None:
     expected = expected + (rest[0] * (model[1].bias[:2] - rest[1]) ** 2).sum()
     for _ in range(2):
         assert compiled().item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_an_optimizer_that_is_compiled_has_the_penalty_in_its_step(mode: Any) -> None:
+    """Not in one graph: torch breaks it before the hooks of a step."""
+    case, momentum = held(), np.zeros(8)
+    # Without foreach, torch 2.13 compiles the momentum of a 0-dim parameter wrongly, with no penalty too.
+    optimizer = SGD(case.model.parameters(), lr=LR, momentum=0.5, foreach=True)
+    case.penalty.attach(optimizer, mode)
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    theta = array(case.model.theta())
+    for _ in range(4):
+        optimizer.zero_grad()
+        case.loss().backward()
+        step()
+        pull = naive.gradient(theta, case.omega, case.anchor, case.alpha)
+        momentum = 0.5 * momentum + case.slope(theta) + (pull if mode == "gradient" else 0)
+        theta = theta - LR * momentum
+        if mode == "proximal":
+            eta = np.full(8, LR / 0.5)
+            theta = naive.proximal(theta, case.omega, case.anchor, case.alpha, eta)
+        np.testing.assert_allclose(array(case.model.theta()), theta, rtol=1e-11)
 
 
 def test_inductor_adds_the_gradient_in_place() -> None:
