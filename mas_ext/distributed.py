@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mas_ext.importance import ImportanceSum
 from mas_ext.importance.alone import zeros
+from mas_ext.kernels.reference import compute_dtype
 
 if TYPE_CHECKING:  # torch may be built without it
     from torch.distributed import ProcessGroup
@@ -71,7 +73,8 @@ class Ranks:
     ) -> ImportanceSum:
         """What `collect` returns, summed over the ranks: the same bits on every one of them.
 
-        A rank may have no samples. An error on one rank is an error on all; none is left waiting.
+        A rank may have no samples. An error on one rank is an error on all; none is left waiting. The model
+        has the first rank's buffers meanwhile, as DDP's passes have: each rank has seen other batches.
 
         Args:
             collect: gathers this rank's importance.
@@ -87,7 +90,8 @@ class Ranks:
             return collect()
         own, failure = None, None
         try:
-            own = collect()
+            with _first_rank_buffers(model, group):
+                own = collect()
         except Exception as error:
             failure = error
         news = _exchanged(_news(own, failure, theta), group)
@@ -107,6 +111,27 @@ class Ranks:
         return self  # a process group can't be copied
 
 
+@contextmanager
+def _first_rank_buffers(model: nn.Module, group: ProcessGroup) -> Iterator[None]:
+    """The first rank's running statistics and other buffers in place of one's own, which come back."""
+    kinds: dict[torch.device, list[Tensor]] = {}
+    for buffer in model.buffers():
+        kinds.setdefault(buffer.device, []).append(buffer)
+    before = [(b, b.clone()) for b in model.buffers()]
+    for buffers in kinds.values():
+        # As bytes, whatever the dtypes: in one message.
+        flat = torch.cat([b.reshape(-1).view(torch.uint8) for b in buffers])
+        dist.broadcast(flat, dist.get_global_rank(group, 0), group)
+        parts = flat.split([b.numel() * b.itemsize for b in buffers])
+        for b, part in zip(buffers, parts, strict=True):
+            b.copy_(part.clone().view(b.dtype).view(b.shape))
+    try:
+        yield
+    finally:
+        for b, own in before:
+            b.copy_(own)
+
+
 class _News(NamedTuple):
     """What a rank tells the others before the sums."""
 
@@ -122,8 +147,8 @@ def _news(
 ) -> _News:
     if own is None:
         return _News(f"{type(failure).__name__}: {failure}", 0, 0.0, {})
-    sums = own.sums if own.samples else zeros(theta)
-    kinds = {name: (tuple(t.shape), t.dtype) for name, t in sums.items()}
+    sums = own.sums if own.samples else theta
+    kinds = {name: (tuple(t.shape), compute_dtype(t.dtype)) for name, t in sums.items()}
     return _News(None, own.samples, own.objective_sum, kinds)
 
 

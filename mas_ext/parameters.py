@@ -78,10 +78,8 @@ def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
             )
 
 
-def check_supported(name: str, parameter: Tensor) -> None:
-    """Raise an error that names the parameter unless it is a dense floating-point tensor with data."""
-    if is_lazy(parameter):
-        raise TypeError(f"parameter {name!r}: got a lazy parameter, expected one with data")
+def check_whole(name: str, parameter: Tensor) -> None:
+    """Raise a TypeError that names the parameter if it is spread over ranks."""
     if "torch.distributed.tensor" in sys.modules:  # else there are none, and the import takes long
         from torch.distributed.tensor import DTensor
 
@@ -90,6 +88,13 @@ def check_supported(name: str, parameter: Tensor) -> None:
                 f"parameter {name!r}: got a DTensor (fully_shard, or tensor parallelism), expected a tensor "
                 "that is whole on every rank, as under DistributedDataParallel"
             )
+
+
+def check_supported(name: str, parameter: Tensor) -> None:
+    """Raise an error that names the parameter unless it is a dense floating-point tensor with data."""
+    if is_lazy(parameter):
+        raise TypeError(f"parameter {name!r}: got a lazy parameter, expected one with data")
+    check_whole(name, parameter)
     if parameter.layout != torch.strided or parameter.is_quantized:
         raise TypeError(
             f"parameter {name!r}: got layout {parameter.layout}, expected a dense tensor"

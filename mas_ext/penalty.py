@@ -22,7 +22,7 @@ from mas_ext.importance.objectives import Objective
 from mas_ext.kernels import ops
 from mas_ext.kernels.native import Backend
 from mas_ext.memory import Group
-from mas_ext.parameters import check_patterns
+from mas_ext.parameters import check_patterns, check_whole
 from mas_ext.rules import AlphaSum, Merge, Rule, Store, check_lam
 
 if TYPE_CHECKING:  # torch may be built without it
@@ -59,6 +59,7 @@ class FusedMASPenalty(nn.Module):
 
     Raises:
         ValueError: an argument that is not one of the choices.
+        TypeError: a parameter that is spread over ranks, as by fully_shard.
     """
 
     def __init__(
@@ -94,7 +95,10 @@ class FusedMASPenalty(nn.Module):
         self._state = Consolidation(rule, check_lam(lam))
         self._held = HeldModel(model, exclude)
         self._ranks = Ranks(process_group)
-        self._ranks.group(model)  # what is wrong with it shows here, not at the end of a task
+        # What is wrong with these shows here, not at the end of a task.
+        for name, parameter in self._held.parameters().items():
+            check_whole(name, parameter)
+        self._ranks.group(model)
 
     # -- the penalty -------------------------------------------------------------------------------
 

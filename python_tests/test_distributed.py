@@ -231,7 +231,7 @@ def refused(rank: int, ranks: int) -> None:
 
     sharded = distribute_module(network(), init_device_mesh("cpu", (ranks,)))
     with pytest.raises(TypeError, match=r"parameter '0\.weight': got a DTensor"):
-        FusedMASPenalty(sharded, process_group=dist.group.WORLD).consolidate([x])
+        FusedMASPenalty(sharded)
 
     partly = DistributedDataParallel(network(), find_unused_parameters=True)
     loose = FusedMASPenalty(partly)
@@ -246,8 +246,32 @@ def refused(rank: int, ranks: int) -> None:
     optimizer.step()
 
 
+def statistics(rank: int, ranks: int) -> None:
+    """Every rank's samples run through the first rank's running statistics; its own come back."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)
+    )
+    for p in model.parameters():  # the same on every rank
+        p.data = torch.linspace(-1, 1, p.numel(), dtype=torch.float64).view(p.shape)
+    model.double().to(memory_format=torch.channels_last)
+    torch.manual_seed(2)
+    x = torch.randn(7, 2, 4, 4, dtype=torch.float64)
+    expected = importance_of(model.eval(), x)
+    batch_norm = model.train()[1]
+    batch_norm.running_mean += rank
+    batch_norm.num_batches_tracked += rank
+    parallel = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
+    penalty = FusedMASPenalty(parallel, merge="sum", omega_dtype=torch.float64)
+    penalty.consolidate([x[rank::ranks]])
+    for omega, e in zip(penalty.omega.values(), expected, strict=True):
+        torch.testing.assert_close(omega, e)
+    assert torch.equal(batch_norm.running_mean, torch.full((3,), rank, dtype=torch.float64))
+    assert batch_norm.num_batches_tracked == rank
+
+
 def trained_and_refused(rank: int, ranks: int) -> dict[str, list[dict[str, list[Tensor]]]]:
     refused(rank, ranks)
+    statistics(rank, ranks)
     return trained(rank, ranks)
 
 
