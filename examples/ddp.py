@@ -67,8 +67,11 @@ def main() -> None:
             ]
         if dist.get_rank() == 0:
             shown = ", ".join(f"{a:.1%}" for a in accuracy)
-            print(f"after task {t + 1}: accuracy {shown}; {dist.get_world_size()} ranks")
+            print(
+                f"after task {t + 1}: accuracy {shown}; {dist.get_world_size()} ranks", flush=True
+            )
 
+    dist.barrier()  # none leaves while another still talks to it
     dist.destroy_process_group()
 
 

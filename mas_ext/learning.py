@@ -86,6 +86,10 @@ class Progress:
     waited: int = 0
 
 
+class OtherRun(ValueError):
+    """A checkpoint that another run wrote."""
+
+
 class Learning:
     """One run of a Trainer; its state can be taken and put back after any step."""
 
@@ -330,18 +334,18 @@ class Learning:
         """Go on from where `state_dict` was taken.
 
         Raises:
-            ValueError: it comes from another run; nothing has changed then.
+            OtherRun: it comes from another run; nothing has changed then.
         """
         for name, own in self._described().items():
             if state["run"].get(name) != own:
-                raise ValueError(
+                raise OtherRun(
                     f"checkpoint: got a run with {name} {state['run'].get(name)}, expected {own}"
                 )
         models = state["model"], self.model.state_dict()
         for name in models[0] | models[1]:
             got, own = (tuple(t[name].shape) if name in t else None for t in models)
             if got != own and not name.startswith("heads."):
-                raise ValueError(f"checkpoint: got {name!r} of shape {got}, expected {own}")
+                raise OtherRun(f"checkpoint: got {name!r} of shape {got}, expected {own}")
         self._add_heads(state["heads"])
         self.model.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"], self.model)

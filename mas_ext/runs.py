@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 
 from mas_ext import catalogue, checkpoint, metrics, models, record
 from mas_ext.config import CHOOSING_SHARE, Config
-from mas_ext.learning import Epoch, Learning, Result
+from mas_ext.learning import Epoch, Learning, OtherRun, Result
 from mas_ext.methods import options
 from mas_ext.models import MultiHead
 from mas_ext.progress import Progress
@@ -235,6 +235,8 @@ class Comparison:
             )
             try:
                 result = trainer.fit(scenario)
+            except OtherRun:
+                raise
             except (FloatingPointError, ValueError) as error:
                 return {"diverged": str(error)}
         return summary(result, [task.name for task in scenario.tasks], self._joint(job))

@@ -278,6 +278,20 @@ def test_directories_that_cannot_be_used(choice: Path, tmp_path: Path) -> None:
     assert (choice / "environment.json").read_bytes() == before
 
 
+def test_a_checkpoint_of_another_run_is_no_divergence(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    comparison = config.read({**SMALL, "methods": {"finetune": {}}})
+    runs.run(comparison, out)
+    (out / "finetune-seed0" / "result.json").unlink()
+    path = out / "finetune-seed0" / "checkpoint.safetensors"
+    state = checkpoint.unpack(checkpoint.load(path))
+    state["run"]["lr"] = 0.5
+    checkpoint.save(checkpoint.pack(state), path)
+    with pytest.raises(ValueError, match=r"got a run with lr 0\.5, expected 0\.01"):
+        runs.run(comparison, out, resume=True)
+    assert not (out / "finetune-seed0" / "result.json").exists()
+
+
 def test_a_damaged_checkpoint_is_no_divergence(tmp_path: Path) -> None:
     comparison = config.read({**SMALL, "methods": ["finetune"]})
     runs.run(comparison, tmp_path)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 import mas_ext
 from mas_ext import learning as learning_module
 from mas_ext import metrics
-from mas_ext.learning import Epoch, Learning, Result
+from mas_ext.learning import Epoch, Learning, OtherRun, Result
 from mas_ext.methods import Method, Training, create
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.joint import Joint
@@ -560,7 +560,7 @@ def test_a_checkpoint_of_another_run_changes_nothing(tmp_path: Path) -> None:
     before = {name: t.clone() for name, t in model.state_dict().items()}
     *most, last = naive.scenario("task").tasks
     fewer = Scenario((*most, replace(last, test=Subset(last.test, range(19)))))
-    with pytest.raises(ValueError, match=r"checkpoint: got a run with lr 0\.001, expected 0\.5"):
+    with pytest.raises(OtherRun, match=r"checkpoint: got a run with lr 0\.001, expected 0\.5"):
         fit(Stopped(2), model, checkpoint=path, lr=0.5)
     with pytest.raises(ValueError, match="got a run with method Stopped, expected MAS"):
         fit("mas", model, checkpoint=path)
