@@ -140,17 +140,18 @@ def _look(
     found: list[Seen] = []
 
     def witness(spots: Sequence[Spot], grad: Tensor) -> Tensor:
-        rows = grad.abs()
         if grad.dim() > 1:
             dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
             rows = torch.linalg.vector_norm(grad, 1, -1, keepdim=True, dtype=dtype)
+        else:
+            rows = grad.abs()
         limits = torch.finfo(grad.dtype)
         rounding = 2.0**reach * limits.eps * limits.tiny * grad.numel() / max(1, rows.numel())
         for spot in spots:
             each = spot.fold.each(factors.to(rows.dtype), rows)
             found.append(Seen(spot.slot.name, rows / each, rounding))
         if noise is not None:
-            grad = (noise(grad, len(found)) * ((rows > 0) * each)).to(grad.dtype)
+            grad = noise(grad, len(found)).mul_((rows > 0) * each)
         return grad
 
     each = factors.reshape(-1, *[1] * (y.dim() - 1))
