@@ -123,6 +123,7 @@ def importance_table() -> str:
     checks = ", ".join(f"{1e3 * r['self_check']['median']:.0f} ms" for r in results.values())
     errors = max(_gradient_row(r, "exact")["error"] for r in results.values())
     first = results["mlp"]
+    repeats = " or ".join(map(str, sorted({r["repeats"] for r in results.values()})))
     lines += [
         "",
         f"Of all importance, the batch approximation keeps {kept} (same order); its rank correlation with "
@@ -130,8 +131,9 @@ def importance_table() -> str:
         f"samples (relative L2). The check of itself, once a model, takes {checks}.",
         "",
         f"{place(first['machine'], first['threads'])}; {first['dtype']}; networks as initialised, inputs of "
-        f"random numbers; medians of {first['repeats']} interleaved repeats; memory at its peak, above that of "
-        "the model and the batch. Intervals and more in `benchmarks/results/`.",
+        f"random numbers; medians of {repeats} interleaved repeats; memory at its peak in two calls, the first "
+        "one's check included, above that of the model and the batch. Intervals and more in "
+        "`benchmarks/results/`.",
         "",
         "![time and memory by form](benchmarks/results/importance_transformer_cpu.png)",
     ]
