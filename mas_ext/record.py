@@ -8,7 +8,7 @@
     METHOD-seedN/
         accuracy.csv            accuracy[t, k], a row a task, empty where nothing was measured
         checkpoint.safetensors  that of the Trainer: the model, and the state of the method
-        result.json             written last: what `mas_ext.runs.summary` returns, or diverged and why
+        result.json             written last: what `mas_ext.summary.summary` returns, or diverged and why
     choosing/           the same for the runs that lam was chosen with, without their checkpoints
     tensorboard/        events, where asked for
     table.md            what was printed at the end: a row a method

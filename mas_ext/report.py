@@ -51,7 +51,7 @@ CAPTIONS = {
     ),
 }
 
-# By what `mas_ext.runs.summary` calls them: titles, and what they mean.
+# By what `mas_ext.summary.summary` calls them: titles, and what they mean.
 METRICS = {
     "average_accuracy": (
         "average accuracy, %",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import signal
 import threading
@@ -18,6 +17,7 @@ from mas_ext import checkpoint as files
 from mas_ext.learning import Epoch, Learning, Result
 from mas_ext.methods import Method, create
 from mas_ext.models import MultiHead
+from mas_ext.names import hint
 from mas_ext.scenarios import Scenario
 from mas_ext.settings import Settings
 
@@ -66,11 +66,7 @@ class Trainer:
         known = [field.name for field in fields(Settings)]
         for name in settings:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = (
-                    f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-                )
-                raise TypeError(f"settings: got {name!r}, {hint}")
+                raise TypeError(f"settings: got {name!r}, {hint(name, known)}")
         self.model = model
         self.method = create(method) if isinstance(method, str) else method
         self.settings = Settings(**settings)

@@ -45,7 +45,7 @@ OMEGA = {
 
 
 def result(accuracy: list[list[Any]], seed: int, **more: Any) -> dict[str, Any]:
-    """As runs.summary gives it; numbers that are read and not computed need not fit together."""
+    """As summary.summary gives it; numbers that are read and not computed need not fit together."""
     return {
         "tasks": ["0/1", "2/3"],
         "average_accuracy": (accuracy[1][0] + accuracy[1][1]) / 2,

@@ -18,7 +18,7 @@ FLOORS = [
     {"charts"},
     {"findings"},
     {"demo", "runs", "benchmark", "benchmark_importance", "benchmark_step"},
-    {"record", "progress"},
+    {"record", "progress", "summary"},
     {"config"},
     {"trainer", "benchmark_forms", "benchmark_gradients"},
     {"learning"},

@@ -126,7 +126,7 @@ def test_methods_by_name() -> None:
     assert method.lam == 3.0
     with pytest.raises(ValueError, match="method: got 'mas-alfa', did you mean 'mas-alpha'"):
         methods.create("mas-alfa")
-    with pytest.raises(ValueError, match="method: got 'xyz', expected one of finetune, joint, mas"):
+    with pytest.raises(ValueError, match="method: got 'xyz', choose from finetune, joint, mas"):
         methods.options("xyz")
     with pytest.raises(ValueError, match="lam: method 'finetune' has no such option"):
         methods.create("finetune", lam=1.0)

@@ -46,7 +46,7 @@ def estimate_importance(
 
     "exact" runs a few samples alone too, to find out where in the model's tensors the samples are, and refuses
     models whose samples interact. That all samples are there is then proven: once for each way through the
-    model and each size of batch, which takes the time of two or three batches more; or, where data may decide
+    model and each size of batch, which takes the time of two to five batches more; or, where data may decide
     where rows go (routing, indices, numbers that Python reads), batch by batch, for about twice the time.
     What can't be proven takes the generic way, and a warning says so. Not found out: samples that interact,
     but not among those that were run alone.

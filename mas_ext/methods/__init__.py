@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +16,7 @@ from mas_ext.methods.lwf import LwF
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import SETTINGS, Method, Setting, Training
 from mas_ext.methods.si import SI
+from mas_ext.names import hint
 
 __all__ = ["MAS", "METHODS", "SETTINGS", "Method", "Setting", "Training", "create", "options"]
 
@@ -60,8 +60,6 @@ def options(name: str) -> dict[str, Any]:
         ValueError: an unknown name.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(METHODS)}"
-        raise ValueError(f"method: got {name!r}, {hint}")
+        raise ValueError(f"method: got {name!r}, {hint(name, METHODS)}")
     parameters = inspect.signature(METHODS[name]).parameters
     return {option: parameters[option].default for option in sorted(parameters)}
