@@ -258,8 +258,6 @@ class Consolidation:
                 group.native,
             )
             group.remainder.copy_(group.remainders.sum())
-            if self.rule.merge == "latest":
-                group.omega.clamp_(min=0)
 
     def _write_alpha(self, memory: Memory) -> None:
         if self.rule.store == "merged":

@@ -14,6 +14,7 @@ from torch import Tensor
 from mas_ext import consolidation
 from mas_ext.consolidation import Consolidation
 from mas_ext.kernels import ops
+from mas_ext.kernels.native import Backend
 from mas_ext.rules import Merge, Rule, Store
 
 SHAPES = {"w": (7, 5), "b": (7,), "s": (), "empty": (0, 3)}
@@ -420,9 +421,10 @@ def test_every_dtype_of_state() -> None:
         assert g.anchor.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def test_signed_importance_of_latest_is_clamped_in_its_total() -> None:
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_signed_importance_of_latest_is_clamped_in_its_total(backend: Backend) -> None:
     torch.manual_seed(0)
-    state, total = Consolidation(Rule("latest", omega_dtype=WIDE), 1.0), None
+    state, total = Consolidation(Rule("latest", omega_dtype=WIDE, backend=backend), 1.0), None
     for _ in range(5):
         omega = random()
         state.add_task(random(), omega, weight=0.5)

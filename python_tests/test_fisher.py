@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -22,6 +23,18 @@ MODELS = [
     "recurrent by hand",
     "embedding, one id a sample",
 ]
+
+
+def test_a_network_that_has_learned_its_labels_is_no_rounding_noise() -> None:
+    """Squares of small gradients are smaller still; total importance is what has to be above 0."""
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.copy_(12 * torch.eye(2))
+        model.bias.zero_()
+    penalty = mas_ext.FusedMASPenalty(model, importance=mas_ext.FisherSum("true"))
+    penalty.consolidate([(torch.eye(2), torch.arange(2))])
+    wrong = 1 / (1 + math.exp(12))  # of each sample: g = +-wrong, on its own input alone
+    torch.testing.assert_close(penalty.omega["bias"] * 8 * wrong**2 / 2, torch.full((2,), wrong**2))
 
 
 def estimate(model: nn.Module, batches: Any, **options: Any) -> Omega:

@@ -91,6 +91,20 @@ def test_variants(name: str, setting: str) -> None:
         assert_close(got, right)
 
 
+def test_importance_from_some_samples() -> None:
+    """Those that come first in the task's own order, in which importance is taken from all samples, too."""
+    few, read = methods.MAS(LAM, max_samples=3), []
+    estimate = few.forward
+
+    def forward(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        read.append(batch[0])
+        return estimate(model, batch)
+
+    few.forward = forward  # type: ignore[method-assign]
+    learn(few, "domain", epochs=1)
+    assert len(torch.cat(read).unique(dim=0)) == 3 * 3  # of three tasks
+
+
 def test_they_differ() -> None:
     """What the comparisons compare is neither fine-tuning nor one and the same."""
     ends = [learn(methods.create("finetune"), "domain")[2][-1]]

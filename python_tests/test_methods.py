@@ -121,6 +121,8 @@ def test_what_a_method_was_made_with_is_in_its_options(name: str) -> None:
 
 def test_methods_by_name() -> None:
     assert methods.options("online-ewc")["gamma"] == 1.0
+    defaults = {name: methods.options(name)["lam"] for name in ("mas", "ewc", "si", "lwf")}
+    assert defaults == {"mas": 1.0, "ewc": 400.0, "si": 1.0, "lwf": 1.0}
     method = methods.create("mas-alpha", lam=3.0)
     assert isinstance(method, methods.MAS)
     assert method.lam == 3.0
