@@ -6,17 +6,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # The variables pin what builds the extension, too: the first is read by pip before 25.3, the second since.
-PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip
+CONSTRAINTS ?= constraints.txt
+PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip
 
 CXX_FILES := $(shell find csrc python_tests/emulation -type f)
-SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.txt
+SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml $(CONSTRAINTS)
 
-.PHONY: demo test bench lint format emulated clean
+.PHONY: demo test tests bench lint format emulated clean
 
 demo: .venv/demo.stamp
 	$(BIN)/mas-ext demo
 
-test: lint emulated
+test: lint tests
+
+tests: emulated
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 MAS_EXT_EMULATED=build/sanitized \
 	  $(BIN)/pytest -m "not cuda" python_tests/test_kernels.py python_tests/test_per_sample.py
