@@ -13,8 +13,8 @@ from typing import Any
 from common import OTHER, OWN, bars, machine, place, write
 from matplotlib import pyplot as plt
 
-from mas_ext import benchmark_gradients, benchmark_importance
-from mas_ext.benchmark_networks import NETWORKS
+from mas_ext.benchmarks import gradients, importance
+from mas_ext.benchmarks.networks import NETWORKS
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
@@ -48,7 +48,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _colors(rows: list[Mapping[str, Any]]) -> list[str]:
-    return [OWN if row["name"] == benchmark_gradients.OWN else OTHER for row in rows]
+    return [OWN if row["name"] == gradients.OWN else OTHER for row in rows]
 
 
 def main() -> None:
@@ -62,11 +62,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="default: beside the JSON")
     arguments = parser.parse_args()
 
-    measured = benchmark_importance.run(
+    measured = importance.run(
         arguments.model, arguments.device, arguments.samples, arguments.repeats
     )
     result = {"machine": machine(), **measured}
-    print(benchmark_importance.table(result))
+    print(importance.table(result))
     write(result, "importance", plot, arguments.json, arguments.plot)
 
 

@@ -14,8 +14,8 @@ from common import OTHER, OWN, bars, machine, place, write
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from mas_ext import benchmark
-from mas_ext.benchmark_forms import MODELS
+from mas_ext.benchmarks import penalty
+from mas_ext.benchmarks.forms import MODELS
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
@@ -84,11 +84,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="default: beside the JSON")
     arguments = parser.parse_args()
 
-    measured = benchmark.run(
+    measured = penalty.run(
         arguments.model, arguments.device, arguments.dtype, arguments.tasks, arguments.repeats
     )
     result = {"machine": machine(), **measured}
-    print(benchmark.table(result))
+    print(penalty.table(result))
     write(result, "penalty", plot, arguments.json, arguments.plot)
 
 

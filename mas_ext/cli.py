@@ -253,13 +253,13 @@ def run_info(arguments: argparse.Namespace) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> None:
     """A table of the times."""
-    from mas_ext import benchmark
+    from mas_ext.benchmarks import penalty
 
-    result = benchmark.run(
+    result = penalty.run(
         model=arguments.model,
         device=arguments.device,
         dtype=arguments.dtype,
         tasks=arguments.tasks,
         repeats=arguments.repeats,
     )
-    print(benchmark.table(result))
+    print(penalty.table(result))

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mas_ext import benchmark_gradients, benchmark_importance, benchmark_networks, benchmark_timing
-from mas_ext.benchmark_gradients import FORMS, Call
+from mas_ext.benchmarks import gradients, importance, networks, timing
+from mas_ext.benchmarks.gradients import FORMS, Call
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 
 
 @pytest.fixture(scope="module")
 def result() -> Mapping[str, Any]:
-    return benchmark_importance.run("mlp", samples=6, repeats=2, memory=False)
+    return importance.run("mlp", samples=6, repeats=2, memory=False)
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,11 @@ def result() -> Mapping[str, Any]:
     ],
 )
 def test_networks_are_of_the_published_sizes(name: str, parameters: int, outputs: int) -> None:
-    model, x = benchmark_networks.build(name, 2)
+    model, x = networks.build(name, 2)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model(x).shape == (2, outputs)
     assert not model.training
-    again, same = benchmark_networks.build(name, 2)
+    again, same = networks.build(name, 2)
     assert torch.equal(x, same)
     torch.testing.assert_close(model.state_dict(), again.state_dict(), rtol=0, atol=0)
 
@@ -63,7 +63,7 @@ def test_errors_are_those_of_rounding_but_for_the_approximation(result: Mapping[
 
 def test_what_the_approximation_keeps(result: Mapping[str, Any]) -> None:
     """sum |sum of gradients| / sum of |gradients|, from both."""
-    model, x = benchmark_networks.build("mlp", 6)
+    model, x = networks.build("mlp", 6)
     kept = whole = 0.0
     for p in model.parameters():
         singles = [torch.autograd.grad(model(sample).square().sum(), p)[0] for sample in x.split(1)]
@@ -77,24 +77,24 @@ def test_what_the_approximation_keeps(result: Mapping[str, Any]) -> None:
 def test_forms_agree_on_other_networks(
     name: str, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark_importance, "FIRST_CALLS", 1)
-    measured = benchmark_importance.run(name, samples=2, repeats=1, memory=False)
+    monkeypatch.setattr(importance, "FIRST_CALLS", 1)
+    measured = importance.run(name, samples=2, repeats=1, memory=False)
     assert {"exact", "loop, one by one", "vmap(grad), chunks"} <= {
         row["name"] for row in measured["forms"]
     }
 
 
 def test_chunks_of_vmap_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = benchmark_networks.build("mlp", 5)
-    whole = benchmark_gradients.vmap(model, x)()
-    monkeypatch.setattr(benchmark_gradients, "CHUNK_BYTES", 2 * 4 * 478_410)
-    chunks = benchmark_gradients.vmap(model, x)()
+    model, x = networks.build("mlp", 5)
+    whole = gradients.vmap(model, x)()
+    monkeypatch.setattr(gradients, "CHUNK_BYTES", 2 * 4 * 478_410)
+    chunks = gradients.vmap(model, x)()
     torch.testing.assert_close(chunks, whole)
 
 
 def test_calls_may_be_repeated() -> None:
     """Nothing adds up from call to call."""
-    model, x = benchmark_networks.build("mlp", 3)
+    model, x = networks.build("mlp", 3)
     for name, form in FORMS.items():
         try:
             call = form(model, x)
@@ -107,13 +107,13 @@ def test_calls_may_be_repeated() -> None:
 
 def test_memory_is_seen() -> None:
     """vmap holds 64 gradients of 1.9 MB each, a training pass one."""
-    if not benchmark_importance.RESET_PEAK.exists():
+    if not importance.RESET_PEAK.exists():
         return
-    many = benchmark_importance.peak("mlp", 64, "cpu", "vmap(grad), chunks")
-    one = benchmark_importance.peak("mlp", 64, "cpu", "forward + backward")
-    gradients = 4 * 478_410
-    assert 64 * gradients < many < 4 * 64 * gradients
-    assert gradients < one < 20 * gradients
+    many = importance.peak("mlp", 64, "cpu", "vmap(grad), chunks")
+    one = importance.peak("mlp", 64, "cpu", "forward + backward")
+    one_gradient = 4 * 478_410
+    assert 64 * one_gradient < many < 4 * 64 * one_gradient
+    assert one_gradient < one < 20 * one_gradient
 
 
 def _raises(error: Exception) -> Any:
@@ -126,26 +126,26 @@ def _raises(error: Exception) -> Any:
 def test_a_form_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMS, "BackPACK BatchGrad", _raises(ImportError("no such package")))
     monkeypatch.setitem(FORMS, "vmap(grad), chunks", _raises(RuntimeError("can't\n" * 99)))
-    result = benchmark_importance.run("mlp", samples=2, repeats=1, memory=False)
+    result = importance.run("mlp", samples=2, repeats=1, memory=False)
     assert result["skipped"]["BackPACK BatchGrad"] == "ImportError: no such package"
     assert len(result["skipped"]["vmap(grad), chunks"]) <= 160
-    assert "BackPACK BatchGrad: left out, ImportError" in benchmark_importance.table(result)
+    assert "BackPACK BatchGrad: left out, ImportError" in importance.table(result)
 
 
 def test_this_librarys_own_form_is_never_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMS, "exact", _raises(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
-        benchmark_importance.run("mlp", samples=2, repeats=1, memory=False)
+        importance.run("mlp", samples=2, repeats=1, memory=False)
 
 
 def test_a_wrong_form_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMS, "exact", FORMS["batch approximation"])
     with pytest.raises(AssertionError, match="exact: got importance that is 0"):
-        benchmark_importance.run("mlp", samples=4, repeats=1, memory=False)
+        importance.run("mlp", samples=4, repeats=1, memory=False)
 
 
 def test_table_has_a_line_for_every_form(result: Mapping[str, Any]) -> None:
-    lines = benchmark_importance.table(result).splitlines()
+    lines = importance.table(result).splitlines()
     assert "478,410 parameters, input 6 x 784" in lines[0]
     for row in result["forms"]:
         milliseconds = f"{1e3 * row['seconds']['median']:.2f} ("
@@ -159,23 +159,23 @@ def test_table_has_a_line_for_every_form(result: Mapping[str, Any]) -> None:
 )
 def test_bad_arguments_are_named(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=argument):
-        benchmark_importance.run(**{argument: value})  # type: ignore[arg-type]
+        importance.run(**{argument: value})  # type: ignore[arg-type]
 
 
 # -- the clock -------------------------------------------------------------------------------------
 
 
 def test_median_and_its_interval_are_order_statistics() -> None:
-    assert benchmark_timing.median([3.0, 1.0, 2.0]) == {"median": 2, "low": 1, "high": 3}
+    assert timing.median([3.0, 1.0, 2.0]) == {"median": 2, "low": 1, "high": 3}
     # Ranks 10 and 22 of 31: (31 - 1.96 sqrt(31)) / 2 = 10.04.
     shuffled = [float(7 * i % 31) for i in range(31)]
-    assert benchmark_timing.median(shuffled) == {"median": 15, "low": 9, "high": 21}
+    assert timing.median(shuffled) == {"median": 15, "low": 9, "high": 21}
 
 
 def test_calls_take_turns() -> None:
     """Every call in every repeat, after what comes before, and neither first every time."""
     log: list[str] = []
-    taken = benchmark_timing.in_turns(
+    taken = timing.in_turns(
         [lambda: log.append("a"), lambda: log.append("b")], 20, "cpu", lambda: log.append("."), 0.0
     )
     assert [len(samples) for samples in taken] == [20, 20]

@@ -8,7 +8,7 @@ import pytest
 from test_data import idx
 
 import mas_ext
-from mas_ext import config
+from mas_ext import benchmarks, config
 from mas_ext.cli import COMMANDS, main
 from mas_ext.methods import METHODS
 
@@ -78,8 +78,8 @@ def test_bench_passes_its_arguments_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = SimpleNamespace(run=lambda **given: given, table=lambda given: f"table of {given}")
-    monkeypatch.setitem(sys.modules, "mas_ext.benchmark", fake)
-    monkeypatch.setattr(mas_ext, "benchmark", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "mas_ext.benchmarks.penalty", fake)
+    monkeypatch.setattr(benchmarks, "penalty", fake, raising=False)
     assert main(["bench", "--model", "gpt2", "--tasks", "3", "5", "--repeats", "7"]) == 0
     given = {"model": "gpt2", "device": "cpu", "dtype": "float32", "tasks": [3, 5], "repeats": 7}
     assert capsys.readouterr().out == f"table of {given}\n"
@@ -132,8 +132,8 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         raise KeyboardInterrupt
 
     fake = SimpleNamespace(run=interrupt)
-    monkeypatch.setitem(sys.modules, "mas_ext.benchmark", fake)
-    monkeypatch.setattr(mas_ext, "benchmark", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "mas_ext.benchmarks.penalty", fake)
+    monkeypatch.setattr(benchmarks, "penalty", fake, raising=False)
     assert main(["bench"]) == 130
     assert capsys.readouterr().err == "mas-ext: interrupted\n"
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import mas_ext
 
 PACKAGE = Path(mas_ext.__file__).parent
@@ -17,10 +19,10 @@ FLOORS = [
     {"report"},
     {"charts"},
     {"findings"},
-    {"demo", "runs", "benchmark", "benchmark_importance", "benchmark_step"},
+    {"demo", "runs", "benchmarks"},
     {"record", "progress", "summary"},
     {"config"},
-    {"trainer", "benchmark_forms", "benchmark_gradients"},
+    {"trainer"},
     {"learning"},
     {"settings"},
     {"methods"},
@@ -35,13 +37,21 @@ FLOORS = [
     {"catalogue"},
     {"data", "stream"},
     {"data_files"},
-    {"scenarios", "benchmark_networks"},
+    {"scenarios"},
     {"models"},
-    {"names", "transforms", "resnet", "metrics", "benchmark_timing"},
+    {"names", "transforms", "resnet", "metrics"},
 ]
 SIDE_ROOMS = set().union(*FLOORS[FLOORS.index({"catalogue"}) :])
 FLOOR = {module: i for i, floor in enumerate(FLOORS) for module in floor}
-KERNELS = ["ops", "per_sample_native", "native", "reference"]
+# The same inside these packages.
+INSIDE = {
+    "kernels": [{"ops"}, {"per_sample_native"}, {"native"}, {"reference"}],
+    "benchmarks": [
+        {"penalty", "importance", "step"},
+        {"forms", "gradients", "networks"},
+        {"timing"},
+    ],
+}
 
 
 def imports(file: Path) -> Iterator[list[str]]:
@@ -91,12 +101,16 @@ def test_state_knows_no_estimator() -> None:
     assert ("consolidation", "importance") not in {(module, low) for module, low, _ in edges()}
 
 
-def test_kernels_run_downward() -> None:
-    for i, name in enumerate(KERNELS):
-        used = {
-            part for parts in imports(PACKAGE / "kernels" / f"{name}.py") for part in parts[2:3]
-        }
-        assert not used & set(KERNELS[: i + 1]), f"kernels/{name}.py"
+@pytest.mark.parametrize("package", INSIDE)
+def test_packages_run_downward(package: str) -> None:
+    above: set[str] = set()
+    for floor in INSIDE[package]:
+        above |= floor
+        for name in floor:
+            file = PACKAGE / package / f"{name}.py"
+            used = {parts[2] for parts in imports(file) if parts[1:2] == [package]}
+            assert not used & above, file
+    assert above == {file.stem for file in (PACKAGE / package).glob("*.py")} - {"__init__"}
 
 
 def test_side_rooms_import_only_what_reads_tensors_and_data() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mas_ext import models
-from mas_ext.benchmark_timing import SAMPLE_SECONDS, check_device, in_turns, median
+from mas_ext.benchmarks.timing import SAMPLE_SECONDS, check_device, in_turns, median
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.settings import OPTIMIZERS
 

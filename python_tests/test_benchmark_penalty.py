@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from mas_ext import benchmark, benchmark_forms
+from mas_ext.benchmarks import forms, penalty
 
 
 @pytest.fixture(scope="module")
 def result() -> Mapping[str, Any]:
-    return benchmark.run("mlp", tasks=(1, 2), repeats=2)
+    return penalty.run("mlp", tasks=(1, 2), repeats=2)
 
 
 @pytest.mark.parametrize(
@@ -25,14 +25,14 @@ def result() -> Mapping[str, Any]:
     ],
 )
 def test_shapes_are_the_published_ones(model: str, tensors: int, parameters: int) -> None:
-    shapes = benchmark_forms.MODELS[model]()
+    shapes = forms.MODELS[model]()
     assert len(shapes) == tensors
     assert sum(map(math.prod, shapes)) == parameters
 
 
 def test_every_form_is_measured(result: Mapping[str, Any]) -> None:
-    forms = [(row["name"], row["tasks"]) for row in result["forms"]]
-    assert forms[0] == ("add_grad_", 1)
+    names = [(row["name"], row["tasks"]) for row in result["forms"]]
+    assert names[0] == ("add_grad_", 1)
     assert {
         ("add_grad_", 2),
         ("penalty() + backward", 1),
@@ -42,8 +42,8 @@ def test_every_form_is_measured(result: Mapping[str, Any]) -> None:
         ("eager autograd", 2),
         ("official code, gradient only", 1),
         ("torch._foreach", 1),
-    } <= set(forms)
-    compiled = {name for name, _ in forms} | set(result["skipped"])
+    } <= set(names)
+    compiled = {name for name, _ in names} | set(result["skipped"])
     assert {"torch.compile", "torch.compile, gradient only"} <= compiled
     for row in result["forms"]:
         for key in ("seconds", "ratio"):
@@ -75,28 +75,28 @@ def test_fraction_is_bytes_over_time_over_bandwidth(result: Mapping[str, Any]) -
 
 
 def test_table_has_a_line_for_every_form(result: Mapping[str, Any]) -> None:
-    lines = benchmark.table(result).splitlines()
+    lines = penalty.table(result).splitlines()
     assert "478,410 parameters in 6 tensors" in lines[0]
     for row in result["forms"]:
         assert any(line.startswith(row["name"]) and f"{row['held']:.1f}" in line for line in lines)
 
 
 def test_a_wrong_form_is_refused() -> None:
-    case = benchmark_forms.build("mlp", "cpu", torch.float32, [1])
-    form = next(benchmark_forms.own_forms(case))
-    exact = benchmark_forms.exact_results(case)["gradient", 1]
+    case = forms.build("mlp", "cpu", torch.float32, [1])
+    form = next(forms.own_forms(case))
+    exact = forms.exact_results(case)["gradient", 1]
     exact[0][0, 0] *= 2
     with pytest.raises(AssertionError, match="add_grad_, 1 tasks: got a gradient"):
-        benchmark._check(case, form, exact)
+        penalty._check(case, form, exact)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 def test_forms_agree_in_every_dtype(dtype: str) -> None:
-    case = benchmark_forms.build("mlp", "cpu", getattr(torch, dtype), [1, 3])
-    exact = benchmark_forms.exact_results(case)
-    for form in [*benchmark_forms.own_forms(case), *benchmark_forms.other_forms(case)]:
+    case = forms.build("mlp", "cpu", getattr(torch, dtype), [1, 3])
+    exact = forms.exact_results(case)
+    for form in [*forms.own_forms(case), *forms.other_forms(case)]:
         if not form.compiled:
-            benchmark._check(case, form, exact[form.kind, form.tasks])
+            penalty._check(case, form, exact[form.kind, form.tasks])
 
 
 @pytest.mark.parametrize(
@@ -105,4 +105,4 @@ def test_forms_agree_in_every_dtype(dtype: str) -> None:
 )
 def test_bad_arguments_are_named(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=argument):
-        benchmark.run(**{argument: value})  # type: ignore[arg-type]
+        penalty.run(**{argument: value})  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext.benchmark_forms import (
+from mas_ext.benchmarks.forms import (
     MODELS,
     Case,
     Form,
@@ -29,7 +29,7 @@ from mas_ext.benchmark_forms import (
     other_forms,
     own_forms,
 )
-from mas_ext.benchmark_timing import SAMPLE_SECONDS, check_device, in_turns, median
+from mas_ext.benchmarks.timing import SAMPLE_SECONDS, check_device, in_turns, median
 
 # What the work between two cold calls reads and writes: more than caches hold.
 OTHER_BYTES = 1 << 28

@@ -1,0 +1,1 @@
+"""Measurements: of the penalty, of importance, of whole training steps."""
