@@ -237,7 +237,7 @@ class Consolidation:
         decay = self.rule.merge == "decay"
         anchor = "mean" if self.rule.own_anchors else "move" if move_anchor else "keep"
         for group in groups:
-            x = [theta[name] for name in group.names]
+            x = [theta[name].to(group.omega.device) for name in group.names]
             dtype = group.anchor.dtype
             omegas = [
                 importance[name].to(t.device, dtype)
@@ -245,7 +245,7 @@ class Consolidation:
                 else torch.zeros_like(t, dtype=dtype)
                 for name, t in zip(group.names, x, strict=True)
             ]
-            group.remainders += ops.merge_(
+            added = ops.merge_(
                 group.omega,
                 group.anchor,
                 x,
@@ -257,6 +257,7 @@ class Consolidation:
                 len(self.memory.entries),
                 group.native,
             )
+            group.remainders += added.to(group.remainders.device)
             group.remainder.copy_(group.remainders.sum())
 
     def _write_alpha(self, memory: Memory) -> None:

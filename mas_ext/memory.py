@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mas_ext.kernels import native
+from mas_ext import streaming
+from mas_ext.kernels import native, ops
 from mas_ext.kernels.reference import compute_dtype, part
 from mas_ext.parameters import Layout, check_supported, layouts
 from mas_ext.rules import Entry, Rule
@@ -31,7 +33,10 @@ class Part(NamedTuple):
 
 @dataclass
 class Group:
-    """The flat state of the parameters of one device and dtype; see kernels/reference.py for shapes."""
+    """The flat state of the parameters of one device and dtype; see kernels/reference.py for shapes.
+
+    Omega and anchor of a streamed one lie on the CPU.
+    """
 
     names: list[str]
     layout: list[Layout]
@@ -42,6 +47,12 @@ class Group:
     alpha: Tensor
     remainder: Tensor
     native: bool
+    streamed: bool
+
+    @property
+    def ops(self) -> ModuleType:
+        """What computes with it: kernels.ops, or streaming."""
+        return streaming if self.streamed else ops
 
     def part(self, index: int) -> Part:
         """The state of one parameter, as views."""
@@ -87,22 +98,31 @@ def pack(
         for name in names:
             offsets.append(end)
             end += -(-theta[name].numel() // _ALIGNMENT) * _ALIGNMENT
+        streamed = rule.state_device is not None
+        place = torch.device(rule.state_device or device)
+        # Only from pinned memory does a copy leave the host alone.
+        pinned = streamed and device.type == "cuda"
         group = Group(
             names,
             layouts(theta[name] for name in names),
             offsets,
-            torch.zeros(rows, end, dtype=_omega_dtype(rule, dtype), device=device),
-            torch.zeros(rows, end, dtype=compute_dtype(dtype), device=device),
+            _zeros(rows, end, _omega_dtype(rule, dtype), place, pinned),
+            _zeros(rows, end, compute_dtype(dtype), place, pinned),
             torch.zeros(len(names), dtype=torch.float64, device=device),
             torch.zeros(rows, dtype=torch.float64, device=device),
             torch.zeros((), dtype=torch.float64, device=device),
             native.serves(device, rule.backend),
+            streamed,
         )
         for i, name in enumerate(names):
             _fill(group, i, theta[name], parts.get(name), rows)
         group.remainder.copy_(group.remainders.sum())
         groups.append(group)
     return groups
+
+
+def _zeros(rows: int, end: int, dtype: torch.dtype, device: torch.device, pinned: bool) -> Tensor:
+    return torch.zeros(rows, end, dtype=dtype, device=device, pin_memory=pinned)
 
 
 def _omega_dtype(rule: Rule, dtype: torch.dtype) -> torch.dtype:

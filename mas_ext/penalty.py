@@ -19,11 +19,10 @@ from mas_ext.distributed import Ranks, Together, refuse_unused
 from mas_ext.held import HeldModel
 from mas_ext.importance import METHODS, Forward, ImportanceSum, Method, gather
 from mas_ext.importance.objectives import Objective
-from mas_ext.kernels import ops
 from mas_ext.kernels.native import Backend
 from mas_ext.memory import Group
 from mas_ext.parameters import check_patterns, check_whole
-from mas_ext.rules import AlphaSum, Merge, Rule, Store, check_lam
+from mas_ext.rules import AlphaSum, Merge, Rule, StateDevice, Store, check_lam
 
 if TYPE_CHECKING:  # torch may be built without it
     from torch.distributed import ProcessGroup
@@ -56,6 +55,9 @@ class FusedMASPenalty(nn.Module):
             over them, in consolidate and adapt, which every one of them calls. "auto" is the group of a
             DistributedDataParallel wrapper; on one of several ranks a model without needs a word: the group,
             or None for a model of this rank alone.
+        state_device: "cpu" keeps omega and anchor in the CPU's memory (pinned, for parameters on a GPU): each
+            use brings them to the parameters' device block by block, through 64 MiB of buffers and a stream
+            of its own, and consolidate works on the CPU. None: where the parameters are.
 
     Raises:
         ValueError: an argument that is not one of the choices.
@@ -77,6 +79,7 @@ class FusedMASPenalty(nn.Module):
         backend: Backend = "auto",
         omega_dtype: torch.dtype = torch.float32,
         process_group: ProcessGroup | Together | None = "auto",
+        state_device: StateDevice = None,
     ) -> None:
         """See the class."""
         super().__init__()
@@ -91,7 +94,7 @@ class FusedMASPenalty(nn.Module):
             self._pending = ImportanceSum(importance, objective, forward, exclude, backend=backend)
         else:
             raise ValueError(f"importance: got {importance!r}, expected one of {tuple(METHODS)}")
-        rule = Rule(merge, store, alpha_sum, gamma, omega_dtype, backend)
+        rule = Rule(merge, store, alpha_sum, gamma, omega_dtype, backend, state_device)
         self._state = Consolidation(rule, check_lam(lam))
         self._held = HeldModel(model, exclude)
         self._ranks = Ranks(process_group)
@@ -116,7 +119,7 @@ class FusedMASPenalty(nn.Module):
         """
         refuse_unused(self.model)
         values = [
-            ops.penalty(theta, g.offsets, g.omega, g.anchor, g.alpha, g.remainder, g.native)
+            g.ops.penalty(theta, g.offsets, g.omega, g.anchor, g.alpha, g.remainder, g.native)
             for g, theta in self._held.bound(self._state)
         ]
         return _total(values) if values else _NOTHING.clone()
@@ -137,7 +140,7 @@ class FusedMASPenalty(nn.Module):
             self.add_grad_to({id(p) for _, theta in bound for p in theta})
             return value
         values = [
-            ops.add_grad_(
+            g.ops.add_grad_(
                 theta,
                 [_grad(p) for p in theta],
                 g.offsets,
@@ -161,7 +164,7 @@ class FusedMASPenalty(nn.Module):
             chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in only]
             if chosen:
                 picked, *state = _subset(g, theta, chosen, times)
-                ops.add_grad_(picked, [_grad(p) for p in picked], *state, g.remainder, g.native)
+                g.ops.add_grad_(picked, [_grad(p) for p in picked], *state, g.remainder, g.native)
 
     @torch.no_grad()
     def proximal_(
@@ -191,7 +194,7 @@ class FusedMASPenalty(nn.Module):
             if chosen:
                 picked, *state = _subset(g, theta, chosen, times)
                 moments = [second_moment[id(p)] for p in picked] if second_moment else []
-                ops.proximal_(picked, *state, moments, length, correction, eps, g.native)
+                g.ops.proximal_(picked, *state, moments, length, correction, eps, g.native)
 
     def attach(
         self, optimizer: torch.optim.Optimizer, mode: Mode = "gradient", eta: float | None = None
@@ -362,6 +365,7 @@ class FusedMASPenalty(nn.Module):
         backend: Backend = "auto",
         importance: ImportanceSum | None = None,
         process_group: ProcessGroup | Together | None = "auto",
+        state_device: StateDevice = None,
     ) -> FusedMASPenalty:
         """A penalty from a file that `save` wrote, for a model with the same parameters.
 
@@ -386,6 +390,7 @@ class FusedMASPenalty(nn.Module):
             forward=forward,
             backend=backend,
             process_group=process_group,
+            state_device=state_device,
             **settings,
         )
         penalty._load(tensors)

@@ -13,6 +13,7 @@ from mas_ext.kernels.native import Backend
 Merge = Literal["consistent", "sum", "latest", "decay"]
 Store = Literal["merged", "per_task"]
 AlphaSum = Literal["tasks", "lam"]
+StateDevice = Literal["cpu"] | None
 
 _OMEGA_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -40,6 +41,7 @@ class Rule:
     gamma: float = 1.0
     omega_dtype: torch.dtype = torch.float32
     backend: Backend = "auto"
+    state_device: StateDevice = None
 
     def __post_init__(self) -> None:
         """Refuse what is not one of the choices."""
@@ -47,6 +49,7 @@ class Rule:
         _check_choice("store", self.store, ("merged", "per_task"))
         _check_choice("alpha_sum", self.alpha_sum, ("tasks", "lam"))
         _check_choice("backend", self.backend, ("auto", "native", "reference"))
+        _check_choice("state_device", self.state_device, (None, "cpu"))
         _check_choice("omega_dtype", self.omega_dtype, tuple(_OMEGA_DTYPES.values()))
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma: got {self.gamma}, expected a number from 0 to 1")

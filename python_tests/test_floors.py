@@ -30,7 +30,7 @@ FLOORS = [
     {"attach", "held", "distributed"},
     {"consolidation"},
     {"importance", "memory", "info", "checkpoint"},
-    {"parameters", "rules"},
+    {"parameters", "rules", "streaming"},
     {"kernels"},
     {"_C"},
     # The side rooms: at the bottom, since they know nothing of the house.
