@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -155,7 +155,7 @@ class ImportanceSum:
             _refuse_interacting(model)
         device = next(iter(theta.values())).device
         evaluate = Evaluate(model, self.forward, self._values)
-        with evaluating(model, device):
+        with self._passing(model, device):
             found, objective = self._estimator(evaluate, batch_of.to(batch, device), samples, theta)
         added = float(objective.abs().sum(dtype=torch.float64))
         if not math.isfinite(added):
@@ -171,6 +171,10 @@ class ImportanceSum:
         self.sums = {**found, **self.sums}
         self.samples += samples
         self.objective_sum += added
+
+    def _passing(self, model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+        """In which state the model runs."""
+        return evaluating(model, device)
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums and counts as named tensors."""

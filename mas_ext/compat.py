@@ -1,0 +1,228 @@
+"""MAS with the numbers of other codes, for those who move from one or compare with it.
+
+What they have in common, and this library does not do by itself: the absolute value is taken of the gradient of
+a whole batch's mean, in which positive and negative samples cancel, and every batch counts the same, a short
+last one too. Read from the sources: the authors' code (github.com/rahafaljundi/MAS-Memory-Aware-Synapses),
+Avalanche 0.6 (plugins/mas.py) and FACIL (approach/mas.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mas_ext.importance import Forward, ImportanceSum
+from mas_ext.importance.objectives import Objective
+from mas_ext.importance.sums import evaluating
+from mas_ext.kernels.native import Backend
+from mas_ext.penalty import FusedMASPenalty
+
+
+class BatchMeans(ImportanceSum):
+    """1/B sum over batches b of abs(d/d theta mean_{k in b} obj(F(x_k))): an estimator for FusedMASPenalty.
+
+    `samples` counts batches. Where every batch has as many samples and the model is in eval mode, this is
+    estimate_importance(method="batch").
+
+    Args:
+        objective: "l2", "l1", "vector" or a callable, see estimate_importance.
+        forward: see estimate_importance.
+        exclude: see estimate_importance.
+        training: run the model in training mode: dropout drops, BatchNorm takes the batch's statistics and
+            updates its running ones, as training does.
+        max_outputs: see estimate_importance.
+        backend: see estimate_importance.
+    """
+
+    def __init__(
+        self,
+        objective: Objective = "l2",
+        forward: Forward | None = None,
+        exclude: Sequence[str] = (),
+        training: bool = False,
+        max_outputs: int = 64,
+        backend: Backend = "auto",
+    ) -> None:
+        """See the class."""
+        super().__init__("batch", objective, forward, exclude, max_outputs, backend)
+        self.training = training
+        summed = self._values
+        self._values = lambda output, batch, samples: summed(output, batch, samples) / samples
+
+    def empty(self) -> BatchMeans:
+        """A new sum of nothing, with the same settings."""
+        return BatchMeans(
+            self.objective,
+            self.forward,
+            self.exclude,
+            self.training,
+            self.max_outputs,
+            self.backend,
+        )
+
+    def add(self, model: nn.Module, batch: Any) -> None:
+        """Add a batch, as ImportanceSum.add; in training mode buffers stay as the pass left them."""
+        before = self.samples
+        super().add(model, batch)
+        self.samples = min(before + 1, self.samples)
+
+    def _passing(self, model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+        return (_training if self.training else evaluating)(model, device)
+
+
+@contextmanager
+def _training(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """As `evaluating`, but in training mode; buffers and random state go on from where the pass left them."""
+    cuda = device.type == "cuda"
+    with evaluating(model, device):
+        model.train()
+        yield
+        buffers = [(b, b.clone()) for b in model.buffers()]
+        random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
+    torch.set_rng_state(random[0])
+    if random[1] is not None:
+        torch.cuda.set_rng_state(random[1], device)
+    for buffer, after in buffers:
+        buffer.copy_(after)
+
+
+class Averaged(FusedMASPenalty):
+    """A penalty with W <- gamma W + (1 - gamma) Omega_t at the end of a task, and one anchor, theta*_t."""
+
+    def consolidate(
+        self,
+        batches: Iterable[Any] | None = None,
+        weight: float = 1.0,
+        progress: bool = False,
+        importance: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """See FusedMASPenalty.consolidate; weight multiplies Omega_t beside 1 - gamma."""
+        share = 1 - self._state.rule.gamma
+        super().consolidate(batches, weight * share, progress, importance)
+
+
+class AveragedFromFirst(FusedMASPenalty):
+    """As Averaged, but a parameter's first Omega_t is its W: at the first task, and where a head is new."""
+
+    def consolidate(
+        self,
+        batches: Iterable[Any] | None = None,
+        weight: float = 1.0,
+        progress: bool = False,
+        importance: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """See FusedMASPenalty.consolidate."""
+        if importance is None:
+            theta = self._held.parameters()
+            pending = self._pending
+
+            def gathered() -> ImportanceSum:
+                return pending if batches is None else self._gathered(batches, progress)
+
+            importance = self._ranks.sum(gathered, self.model, theta).mean()
+            self._pending = pending.empty()
+        known, share = self._state.memory.parts(), 1 - self._state.rule.gamma
+        mixed = {
+            name: omega * share if name in known else omega for name, omega in importance.items()
+        }
+        super().consolidate(weight=weight, importance=mixed)
+
+
+def official(
+    model: nn.Module,
+    lam: float = 1.0,
+    objective: Objective = "l2",
+    forward: Forward | None = None,
+    exclude: Sequence[str] = (),
+    **options: Any,
+) -> FusedMASPenalty:
+    """MAS as its authors' code has it.
+
+        penalty = lam sum_i W_i (theta_i - theta*_i)^2,   W <- W + Omega_t,
+        Omega_t = 1/B sum_b abs(d/d theta mean_{k in b} |F(x_k)|^2) in eval mode.
+
+    Its batches have 200 samples, or one (b1=True), where Omega_t is exact. It gives every task a new head, that
+    no importance holds: exclude the head.
+
+    Args:
+        model: see FusedMASPenalty.
+        lam: its reg_lambda, 1.
+        objective: its norm: "l2", "vector", or "l1" for anything else.
+        forward: see estimate_importance.
+        exclude: see estimate_importance.
+        options: further arguments of FusedMASPenalty.
+    """
+    importance = BatchMeans(objective, forward, exclude)
+    return FusedMASPenalty(model, lam, importance, merge="latest", exclude=exclude, **options)
+
+
+def avalanche(
+    model: nn.Module,
+    lambda_reg: float = 1.0,
+    alpha: float = 0.5,
+    forward: Forward | None = None,
+    exclude: Sequence[str] = (),
+    **options: Any,
+) -> AveragedFromFirst:
+    """MAS as Avalanche's MASPlugin has it.
+
+        penalty = lambda_reg sum_i W_i (theta_i - theta*_i)^2,
+        W = Omega_1, then W <- alpha W + (1 - alpha) Omega_t (a new head: W = Omega_t),
+        Omega_t = 1/B sum_b abs(d/d theta mean_{k in b} |F(x_k)|^2) in training mode.
+
+    It reads the experience in order, in batches of train_mb_size. See integrations.avalanche for the plugin.
+
+    Args:
+        model: see FusedMASPenalty.
+        lambda_reg: strength.
+        alpha: share of the old importance that is kept, from 0 to 1.
+        forward: see estimate_importance.
+        exclude: see estimate_importance.
+        options: further arguments of FusedMASPenalty.
+    """
+    importance = BatchMeans("l2", forward, exclude, training=True)
+    return AveragedFromFirst(
+        model, lambda_reg, importance, merge="decay", gamma=alpha, exclude=exclude, **options
+    )
+
+
+def facil(
+    model: nn.Module,
+    lamb: float = 1.0,
+    alpha: float = 0.5,
+    forward: Forward | None = None,
+    exclude: Sequence[str] = (),
+    **options: Any,
+) -> Averaged:
+    """MAS as FACIL has it.
+
+        penalty = lamb/2 sum_i W_i (theta_i - theta*_i)^2,   W <- alpha W + (1 - alpha) Omega_t from W = 0,
+        Omega_t = 1/B sum_b abs(d/d theta mean_{k in b} |F(x_k)|) in training mode: of the norm, not squared.
+
+    F is all heads' outputs side by side, and no importance holds the heads: exclude them. It leaves out a short
+    last batch: give `consolidate` a loader with drop_last=True. Its alpha = -1, which weighs tasks by their
+    classes, is FusedMASPenalty(model, importance=BatchMeans(norm, training=True), merge="latest") with
+    consolidate(batches, weight=classes) and then penalty.lam = lamb / (2 * classes so far).
+
+    Args:
+        model: see FusedMASPenalty.
+        lamb: strength, of which half counts.
+        alpha: share of the old importance that is kept, from 0 to 1.
+        forward: see estimate_importance.
+        exclude: see estimate_importance.
+        options: further arguments of FusedMASPenalty.
+    """
+    importance = BatchMeans(norm, forward, exclude, training=True)
+    return Averaged(
+        model, lamb / 2, importance, merge="decay", gamma=alpha, exclude=exclude, **options
+    )
+
+
+def norm(output: Tensor) -> Tensor:
+    """An objective: the norm of each sample's output, (N,)."""
+    norms: Tensor = torch.linalg.vector_norm(output.flatten(1), dim=1)
+    return norms
