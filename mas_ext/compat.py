@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mas_ext.importance import Forward, ImportanceSum
+from mas_ext.importance import Forward, ImportanceSum, objectives
 from mas_ext.importance.objectives import Objective
 from mas_ext.importance.sums import evaluating
 from mas_ext.kernels.native import Backend
@@ -50,8 +50,7 @@ class BatchMeans(ImportanceSum):
         """See the class."""
         super().__init__("batch", objective, forward, exclude, max_outputs, backend)
         self.training = training
-        summed = self._values
-        self._values = lambda output, batch, samples: summed(output, batch, samples) / samples
+        self._values = self._means
 
     def empty(self) -> BatchMeans:
         """A new sum of nothing, with the same settings."""
@@ -69,6 +68,10 @@ class BatchMeans(ImportanceSum):
         before = self.samples
         super().add(model, batch)
         self.samples = min(before + 1, self.samples)
+
+    def _means(self, output: Tensor, batch: Any, samples: int) -> Tensor:
+        summed = objectives.values(output, batch, samples, self.objective, self.max_outputs)
+        return summed / samples
 
     def _passing(self, model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
         return (_training if self.training else evaluating)(model, device)

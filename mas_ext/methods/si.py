@@ -46,16 +46,14 @@ class SI(Quadratic):
             raise ValueError(f"xi: got {xi}, expected more than 0")
         super().__init__(lam, mode, merge="latest")
         self.xi = xi
-        self._path: dict[str, Tensor] = {}
-        self._start: dict[str, Tensor] = {}
+        self._path = Path({})
 
     def begin_task(self, training: Training) -> None:
         """See Method.begin_task."""
         theta = named_parameters(training.model, training.own_parameters)
         if not training.resumed:
-            self._start = {n: _copy(p) for n, p in theta.items() if p.requires_grad}
-            self._path = {n: torch.zeros_like(t) for n, t in self._start.items()}
-        steps = _Steps({n: theta[n] for n in self._path}, self._path)
+            self._path = Path(theta)
+        steps = self._path.steps(theta)
         # Hooks run in the order in which they were registered: the gradient is seen before the penalty is in
         # it, and the parameters after the penalty moved them.
         training.optimizer.register_step_pre_hook(steps.before)
@@ -66,12 +64,9 @@ class SI(Quadratic):
         """See Method.end_task."""
         assert self.penalty is not None
         theta = named_parameters(training.model, training.own_parameters)
-        importance = {
-            n: path / ((theta[n].detach() - self._start[n]).square_() + self.xi)
-            for n, path in self._path.items()
-        }
+        importance = self._path.importance(theta, self.xi)
         self.penalty.consolidate(importance=importance, weight=self.weight)
-        self._path, self._start = {}, {}
+        self._path = Path({})
 
     def options(self) -> dict[str, Any]:
         """See Method.options."""
@@ -79,28 +74,50 @@ class SI(Quadratic):
 
     def state_dict(self) -> dict[str, Any]:
         """See Method.state_dict."""
-        return {**super().state_dict(), "path": self._path, "start": self._start}
+        return {**super().state_dict(), "path": self._path.total, "start": self._path.start}
 
     def load_state_dict(self, state: dict[str, Any], model: MultiHead) -> None:
         """See Method.load_state_dict."""
         penalty = {key: value for key, value in state.items() if key not in ("path", "start")}
         super().load_state_dict(penalty, model)
         theta = named_parameters(model)
-        self._path, self._start = (
+        self._path.total, self._path.start = (
             {n: t.to(theta[n].device, copy=True) for n, t in state[key].items()}
             for key in ("path", "start")
         )
 
 
-class _Steps:
+class Path:
+    """The way of parameters through a task: where it started, and `total`, the sum of -g dtheta so far."""
+
+    def __init__(self, theta: Mapping[str, nn.Parameter]) -> None:
+        """theta: the parameters by name, of which those that require a gradient count."""
+        self.start = {n: _copy(p) for n, p in theta.items() if p.requires_grad}
+        self.total = {n: torch.zeros_like(t) for n, t in self.start.items()}
+
+    def steps(self, theta: Mapping[str, nn.Parameter]) -> Steps:
+        """What an optimizer of these parameters has to call before and after every step."""
+        return Steps({n: theta[n] for n in self.total}, self.total)
+
+    def importance(self, theta: Mapping[str, Tensor], xi: float) -> dict[str, Tensor]:
+        """total / ((theta - start)^2 + xi) by name; may be negative."""
+        return {
+            n: total / ((theta[n].detach() - self.start[n]).square_() + xi)
+            for n, total in self.total.items()
+        }
+
+
+class Steps:
     """Adds -g dtheta of every step of an optimizer to `path`, for the parameters that have a gradient."""
 
     def __init__(self, theta: Mapping[str, nn.Parameter], path: Mapping[str, Tensor]) -> None:
+        """theta: the parameters by name; path: where the sums are, by the same names."""
         self._all = [(p, _copy(p), _copy(p), path[n]) for n, p in theta.items()]
         self._moving: list[list[Tensor]] = []
 
     @torch.no_grad()
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """A step's pre-hook, registered before that of a penalty."""
         if getattr(optimizer, "found_inf", None) is not None:
             raise RuntimeError(
                 "optimizer: got fused=True under a GradScaler, whose gradients are still scaled before the "
@@ -115,6 +132,7 @@ class _Steps:
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """A step's post-hook, registered after that of a penalty."""
         if self._moving:
             theta, old, gradient, path = self._moving
             torch._foreach_sub_(old, theta)
