@@ -23,6 +23,7 @@ from mas_ext.kernels.reference import part
 from mas_ext.memory import Group, Memory, Part, pack
 from mas_ext.parameters import check_supported
 from mas_ext.rules import Entry, Rule, check_lam, check_weight
+from mas_ext.sharded import Sharding
 
 FORMAT = 1
 
@@ -95,6 +96,7 @@ class Consolidation:
         importance: Mapping[str, Tensor],
         weight: float = 1.0,
         move_anchor: bool = True,
+        sharding: Sharding | None = None,
     ) -> None:
         """Merge one task's importance, with the present parameters as its anchor.
 
@@ -104,6 +106,8 @@ class Consolidation:
                 but under "latest", where W <- max(0, W + Omega_t) (Zenke et al. 2017 integrate signed terms).
             weight: multiplies Omega_t (and 1/S_t under "consistent").
             move_anchor: under "latest" and "decay", whether the anchor moves to theta.
+            sharding: where the state is that of this rank's part of the parameters: how they are parted. theta
+                and importance are whole, so that every rank finds the same S_t, and the same mistakes.
 
         Raises:
             ValueError: importance that is negative, not finite, of another shape or vanishing.
@@ -117,6 +121,8 @@ class Consolidation:
                 stacklevel=4,
             )
             return
+        if sharding is not None:
+            theta, importance = sharding.own(theta), sharding.own(importance)
         entry = Entry(total, weight)
         entries = [*self.memory.entries, entry]
         old = self.memory.parts()
@@ -136,6 +142,10 @@ class Consolidation:
             self._merge(groups, known, importance, entry, move_anchor)
         else:
             self._write_row(groups, known, importance, len(entries) - 1)
+        if sharding is not None:
+            for group in groups:
+                sharding.share(group.remainders)
+                group.remainder.copy_(group.remainders.sum())
         memory = Memory(entries, groups, {})
         self._write_alpha(memory)
         self.memory = memory

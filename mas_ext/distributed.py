@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mas_ext.importance import ImportanceSum
 from mas_ext.importance.alone import zeros
 from mas_ext.kernels.reference import compute_dtype
+from mas_ext.sharded import group_of
 
 if TYPE_CHECKING:  # torch may be built without it
     from torch.distributed import ProcessGroup
@@ -50,8 +51,13 @@ class Ranks:
         """The process group of a model's data; None where this rank is by itself.
 
         Raises:
-            ValueError: a model without DDP on one of several ranks, and no word on what it is part of.
+            ValueError: a model without DDP or fully_shard on one of several ranks, and no word on what it is
+                part of; or another group than that which a model is sharded over.
         """
+        shards = group_of(model)
+        if shards is not None:
+            self._check_holds_shards(shards)
+            return shards
         if not isinstance(self._process_group, str):
             return self._process_group
         if not (dist.is_available() and dist.is_initialized()):
@@ -62,11 +68,23 @@ class Ranks:
         if dist.get_world_size() > 1:
             raise ValueError(
                 f"process_group: got 'auto' for a model without DistributedDataParallel on one of "
-                f"{dist.get_world_size()} ranks, expected that wrapper as model, or process_group= the "
-                "group whose ranks train this model together (torch.distributed.group.WORLD), or None "
-                "for a model of this rank alone"
+                f"{dist.get_world_size()} ranks, expected that wrapper as model, fully_shard, or "
+                "process_group= the group whose ranks train this model together "
+                "(torch.distributed.group.WORLD), or None for a model of this rank alone"
             )
         return None
+
+    def _check_holds_shards(self, shards: ProcessGroup) -> None:
+        own = self._process_group
+        if isinstance(own, str):
+            return
+        expected = dist.get_process_group_ranks(shards)
+        got = None if own is None else dist.get_process_group_ranks(own)
+        if got is None or {*got} != {*expected}:
+            raise ValueError(
+                f"process_group: got {'None' if got is None else f'ranks {got}'} for a model that is "
+                f"sharded over ranks {expected}, expected 'auto'"
+            )
 
     def sum(
         self, collect: Callable[[], ImportanceSum], model: nn.Module, theta: Mapping[str, Tensor]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from mas_ext.consolidation import Consolidation
 from mas_ext.memory import Group
-from mas_ext.parameters import Binding, layouts, named_parameters
+from mas_ext.parameters import Binding, layouts
+from mas_ext.sharded import ShardedBinding, Sharding, local, present_parameters
 
 Bound = list[tuple[Group, list[Tensor]]]
 
@@ -24,6 +26,7 @@ class HeldModel:
         self._find: Callable[[], nn.Module] = _Always(model)
         self._exclude = tuple(exclude)
         self._bindings: list[Binding] = []
+        self.sharding = Sharding.of(model, self.parameters())
 
     @property
     def model(self) -> nn.Module:
@@ -32,7 +35,37 @@ class HeldModel:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that count, by name, as they are now."""
-        return named_parameters(self.model, self._exclude)
+        return present_parameters(self.model, self._exclude)
+
+    def local(self, tensors: list[Tensor]) -> list[Tensor]:
+        """What of the parameters, or of tensors like them, this rank has."""
+        return tensors if self.sharding is None else local(tensors)
+
+    def follow(self, remembered: Collection[str]) -> None:
+        """Take over how the parameters are sharded now; those that are remembered must be as they were."""
+        theta = self.parameters()
+        if self.sharding is not None:
+            self.sharding.follow(theta, remembered)
+        elif Sharding.of(self.model, theta) is not None:
+            raise TypeError(
+                "model: got fully_shard after the penalty was made, expected before; a new penalty takes the "
+                "old one's state_dict()"
+            )
+
+    @torch.no_grad()
+    def own_parameters(self) -> dict[str, Tensor]:
+        """What of the parameters this rank has, by name."""
+        theta = self.parameters()
+        return dict(zip(theta, self.local([*theta.values()]), strict=True))
+
+    def join(self, name: str, own: Tensor) -> Tensor:
+        """The tensor like a parameter of which this rank has a part."""
+        return own if self.sharding is None else self.sharding.join(name, own)
+
+    def rename(self, old: str, new: str) -> None:
+        """What is remembered of one parameter counts for another."""
+        if self.sharding is not None:
+            self.sharding.rename(old, new)
 
     def bound(self, state: Consolidation) -> Bound:
         """The state's groups with their parameters as they are now; it follows what has changed."""
@@ -48,12 +81,14 @@ class HeldModel:
     @_disable_dynamo
     def fit(self, state: Consolidation) -> None:
         """Have the state follow the parameters."""
-        state.fit(self.parameters())
+        self.follow(state.memory.parts())
+        state.fit(self.own_parameters())
         self.bind(state)
 
     def bind(self, state: Consolidation) -> None:
         """Look up the parameters of the state's groups, which are new ones."""
-        self._bindings = [Binding(self.model, g.names) for g in state.memory.groups]
+        binding = Binding if self.sharding is None else ShardedBinding
+        self._bindings = [binding(self.model, g.names) for g in state.memory.groups]
 
     def _lookup(self, state: Consolidation) -> Bound | None:
         groups = state.memory.groups
@@ -62,7 +97,7 @@ class HeldModel:
         bound = []
         for group, binding in zip(groups, self._bindings, strict=True):
             theta = binding.parameters()
-            if not binding.intact() or layouts(theta) != group.layout:
+            if not binding.intact() or layouts(self.local(theta)) != group.layout:
                 return None
             bound.append((group, theta))
         return bound

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+if TYPE_CHECKING:  # torch may be built without it
+    from torch.distributed.tensor import DTensor
 
 # Modules that wrap another one without being part of the model's own names.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -78,16 +81,19 @@ def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
             )
 
 
+def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor, spread over ranks."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # without it there are none
+    return tensors is not None and isinstance(t, tensors.DTensor)
+
+
 def check_whole(name: str, parameter: Tensor) -> None:
     """Raise a TypeError that names the parameter if it is spread over ranks."""
-    if "torch.distributed.tensor" in sys.modules:  # else there are none, and the import takes long
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(parameter, DTensor):
-            raise TypeError(
-                f"parameter {name!r}: got a DTensor (fully_shard, or tensor parallelism), expected a tensor "
-                "that is whole on every rank, as under DistributedDataParallel"
-            )
+    if is_sharded(parameter):
+        raise TypeError(
+            f"parameter {name!r}: got a DTensor, expected a tensor that is whole on every rank, as under "
+            "DistributedDataParallel, or a penalty of the module that fully_shard was applied to"
+        )
 
 
 def check_supported(name: str, parameter: Tensor) -> None:
@@ -138,11 +144,15 @@ class Binding:
             for place in slots[name].path
         }
         self._path = list(path.values())
+        self._model, self._class = model, type(model)
 
     def intact(self) -> bool:
         """Whether every module on the way to a parameter is still the one that was bound."""
-        # A list, not a generator: this runs on every step, and it is twice as fast.
-        return all([modules.get(key) is module for modules, key, module in self._path])  # noqa: C419
+        # fully_shard gives modules another class. A list, not a generator: this runs on every step, and it
+        # is twice as fast.
+        return type(self._model) is self._class and all(
+            [modules.get(key) is module for modules, key, module in self._path]  # noqa: C419
+        )
 
     def parameters(self) -> list[Tensor]:
         """The parameters as they are now, in the order of the names."""

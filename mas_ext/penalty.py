@@ -21,8 +21,9 @@ from mas_ext.importance import METHODS, Forward, ImportanceSum, Method, gather
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.native import Backend
 from mas_ext.memory import Group
-from mas_ext.parameters import check_patterns, check_whole
+from mas_ext.parameters import check_patterns
 from mas_ext.rules import AlphaSum, Merge, Rule, StateDevice, Store, check_lam
+from mas_ext.sharded import whole, whole_tensor
 
 if TYPE_CHECKING:  # torch may be built without it
     from torch.distributed import ProcessGroup
@@ -98,9 +99,7 @@ class FusedMASPenalty(nn.Module):
         self._state = Consolidation(rule, check_lam(lam))
         self._held = HeldModel(model, exclude)
         self._ranks = Ranks(process_group)
-        # What is wrong with these shows here, not at the end of a task.
-        for name, parameter in self._held.parameters().items():
-            check_whole(name, parameter)
+        # What is wrong with it shows here, not at the end of a task.
         self._ranks.group(model)
 
     # -- the penalty -------------------------------------------------------------------------------
@@ -118,11 +117,14 @@ class FusedMASPenalty(nn.Module):
             RuntimeError: DistributedDataParallel with find_unused_parameters=True.
         """
         refuse_unused(self.model)
+        held = self._held
         values = [
-            g.ops.penalty(theta, g.offsets, g.omega, g.anchor, g.alpha, g.remainder, g.native)
-            for g, theta in self._held.bound(self._state)
+            g.ops.penalty(
+                held.local(theta), g.offsets, g.omega, g.anchor, g.alpha, g.remainder, g.native
+            )
+            for g, theta in held.bound(self._state)
         ]
-        return _total(values) if values else _NOTHING.clone()
+        return self._total(values) if values else _NOTHING.clone()
 
     @torch.no_grad()
     def add_grad_(self) -> Tensor:
@@ -134,15 +136,16 @@ class FusedMASPenalty(nn.Module):
         Returns:
             The value, detached.
         """
-        bound = self._held.bound(self._state)
+        held = self._held
+        bound = held.bound(self._state)
         if not all(p.requires_grad for _, theta in bound for p in theta):
             value = self.forward()
             self.add_grad_to({id(p) for _, theta in bound for p in theta})
             return value
         values = [
             g.ops.add_grad_(
-                theta,
-                [_grad(p) for p in theta],
+                held.local(theta),
+                held.local([_grad(p) for p in theta]),
                 g.offsets,
                 g.omega,
                 g.anchor,
@@ -152,7 +155,7 @@ class FusedMASPenalty(nn.Module):
             )
             for g, theta in bound
         ]
-        return _total(values) if values else torch.zeros(())
+        return self._total(values) if values else torch.zeros(())
 
     @torch.no_grad()
     def add_grad_to(self, only: Collection[int], times: Tensor | None = None) -> None:
@@ -164,7 +167,8 @@ class FusedMASPenalty(nn.Module):
             chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in only]
             if chosen:
                 picked, *state = _subset(g, theta, chosen, times)
-                g.ops.add_grad_(picked, [_grad(p) for p in picked], *state, g.remainder, g.native)
+                grads = self._held.local([_grad(p) for p in picked])
+                g.ops.add_grad_(self._held.local(picked), grads, *state, g.remainder, g.native)
 
     @torch.no_grad()
     def proximal_(
@@ -194,7 +198,8 @@ class FusedMASPenalty(nn.Module):
             if chosen:
                 picked, *state = _subset(g, theta, chosen, times)
                 moments = [second_moment[id(p)] for p in picked] if second_moment else []
-                g.ops.proximal_(picked, *state, moments, length, correction, eps, g.native)
+                own, moments = self._held.local(picked), self._held.local(moments)
+                g.ops.proximal_(own, *state, moments, length, correction, eps, g.native)
 
     def attach(
         self, optimizer: torch.optim.Optimizer, mode: Mode = "gradient", eta: float | None = None
@@ -238,11 +243,11 @@ class FusedMASPenalty(nn.Module):
             ValueError: see estimate_importance; importance that is not finite or vanishes.
         """
         if importance is not None and batches is None and not self._pending.samples:
-            self._state.add_task(self._held.parameters(), importance, weight)
-            self._held.bind(self._state)
+            given = importance
+            self._add(lambda: {n: whole_tensor(t) for n, t in given.items()}, weight, True)
             return
 
-        def gathered() -> ImportanceSum:
+        def collect() -> ImportanceSum:
             observed = self._pending.samples or None
             given = {"batches": batches, "importance": importance, "observed samples": observed}
             found = [name for name, value in given.items() if value is not None]
@@ -254,7 +259,7 @@ class FusedMASPenalty(nn.Module):
                 )
             return self._pending if batches is None else self._gathered(batches, progress)
 
-        self._add(gathered, weight, move_anchor=True)
+        self._add(lambda: self._mean(collect), weight, move_anchor=True)
         self._pending = self._pending.empty()
 
     def observe(self, batch: Any) -> None:
@@ -262,7 +267,8 @@ class FusedMASPenalty(nn.Module):
 
         Under torch.distributed each rank keeps its own part until then, and saves its own.
         """
-        self._pending.add(self.model, batch)
+        with whole(self.model):
+            self._pending.add(self.model, batch)
 
     def adapt(self, batches: Iterable[Any], weight: float = 1.0) -> None:
         """Unlabelled data met in deployment: one more weighted entry.
@@ -270,7 +276,7 @@ class FusedMASPenalty(nn.Module):
         Under "consistent" and "sum" its anchor is the present parameters, under "latest" and "decay" the
         anchor stays. See consolidate.
         """
-        self._add(lambda: self._gathered(batches), weight, move_anchor=False)
+        self._add(lambda: self._mean(lambda: self._gathered(batches)), weight, move_anchor=False)
 
     def set_weight(self, t: int, w: float) -> None:
         """Change the weight of entry t; store "per_task" only."""
@@ -284,6 +290,7 @@ class FusedMASPenalty(nn.Module):
     def rename(self, old: str, new: str) -> None:
         """What is remembered of parameter `old` counts for parameter `new` from now on."""
         self._state.rename(old, new)
+        self._held.rename(old, new)
         self._held.fit(self._state)
 
     # -- reading -----------------------------------------------------------------------------------
@@ -353,7 +360,11 @@ class FusedMASPenalty(nn.Module):
             "store": rule.store,
         }
         encoded = checkpoint.encode(settings)
-        checkpoint.save({**self.state_dict(), "settings": encoded}, path)
+        tensors = {**self.state_dict(), "settings": encoded}
+        if self._held.sharding is None:
+            checkpoint.save(tensors, path)
+        else:
+            self._held.sharding.on_first_rank(tensors, lambda found: checkpoint.save(found, path))
 
     @classmethod
     def load(
@@ -400,6 +411,8 @@ class FusedMASPenalty(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         found = {**self._state.tensors(), **self._pending.tensors()}
+        if self._held.sharding is not None:
+            found = self._held.sharding.join_state(found)
         destination.update({prefix + key: t.detach() for key, t in found.items()})
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -423,7 +436,12 @@ class FusedMASPenalty(nn.Module):
         return nn.modules.module._IncompatibleKeys([], [])
 
     def _load(self, found: Mapping[str, Tensor]) -> None:
-        theta = self._held.parameters()
+        self._held.follow(())
+        theta = self._held.own_parameters()
+        if self._held.sharding is None:
+            found = {key: whole_tensor(t) for key, t in found.items()}
+        else:
+            found = self._held.sharding.own_state(found)
         pending = self._pending.empty()
         observed = {key: t for key, t in found.items() if key.startswith("pending")}
         pending.load_tensors(observed, theta)
@@ -432,6 +450,15 @@ class FusedMASPenalty(nn.Module):
         self._held.bind(self._state)
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _total(self, values: Sequence[Tensor]) -> Tensor:
+        """The sum over groups, and ranks, on the first one's device, float64 if any is."""
+        total = values[0]
+        if len(values) > 1:
+            wide = any(v.dtype == torch.float64 for v in values)
+            total = torch.stack([v.to(total.device, torch.float64) for v in values]).sum()
+            total = total.to(torch.float64 if wide else torch.float32)
+        return total if self._held.sharding is None else self._held.sharding.sum(total)
 
     def _task(self, t: int) -> int:
         if self._state.rule.store != "per_task":
@@ -445,18 +472,30 @@ class FusedMASPenalty(nn.Module):
         gather(total, self.model, batches, progress=progress)
         return total
 
-    def _add(self, collect: Callable[[], ImportanceSum], weight: float, move_anchor: bool) -> None:
+    def _mean(self, collect: Callable[[], ImportanceSum]) -> dict[str, Tensor]:
+        """The mean over all ranks' samples of what each collects."""
         theta = self._held.parameters()
         total = self._ranks.sum(collect, self.model, theta)
         importance = total.mean()
         if importance and self._state.rule.merge == "consistent":
             total.refuse_rounding_noise(theta)
-        self._state.add_task(theta, importance, weight, move_anchor)
-        self._held.bind(self._state)
+        return importance
+
+    def _add(
+        self, find: Callable[[], Mapping[str, Tensor]], weight: float, move_anchor: bool
+    ) -> None:
+        """Merge the importance that is found while every rank has the whole model."""
+        held = self._held
+        held.follow(self._state.memory.parts())
+        with whole(self.model):
+            theta = held.parameters()
+            self._state.add_task(theta, find(), weight, move_anchor, held.sharding)
+        held.bind(self._state)
 
     def _quadratic(self) -> dict[str, tuple[Tensor, Tensor]]:
         self._held.bound(self._state)
-        return self._state.quadratic()
+        join = self._held.join
+        return {n: (join(n, w), join(n, a)) for n, (w, a) in self._state.quadratic().items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedMASPenalty:
         """.to(), .cuda(), .half(): the state follows the parameters' devices and keeps its dtypes."""
@@ -473,17 +512,6 @@ _SETTINGS = (
     *("importance", "objective", "exclude"),
     *("merge", "store", "alpha_sum", "gamma", "omega_dtype"),
 )
-
-
-def _total(values: Sequence[Tensor]) -> Tensor:
-    """The sum over groups, on the first one's device, float64 if any is."""
-    if len(values) == 1:
-        return values[0]
-    return (
-        torch.stack([v.to(values[0].device, torch.float64) for v in values])
-        .sum()
-        .to(torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32)
-    )
 
 
 def _subset(

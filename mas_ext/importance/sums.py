@@ -22,6 +22,7 @@ from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.native import Backend
 from mas_ext.kernels.reference import compute_dtype
 from mas_ext.parameters import PARALLEL, check_supported, named_parameters
+from mas_ext.sharded import whole
 
 Method = Literal["exact", "batch", "local"]
 # (evaluate, batch, samples, parameters by name) -> sums over samples by name, and the objectives.
@@ -268,7 +269,7 @@ def gather(
         raise ValueError(f"max_samples: got {max_samples}, expected at least 1")
     start = total.samples
     # A loader draws its order while it is read.
-    with torch.random.fork_rng(devices=[]):
+    with whole(model), torch.random.fork_rng(devices=[]):
         for batch in _shown(batches, progress):
             left = None if max_samples is None else max_samples - (total.samples - start)
             if left is not None and left < batch_of.size(batch):

@@ -1,0 +1,345 @@
+"""Models under fully_shard (FSDP2): their parameters whole for a while, and what is remembered in shards.
+
+Nothing of torch.distributed is imported here that the model's own sharding has not: it takes long, and torch
+may be built without it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mas_ext.parameters import Binding, check_whole, is_sharded, named_parameters
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Placement
+
+Named = dict[str, Tensor]
+
+_FSDP = "torch.distributed.fsdp"
+
+
+def _units(model: nn.Module) -> list[Any]:
+    """The modules that fully_shard was applied to."""
+    fsdp = sys.modules.get(_FSDP)
+    if fsdp is None:
+        return []
+    for name, module in model.named_modules():
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise TypeError(
+                f"model: got FullyShardedDataParallel at {name!r}, expected fully_shard (FSDP2) or "
+                "DistributedDataParallel"
+            )
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def _fsdp_parameters(model: nn.Module) -> list[Any]:
+    """What fully_shard keeps of each parameter: its `sharded_param`, whatever hangs in the module now.
+
+    Where a unit is not resharded after its forward pass, as the root, whole parameters hang in the modules
+    until the backward pass, and nothing public tells which sharded ones they stand for.
+    """
+    states = [unit._get_fsdp_state() for unit in _units(model)]
+    groups = [
+        group
+        for state in states
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        if group is not None
+    ]
+    return [p for group in groups for p in group.fsdp_params]
+
+
+def group_of(model: nn.Module) -> ProcessGroup | None:
+    """The ranks that a model is sharded over; None where each has the whole."""
+    parameters = _fsdp_parameters(model)
+    return parameters[0].sharded_param.device_mesh.get_group() if parameters else None
+
+
+def present_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """named_parameters as the optimizer knows them: under fully_shard, the sharded ones."""
+    for unit in _units(model):
+        unit.reshard()
+    return named_parameters(model, exclude)
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Every rank has whole parameters in the model, and FSDP's hooks rest; then all is as it was.
+
+    To be entered by all ranks together. Inside there is no communication: each runs the model as often as
+    its own samples need, where FSDP's hooks would wait for passes that other ranks don't make. That takes the
+    memory of all parameters on each rank, in their own dtype.
+
+    Raises:
+        RuntimeError: parameters were gathered otherwise meanwhile, as by register_fsdp_forward_method.
+    """
+    units = _units(model)
+    for unit in units:
+        unit.reshard()
+    modules = [*model.modules()] if units else []
+    hooks = [(m, m._forward_pre_hooks, m._forward_hooks) for m in modules]
+    places: list[tuple[dict[str, Any], str, Any]] = [
+        (m._parameters, key, p)
+        for m in modules
+        for key, p in m._parameters.items()
+        if p is not None and is_sharded(p)
+    ]
+    found: dict[int, nn.Parameter] = {}
+    for _, _, p in places:
+        if id(p) not in found:
+            found[id(p)] = nn.Parameter(whole_tensor(p.detach()), p.requires_grad)
+    try:
+        for owner, key, p in places:
+            owner[key] = found[id(p)]
+        for m, before, after in hooks:
+            m._forward_pre_hooks, m._forward_hooks = _without_fsdp(before), _without_fsdp(after)
+        yield
+        if any(owner[key] is not found[id(p)] for owner, key, p in places):
+            raise RuntimeError(
+                "model: its forward pass gathers sharded parameters otherwise than by calling modules, "
+                "expected no register_fsdp_forward_method"
+            )
+    finally:
+        for owner, key, p in places:
+            owner[key] = p
+        for m, before, after in hooks:
+            m._forward_pre_hooks, m._forward_hooks = before, after
+
+
+def _without_fsdp(hooks: Any) -> Any:
+    kept = {i: hook for i, hook in hooks.items() if not hook.__module__.startswith(_FSDP)}
+    return type(hooks)(kept)
+
+
+def whole_tensor(t: Tensor) -> Tensor:
+    """The whole of a tensor; if it is sharded, to be called by all ranks together."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
+def local(tensors: Iterable[Any]) -> list[Tensor]:
+    """This rank's parts of sharded tensors, differentiable."""
+    return [t.to_local() for t in tensors]
+
+
+class ShardedBinding(Binding):
+    """Finds the sharded parameters also while FSDP has whole ones in their places."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        """See Binding."""
+        super().__init__(model, names)
+        kept = {id(p.sharded_param): p for p in _fsdp_parameters(model)}
+        self._kept = [kept[id(p)] for p in super().parameters()]
+
+    def parameters(self) -> list[Tensor]:
+        """See Binding."""
+        return [p.sharded_param for p in self._kept]
+
+
+class _Shard(NamedTuple):
+    """How a tensor lies over a mesh: in pieces of equal size along dim, the last ones smaller or empty."""
+
+    mesh: DeviceMesh
+    dim: int
+    shape: tuple[int, ...]
+
+    def rows(self, number: int) -> _Shard:
+        """That of a stack of such tensors."""
+        return _Shard(self.mesh, self.dim + 1, (number, *self.shape))
+
+    def own(self, t: Tensor) -> Tensor:
+        """This rank's piece of a tensor, whole or sharded in any way."""
+        if is_sharded(t) and (t.device_mesh, *t.placements) == (self.mesh, self._placement()):
+            return t.to_local()
+        t = whole_tensor(t)
+        rank, pieces = self.mesh.get_local_rank(), t.detach().chunk(self.mesh.size(), self.dim)
+        return (pieces[rank] if rank < len(pieces) else t.narrow(self.dim, 0, 0)).contiguous()
+
+    def join(self, own: Tensor) -> Tensor:
+        """The tensor that every rank has its own piece of."""
+        from torch.distributed.tensor import DTensor
+
+        like = torch.empty(self.shape, device="meta")
+        return DTensor.from_local(
+            own,
+            self.mesh,
+            [self._placement()],
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+
+    def _placement(self) -> Placement:
+        from torch.distributed.tensor import Shard
+
+        return Shard(self.dim)
+
+
+def _shard_of(name: str, p: Tensor) -> _Shard:
+    """How a parameter lies; a TypeError that names it unless it is sharded once, over one mesh dimension."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not isinstance(p, DTensor):
+        got = "one that is not sharded beside others that are"
+    elif p.device_mesh.ndim != 1 or type(p.placements[0]) is not Shard:
+        got = f"placements {p.placements} on a mesh of shape {tuple(p.device_mesh.shape)}"
+    elif p.device.type != p.device_mesh.device_type:
+        got = f"a shard on {p.device.type} of a mesh on {p.device_mesh.device_type}"
+    else:
+        return _Shard(p.device_mesh, p.placements[0].dim, tuple(p.shape))
+    raise TypeError(
+        f"parameter {name!r}: got {got}, expected every parameter sharded by fully_shard over one mesh of "
+        "one dimension, on its device (exclude= leaves parameters out)"
+    )
+
+
+class Sharding:
+    """How the parameters of one model, and what is remembered of them, lie over the ranks."""
+
+    def __init__(self, theta: Mapping[str, Tensor]) -> None:
+        """theta: by name, as fully_shard left them; at least one.
+
+        Raises:
+            TypeError: a parameter that is sharded in another way, or not at all.
+        """
+        self._shards = {name: _shard_of(name, p) for name, p in theta.items()}
+        first, *others = self._shards.items()
+        for name, shard in others:
+            if shard.mesh != first[1].mesh:
+                raise TypeError(
+                    f"parameter {name!r}: got another mesh than that of {first[0]!r}, expected one mesh "
+                    "for all"
+                )
+        self.group: ProcessGroup = first[1].mesh.get_group()
+        self._ranks: int = first[1].mesh.size()
+
+    @staticmethod
+    def of(model: nn.Module, theta: Mapping[str, Tensor]) -> Sharding | None:
+        """That of these parameters of a model; None where each rank has the whole."""
+        if theta and _units(model):
+            return Sharding(theta)
+        for name, p in theta.items():
+            check_whole(name, p)
+        return None
+
+    def follow(self, theta: Mapping[str, Tensor], remembered: Collection[str]) -> None:
+        """Take over how the parameters lie now.
+
+        Raises:
+            TypeError: as when made.
+            ValueError: one that is remembered lies otherwise than before.
+        """
+        now = Sharding(theta)._shards
+        for name in now.keys() & self._shards.keys() & set(remembered):
+            before = self._shards[name]
+            if now[name] != before:
+                raise ValueError(
+                    f"parameter {name!r}: got shape {now[name].shape} sharded along dimension "
+                    f"{now[name].dim}, expected {before.shape} along {before.dim} as when it was "
+                    "consolidated"
+                )
+        self._shards |= now
+
+    def rename(self, old: str, new: str) -> None:
+        """What was known of one name holds for another."""
+        self._shards[new] = self._shards.pop(old)
+
+    def own(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's pieces of whole tensors like the parameters."""
+        return {name: self._shards[name].own(t) for name, t in named.items()}
+
+    def join(self, name: str, own: Tensor) -> Tensor:
+        """The tensor like a parameter that every rank has its own piece of."""
+        return self._shards[name].join(own)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """A value summed over the ranks, the same bits on all; its gradient is that of the own part."""
+        total = value.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return value - value.detach() + total
+
+    def share(self, remainders: Tensor) -> None:
+        """An equal share for every rank of what they have added up, each from its own pieces."""
+        dist.all_reduce(remainders, group=self.group)
+        remainders /= self._ranks
+
+    # -- a state: omega.NAME and anchor.NAME of shape (rows, *shape), remainder.NAME, and others -------
+
+    def join_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """That of all ranks, from this one's.
+
+        Raises:
+            RuntimeError: samples that were observed; each rank has its own.
+        """
+        _refuse_observed(state)
+        found = dict(state)
+        for key, t in state.items():
+            kind, _, name = key.partition(".")
+            if kind == "remainder":
+                found[key] = t * self._ranks
+            elif kind in ("omega", "anchor"):
+                found[key] = self._shards[name].rows(len(t)).join(t)
+        return found
+
+    def own_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's, from that of all: sharded in any way, or whole.
+
+        Raises:
+            ValueError: a shape that does not fit.
+            KeyError: a parameter that the model lacks.
+            RuntimeError: samples that were observed.
+        """
+        _refuse_observed(state)
+        found = dict(state)
+        for key, t in state.items():
+            kind, _, name = key.partition(".")
+            if kind == "remainder":
+                found[key] = t / self._ranks
+            elif kind in ("omega", "anchor"):
+                if name not in self._shards:
+                    raise KeyError(f"state: got {name!r}, which the model has no parameter for")
+                shard = self._shards[name].rows(len(t) if t.dim() else 0)
+                if tuple(t.shape) != shard.shape:
+                    raise ValueError(
+                        f"state, {kind} of {name!r}: got shape {tuple(t.shape)}, expected "
+                        f"{shard.shape}"
+                    )
+                found[key] = shard.own(t)
+        return found
+
+    def on_first_rank(self, state: Mapping[str, Tensor], write: Callable[[Named], None]) -> None:
+        """Call `write` with the whole tensors on the first rank; an error there is one on all ranks."""
+        first = dist.get_rank(self.group) == 0
+        whole_state = {}
+        for key, t in state.items():
+            t = whole_tensor(t).cpu()
+            if first:
+                whole_state[key] = t
+        failure = None
+        if first:
+            try:
+                write(whole_state)
+            except Exception as error:
+                failure = error
+        said = [None if failure is None else f"{type(failure).__name__}: {failure}"]
+        dist.broadcast_object_list(said, dist.get_global_rank(self.group, 0), self.group)
+        if failure is not None:
+            raise failure
+        if said[0] is not None:
+            raise RuntimeError(f"save: the first rank failed with {said[0]}")
+
+
+def _refuse_observed(state: Mapping[str, Tensor]) -> None:
+    samples = int(state.get("pending_samples", 0))
+    if samples:
+        raise RuntimeError(
+            f"state: got {samples} observed samples, expected consolidate() before the state of a sharded "
+            "model is saved or loaded"
+        )
