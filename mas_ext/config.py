@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +15,9 @@ import torch
 
 from mas_ext import catalogue, models
 from mas_ext.methods import METHODS, Method, create, options
+from mas_ext.models import MultiHead
 from mas_ext.names import hint
+from mas_ext.scenarios import Scenario
 from mas_ext.settings import Settings
 
 if sys.version_info >= (3, 11):
@@ -25,6 +27,10 @@ else:
 
 # The share of the training data that lam is chosen on where `validation` says nothing.
 CHOOSING_SHARE = 0.1
+# Added to the seed of a network's first weights: not the random numbers that heads get theirs from.
+FIRST_WEIGHTS = 2**32
+
+Purpose = Literal["choose", "final"]
 
 
 class Key(NamedTuple):
@@ -217,6 +223,24 @@ class Config:
         if lam is not None:
             given["lam"] = lam
         return create(method, **given)
+
+    def make_scenario(self, seed: int) -> Scenario:
+        """The scenario, whose random parts are by the seed."""
+        return catalogue.build(self.scenario, self.data, self.tasks, self.order, seed)
+
+    def network(self, scenario: Scenario, seed: int) -> MultiHead:
+        """The network with its first weights, which are the same for all methods."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed + FIRST_WEIGHTS)
+            if self.hidden is not None:
+                return models.mlp(scenario.shape, self.hidden)
+            return models.build(self.model, scenario.shape)
+
+    def training(self, seed: int, purpose: Purpose) -> Settings:
+        """How the scenario is learned: lam is chosen on validation data, of which there are then some."""
+        settings = self.settings
+        share = settings.validation or (CHOOSING_SHARE if purpose == "choose" else 0.0)
+        return replace(settings, seed=seed, validation=share)
 
     def values(self) -> dict[str, Any]:
         """All keys that have a value, as a file has them."""

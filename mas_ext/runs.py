@@ -10,26 +10,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from mas_ext import catalogue, checkpoint, models, record
-from mas_ext.config import CHOOSING_SHARE, Config
+from mas_ext import checkpoint, record
+from mas_ext.config import Config, Purpose
 from mas_ext.learning import Epoch, Learning, OtherRun, Result
-from mas_ext.methods import options
-from mas_ext.models import MultiHead
+from mas_ext.methods import Method, options
 from mas_ext.progress import Progress
 from mas_ext.scenarios import Scenario
-from mas_ext.settings import Settings
 from mas_ext.summary import Found, summary, table, task_line
 from mas_ext.trainer import Trainer
-
-Purpose = Literal["choose", "final"]
-
-FIRST_WEIGHTS = 2**32
 
 
 def run(
@@ -78,6 +72,34 @@ def _summary_writer() -> Callable[[str], Any]:
     return make
 
 
+class Diverged(Exception):
+    """A training that did not end in finite numbers."""
+
+
+def learn(
+    comparison: Config,
+    scenario: Scenario,
+    method: Method,
+    seed: int,
+    purpose: Purpose,
+    **trainer: Any,
+) -> Result:
+    """The scenario learned once, as the comparison says; trainer: further arguments of Trainer.
+
+    Raises:
+        Diverged: the training did.
+        OtherRun: the checkpoint is that of another run.
+    """
+    network, settings = comparison.network(scenario, seed), comparison.training(seed, purpose)
+    made = Trainer(network, method, device=comparison.device, **trainer, **vars(settings))
+    try:
+        return made.fit(scenario)
+    except OtherRun:
+        raise
+    except (FloatingPointError, ValueError) as error:
+        raise Diverged(str(error)) from error
+
+
 @dataclass(frozen=True)
 class Job:
     """The scenario learned once."""
@@ -112,7 +134,7 @@ class Comparison:
     def rehearse(self) -> None:
         """Begin the first task with every method, on a sample a task: what can't be used is found out now."""
         scenario = self.scenario(0)
-        share = self.settings(0, "choose" if self.tried() else "final").validation
+        share = self.config.training(0, "choose" if self.tried() else "final").validation
         for task in scenario.tasks:
             count = len(task.train)  # type: ignore[arg-type]
             if share and int(share * count) == 0:
@@ -127,7 +149,7 @@ class Comparison:
         settings = replace(self.config.settings, validation=0.0, patience=None)
         for name in self.config.methods:
             for lam in self.config.lams(name) or (None,):
-                method, model = self.config.create(name, lam), self.model(scenario, 0)
+                method, model = self.config.create(name, lam), self.config.network(scenario, 0)
                 device = torch.device(self.config.device)
                 try:
                     with torch.random.fork_rng([]):
@@ -223,20 +245,20 @@ class Comparison:
         scenario, path = self.scenario(job.seed), folder / record.CHECKPOINT
         if path.exists():
             checkpoint.load(path)  # A damaged file is not a training that diverged.
+        method = self.config.create(job.method, job.lam)
         with self._events(job) as events:
-            trainer = Trainer(
-                self.model(scenario, job.seed),
-                self.config.create(job.method, job.lam),
-                device=self.config.device,
-                checkpoint=path,
-                callbacks=[self._follow(job, folder, events)],
-                **vars(self.settings(job.seed, job.purpose)),
-            )
+            follow = [self._follow(job, folder, events)]
             try:
-                result = trainer.fit(scenario)
-            except OtherRun:
-                raise
-            except (FloatingPointError, ValueError) as error:
+                result = learn(
+                    self.config,
+                    scenario,
+                    method,
+                    job.seed,
+                    job.purpose,
+                    checkpoint=path,
+                    callbacks=follow,
+                )
+            except Diverged as error:
                 return {"diverged": str(error)}
         return summary(result, [task.name for task in scenario.tasks], self._joint(job))
 
@@ -281,27 +303,11 @@ class Comparison:
             return None
         return record.read_matrix(folder / record.ACCURACY).diagonal()
 
-    def settings(self, seed: int, purpose: Purpose) -> Settings:
-        """How a job is trained: lam is chosen on validation data, of which there are then some."""
-        settings = self.config.settings
-        share = settings.validation or (CHOOSING_SHARE if purpose == "choose" else 0.0)
-        return replace(settings, seed=seed, validation=share)
-
-    def model(self, scenario: Scenario, seed: int) -> MultiHead:
-        """The network with its first weights, which are the same for all methods."""
-        with torch.random.fork_rng([]):
-            # Not the random numbers that heads get theirs from.
-            torch.manual_seed(seed + FIRST_WEIGHTS)
-            if self.config.hidden is not None:
-                return models.mlp(scenario.shape, self.config.hidden)
-            return models.build(self.config.model, scenario.shape)
-
     def scenario(self, seed: int) -> Scenario:
         """The scenario, whose random parts are by the seed; the last one is kept."""
         if self._scenario is None or self._scenario[0] != seed:
-            c = self.config
             self._scenario = None
-            self._scenario = (seed, catalogue.build(c.scenario, c.data, c.tasks, c.order, seed))
+            self._scenario = (seed, self.config.make_scenario(seed))
         return self._scenario[1]
 
 

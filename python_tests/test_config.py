@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mas_ext import config
 from mas_ext.config import KEYS, Config, differences, dump, load, merge, read
@@ -210,3 +211,19 @@ def test_differences() -> None:
         "methods was {'mas': {'lam': 1}} and is {'mas': {}}",
         "seeds was 3 and is 4",
     ]
+
+
+def test_the_same_network_for_all_methods_another_for_every_seed() -> None:
+    comparison = Config(hidden=(20,))
+    scenario = comparison.make_scenario(0)
+    first, again, other = (comparison.network(scenario, seed) for seed in (0, 0, 1))
+    assert torch.equal(first.backbone[1].weight, again.backbone[1].weight)
+    assert not torch.equal(first.backbone[1].weight, other.backbone[1].weight)
+
+
+def test_data_for_validation_where_lam_is_chosen() -> None:
+    assert Config().training(3, "final") == Settings(seed=3)
+    assert Config().training(3, "choose") == Settings(seed=3, validation=0.1)
+    own = Config(settings=Settings(validation=0.3, lr=0.5))
+    assert own.training(1, "choose") == own.training(1, "final")
+    assert own.training(1, "choose") == Settings(seed=1, validation=0.3, lr=0.5)
