@@ -12,7 +12,7 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) $(BIN)/
 CXX_FILES := $(shell find csrc python_tests/emulation -type f)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml $(CONSTRAINTS)
 
-.PHONY: demo test tests bench lint format emulated clean
+.PHONY: demo test tests bench reproduce lint format emulated clean
 
 demo: .venv/demo.stamp
 	$(BIN)/mas-ext demo
@@ -27,6 +27,10 @@ tests: emulated
 
 bench: .venv/demo.stamp
 	$(BIN)/mas-ext bench
+
+reproduce: .venv/demo.stamp
+	$(BIN)/mas-ext reproduce
+	$(BIN)/python benchmarks/results_page.py
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""What the benchmarks' scripts share: the machine in words, bars with intervals, files of results."""
+"""What these scripts share: the machine in words, bars with intervals, files of results, documents."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,18 @@ def write(
     path.write_text(json.dumps(result, indent=1) + "\n")
     plot(result, picture)
     print(f"\nwritten: {path}, {picture}")
+
+
+def fill(document: Path, parts: Mapping[str, str]) -> None:
+    """Replace what stands between the marks <!-- NAME --> and <!-- /NAME --> of a document.
+
+    Raises:
+        ValueError: a name is not marked once.
+    """
+    text = document.read_text()
+    for name, part in parts.items():
+        marks = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, found = re.subn(marks, lambda m, part=part: f"{m[1]}{part}\n{m[2]}", text, flags=re.S)
+        if found != 1:
+            raise ValueError(f"{document.name}: got {found} places marked {name}, expected 1")
+    document.write_text(text)

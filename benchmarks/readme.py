@@ -6,11 +6,10 @@ python benchmarks/readme.py
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, machine
+from common import RESULTS, fill, machine
 
 from mas_ext.demo import run_demo
 from mas_ext.methods import METHODS
@@ -219,20 +218,13 @@ def demo_table() -> str:
 
 def main() -> None:
     """Replace what stands between the README's marks."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
     tables = {
         "demo": demo_table(),
         "benchmark": benchmark_table(),
         "importance": importance_table(),
         "methods": methods_table(),
     }
-    for mark, table in tables.items():
-        marks = rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
-        text, found = re.subn(marks, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
-        if found != 1:
-            raise ValueError(f"README.md: got {found} places marked {mark}, expected 1")
-    readme.write_text(text)
+    fill(ROOT / "README.md", tables)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ LINES = ("-", "--", ":")
 WIDTH = 8.0  # inches
 
 
-def style(findings: Findings, method: str) -> dict[str, Any]:
-    """Of a method: no two of up to 21 are the same."""
-    i = list(findings.learned).index(method)
+def look(i: int) -> dict[str, Any]:
+    """Of the i-th of several: no two of up to 21 are the same."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "marker": MARKERS[i % len(MARKERS)],
@@ -29,6 +28,11 @@ def style(findings: Findings, method: str) -> dict[str, Any]:
         "markersize": 5,
         "linewidth": 1.3,
     }
+
+
+def style(findings: Findings, method: str) -> dict[str, Any]:
+    """A method's, in all pictures."""
+    return look(list(findings.learned).index(method))
 
 
 def draw(findings: Findings) -> dict[str, bytes]:
@@ -48,7 +52,7 @@ def draw(findings: Findings) -> dict[str, bytes]:
     return pictures
 
 
-def _panels(count: int, columns: int, height: float, **how: Any) -> tuple[Any, list[Any]]:
+def canvas(count: int, columns: int, height: float, **how: Any) -> tuple[Any, list[Any]]:
     """A figure, and as many axes in rows of equal panels."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no window
 
@@ -61,7 +65,8 @@ def _panels(count: int, columns: int, height: float, **how: Any) -> tuple[Any, l
     return figure, grid[:count]
 
 
-def _legend(figure: Any, panel: Any) -> None:
+def legend(figure: Any, panel: Any) -> None:
+    """What a panel's lines are, above all panels."""
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
 
@@ -102,7 +107,7 @@ def accuracy(findings: Findings) -> Any:
         for k, name in enumerate(findings.tasks, 1)
     ]
     titles.append("mean of the tasks so far")
-    figure, panels = _panels(count + 1, 3, 2.3, sharex=True, sharey=True)
+    figure, panels = canvas(count + 1, 3, 2.3, sharex=True, sharey=True)
     means = []
     for i, (method, seeds) in enumerate(methods.items()):
         mean, half = over_seeds(seeds, lambda s: torch.hstack([s.accuracy, s.average[:, None]]))
@@ -119,7 +124,7 @@ def accuracy(findings: Findings) -> Any:
     panels[0].set_ylim(_limits(100 * torch.stack(means)))
     figure.supxlabel("tasks learned", fontsize="medium")
     figure.supylabel("accuracy in %", fontsize="medium")
-    _legend(figure, panels[0])
+    legend(figure, panels[0])
     return figure
 
 
@@ -130,7 +135,7 @@ def matrices(findings: Findings) -> Any:
         return None
     found = {method: 100 * over_seeds(s, lambda s: s.accuracy)[0] for method, s in methods.items()}
     low, high = _limits(torch.stack(list(found.values())))
-    figure, panels = _panels(len(found), 3, 2.3)
+    figure, panels = canvas(len(found), 3, 2.3)
     for panel, (method, matrix) in zip(panels, found.items(), strict=True):
         image = panel.imshow(matrix.numpy(), cmap="cividis", vmin=max(low, 0), vmax=min(high, 100))
         panel.set_title(method, fontsize="medium")
@@ -159,7 +164,7 @@ def forgetting(findings: Findings) -> Any:
     results = {method: each for method, each in results.items() if each}
     if not results or len(findings.tasks) == 1:
         return None
-    figure, (panel,) = _panels(1, 1, 4.2)
+    figure, (panel,) = canvas(1, 1, 4.2)
     for method, each in results.items():
         x, y = ([100 * found[key] for found in each] for key in ("forgetting", "average_accuracy"))
         how = {**style(findings, method), "linestyle": ""}
@@ -172,7 +177,7 @@ def forgetting(findings: Findings) -> Any:
     panel.set_xlabel("forgetting in % points")
     panel.set_ylabel("average accuracy in %")
     panel.grid(alpha=0.3)
-    _legend(figure, panel)
+    legend(figure, panel)
     return figure
 
 
@@ -181,7 +186,7 @@ def cost(findings: Findings) -> Any:
     methods, count = begun(findings), len(findings.tasks)
     if not methods:
         return None
-    figure, panels = _panels(2, 2, 3.2)
+    figure, panels = canvas(2, 2, 3.2)
     for i, (method, seeds) in enumerate(methods.items()):
         seconds, held = (
             over_seeds(seeds, attrgetter(k))[0] for k in ("step_seconds", "held_bytes")
@@ -195,7 +200,7 @@ def cost(findings: Findings) -> Any:
         high = panel.get_ylim()[1]
         panel.set_ylim(-0.03 * high, 1.03 * high)
         _over_tasks(panel, count)
-    _legend(figure, panels[0])
+    legend(figure, panels[0])
     return figure
 
 
@@ -206,7 +211,7 @@ def importance(findings: Findings) -> Any:
         return None
     layers = list(dict.fromkeys(layer for each in found.values() for layer in each))
     height = min(max(0.35, 0.13 * len(found) + 0.15) * len(layers), 12.0)
-    figure, panels = _panels(2, 2, 0.8 + height, sharey=True)
+    figure, panels = canvas(2, 2, 0.8 + height, sharey=True)
     for i, (method, each) in enumerate(found.items()):
         y = [layers.index(layer) + 0.8 * ((i + 0.5) / len(found) - 0.5) for layer in each]
         how = {**style(findings, method), "linestyle": ""}
@@ -226,7 +231,7 @@ def importance(findings: Findings) -> Any:
     panels[1].axvline(1, color="grey", linewidth=0.8)
     panels[0].set_yticks(range(len(layers)), layers)
     panels[0].set_ylim(len(layers) - 0.5, -0.5)
-    _legend(figure, panels[0])
+    legend(figure, panels[0])
     return figure
 
 
@@ -234,7 +239,7 @@ def lam(findings: Findings) -> Any:
     """Average accuracy on validation data over lam; what was chosen has a ring."""
     if not findings.grid:
         return None
-    figure, (panel,) = _panels(1, 1, 3.6)
+    figure, (panel,) = canvas(1, 1, 3.6)
     tried = [lam for choice in findings.grid.values() for lam in choice.means]
     if min(tried) == 0:
         panel.set_xscale("symlog", linthresh=min((x for x in tried if x), default=1.0))
@@ -254,5 +259,5 @@ def lam(findings: Findings) -> Any:
     panel.set_xlabel("lam")
     panel.set_ylabel("average accuracy on validation data in %")
     panel.grid(alpha=0.3)
-    _legend(figure, panel)
+    legend(figure, panel)
     return figure

@@ -1,4 +1,4 @@
-"""The command line: mas-ext demo | run | report | info | bench."""
+"""The command line: mas-ext demo | run | report | reproduce | info | bench."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ COMMANDS = {
     "demo": "learn five tasks of handwritten digits with and without MAS, and draw the accuracies",
     "run": "compare methods on one protocol, with all that is found kept in a directory",
     "report": "show what a run found as a page with pictures, also while it goes on",
+    "reproduce": "measure again what is said of MAS and of other methods",
     "info": "show which backend is in use and why, versions, threads and GPU",
     "bench": "measure the penalty against other ways of computing it",
 }
@@ -133,6 +135,8 @@ def build_parser() -> Parser:
     report("directory", metavar="RUN", help="the directory that --out of mas-ext run was")
     report("--out", metavar="DIR", help="for report.html and its PNGs; default: RUN")
 
+    add_reproduce(add["reproduce"])
+
     add["info"].set_defaults(run=run_info)
 
     add["bench"].set_defaults(run=run_bench)
@@ -231,6 +235,22 @@ def run_report(arguments: argparse.Namespace) -> None:
     print(f"report: {report(arguments.directory, arguments.out)}")
 
 
+def add_reproduce(parser: Parser) -> None:
+    """The options of `reproduce`."""
+    from mas_ext.experiments import EXPERIMENTS
+
+    parser.set_defaults(run=run_reproduce)
+    parser.description = "Measure what is missing in DIR/NAME.json, and show what was found."
+    names = "\n".join(f"  {name:<16}{each.title}" for name, each in EXPERIMENTS.items())
+    parser.epilog = f"experiments:\n{names}"
+    add = parser.add_argument
+    add("names", metavar="NAME", nargs="*", choices=[*EXPERIMENTS, []], help="default: all")
+    add("--quick", action="store_true", help="a small one, in a few minutes")
+    add("--data", metavar="DIR", help="where data sets are; default: $MAS_EXT_DATA, ./data, ~/data")
+    default = "experiments/results, with --quick out/reproduce"
+    add("--out", metavar="DIR", help=f"for results and pictures; default: {default}")
+
+
 def run_demo(arguments: argparse.Namespace) -> None:
     """Progress on stderr, then the table and the figure's path."""
     from mas_ext import demo
@@ -239,6 +259,19 @@ def run_demo(arguments: argparse.Namespace) -> None:
         arguments.dataset, arguments.data, arguments.out, arguments.seed, arguments.epochs
     )
     print(f"\n{result.table()}\n\nlearned in {result.seconds:.0f} s; figure: {result.figure}")
+
+
+def run_reproduce(arguments: argparse.Namespace) -> None:
+    """Progress on stderr, then what was found, experiment by experiment."""
+    from mas_ext.experiments import EXPERIMENTS, reproduce
+
+    default = "out/reproduce" if arguments.quick else "experiments/results"
+    out = Path(arguments.out or default)
+    for name in arguments.names or EXPERIMENTS:
+        experiment = EXPERIMENTS[name]
+        chosen = replace(experiment.quick() if arguments.quick else experiment, data=arguments.data)
+        page = reproduce(chosen, name, out)
+        print(f"# {experiment.title}\n\n{page.text}\n\nall that was found: {out}", flush=True)
 
 
 def run_info(arguments: argparse.Namespace) -> None:

@@ -130,7 +130,7 @@ def clear(folder: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write this as JSON: tensors as lists, NaN and infinity as null."""
-    write(path, json.dumps(_defined(content), indent=1) + "\n")
+    write(path, json.dumps(defined(content), indent=1) + "\n")
 
 
 def write_matrix(path: Path, matrix: Tensor) -> None:
@@ -166,7 +166,7 @@ class Journal:
         if _place(line) in self._there:
             return False
         self._there.add(_place(line))
-        self._file.write(json.dumps(_defined(line)).encode() + b"\n")
+        self._file.write(json.dumps(defined(line)).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         return True
@@ -180,13 +180,14 @@ def _place(line: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(line[key] for key in ("method", "seed", "lam", "purpose", "task", "epoch"))
 
 
-def _defined(content: Any) -> Any:
+def defined(content: Any) -> Any:
+    """What JSON can have of this: tensors as lists, NaN and infinity as None."""
     if isinstance(content, Tensor):
         content = content.tolist()
     if isinstance(content, Mapping):
-        return {key: _defined(value) for key, value in content.items()}
+        return {key: defined(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_defined(value) for value in content]
+        return [defined(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

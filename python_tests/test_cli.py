@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and with which exit code."""
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from test_data import idx
 import mas_ext
 from mas_ext import benchmarks, config
 from mas_ext.cli import COMMANDS, main
+from mas_ext.experiments import EXPERIMENTS, Results
 from mas_ext.methods import METHODS
 
 
@@ -30,7 +32,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("dmeo", "did you mean 'demo'?"),
         ("inof", "did you mean 'info'?"),
         ("benchmark", "did you mean 'bench'?"),
-        ("qqq", "choose from demo, run, report, info, bench"),
+        ("qqq", "choose from demo, run, report, reproduce, info, bench"),
     ],
 )
 def test_unknown_command(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +67,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit.value.code == 0
     out = capsys.readouterr().out
     for name in COMMANDS:
-        assert f"\n    {name} " in out
+        assert re.search(rf"\n    {name}\s", out)
 
 
 def test_info_prints_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,3 +204,20 @@ def test_help_of_run_tells_every_default(capsys: pytest.CaptureFixture[str]) -> 
             assert f"default: {value}" in " ".join(out.split())
     for name in METHODS:
         assert name in out
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_reproduce(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is there is shown and not measured again; an unknown name is refused."""
+    results = Results(tmp_path / "split-mnist.json", EXPERIMENTS["split-mnist"].quick().protocol())
+    for cell in EXPERIMENTS["split-mnist"].quick().plan(results):
+        found = {"average_accuracy": 0.5, "forgetting": 0.25, "validation_accuracy": 0.5}
+        results.add(cell, found, 1.0)
+    written = results.path.read_bytes()
+    assert main(["reproduce", "split-mnist", "--quick", "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "# Split MNIST, as published\n" in out
+    assert "| `finetune` | 50.00 | 93.46 | 25.00 |" in out
+    assert not err
+    assert results.path.read_bytes() == written
+    assert "'spilt-mnist'" in refused(["reproduce", "spilt-mnist"], capsys)

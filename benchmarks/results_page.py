@@ -1,0 +1,32 @@
+"""Writes the tables and pictures of docs/RESULTS.md from what the experiments found so far.
+
+python benchmarks/results_page.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common import fill
+
+from mas_ext.experiments import EXPERIMENTS, Results, draw
+
+ROOT = Path(__file__).parents[1]
+FOUND = ROOT / "experiments" / "results"
+
+
+def main() -> None:
+    """Replace what stands between the page's marks."""
+    parts = {}
+    for name, experiment in EXPERIMENTS.items():
+        path = FOUND / f"{name}.json"
+        if path.exists():
+            page = draw(experiment, Results(path, experiment.protocol()), FOUND)
+            parts[name] = page.text.replace(f"]({name}", f"](../experiments/results/{name}")
+        else:
+            parts[name] = "Not measured yet."
+    fill(ROOT / "docs" / "RESULTS.md", parts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""What is said of MAS and of other methods, measured: one file an experiment."""
+
+from __future__ import annotations
+
+from mas_ext.experiments.experiment import Experiment, Page, Results, draw, reproduce
+from mas_ext.experiments.split_mnist import SplitMNIST
+
+__all__ = ["EXPERIMENTS", "Experiment", "Page", "Results", "draw", "reproduce"]
+
+# In the order in which they are told.
+EXPERIMENTS: dict[str, Experiment] = {
+    "split-mnist": SplitMNIST(),
+}

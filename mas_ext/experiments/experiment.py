@@ -1,0 +1,175 @@
+"""What an experiment is: cells that are measured one by one, and what is shown of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from mas_ext import record
+
+# One thing to measure, such as a method with a seed: names and JSON values, which nothing else decides.
+Cell = dict[str, Any]
+# What was measured, as JSON.
+Found = dict[str, Any]
+
+
+class Page(NamedTuple):
+    """Markdown, and figures of matplotlib by the file names under which it shows them."""
+
+    text: str
+    figures: Mapping[str, Any] = {}
+
+
+class Results:
+    """What is known of an experiment's cells: a file of JSON, which is written anew with every cell.
+
+    protocol: what all cells have in common. machines: where they were measured, see record.environment.
+    cells: a list of {cell, found, machine: its position, date, seconds}, in the order in which they came.
+    """
+
+    def __init__(self, path: Path, protocol: Mapping[str, Any]) -> None:
+        """Read the file, or begin with nothing.
+
+        Raises:
+            ValueError: it is no such file, or has another protocol.
+        """
+        self.path, self.protocol = path, json.loads(json.dumps(protocol))
+        self.machines: list[dict[str, Any]] = []
+        self.entries: list[dict[str, Any]] = []
+        if path.exists():
+            try:
+                known = json.loads(path.read_bytes())
+                there, self.machines, self.entries = (
+                    known[key] for key in ("protocol", "machines", "cells")
+                )
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}: got a damaged file ({error!r})") from error
+            if there != self.protocol:
+                raise ValueError(
+                    f"{path}: got results of the protocol {there}, expected {self.protocol}; "
+                    "move the file away to measure anew"
+                )
+        self._found = {_key(entry["cell"]): entry["found"] for entry in self.entries}
+
+    def __contains__(self, cell: Cell) -> bool:
+        return _key(cell) in self._found
+
+    def __getitem__(self, cell: Cell) -> Found:
+        found: Found = self._found[_key(cell)]
+        return found
+
+    def where(self, **values: Any) -> list[tuple[Cell, Found]]:
+        """The cells that have these values, with what was found."""
+        return [
+            (entry["cell"], entry["found"])
+            for entry in self.entries
+            if all(name in entry["cell"] and entry["cell"][name] == values[name] for name in values)
+        ]
+
+    def add(self, cell: Cell, found: Found, seconds: float) -> None:
+        """Keep what was found here and now, in `seconds`, and write the file."""
+        here = record.environment()
+        date = here.pop("started")[:10]
+        if here not in self.machines:
+            self.machines.append(here)
+        entry = {"cell": cell, "found": record.defined(found)}
+        made = {"machine": self.machines.index(here), "date": date, "seconds": round(seconds, 2)}
+        self.entries.append({**entry, **made})
+        self._found[_key(cell)] = entry["found"]
+        parts = {"protocol": self.protocol, "machines": self.machines, "cells": self.entries}
+        # A line a cell, so that one sees what came with a later run.
+        lines = ",\n".join(
+            f'"{name}": '
+            + (
+                json.dumps(part)
+                if isinstance(part, dict)
+                else "[\n" + ",\n".join(map(json.dumps, part)) + "\n]"
+            )
+            for name, part in parts.items()
+        )
+        record.write(self.path, "{\n" + lines + "\n}\n")
+
+    def place(self) -> str:
+        """Where, when and how long, in words."""
+        machines = "; ".join(
+            f"{each['gpu'] or each['cpu']}, {each['threads']} thread{'s'[: each['threads'] != 1]}, torch "
+            f"{each['torch']}"
+            for each in self.machines
+        )
+        dates = sorted({entry["date"] for entry in self.entries})
+        hours = sum(entry["seconds"] for entry in self.entries) / 3600
+        when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+        return f"{machines}; {when}; {hours:.2g} hours for {len(self.entries)} measurements."
+
+
+def _key(cell: Cell) -> str:
+    return json.dumps(cell, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Experiment(ABC):
+    """A claim, measured. Subclasses are dataclasses whose fields say how much is measured.
+
+    data: folder of the data sets, see mas_ext.data.load.
+    """
+
+    title: ClassVar[str]
+    data: str | None = None
+
+    @abstractmethod
+    def quick(self) -> Experiment:
+        """The same at a size that takes a minute or two."""
+
+    @abstractmethod
+    def protocol(self) -> dict[str, Any]:
+        """What all cells have in common, as JSON: results of another protocol are not mixed with these."""
+
+    @abstractmethod
+    def plan(self, results: Results) -> Iterator[Cell]:
+        """What is to be measured, in this order: `results` has a cell when the next one is asked for."""
+
+    @abstractmethod
+    def measure(self, cell: Cell) -> Found:
+        """Measure one cell. By the cell and the protocol alone."""
+
+    @abstractmethod
+    def show(self, results: Results) -> Page:
+        """What was found so far, of which there is something."""
+
+
+def reproduce(experiment: Experiment, name: str, out: Path) -> Page:
+    """Measure what is missing in `out`/`name`.json, with progress on stderr, and show what was found.
+
+    Figures are written beside the file. It can be stopped at any time: what is there is not measured again.
+
+    Raises:
+        ValueError: the file is damaged, or has another protocol.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    record.clear(out)
+    results = Results(out / f"{name}.json", experiment.protocol())
+    for cell in experiment.plan(results):
+        if cell not in results:
+            start = time.perf_counter()
+            found = experiment.measure(cell)
+            seconds = time.perf_counter() - start
+            results.add(cell, found, seconds)
+            now = datetime.now(timezone.utc).isoformat(" ", "seconds")[:19]
+            what = " ".join(f"{key} {value}" for key, value in cell.items() if value is not None)
+            print(f"{now} {name}, {what}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    return draw(experiment, results, out)
+
+
+def draw(experiment: Experiment, results: Results, folder: Path) -> Page:
+    """What was found, with the figures written into a folder as PNGs."""
+    page = experiment.show(results)
+    for name, figure in page.figures.items():
+        figure.savefig(folder / name, dpi=110)
+    return page

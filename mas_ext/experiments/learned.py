@@ -1,0 +1,67 @@
+"""What experiments that train share: a scenario learned once as a cell, and lam chosen on validation data."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import cast
+
+from mas_ext.config import Config, Purpose
+from mas_ext.experiments.experiment import Cell, Found, Results
+from mas_ext.methods import Method
+from mas_ext.runs import Diverged, learn
+from mas_ext.scenarios import Scenario
+from mas_ext.summary import summary
+
+# Every method's lam is one of these decades.
+GRID = (1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
+
+# Seeds that lam is chosen with, apart from those of the results.
+CHOOSING_SEED = 1000
+
+
+def measured(
+    protocol: Config, scenario: Scenario, method: Method, seed: int, purpose: Purpose
+) -> Found:
+    """The scenario learned once: `mas_ext.summary.summary` and accuracy, (T, T), or diverged and why."""
+    try:
+        result = learn(protocol, scenario, method, seed, purpose)
+    except Diverged as error:
+        return {"diverged": str(error)}
+    found = summary(result, [task.name for task in scenario.tasks], None)
+    return {**found, "accuracy": result.accuracy}
+
+
+def choose(
+    results: Results, cell: Cell, grid: tuple[float, ...] = GRID
+) -> Generator[Cell, None, float | None]:
+    """Ask for what is needed to choose the lam of `cell`; returns it, None where all diverged.
+
+    Every second value of the grid is tried, then those beside the best: the one of the largest validation
+    accuracy, of equal ones the smallest.
+    """
+
+    def score(lam: float) -> float:
+        found = results[{**cell, "lam": lam}]
+        return -1.0 if "diverged" in found else float(found["validation_accuracy"])
+
+    coarse = grid[1::2]
+    for lam in coarse:
+        yield {**cell, "lam": lam}
+    best = max(coarse, key=score)
+    near = grid[grid.index(best) - 1 : grid.index(best) + 2]
+    for lam in near:
+        yield {**cell, "lam": lam}
+    best = max(near, key=score)
+    return best if score(best) >= 0 else None
+
+
+def chosen(results: Results, cell: Cell, grid: tuple[float, ...] = GRID) -> float | None:
+    """What `choose` returned; None, too, where it did not get there yet."""
+    asking = choose(results, cell, grid)
+    while True:
+        try:
+            needed = next(asking)
+        except StopIteration as stop:
+            return cast("float | None", stop.value)
+        if needed not in results:
+            return None
