@@ -12,7 +12,7 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) $(BIN)/
 CXX_FILES := $(shell find csrc python_tests/emulation -type f)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml $(CONSTRAINTS)
 
-.PHONY: demo test tests bench reproduce lint format emulated clean
+.PHONY: demo test tests bench reproduce docs lint format emulated clean
 
 demo: .venv/demo.stamp
 	$(BIN)/mas-ext demo
@@ -31,6 +31,9 @@ bench: .venv/demo.stamp
 reproduce: .venv/demo.stamp
 	$(BIN)/mas-ext reproduce
 	$(BIN)/python benchmarks/results_page.py
+
+docs: .venv/docs.stamp
+	$(BIN)/mkdocs build --clean
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check
@@ -71,3 +74,7 @@ $(BIN)/pip:
 	MAS_EXT_REQUIRE_NATIVE=1 SKBUILD_CMAKE_DEFINE=MAS_EXT_WARNINGS_AS_ERRORS=ON \
 	  $(PIP) install --editable ".[dev]"
 	touch .venv/demo.stamp $@
+
+.venv/docs.stamp: .venv/dev.stamp
+	$(PIP) install --editable ".[docs]"
+	touch $@

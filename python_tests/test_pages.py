@@ -1,0 +1,47 @@
+"""The programs in README and documentation run as they stand, page by page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROGRAMS = {
+    str(page.relative_to(ROOT)): re.findall(
+        r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+    )
+    for page in PAGES
+}
+
+
+def data() -> TensorDataset:
+    y = torch.arange(60) % 3
+    return TensorDataset(torch.randn(60, 3) + 3 * torch.eye(3)[y], y)
+
+
+def run(page: str) -> dict[str, Any]:
+    """All programs of a page, one after the other, with what the README's reader has; what they left."""
+    torch.manual_seed(0)
+    names: dict[str, Any] = {name: data() for name in ("train_a", "test_a", "train_b", "test_b")}
+    for program in PROGRAMS[page]:
+        exec(program, names)
+    return names
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("page", [page for page, found in PROGRAMS.items() if found])
+def test_programs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run(page)
+    if page == "README.md":
+        assert (tmp_path / "penalty.safetensors").exists()
+        assert names["result"].accuracy.shape == (2, 2)
+        assert str(names["result"].forgetting) in capsys.readouterr().out
