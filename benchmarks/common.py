@@ -65,6 +65,16 @@ def bars(
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def save(result: Mapping[str, Any], what: str, path: Path | None) -> Path:
+    """Write a result as JSON, by default as benchmarks/results/WHAT_MODEL_DEVICE.json."""
+    name = f"{what}_{result['model']}_{result['device'].replace(':', '')}.json"
+    path = path or RESULTS / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"\nwritten: {path}")
+    return path
+
+
 def write(
     result: Mapping[str, Any],
     what: str,
@@ -72,15 +82,12 @@ def write(
     path: Path | None,
     picture: Path | None,
 ) -> None:
-    """Write a result as JSON and as a plot, by default as benchmarks/results/WHAT_MODEL_DEVICE."""
-    name = f"{what}_{result['model']}_{result['device'].replace(':', '')}.json"
-    path = path or RESULTS / name
+    """Write a result as JSON and as a plot, by default beside it."""
+    path = save(result, what, path)
     picture = picture or path.with_suffix(".png")
-    for file in (path, picture):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    picture.parent.mkdir(parents=True, exist_ok=True)
     plot(result, picture)
-    print(f"\nwritten: {path}, {picture}")
+    print(f"written: {picture}")
 
 
 def fill(document: Path, parts: Mapping[str, str]) -> None:

@@ -182,3 +182,16 @@ def test_calls_take_turns() -> None:
     assert log[:6] == ["a"] * 3 + ["b"] * 3
     rounds = "".join(log[6:])
     assert {rounds[i : i + 4] for i in range(0, 80, 4)} == {".a.b", ".b.a"}
+
+
+def test_slow_calls_are_tried_once_and_a_limit_ends_the_repeats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[int] = []
+    clock = iter(range(100))
+    monkeypatch.setattr(timing, "seconds", lambda call, number, device: log.append(number) or 1.5)
+    monkeypatch.setattr(timing, "perf_counter", lambda: next(clock))
+    taken = timing.in_turns([lambda: None], 9, "cpu", lambda: None, 0.02, limit=2.0)
+    # The clock is read at the begin, 0, and before the fourth repeat, 1, the fifth, 2, and the sixth, 3.
+    assert taken == [[1.5] * 5]
+    assert log == [1] * 6

@@ -2,55 +2,125 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from torch.nn import functional as F
+from torch import Tensor
 
-from mas_ext import models
 from mas_ext.benchmarks import step
+from mas_ext.benchmarks.workloads import Workload, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+OWN = ["attach", "attach, proximal", "add_grad_", "penalty() in the loss"]
 
-def test_every_form_but_the_proximal_has_the_gradient_of_the_same_loss() -> None:
-    torch.manual_seed(0)
-    network = models.mlp((6,), (5,))
-    network.add_head(3)
-    x, y = torch.randn(8, 6), torch.arange(8) % 3
+
+def gradients(workload: Workload) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in workload.network.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_every_form_but_the_proximal_has_the_gradient_of_the_same_loss(optimizer: str) -> None:
+    workload = build("mlp", samples=4)
+    forms = list(step._forms(workload, optimizer, [2], {}))
     with torch.no_grad():
-        start = {n: p.clone() for n, p in network.named_parameters()}
+        for p in workload.network.parameters():
+            p += 1.0  # away from the anchors
+    start = {n: p.detach().clone() for n, p in workload.network.named_parameters()}
     found = {}
-    for name in step.FORMS:
-        model = copy.deepcopy(network)
-        act = step._step(name, 2, model, "sgd", lambda z: F.cross_entropy(z, y), x)
+    for form in forms:
         with torch.no_grad():
-            for p in model.parameters():
-                p += 1.0  # away from the anchors
-        act()
-        found[name] = {n: p.grad for n, p in model.named_parameters()}
+            for n, p in workload.network.named_parameters():
+                p.copy_(start[n])
+        form.step()
+        found[form.name] = gradients(workload)
     generator = torch.Generator().manual_seed(1)
     for n, p in start.items():
         noise = torch.rand(p.shape, generator=generator)
         plain = found[step.PLAIN][n]
-        assert plain is not None
         omega = noise + (noise + 0.01)  # of two tasks
-        for name in ("attach", "add_grad_", "penalty() in the loss", step.EAGER):
+        for name in found.keys() - {step.PLAIN, "attach, proximal"}:
             torch.testing.assert_close(found[name][n], plain + 2 * 0.1 * omega)
         torch.testing.assert_close(found["attach, proximal"][n], plain)
+    assert [*OWN, step.EAGER] == [
+        f.name for f in forms if f.name not in (step.PLAIN, step.AVALANCHE)
+    ]
+
+
+def test_the_proximal_form_moves_and_momentum_is_shared() -> None:
+    workload = build("mlp", samples=4)
+    forms = {f.name: f for f in step._forms(workload, "sgd", [1], {})}
+    (weight, *_) = workload.network.parameters()
+    with torch.no_grad():
+        weight += 1.0
+    before = weight.detach().clone()
+    forms["attach, proximal"].step()
+    generator = torch.Generator().manual_seed(1)
+    omega = torch.rand(weight.shape, generator=generator).double()
+    c = 2 * (1e-9 / (1 - 0.9)) * 0.1 * omega
+    # The anchor is 1 below; a step of 1e-9 is below what float32 shows of numbers near 1.
+    torch.testing.assert_close(weight.double(), before - c / (1 + c), rtol=0, atol=2e-7)
+    states = [f.step.args[1].state for f in forms.values()]  # type: ignore[attr-defined]
+    assert all(state is states[0] for state in states)
+    assert len(states[0]) == 6
 
 
 def test_rows() -> None:
-    result = step.run("mlp", "adamw", tasks=[2, 1], repeats=2)
-    rows = [(row["name"], row["tasks"]) for row in result["forms"]]
-    own = ["attach", "attach, proximal", "add_grad_", "penalty() in the loss", "eager autograd"]
-    assert rows == [("no penalty", 0), *((name, 1) for name in own), ("attach", 2)]
+    result = step.run("mlp", "adamw", tasks=[2, 1], samples=8, repeats=2)
+    rows = [(row["name"], row["tasks"]) for row in result["forms"] if row["name"] != step.AVALANCHE]
+    own = [*((name, 1) for name in OWN), (step.EAGER, 1)]
+    assert rows == [(step.PLAIN, 0), *own, ("attach", 2), (step.EAGER, 2)]
     assert result["forms"][0]["extra"] == {"median": 0, "low": 0, "high": 0}
-    assert result["parameters"] == 478_410
+    assert (result["parameters"], result["tensors"]) == (478_410, 6)
+    assert (result["shape"], result["repeats"], result["dtype"]) == ([8, 784], 2, "float32")
     lines = step.table(result).splitlines()
-    assert len(lines) == 2 + len(rows)
-    assert "eager autograd" in lines[7]
+    assert len(lines) == 2 + len(result["forms"]) + len(result["skipped"])
+    assert lines[3].startswith("attach ")
+
+
+def test_bytes() -> None:
+    """Counted by hand: float32 parameters, gradients, moments; omega and anchor of 4 bytes each."""
+    result = step.run("mlp", "adamw", tasks=[1, 3], samples=8, repeats=1)
+    rows = {(row["name"], row["tasks"]): row for row in result["forms"]}
+    size = 478_410
+    moved = {"attach": 20, "attach, proximal": 20, "add_grad_": 20, "penalty() in the loss": 40}
+    for name, bytes_each in moved.items():
+        row = rows[name, 1]
+        assert row["moved"] == bytes_each * size
+        assert row["held"] == pytest.approx(8 * size, rel=1e-3)  # tensors begin on cache lines
+        longer = row["extra_seconds"]["median"]
+        best = max(result["bandwidth"].values())
+        expected = pytest.approx(bytes_each * size / longer / best) if longer > 0 else None
+        assert row["fraction"] == expected
+    assert rows["attach", 3]["held"] == rows["attach", 1]["held"]
+    assert rows[step.EAGER, 3]["held"] == 3 * 8 * size
+    # Without a penalty: gradients, and what AdamW takes for one tensor; eager autograd saves what it squares.
+    assert 4 * size < rows[step.PLAIN, 0]["peak"] < 10 * size
+    for name in ("attach", "attach, proximal", "add_grad_"):
+        assert 8 * size <= rows[name, 1]["extra_memory"] < 8.1 * size
+    assert rows[step.EAGER, 1]["extra_memory"] > 12 * size
+    assert rows[step.EAGER, 3]["extra_memory"] > 3 * 12 * size
+
+
+def test_bfloat16_parameters_with_float32_state() -> None:
+    result = step.run("mlp", "sgd", dtype="bfloat16", tasks=[1], samples=8, repeats=1)
+    rows = {row["name"]: row for row in result["forms"]}
+    size = 478_410
+    assert rows["attach"]["held"] == pytest.approx(8 * size, rel=1e-3)
+    assert rows["attach"]["moved"] == (2 + 8 + 2 * 2) * size
+    assert rows["attach, proximal"]["moved"] == (2 + 8 + 2) * size
+    assert rows[step.EAGER]["held"] == 4 * size
+
+
+def test_eager_autograd_is_left_out_where_it_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "eager_fits", lambda tasks, theta: tasks < 2)
+    result = step.run("mlp", tasks=[1, 2], samples=8, repeats=1)
+    assert [row["tasks"] for row in result["forms"] if row["name"] == step.EAGER] == [1]
+    assert result["skipped"]["eager autograd, 2 tasks"] == "needs more than half of the memory"
+
+
+def test_a_limit_of_time_leaves_three_repeats() -> None:
+    result = step.run("mlp", tasks=[1], samples=8, repeats=9, limit=0.0)
+    assert result["repeats"] == 3
 
 
 def test_what_is_refused() -> None:
@@ -58,5 +128,7 @@ def test_what_is_refused() -> None:
         step.run("vgg")
     with pytest.raises(ValueError, match="optimizer: got 'lion', expected one of sgd"):
         step.run("mlp", "lion")
+    with pytest.raises(ValueError, match="dtype: got 'float8', expected one of float32, bfloat16"):
+        step.run("mlp", dtype="float8")
     with pytest.raises(ValueError, match=r"tasks, repeats: got \[0\], 31"):
         step.run("mlp", tasks=[0])

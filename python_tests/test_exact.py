@@ -15,12 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import peak
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import ANY, CASES, Case, Wired
 
 from mas_ext import estimate_importance
+from mas_ext.benchmarks.memory import peak
 from mas_ext.importance import ImportanceSum
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -50,8 +50,8 @@ INSIDE = {
     "kernels": [{"ops"}, {"per_sample_native"}, {"native"}, {"reference"}],
     "benchmarks": [
         {"penalty", "importance", "step"},
-        {"forms", "gradients", "networks"},
-        {"timing"},
+        {"forms", "gradients", "networks", "workloads", "copies"},
+        {"timing", "memory"},
     ],
 }
 

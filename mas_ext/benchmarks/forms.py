@@ -110,13 +110,14 @@ class Case:
         torch._foreach_copy_(self.theta, self.start)
         torch._foreach_zero_(self.grads)
 
-    def eager_fits(self, tasks: int) -> bool:
-        """Whether eager autograd over so many tasks, what it saves included, fits half the memory."""
-        if self.theta[0].is_cuda:
-            memory = torch.cuda.mem_get_info(self.theta[0].device)[1]
-        else:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return 4 * tasks * self.parameters * self.element_size <= memory / 2
+
+def eager_fits(tasks: int, theta: Sequence[Tensor]) -> bool:
+    """Whether eager autograd over so many tasks, what it saves included, fits half the memory."""
+    if theta[0].is_cuda:
+        memory = torch.cuda.mem_get_info(theta[0].device)[1]
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 4 * tasks * sum(p.nbytes for p in theta) <= memory / 2
 
 
 def build(model: str, device: str, dtype: torch.dtype, tasks: Sequence[int]) -> Case:
@@ -137,7 +138,7 @@ def build(model: str, device: str, dtype: torch.dtype, tasks: Sequence[int]) -> 
     for t in range(1, max(tasks) + 1):
         omega, anchor = case.task(t)
         state.add_task(dict(zip(names, anchor, strict=True)), dict(zip(names, omega, strict=True)))
-        if t == 1 or any(t <= n and case.eager_fits(n) for n in tasks):
+        if t == 1 or any(t <= n and eager_fits(n, theta) for n in tasks):
             case.history.append((omega, anchor))
         if t in tasks:
             case.merged[t] = FusedMASPenalty(module, LAM, merge="sum")
@@ -189,10 +190,8 @@ def own_forms(case: Case) -> Iterator[Form]:
     """This library's; add_grad_ after the fewest tasks comes first."""
     size = case.element_size
     for tasks, penalty in case.merged.items():
-        states = [*penalty.omega.values(), *penalty.anchor.values()]
-        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in states)}
-        held = sum(storages.values()) / case.parameters
-        read = size + states[0].element_size() + states[-1].element_size()
+        held = held_bytes(penalty) / case.parameters
+        read = size + state_bytes(penalty)
         yield Form("add_grad_", tasks, "gradient", penalty.add_grad_, held, read + 2 * size)
         if tasks == 1:
             loss, step = partial(_backward, penalty), partial(penalty.proximal_, case.theta, ETA)
@@ -201,6 +200,19 @@ def own_forms(case: Case) -> Iterator[Form]:
             yield Form("penalty() + backward", 1, "gradient", loss, held, 2 * read + 4 * size)
             yield Form("penalty(), value only", 1, "value", value, held, read)
             yield Form("proximal_", 1, "step", step, held, read + size)
+
+
+def held_bytes(penalty: FusedMASPenalty) -> int:
+    """What the penalty's omega and anchors take."""
+    states = [*penalty.omega.values(), *penalty.anchor.values()]
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in states)}
+    return sum(storages.values())
+
+
+def state_bytes(penalty: FusedMASPenalty) -> int:
+    """Bytes of one omega and one anchor."""
+    states = [*penalty.omega.values(), *penalty.anchor.values()]
+    return states[0].element_size() + states[-1].element_size()
 
 
 def other_forms(case: Case) -> Iterator[Form]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mas_ext.benchmarks import memory as allocator
 from mas_ext.benchmarks.gradients import APPROXIMATION, FORMS, OWN, TRAINING, Call, loop
 from mas_ext.benchmarks.networks import NETWORKS, build
 from mas_ext.benchmarks.timing import SAMPLE_SECONDS, check_device, in_turns, median, seconds
@@ -182,10 +183,7 @@ def peak(model: str, samples: int | None, device: str, form: str) -> int:
 def _peak_cuda(model: str, samples: int | None, device: str, form: str) -> int:
     network, x = build(model, samples, device)
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    _call_twice(form, network, x)
-    return torch.cuda.max_memory_allocated(device) - before
+    return allocator.peak(lambda: _call_twice(form, network, x), device)
 
 
 def _peak_cpu(model: str, samples: int | None, form: str, threads: int) -> int:

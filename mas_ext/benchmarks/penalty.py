@@ -6,20 +6,16 @@ the machine does hits all of them alike. Then each form's result is checked agai
 
 from __future__ import annotations
 
-import ctypes
-import os
 import statistics
-import subprocess
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mas_ext.benchmarks.copies import plain_copies
 from mas_ext.benchmarks.forms import (
     MODELS,
     Case,
@@ -40,13 +36,6 @@ TOLERANCE = {
     torch.float16: 5e-3,
     torch.bfloat16: 4e-2,
 }
-STREAMING_COPY = """
-#include <emmintrin.h>
-void copy(float *to, const float *from, long size) {
-  for (long i = 0; i < size; i += 4) _mm_stream_ps(to + i, _mm_load_ps(from + i));
-  _mm_sfence();
-}
-"""
 
 
 def run(
@@ -93,8 +82,8 @@ def run(
     forms, compile_seconds = _usable(case, skipped)
     touched = (forms[0].moved - case.element_size) * case.parameters
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        copies = _copies(touched, device, pool, skipped)
-        calls = [*copies.values(), *(form.call for form in forms)]
+        moved = plain_copies(touched, device, pool, skipped)
+        calls = [*moved.values(), *(form.call for form in forms)]
         warm = in_turns(calls, repeats, device, case.reset, SAMPLE_SECONDS)
         other = torch.ones(OTHER_BYTES // 4, device=device)
 
@@ -115,8 +104,8 @@ def run(
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "repeats": repeats,
-        **_summary(case, forms, [*copies], touched, warm),
-        "cold": _summary(case, forms, [*copies], touched, cold),
+        **_summary(case, forms, [*moved], touched, warm),
+        "cold": _summary(case, forms, [*moved], touched, cold),
         "compile_seconds": compile_seconds,
         "skipped": skipped,
     }
@@ -191,47 +180,6 @@ def _check(case: Case, form: Form, expected: Sequence[Tensor]) -> None:
             f"{form.name}, {form.tasks} tasks: got a {form.kind} that is {max(errors) / largest:.2g} "
             f"off, expected at most {tolerance:.2g}"
         )
-
-
-def _copies(
-    size: int, device: str, pool: ThreadPoolExecutor, skipped: dict[str, str]
-) -> dict[str, Callable[[], object]]:
-    """Copies that read and write `size` bytes in all, on as many threads as torch uses."""
-    threads = torch.get_num_threads()
-    part = size // 8 // threads // 4 * 4
-    # Written to, because untouched pages are all one page, which stays in the cache.
-    source, target = (torch.ones(part * threads, device=device) for _ in range(2))
-    copies: dict[str, Callable[[], object]] = {"Tensor.copy_": partial(target.copy_, source)}
-    if device == "cpu":
-        try:
-            stream = _streaming_copy()
-        except (OSError, subprocess.CalledProcessError) as error:
-            skipped["streaming copy"] = str(error)
-        else:
-
-            def move(i: int) -> None:
-                begin = 4 * part * i
-                stream(target.data_ptr() + begin, source.data_ptr() + begin, part)
-
-            copies["streaming copy"] = lambda: [*pool.map(move, range(threads))]
-    return copies
-
-
-def _streaming_copy() -> Callable[[int, int, int], None]:
-    """copy(to, from, floats) past the caches, which no library at hand does: compiled here."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = os.path.join(folder, "copy.so")
-        compiler = [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-x", "c", "-"]
-        subprocess.run(
-            [*compiler, "-o", library],
-            input=STREAMING_COPY,
-            text=True,
-            check=True,
-            capture_output=True,
-        )
-        copy = ctypes.CDLL(library).copy
-    copy.argtypes, copy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long), None
-    return copy
 
 
 def _launches(call: Callable[[], object]) -> int:

@@ -1,182 +1,289 @@
 """Measures whole training steps: without a penalty, with each of this library's forms, and as others write it.
 
-Every form has a model and an optimizer of its own, all with the same first weights and the same batch; all take
-turns within every repeat.
+All forms train one network, whose weights hardly move, and take turns within every repeat, together with plain
+copies of memory.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.optim import Optimizer
 
-from mas_ext import models
+from mas_ext.benchmarks import memory
+from mas_ext.benchmarks.copies import plain_copies
+from mas_ext.benchmarks.forms import eager_fits, held_bytes, state_bytes
 from mas_ext.benchmarks.timing import SAMPLE_SECONDS, check_device, in_turns, median
+from mas_ext.benchmarks.workloads import WORKLOADS, Workload, build
+from mas_ext.parameters import named_parameters
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.settings import OPTIMIZERS
 
-PLAIN, EAGER = "no penalty", "eager autograd"
+PLAIN, EAGER, AVALANCHE = "no penalty", "eager autograd", "Avalanche's MASPlugin"
+DTYPES = ("float32", "bfloat16")
 LAM = 0.1
-# Network of `models.MODELS`, the shape of one sample, and the number of samples in a batch.
-NETWORKS = {"mlp": ((784,), 128), "resnet18": ((3, 32, 32), 32), "resnet32": ((3, 32, 32), 32)}
+# Too small a step to change what is measured: weights stay what they are.
+LR = 1e-9
+COPIED_BYTES = 1 << 28  # more than caches hold
+
+# What becomes of the loss before backward().
+Before = Callable[[Tensor], Tensor]
 
 
 def run(
     model: str = "mlp",
     optimizer: str = "sgd",
     device: str = "cpu",
+    dtype: str = "float32",
     tasks: Sequence[int] = (1, 10, 100),
+    samples: int | None = None,
     repeats: int = 31,
+    limit: float = math.inf,
 ) -> dict[str, Any]:
     """Measure the step of one network with every form.
 
     Args:
-        model: "mlp" (784-400-400-10, 128 samples), "resnet18" or "resnet32" (32 x 32, 32 samples).
+        model: "mlp" (784-400-400-10, 128 samples), "resnet18" (32 x 32, 32 samples), "resnet50" (64 x 64, 8
+            samples), "vit_b" (ViT-B/16, 2 samples) or "gpt2" (small, 2 x 64 tokens); the last three need
+            transformers.
         optimizer: "sgd" (momentum 0.9), "adam" or "adamw".
         device: "cpu" or a CUDA device.
-        tasks: numbers of consolidated tasks for attach, the first of them for the other forms.
+        dtype: of the parameters, "float32" or "bfloat16"; importance and anchors are float32 in both.
+        tasks: numbers of consolidated tasks, for attach and eager autograd; the first for the other forms.
+        samples: in the batch, None for those above.
         repeats: rounds in which all forms take their turn.
+        limit: seconds after which no further round begins, once there are three.
 
     Returns:
-        Numbers and words that JSON can hold. `forms`: dicts with `name`, `tasks`, `seconds` of a step, and
-        `extra`: by which share it is longer than without a penalty, paired within each repeat (both with
-        median, low, high).
+        Numbers and words that JSON can hold. `bandwidth`: bytes per second, by kind of copy. `forms`: dicts
+        with `name`, `tasks`, `seconds` of a step, `extra` and `extra_seconds`, by which share and by how much
+        it is longer than without a penalty, paired within each repeat (all with median, low, high); bytes:
+        `held` by the penalty's state, `peak` of a step above that at its begin, without gradients, and
+        `extra_memory`, held + peak - the peak without a penalty; `moved`: bytes that the penalty has to
+        move at the least, and `fraction` = moved / extra_seconds / best bandwidth, both None where they
+        can't be told. `skipped`: why a form is missing.
 
     Raises:
         ValueError: an argument that is not one of the choices.
+        ImportError: a model that needs transformers, where that is not installed.
     """
-    if model not in NETWORKS:
-        raise ValueError(f"model: got {model!r}, expected one of {', '.join(NETWORKS)}")
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer: got {optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
+    choices = (("model", model, WORKLOADS), ("optimizer", optimizer, OPTIMIZERS))
+    for name, got, known in (*choices, ("dtype", dtype, DTYPES)):
+        if got not in known:
+            raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(known)}")
     check_device(device)
     if repeats < 1 or min(tasks, default=0) < 1:
         raise ValueError(f"tasks, repeats: got {tasks}, {repeats}, expected numbers from 1 up")
-    shape, samples = NETWORKS[model]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = models.build(model, shape)
-        network.add_head(10)
-        x, y = torch.randn(samples, *shape).to(device), torch.randint(10, (samples,)).to(device)
-    network.to(device)
-    first = min(tasks)
-    forms = [(name, 0 if name == PLAIN else first) for name in FORMS]
-    forms += [("attach", t) for t in sorted(tasks) if t != first]
-    calls = [
-        _step(name, t, copy.deepcopy(network), optimizer, partial(F.cross_entropy, target=y), x)
-        for name, t in forms
-    ]
-    taken = in_turns(calls, repeats, device, lambda: None, SAMPLE_SECONDS)
+    workload = build(model, samples, device, getattr(torch, dtype))
+    skipped: dict[str, str] = {}
+    forms = list(_forms(workload, optimizer, sorted(set(tasks)), skipped))
+    parameters = [*named_parameters(workload.network).values()]
+    peaks = [_peak(form, parameters, device) for form in forms]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        copies = plain_copies(COPIED_BYTES, device, pool, skipped)
+        calls = [*copies.values(), *(form.step for form in forms)]
+        samples_taken = in_turns(calls, repeats, device, lambda: None, SAMPLE_SECONDS, limit)
+    copied = zip(copies, samples_taken, strict=False)
+    bandwidth = {name: COPIED_BYTES / median(taken)["median"] for name, taken in copied}
+    taken = samples_taken[len(copies) :]
     rows = [
-        {
-            "name": name,
-            "tasks": t,
-            "seconds": median(times),
-            "extra": median([a / b - 1 for a, b in zip(times, taken[0], strict=True)]),
-        }
-        for (name, t), times in zip(forms, taken, strict=True)
+        _row(form, times, taken[0], max(bandwidth.values()), peak, peaks[0])
+        for form, times, peak in zip(forms, taken, peaks, strict=True)
     ]
     return {
         "model": model,
         "optimizer": optimizer,
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "shape": list(x.shape),
+        "dtype": dtype,
+        "parameters": sum(p.numel() for p in parameters),
+        "tensors": len(parameters),
+        "shape": list(workload.x.shape),
         "device": device,
         "threads": torch.get_num_threads(),
-        "repeats": repeats,
+        "repeats": len(taken[0]),
+        "bandwidth": bandwidth,
         "forms": rows,
+        "skipped": skipped,
     }
 
 
-def _step(
-    name: str,
-    tasks: int,
-    network: models.MultiHead,
-    optimizer: str,
-    criterion: Callable[[Tensor], Tensor],
-    x: Tensor,
-) -> Callable[[], None]:
-    """One training step of a model of its own."""
-    # Too small a step to change what is measured: weights stay what they are.
-    training = OPTIMIZERS[optimizer](network.parameters(), 1e-9)
-    penalty = FusedMASPenalty(network, LAM, merge="sum")
+class Form(NamedTuple):
+    """One way to make a training step; the penalty's bytes: held, and to be moved at the least (0: unknown)."""
+
+    name: str
+    tasks: int
+    step: Callable[[], None]
+    held: int = 0
+    moved: int = 0
+
+
+def _row(
+    form: Form,
+    times: Sequence[float],
+    plain: Sequence[float],
+    bandwidth: float,
+    peak: int,
+    plain_peak: int,
+) -> dict[str, Any]:
+    longer = median([a - b for a, b in zip(times, plain, strict=True)])
+    told = form.moved and longer["median"] > 0
+    return {
+        "name": form.name,
+        "tasks": form.tasks,
+        "seconds": median(times),
+        "extra": median([a / b - 1 for a, b in zip(times, plain, strict=True)]),
+        "extra_seconds": longer,
+        "held": form.held,
+        "peak": peak,
+        "extra_memory": form.held + peak - plain_peak,
+        "moved": form.moved or None,
+        "fraction": form.moved / longer["median"] / bandwidth if told else None,
+    }
+
+
+def _peak(form: Form, parameters: Sequence[Tensor], device: str) -> int:
+    """Of a step that is not the first, which makes the optimizer's state."""
+    form.step()
+    for p in parameters:
+        p.grad = None
+    return memory.peak(form.step, device)
+
+
+# -- forms -----------------------------------------------------------------------------------------
+
+
+def _forms(
+    workload: Workload, name: str, tasks: Sequence[int], skipped: dict[str, str]
+) -> Iterator[Form]:
+    """The step without a penalty comes first."""
+    theta = named_parameters(workload.network)
+    size, count = next(iter(theta.values())).element_size(), sum(p.numel() for p in theta.values())
+    state: Any = OPTIMIZERS[name](theta.values(), LR).state
+
+    def optimizer() -> Optimizer:
+        """Hooks are each form's own; weights, gradients and momentum are everyone's."""
+        made = OPTIMIZERS[name](theta.values(), LR)
+        made.state = state
+        return made
+
+    plain = partial(_step, workload.loss, optimizer())
+    yield Form(PLAIN, 0, plain)
+    history: list[dict[str, tuple[Tensor, Tensor]]] = []
+    for t, penalty in _penalties(workload.network, theta, tasks, history):
+        held, read = held_bytes(penalty), size + state_bytes(penalty)
+        attached = optimizer()
+        penalty.attach(attached)
+        step = partial(_step, workload.loss, attached)
+        yield Form("attach", t, step, held, count * (read + 2 * size))
+        if t == tasks[0]:
+            attached = optimizer()
+            penalty.attach(attached, mode="proximal")
+            step = partial(_step, workload.loss, attached)
+            moments = 0 if name == "sgd" else size
+            yield Form("attach, proximal", t, step, held, count * (read + size + moments))
+            step = partial(plain, after=penalty.add_grad_)
+            yield Form("add_grad_", t, step, held, count * (read + 2 * size))
+            step = partial(plain, before=partial(_add, penalty))
+            yield Form("penalty() in the loss", t, step, held, count * (2 * read + 4 * size))
+            if find_spec("avalanche") is None:
+                skipped[AVALANCHE] = "avalanche-lib is not installed"
+            else:
+                step = partial(plain, before=_avalanche(workload.network, penalty, theta))
+                yield Form(AVALANCHE, t, step, 2 * size * count)
+        if len(history) == t:
+            step = partial(plain, before=partial(_add, partial(_eager, theta, history[:t])))
+            yield Form(EAGER, t, step, t * 2 * size * count)
+        else:
+            skipped[f"{EAGER}, {t} tasks"] = "needs more than half of the memory"
+
+
+def _penalties(
+    network: nn.Module,
+    theta: Mapping[str, Tensor],
+    tasks: Sequence[int],
+    history: list[dict[str, tuple[Tensor, Tensor]]],
+) -> Iterator[tuple[int, FusedMASPenalty]]:
+    """One for each number of tasks; history gets (omega, anchor) of each task while they fit."""
     generator = torch.Generator().manual_seed(1)
-    noise = {n: torch.rand(p.shape, generator=generator) for n, p in network.named_parameters()}
-    for t in range(tasks):
-        penalty.consolidate(importance={n: (w + t / 100).to(x.device) for n, w in noise.items()})
-    before, after = FORMS[name](network, penalty, training)
-
-    def step() -> None:
-        training.zero_grad()
-        loss = criterion(network(x, 0))
-        added = before()
-        (loss if added is None else loss + added).backward()
-        after()
-        training.step()
-
-    return step
+    noise = {n: torch.rand(p.shape, generator=generator).to(p.device) for n, p in theta.items()}
+    for number in tasks:
+        penalty = FusedMASPenalty(network, LAM, merge="sum")
+        fits = eager_fits(number, [*theta.values()])
+        for t in range(number):
+            omega = {n: w + t / 100 for n, w in noise.items()}
+            penalty.consolidate(importance=omega)
+            if fits and t == len(history):
+                task = {n: (omega[n].to(p.dtype), p.detach().clone()) for n, p in theta.items()}
+                history.append(task)
+        yield number, penalty
 
 
-Hooks = tuple[Callable[[], Tensor | None], Callable[[], object]]
+def _step(
+    loss: Callable[[], Tensor],
+    optimizer: Optimizer,
+    before: Before = lambda loss: loss,
+    after: Callable[[], object] = lambda: None,
+) -> None:
+    optimizer.zero_grad()
+    before(loss()).backward()
+    after()
+    optimizer.step()
 
 
-def _nothing() -> None:
-    pass
+def _add(penalty: Callable[[], Tensor], loss: Tensor) -> Tensor:
+    return loss + penalty()
 
 
-def _plain(_: nn.Module, penalty: FusedMASPenalty, training: Any) -> Hooks:
-    return _nothing, _nothing
+def _eager(
+    theta: Mapping[str, Tensor], history: Sequence[Mapping[str, tuple[Tensor, Tensor]]]
+) -> Tensor:
+    """As FACIL writes it, over several tasks as Avalanche's EWC plugin; all in the parameters' dtype."""
+    total = torch.zeros((), device=next(iter(theta.values())).device)
+    for task in history:
+        for name, (omega, anchor) in task.items():
+            total = total + (omega * (theta[name] - anchor).pow(2)).sum()
+    return LAM * total
 
 
-def _attach(mode: str, _: nn.Module, penalty: FusedMASPenalty, training: Any) -> Hooks:
-    penalty.attach(training, mode=mode)  # type: ignore[arg-type]
-    return _nothing, _nothing
+def _avalanche(network: nn.Module, penalty: FusedMASPenalty, theta: Mapping[str, Tensor]) -> Before:
+    """Avalanche's own code for the loss, without the rest of its loop; all in the parameters' dtype."""
+    from avalanche.training.plugins import MASPlugin
+    from avalanche.training.utils import ParamData
+
+    plugin: Any = MASPlugin(lambda_reg=LAM)
+    for held, tensors in (("importance", penalty.omega), ("params", penalty.anchor)):
+        given = {n: ParamData(n, init_tensor=t.to(theta[n].dtype)) for n, t in tensors.items()}
+        setattr(plugin, held, given)
+    strategy = SimpleNamespace(clock=SimpleNamespace(train_exp_counter=1), model=network, loss=None)
+
+    def before(loss: Tensor) -> Tensor:
+        strategy.loss = loss
+        plugin.before_backward(strategy)
+        total: Tensor = strategy.loss
+        return total
+
+    return before
 
 
-def _add_grad(_: nn.Module, penalty: FusedMASPenalty, training: Any) -> Hooks:
-    return _nothing, penalty.add_grad_
-
-
-def _loss(_: nn.Module, penalty: FusedMASPenalty, training: Any) -> Hooks:
-    return penalty, _nothing
-
-
-def _eager(network: nn.Module, penalty: FusedMASPenalty, training: Any) -> Hooks:
-    """As Avalanche and FACIL write it, for one task."""
-    theta = dict(network.named_parameters())
-    state = [(theta[n], w.clone(), penalty.anchor[n].clone()) for n, w in penalty.omega.items()]
-
-    def value() -> Tensor:
-        loss = torch.zeros((), device=state[0][0].device)
-        for p, w, a in state:
-            loss = loss + (w * (p - a).pow(2)).sum()
-        return LAM * loss
-
-    return value, _nothing
-
-
-FORMS: Mapping[str, Callable[[nn.Module, FusedMASPenalty, Any], Hooks]] = {
-    PLAIN: _plain,
-    "attach": partial(_attach, "gradient"),
-    "attach, proximal": partial(_attach, "proximal"),
-    "add_grad_": _add_grad,
-    "penalty() in the loss": _loss,
-    EAGER: _eager,
-}
+# -- words -----------------------------------------------------------------------------------------
 
 
 def table(result: Mapping[str, Any]) -> str:
     """What `run` returns, as lines of text."""
+    copies = ", ".join(f"{name} {b / 1e9:.1f}" for name, b in result["bandwidth"].items())
     lines = [
-        f"{result['model']}, {result['optimizer']}: {result['parameters']:,} parameters, batch "
-        f"{tuple(result['shape'])}, {result['device']}, {result['threads']} threads, {result['repeats']} "
-        "repeats; medians with 95 % intervals",
-        f"{'form':<24}{'tasks':>6}{'milliseconds a step':>28}{'more than without, %':>28}",
+        f"{result['model']}, {result['optimizer']}, {result['dtype']}: {result['parameters']:,} parameters, "
+        f"batch {tuple(result['shape'])}, {result['device']}, {result['threads']} threads, "
+        f"{result['repeats']} repeats; medians with 95 % intervals; copies, GB/s read and written: {copies}",
+        f"{'form':<24}{'tasks':>6}{'milliseconds a step':>28}{'more than without, %':>28}"
+        f"{'of bandwidth':>14}{'more memory, MB':>17}",
     ]
     for row in result["forms"]:
         time = {key: 1e3 * seconds for key, seconds in row["seconds"].items()}
@@ -185,5 +292,8 @@ def table(result: Mapping[str, Any]) -> str:
             f"{row['name']:<24}{row['tasks']:>6}"
             f"{'{median:.3f} ({low:.3f}-{high:.3f})'.format(**time):>28}"
             f"{'{median:.1f} ({low:.1f} to {high:.1f})'.format(**extra):>28}"
+            f"{format(row['fraction'], '.2f') if row['fraction'] else '':>14}"
+            f"{row['extra_memory'] / 1e6:>17.1f}"
         )
+    lines += [f"{name}: left out, {reason}" for name, reason in result["skipped"].items()]
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import torch
 
 # Fast calls are repeated this long per sample, so that the clock and a cold cache don't count.
 SAMPLE_SECONDS = 0.02
+LEAST_REPEATS = 3
 
 
 def check_device(device: str) -> None:
@@ -26,15 +27,23 @@ def in_turns(
     device: str,
     before: Callable[[], None],
     sample_seconds: float,
+    limit: float = math.inf,
 ) -> list[list[float]]:
-    """Seconds of every call in every repeat, after `before`, called so long that samples last."""
-    numbers = []
+    """Seconds of every call in every repeat, after `before`, called so long that samples last.
+
+    After `limit` seconds no further repeat begins, once there are LEAST_REPEATS.
+    """
+    numbers, begin = [], perf_counter()
     for call in calls:
-        once = min(seconds(call, 1, device) for _ in range(3))
+        once = seconds(call, 1, device)
+        if once < 10 * SAMPLE_SECONDS:  # else it is one call a sample in any case
+            once = min(once, seconds(call, 1, device), seconds(call, 1, device))
         numbers.append(max(1, round(sample_seconds / once)))
     samples: list[list[float]] = [[] for _ in calls]
     turns, order = list(zip(calls, numbers, samples, strict=True)), random.Random(0)
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        if repeat >= LEAST_REPEATS and perf_counter() - begin > limit:
+            break
         # What ran before leaves its traces in caches and threads.
         order.shuffle(turns)
         for call, number, taken in turns:
