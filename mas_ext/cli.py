@@ -246,6 +246,7 @@ def add_reproduce(parser: Parser) -> None:
     add = parser.add_argument
     add("names", metavar="NAME", nargs="*", choices=[*EXPERIMENTS, []], help="default: all")
     add("--quick", action="store_true", help="a small one, in a few minutes")
+    add("--seeds", metavar="N", type=int, help="how often everything is measured; default: 10")
     add("--data", metavar="DIR", help="where data sets are; default: $MAS_EXT_DATA, ./data, ~/data")
     default = "experiments/results, with --quick out/reproduce"
     add("--out", metavar="DIR", help=f"for results and pictures; default: {default}")
@@ -268,9 +269,10 @@ def run_reproduce(arguments: argparse.Namespace) -> None:
     default = "out/reproduce" if arguments.quick else "experiments/results"
     out = Path(arguments.out or default)
     for name in arguments.names or EXPERIMENTS:
-        experiment = EXPERIMENTS[name]
-        chosen = replace(experiment.quick() if arguments.quick else experiment, data=arguments.data)
-        page = reproduce(chosen, name, out)
+        experiment = replace(EXPERIMENTS[name], data=arguments.data)
+        experiment = experiment.quick() if arguments.quick else experiment
+        experiment = replace(experiment, seeds=arguments.seeds or experiment.seeds)
+        page = reproduce(experiment, name, out)
         print(f"# {experiment.title}\n\n{page.text}\n\nall that was found: {out}", flush=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mas_ext.experiments.experiment import Experiment, Page, Results, draw, reproduce
+from mas_ext.experiments.official_demo import OfficialDemo
 from mas_ext.experiments.split_mnist import SplitMNIST
 
 __all__ = ["EXPERIMENTS", "Experiment", "Page", "Results", "draw", "reproduce"]
@@ -10,4 +11,5 @@ __all__ = ["EXPERIMENTS", "Experiment", "Page", "Results", "draw", "reproduce"]
 # In the order in which they are told.
 EXPERIMENTS: dict[str, Experiment] = {
     "split-mnist": SplitMNIST(),
+    "official-demo": OfficialDemo(),
 }

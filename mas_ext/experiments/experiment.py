@@ -118,10 +118,12 @@ class Experiment(ABC):
     """A claim, measured. Subclasses are dataclasses whose fields say how much is measured.
 
     data: folder of the data sets, see mas_ext.data.load.
+    seeds: how often everything is measured.
     """
 
     title: ClassVar[str]
     data: str | None = None
+    seeds: int = 10
 
     @abstractmethod
     def quick(self) -> Experiment:

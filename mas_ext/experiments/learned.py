@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import cast
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from mas_ext.config import Config, Purpose
 from mas_ext.experiments.experiment import Cell, Found, Results
 from mas_ext.methods import Method
@@ -29,6 +33,11 @@ def measured(
         return {"diverged": str(error)}
     found = summary(result, [task.name for task in scenario.tasks], None)
     return {**found, "accuracy": result.accuracy}
+
+
+def matrix(found: Found) -> Tensor:
+    """accuracy[t, k] of what `measured` found, as it is in a file, NaN where nothing was measured."""
+    return torch.from_numpy(np.array(found["accuracy"], dtype=float))
 
 
 def choose(

@@ -1,0 +1,219 @@
+"""The demo that came with the MAS authors' code: digits in pairs, SGD, lam = 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mas_ext import config, data
+from mas_ext.catalogue import standardised
+from mas_ext.charts import canvas, look
+from mas_ext.config import Config
+from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
+from mas_ext.experiments.learned import matrix, measured
+from mas_ext.experiments.tables import percent, table
+from mas_ext.importance import estimate_importance
+from mas_ext.methods.finetune import Finetune
+from mas_ext.methods.mas import MAS
+from mas_ext.methods.method import Method, Training
+from mas_ext.scenarios import Scenario, Tensors, from_datasets
+
+PAIRS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 0))
+
+# What Demo.ipynb in the authors' repository prints: accuracy on each task after the last, and forgetting, in %.
+# By importance and the learning rate of later tasks, which are these two.
+PUBLISHED = {
+    ("re-estimated", 1e-2): ((99.40, 99.80, 98.43, 99.20, 99.50), 0.083),
+    ("accumulated", 1e-3): ((99.49, 99.65, 98.00, 98.10, 99.04), 0.071),
+}
+# Importance, how it is estimated, learning rate of later tasks. The first two are the authors'.
+VARIANTS = (
+    ("re-estimated", "batch", 1e-2),
+    ("accumulated", "batch", 1e-3),
+    ("re-estimated", "exact", 1e-2),
+    ("accumulated", "exact", 1e-3),
+    ("accumulated", "batch", 1e-2),
+    ("none", None, 1e-2),
+    ("none", None, 1e-3),
+)
+BASE = config.read(
+    {
+        "hidden": [256, 256],
+        "optimizer": "sgd",
+        "lr": 0.01,
+        "epochs": [10, 20, 20, 20, 20],
+        "batch_size": 150,
+        "methods": ["mas"],
+    }
+)
+
+
+class Paced(Method):
+    """A method whose tasks after the first have a learning rate of their own."""
+
+    later_lr: float
+
+    def begin_task(self, training: Training) -> None:
+        """See Method.begin_task."""
+        super().begin_task(training)
+        for group in training.optimizer.param_groups if training.task else ():
+            group["lr"] = self.later_lr
+
+
+class Tuned(Paced, Finetune):
+    """Fine-tuning."""
+
+
+class Accumulated(Paced, MAS):
+    """MAS as in the paper: W = sum of Omega_t, each at the weights with which its task ended."""
+
+
+class Reestimated(Accumulated):
+    """W is estimated anew after every task, at the present weights, on the data of all tasks so far."""
+
+    def begin_task(self, training: Training) -> None:
+        """See Method.begin_task."""
+        super().begin_task(training)
+        if training.task == 0:
+            self._kept: list[tuple[int | None, list[tuple[Tensor, Tensor]]]] = []
+
+    def end_task(self, training: Training) -> None:
+        """W = sum over tasks of the mean over its samples, each by its own head."""
+        self._kept.append((training.head, list(training.batches(None))))
+        total: dict[str, Tensor] = {}
+        own = training.own_parameters
+        for head, batches in self._kept:
+            self._head = head
+            task = estimate_importance(
+                training.model, batches, self.importance, self.objective, self.forward, exclude=own
+            )
+            total = {name: omega + total.get(name, 0) for name, omega in task.items()}
+        self.penalty = self.build(training.model, own)
+        self.penalty.consolidate(importance=total)
+
+
+OMEGA: dict[str, type[Paced]] = {
+    "re-estimated": Reestimated,
+    "accumulated": Accumulated,
+    "none": Tuned,
+}
+
+
+@dataclass(frozen=True)
+class OfficialDemo(Experiment):
+    """Mean accuracy and forgetting with importance re-estimated on all data, and accumulated.
+
+    base: how it is learned. dataset: of digits.
+    """
+
+    title: ClassVar[str] = "The official demo"
+    base: Config = BASE
+    dataset: str = "mnist"
+
+    def quick(self) -> OfficialDemo:
+        """The digits of scikit-learn, one seed."""
+        settings = replace(self.base.settings, epochs=[2, 2, 2, 2, 2], batch_size=32)
+        base = replace(self.base, settings=settings)
+        return replace(self, base=base, dataset="digits", seeds=1, data=None)
+
+    def protocol(self) -> dict[str, Any]:
+        """See Experiment.protocol."""
+        names = ("hidden", "optimizer", "epochs", "batch_size")
+        values = self.base.values()
+        return {"dataset": self.dataset, **{name: values[name] for name in names}}
+
+    def plan(self, results: Results) -> Iterator[Cell]:
+        """The authors' two with one seed and what they are compared with, then with the next."""
+        for seed in range(self.seeds):
+            for omega, importance, lr in VARIANTS:
+                yield {"omega": omega, "importance": importance, "later_lr": lr, "seed": seed}
+
+    def measure(self, cell: Cell) -> Found:
+        """See Experiment.measure."""
+        options = {} if cell["importance"] is None else {"importance": cell["importance"]}
+        method = OMEGA[cell["omega"]](**options)
+        method.later_lr = cell["later_lr"]
+        return measured(self.base, self.scenario(), method, cell["seed"], "final")
+
+    def scenario(self) -> Scenario:
+        """The digits in the authors' pairs."""
+        train, test = data.load(self.dataset, self.data)
+
+        def of(pair: tuple[int, int], part: Tensors) -> Tensors:
+            return part.subset(torch.isin(part.y, torch.tensor(pair)))
+
+        pairs = [(of(pair, train), of(pair, test)) for pair in PAIRS]
+        names = ["/".join(map(str, pair)) for pair in PAIRS]
+        return standardised(from_datasets(pairs, names))
+
+    def show(self, results: Results) -> Page:
+        """A table, and a picture of accuracy by task."""
+        titles = (
+            "W",
+            "later lr",
+            "accuracy, %",
+            "theirs",
+            "forgetting, % points",
+            "theirs",
+            "seeds",
+        )
+        rows, seeds = [], 0
+        for omega, importance, lr in VARIANTS:
+            matrices = self.matrices(results, omega, importance, lr)
+            if not matrices:
+                continue
+            seeds = max(seeds, len(matrices))
+            theirs, lost = "", ""
+            if importance == "batch" and (omega, lr) in PUBLISHED:
+                last, forgotten = PUBLISHED[omega, lr]
+                theirs, lost = f"{sum(last) / len(last):.2f}", f"{forgotten:.3f}"
+            rows.append(
+                (
+                    "fine-tuning" if importance is None else f"{omega}, {importance}",
+                    f"{lr:g}",
+                    percent([float(m[-1].mean()) for m in matrices]),
+                    theirs,
+                    percent([float((m.diagonal() - m[-1]).mean()) for m in matrices], 3),
+                    lost,
+                    str(len(matrices)),
+                )
+            )
+        text = [
+            table(titles, rows),
+            f"Mean and 95 % interval over {seeds} of {self.seeds} seeds. {results.place()}",
+            "![accuracy by task](official-demo.png)",
+        ]
+        return Page("\n\n".join(text), {"official-demo.png": self._by_task(results)})
+
+    def matrices(
+        self, results: Results, omega: str, importance: str | None, lr: float
+    ) -> list[Tensor]:
+        """accuracy[t, k] of every seed that did not diverge."""
+        founds = results.where(omega=omega, importance=importance, later_lr=lr)
+        return [matrix(found) for _, found in founds if "diverged" not in found]
+
+    def _by_task(self, results: Results) -> Any:
+        """Accuracy on each task after the last one; hollow when it was new; crosses: theirs."""
+        figure, (panel,) = canvas(1, 1, 3.6)
+        for i, (omega, importance, lr) in enumerate(VARIANTS):
+            matrices = self.matrices(results, omega, importance, lr)
+            if not matrices:
+                continue
+            mean = 100 * torch.stack(matrices).mean(0)
+            x = torch.arange(len(PAIRS)) + 0.1 * (i - len(VARIANTS) / 2 + 0.5)
+            how = {**look(i), "linestyle": ""}
+            name = "fine-tuning" if importance is None else f"{omega}, {importance}"
+            panel.plot(x, mean[-1], label=f"{name}, lr {lr:g}", **how)
+            panel.plot(x, mean.diagonal(), **how, markerfacecolor="none")
+            if importance == "batch" and (omega, lr) in PUBLISHED:
+                panel.plot(x, PUBLISHED[omega, lr][0], "x", color="black", markersize=7)
+        panel.set_xticks(range(len(PAIRS)), ["/".join(map(str, pair)) for pair in PAIRS])
+        panel.set_xlabel("task")
+        panel.set_ylabel("accuracy in %")
+        panel.grid(alpha=0.3)
+        figure.legend(loc="outside upper center", ncols=3, frameon=False)
+        return figure
