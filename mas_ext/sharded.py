@@ -41,6 +41,14 @@ def _units(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
+def _resharded(model: nn.Module) -> list[Any]:
+    """Those modules, with their sharded parameters in place."""
+    units = _units(model)
+    for unit in units:
+        unit.reshard()
+    return units
+
+
 def _fsdp_parameters(model: nn.Module) -> list[Any]:
     """What fully_shard keeps of each parameter: its `sharded_param`, whatever hangs in the module now.
 
@@ -65,8 +73,7 @@ def group_of(model: nn.Module) -> ProcessGroup | None:
 
 def present_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
     """named_parameters as the optimizer knows them: under fully_shard, the sharded ones."""
-    for unit in _units(model):
-        unit.reshard()
+    _resharded(model)
     return named_parameters(model, exclude)
 
 
@@ -77,46 +84,39 @@ def whole(model: nn.Module) -> Iterator[None]:
     To be entered by all ranks together. Inside there is no communication: each runs the model as often as
     its own samples need, where FSDP's hooks would wait for passes that other ranks don't make. That takes the
     memory of all parameters on each rank, in their own dtype.
-
-    Raises:
-        RuntimeError: parameters were gathered otherwise meanwhile, as by register_fsdp_forward_method.
     """
-    units = _units(model)
-    for unit in units:
-        unit.reshard()
+    units = _resharded(model)
     modules = [*model.modules()] if units else []
-    hooks = [(m, m._forward_pre_hooks, m._forward_hooks) for m in modules]
-    places: list[tuple[dict[str, Any], str, Any]] = [
+    parameters = [
         (m._parameters, key, p)
         for m in modules
         for key, p in m._parameters.items()
         if p is not None and is_sharded(p)
     ]
     found: dict[int, nn.Parameter] = {}
-    for _, _, p in places:
+    for _, _, p in parameters:
         if id(p) not in found:
             found[id(p)] = nn.Parameter(whole_tensor(p.detach()), p.requires_grad)
+    # Everything that changes for a while: (dictionary, key, what is there, what shall be).
+    changes: list[tuple[dict[str, Any], str, Any, Any]] = [
+        (owner, key, p, found[id(p)]) for owner, key, p in parameters
+    ]
+    for m in modules:
+        own = vars(m)
+        for key in ("_forward_pre_hooks", "_forward_hooks"):
+            kept = {i: h for i, h in own[key].items() if not h.__module__.startswith(_FSDP)}
+            changes.append((own, key, own[key], type(own[key])(kept)))
+    for unit in units:
+        for key, method in vars(unit).items():  # by register_fsdp_forward_method
+            if getattr(method, "__globals__", {}).get("__name__", "").startswith(_FSDP):
+                changes.append((vars(unit), key, method, method.__wrapped__))
     try:
-        for owner, key, p in places:
-            owner[key] = found[id(p)]
-        for m, before, after in hooks:
-            m._forward_pre_hooks, m._forward_hooks = _without_fsdp(before), _without_fsdp(after)
+        for owner, key, _, new in changes:
+            owner[key] = new
         yield
-        if any(owner[key] is not found[id(p)] for owner, key, p in places):
-            raise RuntimeError(
-                "model: its forward pass gathers sharded parameters otherwise than by calling modules, "
-                "expected no register_fsdp_forward_method"
-            )
     finally:
-        for owner, key, p in places:
-            owner[key] = p
-        for m, before, after in hooks:
-            m._forward_pre_hooks, m._forward_hooks = before, after
-
-
-def _without_fsdp(hooks: Any) -> Any:
-    kept = {i: hook for i, hook in hooks.items() if not hook.__module__.startswith(_FSDP)}
-    return type(hooks)(kept)
+        for owner, key, old, _ in changes:
+            owner[key] = old
 
 
 def whole_tensor(t: Tensor) -> Tensor:
@@ -134,6 +134,7 @@ class ShardedBinding(Binding):
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         """See Binding."""
+        _resharded(model)
         super().__init__(model, names)
         kept = {id(p.sharded_param): p for p in _fsdp_parameters(model)}
         self._kept = [kept[id(p)] for p in super().parameters()]

@@ -1,0 +1,361 @@
+"""Models under fully_shard on several processes against one, written out in plain float64 loops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from processes import BATCH, LAM, LR, TASKS, importance_of, network, one_process, run, tasks
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
+
+from mas_ext import FusedMASPenalty, estimate_importance, load_distributed
+
+FORMS = ["loss", "add_grad", "gradient", "proximal"]
+# What every rule remembers, task by task, of these weights.
+RULES: list[dict[str, Any]] = [
+    {"merge": "consistent"},
+    {"merge": "sum"},
+    {"merge": "latest"},
+    {"merge": "decay", "gamma": 0.5},
+    {"merge": "sum", "store": "per_task"},
+    {"merge": "consistent", "store": "per_task"},
+]
+WEIGHTS = [1.0, 0.5, 2.0]
+
+Named = dict[str, Tensor]
+PLAIN = network()
+close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
+
+
+def sharded(model: nn.Module | None = None) -> nn.Module:
+    """Two units, and the root stays whole from its forward pass to its backward pass."""
+    model = network() if model is None else model
+    fully_shard(model[0])
+    fully_shard(model)
+    return model
+
+
+def full(t: Any) -> Tensor:
+    return t.full_tensor().detach().clone() if isinstance(t, DTensor) else t.detach().clone()
+
+
+# -- trainings -------------------------------------------------------------------------------------
+
+
+def trained(form: str, rank: int, ranks: int) -> list[dict[str, list[Tensor]]]:
+    """After every task: theta, scale W and A."""
+    model = sharded()
+    penalty = FusedMASPenalty(model, lam=LAM, omega_dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    if form in ("gradient", "proximal"):
+        penalty.attach(optimizer, mode=form)
+    share, history = BATCH // ranks, []
+    for t, task in enumerate(tasks()):
+        for x, y in zip(task.x, task.y, strict=True):
+            mine = slice(rank * share, (rank + 1) * share)
+            optimizer.zero_grad()
+            loss = (model(x[mine]) - y[mine]).square().mean()
+            if form == "loss":
+                loss = loss + penalty()
+            loss.backward()
+            if form == "add_grad":
+                penalty.add_grad_()
+            optimizer.step()
+        portions = task.portions(rank, ranks)
+        if form == "add_grad" and t < 2:  # every rank observes as often, not as much
+            for i in range(3):
+                penalty.observe(portions[i] if i < len(portions) else portions[0][:0])
+            penalty.consolidate()
+        else:
+            penalty.consolidate(iter(portions))
+        assert model.training
+        names = [name for name, _ in PLAIN.named_parameters()]
+        history.append(
+            {
+                "theta": [full(p) for p in model.parameters()],
+                "weight": [penalty.scale * full(penalty.omega[name]) for name in names],
+                "anchor": [full(penalty.anchor[name]) for name in names],
+            }
+        )
+    return history
+
+
+# -- what is remembered ----------------------------------------------------------------------------
+
+
+def remembered() -> list[tuple[Named, Named]]:
+    """Parameters and importance of some tasks; one parameter is of no importance to the first."""
+    torch.manual_seed(2)
+    found = [(point(), {name: t.abs() for name, t in point().items()}) for _ in WEIGHTS]
+    del found[0][1]["0.bias"]
+    return found
+
+
+def point() -> Named:
+    shapes = {name: p.shape for name, p in PLAIN.named_parameters()}
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def quadratic(rule: Mapping[str, Any], theta: Named) -> tuple[float, Named]:
+    """The penalty and its gradient, task by task."""
+    entries, own_anchors = remembered(), rule["merge"] in ("consistent", "sum")
+    if rule["merge"] == "consistent":
+        shares = [
+            w / sum(float(o.sum()) for o in omega.values())
+            for w, (_, omega) in zip(WEIGHTS, entries, strict=True)
+        ]
+        alpha = [LAM * sum(WEIGHTS) * share / sum(shares) for share in shares]
+    else:
+        faded = rule.get("gamma", 1.0)
+        alpha = [LAM * w * faded**age for w, age in zip(WEIGHTS, (2, 1, 0), strict=True)]
+    value, gradient = 0.0, {name: torch.zeros_like(x) for name, x in theta.items()}
+    for a, (anchor, omega) in zip(alpha, entries, strict=True):
+        for name, o in omega.items():
+            x = theta[name] - (anchor if own_anchors else entries[-1][0])[name]
+            value += a * float((o * x**2).sum())
+            gradient[name] += 2 * a * o * x
+    return value, gradient
+
+
+@torch.no_grad()
+def move(model: nn.Module, theta: Named) -> None:
+    for name, p in model.named_parameters():
+        if isinstance(p, DTensor):
+            p.copy_(distribute_tensor(theta[name], p.device_mesh, p.placements))
+        else:
+            p.copy_(theta[name])
+
+
+def consolidated(rule: Mapping[str, Any], model: nn.Module, **options: Any) -> FusedMASPenalty:
+    penalty = FusedMASPenalty(model, lam=LAM, omega_dtype=torch.float64, **rule, **options)
+    for (theta, omega), weight in zip(remembered(), WEIGHTS, strict=True):
+        move(model, theta)
+        penalty.consolidate(importance=omega, weight=weight)
+    return penalty
+
+
+def check(penalty: FusedMASPenalty, rule: Mapping[str, Any]) -> None:
+    """Its value and gradient, at another point."""
+    torch.manual_seed(3)
+    theta = point()
+    move(penalty.model, theta)
+    value, gradient = quadratic(rule, theta)
+    found = penalty()
+    found.backward()
+    close(found, torch.tensor(value, dtype=torch.float64))
+    assert penalty.num_tasks == len(WEIGHTS)
+    for name, p in penalty.model.named_parameters():
+        close(full(p.grad), gradient[name])
+    with torch.no_grad():
+        close(penalty.add_grad_(), found)
+    for name, p in penalty.model.named_parameters():
+        close(full(p.grad), 2 * gradient[name])
+    penalty.model.zero_grad()
+
+
+def states(rank: int, ranks: int, folder: Path, source: int) -> None:
+    """Every rule; checkpoints that other numbers of ranks wrote; one file."""
+    for i, rule in enumerate(RULES):
+        model = sharded()
+        penalty = consolidated(rule, model)
+        check(penalty, rule)
+        values = [torch.empty((), dtype=torch.float64) for _ in range(ranks)]
+        dist.all_gather(values, penalty().detach())
+        assert all(torch.equal(v, values[0]) for v in values)
+
+        read = FusedMASPenalty(model, omega_dtype=torch.float64, **rule)
+        load_distributed(read, folder / f"{source}-{i}", key="remembered")
+        check(read, rule)
+        dcp.save({"remembered": read.state_dict()}, checkpoint_id=folder / f"{ranks}-{i}")
+
+    penalty.save(folder / f"{ranks}.safetensors")
+    loaded = FusedMASPenalty.load(folder / f"{ranks}.safetensors", sharded())
+    check(loaded, rule)
+    loaded.drop(0)
+    loaded.set_weight(1, 0.0)
+    anchor, omega = remembered()[1]
+    for name in omega:
+        close(full(loaded.anchor[name]), anchor[name])
+    plain = FusedMASPenalty(network(), omega_dtype=torch.float64, process_group=None, **rule)
+    plain.load_state_dict(penalty.state_dict())
+    check(plain, rule)
+    wrong = (FileNotFoundError, "nowhere") if rank == 0 else (RuntimeError, "the first rank failed")
+    with pytest.raises(wrong[0], match=wrong[1]):
+        penalty.save(folder / "nowhere" / "file")
+    with pytest.raises(KeyError, match=r"got 'model', expected one of \['remembered'\]"):
+        load_distributed(penalty, folder / f"{source}-0", key="model")
+    state = penalty.state_dict()
+    with pytest.raises(
+        ValueError, match=r"omega of '4\.bias': got shape \(3, 2\), expected \(3, 3\)"
+    ):
+        penalty.load_state_dict({**state, "omega.4.bias": torch.ones(3, 2)})
+    with pytest.raises(KeyError, match="'other', which the model has no parameter for"):
+        penalty.load_state_dict({**state, "omega.other": torch.ones(3, 2)})
+    check(penalty, rule)
+
+
+# -- importance, and what is refused -----------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """A tied weight, one that is used in a way without a rule, and a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.odd = nn.Parameter(torch.randn(6, 2))
+        self.frozen = nn.Parameter(torch.randn(6), requires_grad=False)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).tanh()) * self.frozen
+        return torch.einsum("bi,ij->bj", x, self.odd.exp())
+
+    def head(self, x: Tensor) -> Tensor:
+        return self(x)[:, :1]
+
+
+def importance(rank: int, ranks: int) -> None:
+    """Of models that need the slow ways, at any moment, and parameters as they were after it."""
+    torch.manual_seed(5)
+    x = torch.randn(11, 6, dtype=torch.float64)
+    expected = importance_of(Odd().requires_grad_(True), x)
+    model = Odd()
+    fully_shard(model)
+    before = [*model.parameters()]
+    assert all(isinstance(p, DTensor) for p in before)
+    penalty = FusedMASPenalty(model, merge="sum", omega_dtype=torch.float64)
+    model(x).sum().backward()
+    slope = [full(p.grad) for p in before if p.requires_grad]
+    model.zero_grad()
+    output = model(x)  # and now all of it is whole
+    penalty.observe(x[rank::ranks])
+    output.sum().backward()
+    for p, g in zip((p for p in before if p.requires_grad), slope, strict=True):
+        close(full(p.grad), g)
+    with pytest.raises(RuntimeError, match="observed samples, expected consolidate"):
+        penalty.state_dict()
+    penalty.consolidate()
+    assert all(p is q for p, q in zip(model.parameters(), before, strict=True))
+    names = [name for name, _ in Odd().named_parameters()]
+    for name, e in zip(names, expected, strict=True):
+        if name != "frozen":
+            close(full(penalty.omega[name]), e)
+    own = estimate_importance(model, [x[rank::ranks]])
+    alone = importance_of(Odd().requires_grad_(True), x[rank::ranks])
+    for name, e in zip(names, alone, strict=True):
+        if name != "frozen":
+            close(own[name], e)
+
+    def failing() -> Any:
+        yield x[:3]
+        if rank == 1:
+            raise OSError("no such image")
+
+    wrong = (OSError, "no such image") if rank == 1 else (RuntimeError, "rank 1 .* no such image")
+    with pytest.raises(wrong[0], match=wrong[1]):
+        penalty.consolidate(failing())
+    assert all(p is q for p, q in zip(model.parameters(), before, strict=True))
+    constant = FusedMASPenalty(model, forward=lambda m, b: nn.functional.normalize(m(b)))
+    with pytest.raises(ValueError, match="the level of rounding"):
+        constant.consolidate([x] if rank == 0 else [])
+    register_fsdp_forward_method(model, "head")
+    by_head = estimate_importance(model, [x], forward=lambda m, b: m.head(b))
+    plain = Odd()
+    slopes = [
+        torch.autograd.grad(plain.head(sample[None]).square().sum(), plain.first.bias)[0]
+        for sample in x
+    ]
+    close(by_head["first.bias"], torch.stack(slopes).abs().mean(0))
+    assert all(p is q for p, q in zip(model.parameters(), before, strict=True))
+    model.head(x).sum().backward()
+
+
+def refused(rank: int, ranks: int) -> None:
+    """What must not be silent."""
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
+    hybrid = fully_shard(network(), mesh=mesh)
+    with pytest.raises(TypeError, match=r"parameter '0\.weight': got placements .* expected every"):
+        FusedMASPenalty(hybrid)
+
+    partly = network()
+    fully_shard(partly[0])
+    with pytest.raises(
+        TypeError, match=r"parameter '1\.weight': got one that is not sharded beside"
+    ):
+        FusedMASPenalty(partly)
+    inner = FusedMASPenalty(partly, exclude=("1.*", "4.*"))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    inner.consolidate([x])
+    assert set(inner.omega) == {"0.weight", "0.bias"}
+
+    meshes = network()
+    fully_shard(meshes[0], mesh=mesh["replicate"])
+    fully_shard(meshes, mesh=init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("a", "b"))["b"])
+    with pytest.raises(TypeError, match=r"parameter '1\.weight': got another mesh"):
+        FusedMASPenalty(meshes)
+
+    model = sharded()
+    with pytest.raises(ValueError, match="got None for a model that is sharded over ranks"):
+        FusedMASPenalty(model, process_group=None)
+    penalty = consolidated(RULES[0], model, process_group=dist.group.WORLD)
+    check(penalty, RULES[0])
+    model[0] = fully_shard(nn.Linear(6, 5).double())
+    check(penalty, RULES[0])
+    model[0] = fully_shard(nn.Linear(7, 5).double())
+    with pytest.raises(ValueError, match=r"'0\.weight': got shape \(5, 7\) .* expected \(5, 6\)"):
+        penalty()
+
+    later = network()
+    before = consolidated(RULES[1], later, process_group=None)
+    sharded(later)
+    for call in (before, before.add_grad_, lambda: before.consolidate([x])):
+        with pytest.raises(TypeError, match="got fully_shard after the penalty was made"):
+            call()
+    after = FusedMASPenalty(later, omega_dtype=torch.float64, merge="sum")
+    after.load_state_dict(before.state_dict())
+    check(after, RULES[1])
+    after.rename("0.bias", "bias")
+    after.rename("bias", "0.bias")
+    check(after, RULES[1])
+
+
+def everything(folder: Path, source: int, rank: int, ranks: int) -> Any:
+    refused(rank, ranks)
+    importance(rank, ranks)
+    states(rank, ranks, folder, source)
+    return {form: trained(form, rank, ranks) for form in FORMS}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_several_processes_train_as_one(tmp_path: Path) -> None:
+    for i, rule in enumerate(RULES):
+        state = {"remembered": consolidated(rule, network()).state_dict()}
+        dcp.save(state, checkpoint_id=tmp_path / f"1-{i}")
+    for source, ranks in ((1, 2), (2, 4)):
+        (tmp_path / f"{ranks}").mkdir()
+        found = run(partial(everything, tmp_path, source), ranks, tmp_path / f"{ranks}")
+        for form in FORMS:
+            expected = one_process(proximal=form == "proximal")._asdict()
+            for t in range(TASKS):
+                for what, values in found[0][form][t].items():
+                    for i, value in enumerate(values):
+                        for other in found[1:]:
+                            assert torch.equal(other[form][t][what][i], value), (form, t, what)
+                        close(value, expected[what][t][i])
+    for i, rule in enumerate(RULES):
+        penalty = FusedMASPenalty(network(), omega_dtype=torch.float64, **rule)
+        load_distributed(penalty, tmp_path / f"4-{i}", key="remembered")
+        check(penalty, rule)
+    check(FusedMASPenalty.load(tmp_path / "4.safetensors", network()), rule)
