@@ -1,0 +1,306 @@
+"""Plugins for Avalanche 0.6: its arguments, this library's importance, state and kernels.
+
+    from mas_ext.integrations.avalanche import MASPlugin
+
+    strategy = Naive(model=model, optimizer=optimizer, plugins=[MASPlugin(lambda_reg=1.0)], ...)
+
+The penalty goes into the gradients in `before_update`, and its value into `strategy.loss` for the loggers;
+`after_training_exp` consolidates, from the experience's data. Heads may be added and grow. On several processes
+the model is in DistributedDataParallel (`DistributedHelper.wrap_model`), and every rank reads its part of the
+data. `save_checkpoint` and `maybe_load_checkpoint` keep a plugin with its strategy; after loading it is found
+in `strategy.plugins`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from avalanche.models.utils import avalanche_forward, is_multi_task_module
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mas_ext.attach import Handle, Mode
+from mas_ext.compat import AveragedFromFirst, BatchMeans
+from mas_ext.importance import FisherSum, ImportanceSum
+from mas_ext.importance import Method as Importance
+from mas_ext.importance.fisher import Labels
+from mas_ext.importance.objectives import Objective
+from mas_ext.integrations.loading import own_part
+from mas_ext.methods.si import Path, Steps
+from mas_ext.parameters import named_parameters
+from mas_ext.penalty import FusedMASPenalty
+from mas_ext.rules import Merge
+
+
+class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """What the plugins have in common. `penalty` is there from the first experience on."""
+
+    def __init__(self, step: Mode = "gradient") -> None:
+        """step: how the penalty is applied, "gradient" or "proximal", see FusedMASPenalty.attach."""
+        super().__init__()
+        if step not in ("gradient", "proximal"):
+            raise ValueError(f"step: got {step!r}, expected 'gradient' or 'proximal'")
+        self.step = step
+        self.penalty: FusedMASPenalty | None = None
+        self._handle: Handle | None = None
+
+    def build(self, model: nn.Module) -> FusedMASPenalty:
+        """The penalty of a model."""
+        raise NotImplementedError
+
+    def consolidate(self, penalty: FusedMASPenalty, batches: Iterable[Any]) -> None:
+        """End of an experience, whose samples `batches` reads once."""
+        penalty.consolidate(batches)
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """The model has its heads for the experience by now."""
+        if self.penalty is None:
+            self.penalty = self.build(strategy.model)
+        if self.step == "proximal":
+            self._handle = self.penalty.attach(strategy.optimizer, mode="proximal")
+
+    def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """The gradients are those of the loss, and reduced over the ranks."""
+        assert self.penalty is not None
+        if self.step == "gradient":
+            strategy.loss = strategy.loss.detach() + self.penalty.add_grad_()
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Consolidate. A keyword num_workers of `strategy.train` counts here, too."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        assert self.penalty is not None
+        self.consolidate(self.penalty, _batches(strategy, kwargs.get("num_workers", 0)))
+
+
+class MASPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Memory Aware Synapses, in place of avalanche.training.plugins.MASPlugin.
+
+        penalty = lambda_reg sum_i W_i (theta_i - theta*_i)^2
+        W = Omega_1, then W <- alpha W + (1 - alpha) Omega_t
+
+    where Avalanche has its own Omega_t, that of whole batches in training mode; importance="avalanche" has its
+    numbers to rounding, see compat.avalanche.
+
+    Args:
+        lambda_reg: strength.
+        alpha: share of the old importance that is kept, from 0 to 1; of no effect with `merge`.
+        verbose: show a progress bar.
+        importance: "exact", "batch", "local", see estimate_importance, or "avalanche".
+        objective: see estimate_importance. Outputs that a classifier masks count for nothing.
+        merge: instead of the average, "consistent" (MAS-alpha), "latest" (the MAS paper), "sum" or "decay"
+            of FusedMASPenalty.
+        step: "gradient" or "proximal", see FusedMASPenalty.attach.
+        exclude: fnmatch patterns on the names of parameters that are not held.
+        options: further arguments of FusedMASPenalty.
+    """
+
+    def __init__(
+        self,
+        lambda_reg: float = 1.0,
+        alpha: float = 0.5,
+        verbose: bool = False,
+        *,
+        importance: Importance | Literal["avalanche"] = "exact",
+        objective: Objective = "l2",
+        merge: Merge | None = None,
+        step: Mode = "gradient",
+        exclude: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        super().__init__(step)
+        self.verbose = verbose
+        self._estimator = (
+            BatchMeans(objective, _output, exclude, training=True)
+            if importance == "avalanche"
+            else ImportanceSum(importance, objective, _output, exclude)
+        )
+        rule = {"merge": "decay", "gamma": alpha} if merge is None else {"merge": merge}
+        self._kind = AveragedFromFirst if merge is None else FusedMASPenalty
+        self._options = {"lam": lambda_reg, "exclude": exclude, **rule, **options}
+
+    def build(self, model: nn.Module) -> FusedMASPenalty:
+        """See QuadraticPlugin."""
+        return self._kind(model, importance=self._estimator, **self._options)
+
+    def consolidate(self, penalty: FusedMASPenalty, batches: Iterable[Any]) -> None:
+        """See QuadraticPlugin."""
+        penalty.consolidate(batches, progress=self.verbose)
+
+
+class EWCPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Elastic Weight Consolidation, in place of avalanche.training.plugins.EWCPlugin.
+
+        penalty = ewc_lambda sum_t sum_i F_t,i (theta_i - theta*_t,i)^2          mode "separate"
+        penalty = ewc_lambda sum_i W_i (theta_i - theta*_i)^2, W <- decay_factor W + F_t          "online"
+
+    F_t is the diagonal Fisher information, the mean over samples of squared gradients; Avalanche squares the
+    gradient of a batch's mean, which is smaller: an ewc_lambda chosen for it is too large here. Either mode
+    holds two numbers a parameter, whatever the number of experiences.
+
+    Args:
+        ewc_lambda: strength, without one-half.
+        mode: "separate" or "online".
+        decay_factor: with "online", share of the old importance that is kept, from 0 to 1.
+        keep_importance_data: with "separate", hold every experience by itself (store "per_task").
+        labels: "true", "predicted", "sampled" or "all", see estimate_fisher.
+        step: "gradient" or "proximal", see FusedMASPenalty.attach.
+        exclude: fnmatch patterns on the names of parameters that are not held.
+        options: further arguments of FusedMASPenalty.
+    """
+
+    def __init__(
+        self,
+        ewc_lambda: float,
+        mode: Literal["separate", "online"] = "separate",
+        decay_factor: float | None = None,
+        keep_importance_data: bool = False,
+        *,
+        labels: Labels = "true",
+        step: Mode = "gradient",
+        exclude: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        super().__init__(step)
+        if mode not in ("separate", "online"):
+            raise ValueError(f"mode: got {mode!r}, expected 'separate' or 'online'")
+        if (decay_factor is None) == (mode == "online"):
+            wanted = "a number" if mode == "online" else "None"
+            raise ValueError(f"decay_factor: got {decay_factor} with {mode!r}, expected {wanted}")
+        if keep_importance_data and mode == "online":
+            raise ValueError(
+                "keep_importance_data: got True with 'online', which has one importance"
+            )
+        rule: dict[str, Any] = (
+            {"merge": "sum", "store": "per_task" if keep_importance_data else "merged"}
+            if decay_factor is None
+            else {"merge": "decay", "gamma": decay_factor}
+        )
+        self._estimator = FisherSum(labels, _logits, exclude)
+        self._options = {"lam": ewc_lambda, "exclude": exclude, **rule, **options}
+
+    def build(self, model: nn.Module) -> FusedMASPenalty:
+        """See QuadraticPlugin."""
+        return FusedMASPenalty(model, importance=self._estimator, **self._options)
+
+
+class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Synaptic Intelligence, in place of avalanche.training.plugins.SynapticIntelligencePlugin.
+
+        penalty = si_lambda/2 sum_i W_i (theta_i - theta*_i)^2
+        W_i <- max(0, W_i + omega_i / ((theta_i(end) - theta_i(start))^2 + eps))
+
+    with the path integral omega of methods.si, along the gradient without the penalty's (Zenke et al. 2017).
+    Avalanche's is along the penalised gradient, and cut off at 0.001 from above and not at 0 from below: an
+    si_lambda chosen for it is too large here.
+
+    Args:
+        si_lambda: strength, of which half counts; a list has one for each experience, the last for all others.
+        eps: damping, > 0.
+        excluded_parameters: names of modules or parameters, or fnmatch patterns. Those of normalisations that
+            follow the batch are excluded, too, as in Avalanche.
+        device: "as_strategy": what is kept lies where the parameters are.
+        step: "gradient" or "proximal", see FusedMASPenalty.attach.
+        options: further arguments of FusedMASPenalty.
+    """
+
+    def __init__(
+        self,
+        si_lambda: float | Sequence[float],
+        eps: float = 1e-7,
+        excluded_parameters: Sequence[str] | None = None,
+        device: Any = "as_strategy",
+        *,
+        step: Mode = "gradient",
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        super().__init__(step)
+        if not eps > 0:
+            raise ValueError(f"eps: got {eps}, expected more than 0")
+        if device != "as_strategy":
+            raise ValueError(f"device: got {device!r}, expected 'as_strategy'")
+        self.si_lambda = list(si_lambda) if isinstance(si_lambda, Sequence) else [si_lambda]
+        self.eps, self._excluded, self._options = eps, excluded_parameters or (), options
+        self._path = Path({})
+        self._steps: Steps | None = None
+
+    def build(self, model: nn.Module) -> FusedMASPenalty:
+        """See QuadraticPlugin."""
+        exclude = _excluded(model, self._excluded)
+        return FusedMASPenalty(model, merge="latest", exclude=exclude, **self._options)
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """See QuadraticPlugin."""
+        super().before_training_exp(strategy, *args, **kwargs)
+        assert self.penalty is not None
+        experience = strategy.clock.train_exp_counter
+        self.penalty.lam = self.si_lambda[min(experience, len(self.si_lambda) - 1)] / 2
+        theta = named_parameters(self.penalty.model, self.penalty.exclude)
+        self._path = Path(theta)
+        self._steps = self._path.steps(theta)
+
+    def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """See QuadraticPlugin."""
+        assert self._steps is not None
+        self._steps.before(strategy.optimizer, (), {})
+        super().before_update(strategy, *args, **kwargs)
+
+    def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """The parameters have moved."""
+        assert self._steps is not None
+        self._steps.after(strategy.optimizer, (), {})
+
+    def consolidate(self, penalty: FusedMASPenalty, batches: Iterable[Any]) -> None:
+        """The importance comes from the path alone."""
+        theta = named_parameters(penalty.model, penalty.exclude)
+        penalty.consolidate(importance=self._path.importance(theta, self.eps))
+        self._path, self._steps = Path({}), None
+
+
+def _batches(strategy: Any, num_workers: int) -> Iterable[Any]:
+    """(x, y, ..., task label): the experience in its own order, as Avalanche's plugins read it."""
+    dataset = strategy.experience.dataset
+    return DataLoader(
+        own_part(dataset),
+        batch_size=strategy.train_mb_size,
+        collate_fn=getattr(dataset, "collate_fn", None),
+        num_workers=num_workers,
+    )
+
+
+def _logits(model: nn.Module, batch: Any) -> Tensor:
+    """What the strategy is trained on, masks and all: by the heads of the samples' tasks."""
+    x, task = batch[0], batch[-1]
+    if is_multi_task_module(model) and (task == task[0]).all():
+        task = int(task[0])  # one head, instead of rows put together from several
+    logits: Tensor = avalanche_forward(model, x, task)
+    return logits
+
+
+def _output(model: nn.Module, batch: Any) -> Tensor:
+    """The logits, 0 instead of the large constant with which classifiers mask units not in use."""
+    output = _logits(model, batch)
+    masking = [m for m in model.modules() if getattr(m, "masking", False)]
+    for value in {float(m.mask_value) for m in masking}:  # type: ignore[arg-type]
+        output = output.masked_fill(output.eq(value), 0.0)
+    return output
+
+
+def _excluded(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """Patterns for the parameters of these modules, or by these names, and for those of normalisations."""
+    theta = named_parameters(model)
+    patterns = [p for name in names for p in (name, f"{name}.*") if fnmatch.filter(theta, p)]
+    norms = {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._NormBase)
+        for p in m.parameters()
+    }
+    return (*patterns, *(name for name, p in theta.items() if id(p) in norms))

@@ -1,0 +1,34 @@
+"""A data set read once: every sample by one rank, none twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+
+def own_part(dataset: Any) -> Any:
+    """This rank's part of a map-style data set, every world-size-th sample; all of it in one process.
+
+    A DistributedSampler would repeat samples, to give all ranks as many.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return dataset
+    return Subset(dataset, range(dist.get_rank(), len(dataset), dist.get_world_size()))
+
+
+def once(loader: Any) -> Any:
+    """The samples of a DataLoader in their own order, this rank's part of them, in batches of the same size.
+
+    Whatever else reads data is left as it is: it is taken to give each rank its own.
+    """
+    plain = isinstance(loader, DataLoader) and loader.batch_size is not None
+    if not plain or isinstance(loader.dataset, IterableDataset):
+        return loader
+    return DataLoader(
+        own_part(loader.dataset),
+        batch_size=loader.batch_size,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+    )

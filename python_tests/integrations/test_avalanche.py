@@ -1,0 +1,347 @@
+"""Our plugins beside Avalanche's own, in Avalanche's own loop."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from avalanche.benchmarks import benchmark_from_datasets
+from avalanche.benchmarks.scenarios.supervised import with_classes_timeline
+from avalanche.benchmarks.scenarios.task_aware import task_incremental_benchmark
+from avalanche.benchmarks.utils import as_classification_dataset
+from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
+from avalanche.models import IncrementalClassifier, MTSimpleMLP
+from avalanche.training import Naive
+from avalanche.training import plugins as theirs
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from mas_ext.integrations import avalanche as ours
+
+CLASSES, TASKS, INPUTS = 3, 3, 6
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def stream() -> list[Any]:
+    """Three experiences of 22 samples, each with classes and a task label of its own."""
+    datasets = []
+    for t in range(TASKS):
+        generator = torch.Generator().manual_seed(t)
+        y = torch.arange(22) % CLASSES
+        x = torch.randn(22, INPUTS, generator=generator) + 2 * torch.eye(INPUTS)[y + t]
+        labelled = TensorDataset(x, y + CLASSES * t)
+        labelled.targets = labelled.tensors[1].tolist()  # type: ignore[attr-defined]
+        datasets.append(as_classification_dataset(labelled))
+    benchmark = task_incremental_benchmark(benchmark_from_datasets(train=datasets))
+    experiences = list(with_classes_timeline(benchmark).train_stream)
+    for experience in experiences:  # as a list, which its multi-head classifier needs
+        experience.classes_in_this_experience = list(experience.classes_in_this_experience)
+    return experiences
+
+
+def plain() -> nn.Module:
+    """Dropout and BatchNorm tell the modes apart."""
+    return nn.Sequential(
+        nn.Linear(INPUTS, 8),
+        nn.BatchNorm1d(8),
+        nn.Tanh(),
+        nn.Dropout(0.3),
+        nn.Linear(8, CLASSES * TASKS),
+    )
+
+
+def grows() -> nn.Module:
+    return nn.Sequential(nn.Linear(INPUTS, 8), nn.Tanh(), IncrementalClassifier(8))
+
+
+def heads() -> nn.Module:
+    return MTSimpleMLP(INPUTS, 8)
+
+
+Network = Callable[[], nn.Module]
+
+
+class Reseed(theirs.SupervisedPlugin):  # type: ignore[misc]
+    """The same random numbers for both, whatever the importance pass before drew; and the losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[float] = []
+
+    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        torch.manual_seed(strategy.clock.train_exp_counter)
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        self.losses.append(strategy.loss.item())
+
+
+def strategy(network: Network, plugin: Any, lr: float = 0.1) -> tuple[Any, Reseed]:
+    torch.manual_seed(0)
+    model, seed = network(), Reseed()
+    made = Naive(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=lr, momentum=0.5),
+        train_mb_size=5,
+        train_epochs=2,
+        plugins=[seed, plugin],
+        evaluator=None,
+    )
+    return made, seed
+
+
+@pytest.mark.parametrize("network", [plain, grows, heads])
+def test_avalanche_numbers(network: Network) -> None:
+    """Importance, losses with the penalty in them, parameters: as with Avalanche's plugin."""
+    own = theirs.MASPlugin(lambda_reg=0.7, alpha=0.3)
+    plugin = ours.MASPlugin(0.7, 0.3, importance="avalanche", omega_dtype=torch.float64)
+    (a, seed_a), (b, seed_b) = strategy(network, own), strategy(network, plugin)
+    for experience in stream():
+        a.train(experience)
+        b.train(experience)
+        assert plugin.penalty is not None
+        for name, w in plugin.penalty.omega.items():
+            torch.testing.assert_close(w, own.importance[name].data, rtol=1e-9, atol=1e-12)
+    assert len(seed_a.losses) > 20
+    torch.testing.assert_close(seed_b.losses, seed_a.losses, rtol=1e-9, atol=0)
+    for (name, x), y in zip(
+        b.model.state_dict().items(), a.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def single_samples(model: nn.Module, experience: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a model says of each sample alone, in eval mode, and the label."""
+    model.eval()
+    for x, y, t in experience.dataset:
+        multi = isinstance(model, MTSimpleMLP)
+        output = model(x[None], torch.tensor([t])) if multi else model(x[None])
+        yield output[0], torch.as_tensor(y)
+
+
+def gradient(value: Tensor, model: nn.Module) -> list[Tensor]:
+    found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+    return [
+        torch.zeros_like(p) if g is None else g
+        for g, p in zip(found, model.parameters(), strict=True)
+    ]
+
+
+def mean_of(
+    model: nn.Module, experience: Any, value: Callable[[Tensor, Tensor], Tensor], power: int
+) -> dict[str, Tensor]:
+    """1/N sum_k abs(gradient)^power by name."""
+    model = copy.deepcopy(model)
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    for output, y in single_samples(model, experience):
+        total = [
+            t + g.abs() ** power
+            for t, g in zip(total, gradient(value(output, y), model), strict=True)
+        ]
+    names = [name for name, _ in model.named_parameters()]
+    return {n: t / len(experience.dataset) for n, t in zip(names, total, strict=True)}
+
+
+def used(output: Tensor) -> Tensor:
+    """Without the masked units."""
+    return output[output > -999]
+
+
+@pytest.mark.parametrize("network", [plain, grows, heads])
+def test_exact_importance_of_the_logits_in_use(network: Network) -> None:
+    plugin = ours.MASPlugin(0.5, merge="latest", omega_dtype=torch.float64)
+    trained, _ = strategy(network, plugin)
+    expected: dict[str, Tensor] = {}
+    for experience in stream():
+        trained.train(experience)
+        new = mean_of(trained.model, experience, lambda out, y: used(out).square().sum(), 1)
+        for name, omega in new.items():
+            old = expected.get(name, torch.zeros_like(omega))
+            grown = torch.zeros_like(omega)
+            grown[: len(old)] = old
+            expected[name] = grown + omega
+    assert plugin.penalty is not None
+    assert plugin.penalty.num_tasks == TASKS
+    assert plugin.penalty.omega.keys() == expected.keys()
+    for name, w in plugin.penalty.omega.items():
+        torch.testing.assert_close(w, expected[name], rtol=1e-8, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(("mode", "factor"), [("separate", None), ("online", 0.6)])
+def test_ewc(mode: Any, factor: float | None) -> None:
+    plugin = ours.EWCPlugin(0.8, mode, factor, omega_dtype=torch.float64)
+    trained, _ = strategy(plain, plugin)
+    fishers, anchors = [], []
+    experiences = stream()
+    for experience in experiences[:2]:
+        trained.train(experience)
+        fishers.append(mean_of(trained.model, experience, nn.functional.cross_entropy, 2))
+        anchors.append({n: p.detach().clone() for n, p in trained.model.named_parameters()})
+    with torch.no_grad():
+        for p in trained.model.parameters():
+            p += torch.randn_like(p)
+    theta = dict(trained.model.named_parameters())
+    if mode == "online":
+        fishers, anchors = (
+            [{n: factor * f + fishers[1][n] for n, f in fishers[0].items()}],
+            anchors[1:],
+        )
+    expected = 0.8 * sum(
+        (f[n] * (theta[n] - anchor[n]) ** 2).sum()
+        for f, anchor in zip(fishers, anchors, strict=True)
+        for n in theta
+    )
+    assert plugin.penalty is not None
+    torch.testing.assert_close(plugin.penalty(), expected, rtol=1e-8, atol=0)
+
+
+def test_ewc_keeps_every_experience_when_asked() -> None:
+    plugin = ours.EWCPlugin(1.0, keep_importance_data=True)
+    trained, _ = strategy(plain, plugin)
+    for experience in stream():
+        trained.train(experience)
+    assert plugin.penalty is not None
+    plugin.penalty.drop(0)
+    assert plugin.penalty.num_tasks == 2
+
+
+@pytest.mark.parametrize("network", [plain, grows, heads])
+def test_si(network: Network) -> None:
+    """The path along the plain gradient, step by step, and lambda/2 of each experience."""
+    plugin = ours.SynapticIntelligencePlugin([0.0, 4.0], eps=1e-2, omega_dtype=torch.float64)
+    trained, _ = strategy(network, plugin)
+    path = Written(plugin, trained)
+    trained.plugins.insert(0, path)
+    for experience in stream():
+        trained.train(experience)
+    assert plugin.penalty is not None
+    assert plugin.penalty.lam == 2.0
+    assert path.penalised > 3
+    norm = {"1.weight", "1.bias"} if network is plain else set()
+    assert plugin.penalty.omega.keys() == dict(trained.model.named_parameters()).keys() - norm
+    for name, w in plugin.penalty.omega.items():
+        torch.testing.assert_close(w, path.omega[name], rtol=1e-7, atol=1e-10, msg=name)
+
+
+class Written(theirs.SupervisedPlugin):  # type: ignore[misc]
+    """Synaptic Intelligence written out: W from the gradients that the loss alone has, before our plugin's."""
+
+    def __init__(self, plugin: ours.SynapticIntelligencePlugin, trained: Any) -> None:
+        super().__init__()
+        self.omega: dict[str, Tensor] = {}
+        self.penalised = 0
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        theta = dict(strategy.model.named_parameters())
+        self.start = {n: p.detach().clone() for n, p in theta.items()}
+        self.path = {n: torch.zeros_like(p) for n, p in self.start.items()}
+
+    def before_update(self, strategy: Any, **kwargs: Any) -> None:
+        theta = dict(strategy.model.named_parameters())
+        self.g = {n: p.grad.clone() for n, p in theta.items() if p.grad is not None}
+        self.old = {n: p.detach().clone() for n, p in theta.items()}
+
+    def after_update(self, strategy: Any, **kwargs: Any) -> None:
+        for n, p in strategy.model.named_parameters():
+            if n in self.g:
+                self.path[n] -= self.g[n] * (p.detach() - self.old[n])
+                self.penalised += bool((p.grad != self.g[n]).any())
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        for n, p in strategy.model.named_parameters():
+            w = self.path[n] / ((p.detach() - self.start[n]) ** 2 + 1e-2)
+            old = self.omega.get(n, torch.zeros_like(w))
+            w[: len(old)] += old
+            self.omega[n] = w.clamp(min=0)
+
+
+def test_excluded_as_in_avalanche() -> None:
+    plugin = ours.SynapticIntelligencePlugin(1.0, excluded_parameters=["0", "*.bias"])
+    trained, _ = strategy(plain, plugin)
+    trained.train(stream()[0])
+    assert plugin.penalty is not None
+    assert set(plugin.penalty.omega) == {"4.weight"}
+
+
+def test_a_proximal_step_cannot_diverge() -> None:
+    experiences = stream()
+    moved = []
+    for step in ("gradient", "proximal"):
+        plugin = ours.MASPlugin(1e6, step=step)  # type: ignore[arg-type]
+        trained, _ = strategy(grows, plugin)
+        trained.train(experiences[0])
+        before = trained.model[0].weight.detach().clone()
+        trained.train(experiences[1])
+        moved.append(float((trained.model[0].weight - before).detach().abs().max()))
+        assert not trained.optimizer._optimizer_step_post_hooks
+    assert not moved[0] < 1  # far away, or NaN
+    assert moved[1] < 0.1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ours.MASPlugin(2.0),
+        lambda: ours.MASPlugin(2.0, importance="avalanche"),
+        lambda: ours.EWCPlugin(5.0, "online", 0.5, step="proximal"),
+        lambda: ours.SynapticIntelligencePlugin(3.0),
+    ],
+    ids=["mas", "avalanche", "ewc", "si"],
+)
+def test_checkpoints(
+    make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Avalanche's own mechanism, after one experience of three: the others end in the same bits."""
+    # torch takes this name away again after importing, and dill, which Avalanche saves with, then fails on every
+    # SGD, whatever the plugins.
+    monkeypatch.setattr(torch.optim, "sgd", sys.modules["torch.optim.sgd"], raising=False)
+    experiences = stream()
+    whole, _ = strategy(heads, make())
+    for experience in experiences:
+        whole.train(experience)
+
+    first, _ = strategy(heads, make())
+    first.train(experiences[0])
+    save_checkpoint(first, tmp_path / "checkpoint")
+    resumed, start = maybe_load_checkpoint(strategy(heads, make())[0], tmp_path / "checkpoint")
+    assert start == 1
+    for experience in experiences[start:]:
+        resumed.train(experience)
+    (plugin,) = [p for p in resumed.plugins if isinstance(p, ours.QuadraticPlugin)]
+    assert plugin.penalty is not None
+    assert plugin.penalty.model is resumed.model
+    assert plugin.penalty.num_tasks == TASKS
+    for x, y in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ours.MASPlugin(step="adam"), "step: got 'adam'"),
+        (lambda: ours.EWCPlugin(1.0, "both"), "mode: got 'both'"),
+        (lambda: ours.EWCPlugin(1.0, "online"), "decay_factor: got None"),
+        (lambda: ours.EWCPlugin(1.0, decay_factor=0.5), "decay_factor: got 0.5"),
+        (lambda: ours.EWCPlugin(1.0, "online", 0.5, True), "keep_importance_data: got True"),
+        (lambda: ours.SynapticIntelligencePlugin(1.0, eps=0), "eps: got 0"),
+        (lambda: ours.SynapticIntelligencePlugin(1.0, device="cpu"), "device: got 'cpu'"),
+    ],
+)
+def test_wrong_arguments(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_all_support_distributed() -> None:
+    plugins = (ours.MASPlugin, ours.EWCPlugin, ours.SynapticIntelligencePlugin)
+    assert all(p.supports_distributed for p in plugins)
