@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mas_ext.experiments.exactness import Exactness
 from mas_ext.experiments.experiment import Experiment, Page, Results, draw, reproduce
 from mas_ext.experiments.official_demo import OfficialDemo
 from mas_ext.experiments.split_mnist import SplitMNIST
@@ -12,4 +13,5 @@ __all__ = ["EXPERIMENTS", "Experiment", "Page", "Results", "draw", "reproduce"]
 EXPERIMENTS: dict[str, Experiment] = {
     "split-mnist": SplitMNIST(),
     "official-demo": OfficialDemo(),
+    "exactness": Exactness(),
 }

@@ -1,0 +1,245 @@
+"""Exact importance beside what stands in for it: how alike they are, and whether learning notices."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mas_ext import config
+from mas_ext.charts import canvas, look
+from mas_ext.config import Config
+from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
+from mas_ext.experiments.learned import CHOOSING_SEED, GRID, choose, chosen, measured
+from mas_ext.experiments.tables import number, percent, table
+from mas_ext.importance import estimate_importance
+from mas_ext.methods import create
+from mas_ext.methods.finetune import Finetune
+from mas_ext.metrics import interval_text, rank_correlation
+from mas_ext.models import build
+from mas_ext.scenarios import Scenario, Tensors
+from mas_ext.trainer import Trainer
+
+
+class Estimator(NamedTuple):
+    """Arguments of estimate_importance and the size of its batches."""
+
+    method: Any = "exact"
+    objective: Any = "l2"
+    batch_size: int = 100
+
+
+SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+ESTIMATORS = {
+    "exact, other samples": Estimator(),
+    **{f"batch of {n}": Estimator("batch", batch_size=n) for n in SIZES},
+    "l1": Estimator(objective="l1"),
+    "vector": Estimator(objective="vector"),
+    "local": Estimator("local"),
+}
+
+# Methods and their options, by their importance; the last two have none.
+LEARNED: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "exact": ("mas", {}),
+    "batch": ("mas-batch", {}),
+    "l1": ("mas", {"objective": "l1"}),
+    "vector": ("mas-vector", {}),
+    "local": ("local-mas", {}),
+    "fine-tuning": ("finetune", {}),
+    "joint": ("joint", {}),
+}
+REFERENCES = ("fine-tuning", "joint")
+
+BASE = config.read(
+    {
+        "scenario": "permuted-mnist",
+        "setting": "domain",
+        "tasks": 5,
+        "hidden": [100, 100],
+        "epochs": 3,
+        "methods": ["mas"],
+    }
+)
+
+
+@dataclass(frozen=True)
+class Exactness(Experiment):
+    """Likeness with exact importance, and what each keeps of five tasks.
+
+    base: how it is learned. samples: of a task, to train on. measured: samples that importance is taken from.
+    networks: that the estimators are compared on.
+    """
+
+    title: ClassVar[str] = "Exact importance, and what stands in for it"
+    base: Config = BASE
+    samples: int = 10_000
+    measured: int = 2_000
+    networks: tuple[str, ...] = ("mlp", "cnn")
+    grid: tuple[float, ...] = GRID
+
+    def quick(self) -> Exactness:
+        """Digits in two parts, one network, one seed."""
+        base = replace(self.base, scenario="split-digits", tasks=2)
+        few = replace(self, base=base, seeds=1, data=None, samples=500, measured=100)
+        return replace(few, networks=("mlp",), grid=GRID[1:6])
+
+    def protocol(self) -> dict[str, Any]:
+        """See Experiment.protocol."""
+        values = {k: v for k, v in self.base.values().items() if k != "methods"}
+        return {**values, "samples": self.samples, "measured": self.measured}
+
+    def choosing(self, name: str) -> Cell:
+        """What chooses the lam of an importance, but for the lam."""
+        return {"part": "learning", "importance": name, "seed": CHOOSING_SEED, "purpose": "choose"}
+
+    def lam(self, results: Results, name: str) -> float | None:
+        """The one that was chosen, None where there is none."""
+        return None if name in REFERENCES else chosen(results, self.choosing(name), self.grid)
+
+    def plan(self, results: Results) -> Iterator[Cell]:
+        """Each seed's estimates and trainings."""
+        for seed in range(self.seeds):
+            for network in self.networks:
+                yield {"part": "estimates", "network": network, "seed": seed}
+            for name in LEARNED:
+                lam = None
+                if name not in REFERENCES:
+                    lam = yield from choose(results, self.choosing(name), self.grid)
+                yield {**self.choosing(name), "seed": seed, "purpose": "final", "lam": lam}
+
+    def measure(self, cell: Cell) -> Found:
+        """See Experiment.measure."""
+        if cell["part"] == "estimates":
+            return self._estimates(cell["network"], cell["seed"])
+        name, options = LEARNED[cell["importance"]]
+        lam = {} if cell["lam"] is None else {"lam": cell["lam"]}
+        method, scenario = create(name, **options, **lam), self.scenario(cell["seed"])
+        return measured(self.base, scenario, method, cell["seed"], cell["purpose"])
+
+    def scenario(self, seed: int) -> Scenario:
+        """The tasks, with some of their samples to train on."""
+        whole = replace(self.base, data=self.data).make_scenario(seed)
+        generator, tasks = torch.Generator().manual_seed(seed), []
+        for task in whole.tasks:
+            assert isinstance(task.train, Tensors)
+            some = torch.randperm(len(task.train), generator=generator)[: self.samples]
+            tasks.append(replace(task, train=task.train.subset(some)))
+        return Scenario(tuple(tasks), whole.name)
+
+    def _estimates(self, network: str, seed: int) -> Found:
+        """By estimator: likeness with exact importance after the first task, and time."""
+        scenario = Scenario(self.scenario(seed).tasks[:1])
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            mlp = network == "mlp"
+            model = self.base.network(scenario, seed) if mlp else build(network, scenario.shape)
+        Trainer(model, Finetune(), **vars(self.base.training(seed, "final"))).fit(scenario)
+        assert isinstance(scenario.tasks[0].test, Tensors)
+        x = scenario.tasks[0].test.batch(torch.arange(2 * self.measured))[0]
+
+        def omega(estimator: Estimator, x: Tensor) -> Tensor:
+            given = estimator.method, estimator.objective
+            batches = x.split(estimator.batch_size)
+            found = estimate_importance(model, batches, *given, exclude=["heads.*"])
+            return torch.cat([each.flatten().double() for each in found.values()])
+
+        half = x[: len(x) // 2]
+        exact, rows = omega(Estimator(), half), {}
+        for name, estimator in ESTIMATORS.items():
+            omega(
+                estimator, half[: 2 * estimator.batch_size]
+            )  # what is done once a model is not timed
+            start = time.perf_counter()
+            own = omega(estimator, x[len(x) // 2 :] if name == "exact, other samples" else half)
+            rows[name] = {
+                "seconds": time.perf_counter() - start,
+                "rank_correlation": rank_correlation(own, exact),
+                "cosine": float(own @ exact / (own.norm() * exact.norm())),
+                "kept": float(own.sum() / exact.sum()),
+            }
+        return {"estimators": rows}
+
+    def show(self, results: Results) -> Page:
+        """Tables of both parts, and a picture of what is lost as the batch grows."""
+        text = []
+        for network in self.networks:
+            founds = [f["estimators"] for _, f in results.where(part="estimates", network=network)]
+            if not founds:
+                continue
+            rows = []
+            for name in ESTIMATORS:
+                cells = {k: [found[name][k] for found in founds] for k in founds[0][name]}
+                comparable = name.startswith(("batch", "exact"))
+                rows.append(
+                    (
+                        name,
+                        interval_text(cells["rank_correlation"], 3),
+                        interval_text(cells["cosine"], 3),
+                        percent(cells["kept"], 1) if comparable else "",
+                        f"{1e3 * sum(cells['seconds']) / len(founds):,.0f}",
+                    )
+                )
+            titles = ("importance", "rank correlation", "cosine", "of exact, %", "ms")
+            text += [f"**Likeness with exact importance, {network}**, {len(founds)} seeds"]
+            text += [table(titles, rows)]
+        text += ["**Learning**", self._learning(results), results.place()]
+        text += ["![likeness over the size of batches](exactness.png)"]
+        return Page("\n\n".join(text), {"exactness.png": self._over_sizes(results)})
+
+    def _learning(self, results: Results) -> str:
+        rows = []
+        for name in LEARNED:
+            lam = self.lam(results, name)
+            where = {"part": "learning", "importance": name, "purpose": "final", "lam": lam}
+            founds = [found for _, found in results.where(**where) if "diverged" not in found]
+            if founds:
+                borders = sum(sum(found["border_seconds"]) for found in founds) / len(founds)
+                rows.append(
+                    (
+                        name,
+                        percent([found["average_accuracy"] for found in founds]),
+                        percent([found["forgetting"] for found in founds]),
+                        number(lam),
+                        "" if name in REFERENCES else f"{borders:.2g}",
+                        str(len(founds)),
+                    )
+                )
+        titles = (
+            "importance",
+            "accuracy, %",
+            "forgetting, % points",
+            "lam",
+            "s for importance",
+            "seeds",
+        )
+        return table(titles, rows)
+
+    def _over_sizes(self, results: Results) -> Any:
+        figure, panels = canvas(2, 2, 3.0)
+        labels = {
+            "rank_correlation": "rank correlation with exact",
+            "kept": "share of all importance",
+        }
+        for i, network in enumerate(self.networks):
+            founds = [f["estimators"] for _, f in results.where(part="estimates", network=network)]
+            for panel, key in zip(panels, labels, strict=True):
+                y = [
+                    sum(found[f"batch of {n}"][key] for found in founds) / max(len(founds), 1)
+                    for n in SIZES
+                ]
+                panel.plot(
+                    SIZES, y if founds else [math.nan] * len(SIZES), label=network, **look(i)
+                )
+        for panel, label in zip(panels, labels.values(), strict=True):
+            panel.set_xscale("log")
+            panel.set_ylim(0, 1.05)
+            panel.set_xlabel("samples in a batch")
+            panel.set_ylabel(label)
+            panel.grid(alpha=0.3)
+        panels[0].legend(frameon=False)
+        return figure
