@@ -42,8 +42,8 @@ def load(dataset: str, folder: str | Path | None = None) -> Pair:
         raise ValueError(f"dataset: unknown name {dataset!r}, {hint(dataset, DATASETS)}")
     if dataset == "digits":
         return _digits(folder)
-    folders = _folders(folder)
-    for candidate in folders:
+    places = folders(folder)
+    for candidate in places:
         for source in SOURCES[dataset]:
             if (candidate / source.path).exists():
                 try:
@@ -52,7 +52,7 @@ def load(dataset: str, folder: str | Path | None = None) -> Pair:
                     raise FileNotFoundError(f"{error}: get it from {source.origin}") from error
     ways = " or ".join(f"{source.path} ({source.origin})" for source in SOURCES[dataset])
     raise FileNotFoundError(
-        f"{dataset} is not in {', '.join(map(str, folders))}: put {ways} into a folder DIR "
+        f"{dataset} is not in {', '.join(map(str, places))}: put {ways} into a folder DIR "
         "and give --data DIR or set MAS_EXT_DATA=DIR"
     )
 
@@ -166,7 +166,8 @@ SOURCES: dict[str, tuple[Source, ...]] = {
 DATASETS = ("digits", *SOURCES)
 
 
-def _folders(folder: str | Path | None) -> list[Path]:
+def folders(folder: str | Path | None) -> list[Path]:
+    """Where files are looked for: in this folder alone, or if it is None where `load` says."""
     if folder is not None:
         return [Path(folder)]
     from_env = os.environ.get("MAS_EXT_DATA")

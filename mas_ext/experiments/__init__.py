@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mas_ext.experiments.consistency import Consistency
 from mas_ext.experiments.exactness import Exactness
 from mas_ext.experiments.experiment import Experiment, Page, Results, draw, reproduce
 from mas_ext.experiments.official_demo import OfficialDemo
@@ -14,4 +15,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "split-mnist": SplitMNIST(),
     "official-demo": OfficialDemo(),
     "exactness": Exactness(),
+    "consistency": Consistency(),
 }

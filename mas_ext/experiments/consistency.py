@@ -1,0 +1,314 @@
+"""Consistency: whether some tasks are favoured, by MAS and by MAS-alpha at equal total strength."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mas_ext import config, data, models
+from mas_ext.charts import canvas, look
+from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
+from mas_ext.experiments.learned import matrix, measured
+from mas_ext.experiments.tables import table
+from mas_ext.importance import estimate_importance
+from mas_ext.methods import create
+from mas_ext.methods.finetune import Finetune
+from mas_ext.methods.mas import MAS
+from mas_ext.metrics import interval_text
+from mas_ext.penalty import FusedMASPenalty
+from mas_ext.rules import Merge
+from mas_ext.scenarios import Scenario, Tensors, split
+from mas_ext.transforms import Standardisation
+
+METHODS: dict[str, Merge] = {"mas": "latest", "mas-alpha": "consistent"}
+
+ORDERS = {"small first": (1.0, 10.0, 1.0), "large first": (10.0, 1.0, 1.0)}
+
+PROTOCOLS = {
+    "split-mnist": config.read(
+        {"scenario": "split-mnist", "hidden": [100, 100], "epochs": 2, "methods": ["mas"]}
+    ),
+    # Features of a network that knows CIFAR-10, so that a processor can do it.
+    "cifar100-features": config.read(
+        {"scenario": "split-cifar100", "hidden": [256, 256], "epochs": 10, "methods": ["mas"]}
+    ),
+}
+WEIGHTS = "resnet20_cifar10.th"
+
+
+@dataclass(frozen=True)
+class Consistency(Experiment):
+    """A toy whose tasks have outputs of scale 1 and 10, and real tasks in random orders.
+
+    protocols: what is learned in random orders. strengths: lam; sum of alpha = lam T for T tasks.
+    lams, toy_steps: of the toy. digits: scikit-learn's instead of MNIST.
+    """
+
+    title: ClassVar[str] = "Consistency"
+    protocols: tuple[str, ...] = tuple(PROTOCOLS)
+    strengths: tuple[float, ...] = (1.0, 2.0, 3.0)
+    lams: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2)
+    toy_steps: int = 400
+    digits: bool = False
+
+    def quick(self) -> Consistency:
+        """The digits of scikit-learn, two orders, a short toy."""
+        small = replace(self, digits=True, protocols=("split-mnist",), strengths=(1.0,), seeds=2)
+        return replace(small, lams=(1e-1, 1e1), toy_steps=100, data=None)
+
+    def protocol(self) -> dict[str, Any]:
+        """See Experiment.protocol."""
+        told = {
+            name: {k: v for k, v in PROTOCOLS[name].values().items() if k != "methods"}
+            for name in PROTOCOLS
+        }
+        return {**told, "toy_steps": self.toy_steps, "digits": self.digits}
+
+    def plan(self, results: Results) -> Iterator[Cell]:
+        """Toy and real tasks, seed by seed; a seed is an order of the tasks, too."""
+        for seed in range(self.seeds):
+            for order in ORDERS:
+                for lam in self.lams:
+                    for method in METHODS:
+                        yield {"toy": order, "method": method, "lam": lam, "seed": seed}
+            for name in self.protocols:
+                for method in ("alone", "finetune"):
+                    yield {"protocol": name, "method": method, "lam": None, "seed": seed}
+                for lam in self.strengths:
+                    for method in METHODS:
+                        yield {"protocol": name, "method": method, "lam": lam, "seed": seed}
+
+    def measure(self, cell: Cell) -> Found:
+        """See Experiment.measure."""
+        seed = cell["seed"]
+        if "toy" in cell:
+            return toy(ORDERS[cell["toy"]], cell["method"], cell["lam"], seed, self.toy_steps)
+        comparison, scenario = PROTOCOLS[cell["protocol"]], self.scenario(cell["protocol"])
+        order = torch.randperm(len(scenario.tasks), generator=torch.Generator().manual_seed(seed))
+        scenario = scenario.reordered(order.tolist())
+        if cell["method"] == "alone":
+            each = [Scenario((task,)) for task in scenario.tasks]
+            found = [measured(comparison, task, Finetune(), seed, "final") for task in each]
+            return {"order": order, "alone": [one["average_accuracy"] for one in found]}
+        lam = {} if cell["lam"] is None else {"lam": cell["lam"]}
+        method = create(cell["method"], **lam)
+        result = {"order": order, **measured(comparison, scenario, method, seed, "final")}
+        if cell["method"] == "mas-alpha":
+            assert isinstance(method, MAS)
+            assert method.penalty is not None
+            result["alpha"] = method.penalty.alpha
+        return result
+
+    def scenario(self, name: str) -> Scenario:
+        """The tasks in the order of their labels."""
+        if name == "cifar100-features":
+            return features(self.data)
+        base = replace(PROTOCOLS[name], data=self.data)
+        return (replace(base, scenario="split-digits") if self.digits else base).make_scenario(0)
+
+    def show(self, results: Results) -> Page:
+        """Tables and pictures of the toy and of the real tasks."""
+        text = [self._toy_table(results), "![errors over lam](consistency-toy.png)"]
+        figures = {"consistency-toy.png": self._toy_picture(results)}
+        for name in self.protocols:
+            if results.where(protocol=name):
+                text += [f"**{name}**", self._table(results, name)]
+        text += ["![forgetting by position](consistency.png)", results.place()]
+        return Page("\n\n".join(text), {**figures, "consistency.png": self._positions(results)})
+
+    def _toy(self, results: Results, order: str, method: str, lam: float) -> Tensor | None:
+        """Error over variance of the tasks with small and with large outputs, and of the third: (seeds, 3)."""
+        founds = results.where(toy=order, method=method, lam=lam)
+        last = [found["error"][-1] for _, found in founds]
+        by_scale = [0, 1, 2] if order == "small first" else [1, 0, 2]
+        return torch.tensor(last)[:, by_scale] if last else None
+
+    def _toy_table(self, results: Results) -> str:
+        titles = ("order", "method", *(f"lam {lam:g}" for lam in self.lams))
+        rows = []
+        for order in ORDERS:
+            for method in METHODS:
+                cells = [self._toy(results, order, method, lam) for lam in self.lams]
+                words = [
+                    "" if e is None else " / ".join(f"{x:.2g}" for x in e.mean(0).tolist())
+                    for e in cells
+                ]
+                rows.append((order, f"`{method}`", *words))
+        return table(titles, rows)
+
+    def _toy_picture(self, results: Results) -> Any:
+        figure, panels = canvas(len(ORDERS), 2, 3.6, sharey=True)
+        kinds = ("outputs of scale 1", "outputs of scale 10", "third task")
+        for panel, order in zip(panels, ORDERS, strict=True):
+            for j, method in enumerate(METHODS):
+                cells = [(lam, self._toy(results, order, method, lam)) for lam in self.lams]
+                known = [(lam, error.mean(0).tolist()) for lam, error in cells if error is not None]
+                for k, kind in enumerate(kinds):
+                    how = {**look(k), "linestyle": ("-", "--")[j]}
+                    y = [error[k] for _, error in known]
+                    panel.plot([lam for lam, _ in known], y, label=f"{method}: {kind}", **how)
+            panel.set_xscale("log")
+            panel.set_yscale("log")
+            panel.set_title(order, fontsize="medium")
+            panel.grid(alpha=0.3)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+        figure.supxlabel("lam", fontsize="medium")
+        figure.supylabel("squared error / variance, after the third task", fontsize="medium")
+        return figure
+
+    def _runs(
+        self, results: Results, name: str, method: str, lam: float | None
+    ) -> list[tuple[Tensor, Tensor, Found]]:
+        """By order: accuracy[t, k], accuracy of a network that learned task k alone, all that was found."""
+        alone = {
+            cell["seed"]: found["alone"]
+            for cell, found in results.where(protocol=name, method="alone")
+        }
+        return [
+            (matrix(found), torch.tensor(alone[cell["seed"]], dtype=torch.float64), found)
+            for cell, found in results.where(protocol=name, method=method, lam=lam)
+            if "diverged" not in found and cell["seed"] in alone
+        ]
+
+    def _table(self, results: Results, name: str) -> str:
+        rows = []
+        for method, lam in self._variants():
+            runs = self._runs(results, name, method, lam)
+            if not runs:
+                continue
+            accuracy = [100 * m[-1].mean() for m, _, _ in runs]
+            gap = [100 * (alone - m[-1]).mean() for m, alone, _ in runs]
+            lost = [100 * forgotten(m) for m, _, _ in runs]
+            alphas = [a for _, _, found in runs for a in found.get("alpha", ())]
+            spread = torch.stack(accuracy).std() if len(runs) > 1 else torch.tensor(torch.nan)
+            rows.append(
+                (
+                    f"`{method}`" + ("" if lam is None else f", lam {lam:g}"),
+                    interval_text([float(a) for a in accuracy], 2),
+                    f"{spread:.2f}",
+                    interval_text([float(g) for g in gap], 3),
+                    interval_text([float(x.mean()) for x in lost], 2),
+                    interval_text([float(x.std()) for x in lost], 2),
+                    f"{min(alphas):.2g} to {max(alphas):.2g}" if alphas else "",
+                    str(len(runs)),
+                )
+            )
+        titles = (
+            "method",
+            "accuracy, %",
+            "its deviation over orders",
+            "single-task gap, %",
+            "forgetting, % points",
+            "its deviation over tasks",
+            "alpha",
+            "orders",
+        )
+        return table(titles, rows)
+
+    def _variants(self) -> Sequence[tuple[str, float | None]]:
+        return [
+            ("finetune", None),
+            *((method, lam) for lam in self.strengths for method in METHODS),
+        ]
+
+    def _positions(self, results: Results) -> Any:
+        figure, panels = canvas(len(self.protocols), 2, 3.4)
+        for panel, name in zip(panels, self.protocols, strict=True):
+            for i, (method, lam) in enumerate(self._variants()):
+                runs = self._runs(results, name, method, lam)
+                if method == "finetune" or not runs:
+                    continue
+                lost = 100 * torch.stack([forgotten(m) for m, _, _ in runs])
+                x = torch.arange(1, lost.shape[1] + 1) + 0.08 * (i - 3)
+                panel.errorbar(
+                    x, lost.mean(0), lost.std(0), label=f"{method}, lam {lam:g}", **look(i)
+                )
+            panel.set_title(name, fontsize="medium")
+            panel.set_xlabel("position of the task in the order")
+            panel.set_ylabel("forgetting in % points")
+            panel.grid(alpha=0.3)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+        return figure
+
+
+def forgotten(accuracy: Tensor) -> Tensor:
+    """Of every task but the last: accuracy when it was new minus accuracy after the last one, (T - 1,)."""
+    return (accuracy.diagonal() - accuracy[-1])[:-1]
+
+
+def toy(scales: Sequence[float], method: str, lam: float, seed: int, steps: int) -> Found:
+    """Three tasks one after another, y = scale sin(w x + b) of the same x; errors over variance after each."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        network = models.mlp((2,), (50, 50))
+        x = 2 * torch.rand(600, 2) - 1
+        y = torch.tensor(scales) * (3 * x @ torch.randn(2, len(scales)) + torch.randn(3)).sin()
+        for _ in scales:
+            network.add_head(1)
+        penalty = FusedMASPenalty(network, lam=lam, merge=METHODS[method], exclude=["heads.*"])
+        learn, test, error = x[:400], x[400:], []
+        for task, scale in enumerate(scales):
+            optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+            handle = penalty.attach(optimizer, mode="proximal")
+            for _ in range(steps):
+                optimizer.zero_grad()
+                loss = F.mse_loss(network(learn, task)[:, 0], y[:400, task]) / scale**2
+                loss.backward()
+                optimizer.step()
+            handle.remove()
+            forward = functools.partial(_head, task)
+            omega = estimate_importance(network, [learn], forward=forward, exclude=["heads.*"])
+            penalty.consolidate(importance=omega)
+            with torch.no_grad():
+                squares = [
+                    (network(test, k)[:, 0] - y[400:, k]).square().mean() / y[400:, k].var()
+                    for k in range(task + 1)
+                ]
+            error.append([float(square) for square in squares])
+        return {"error": error, "alpha": penalty.alpha}
+
+
+def _head(head: int, network: models.MultiHead, x: Tensor) -> Tensor:
+    output: Tensor = network(x, head)
+    return output
+
+
+@functools.cache
+def features(folder: str | None) -> Scenario:
+    """CIFAR-100 as ResNet-20 sees it that was trained on CIFAR-10: (64,), ten tasks of ten classes.
+
+    Raises:
+        FileNotFoundError: its weights, or the images, are missing.
+    """
+    places = [place / WEIGHTS for place in data.folders(folder)]
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
+        raise FileNotFoundError(f"{WEIGHTS} is missing, expected at {places[0]}")
+    network = models.resnet20((3, 32, 32))
+    models.load_backbone(network, path)
+    network.eval()
+    # What its images were standardised with.
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    seen = Standardisation(mean, deviation)
+    with torch.no_grad():
+        train, test = (
+            Tensors(
+                torch.cat(
+                    [
+                        network.backbone(seen(part.batch(index)[0]))
+                        for index in torch.arange(len(part)).split(200)
+                    ]
+                ),
+                part.y,
+            )
+            for part in data.load("cifar100", folder)
+        )
+    return split(train, test, 10, "cifar100-features")
