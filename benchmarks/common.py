@@ -46,6 +46,14 @@ def place(result: Mapping[str, Any]) -> str:
     return f"{on}, {result['threads']} threads"
 
 
+def measured_on(where: Mapping[str, Any], threads: int) -> str:
+    """Machine and date in words."""
+    return (
+        f"{where['gpu'] or where['cpu']} ({threads} threads, {where['instruction_set']}), torch "
+        f"{where['torch']}, {where['date']}"
+    )
+
+
 def bars(
     axes: Axes,
     names: Sequence[str],

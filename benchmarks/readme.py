@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, fill, machine
+from common import RESULTS, fill, machine, measured_on
 
 from mas_ext.demo import run_demo
 from mas_ext.methods import METHODS
@@ -59,14 +59,6 @@ PUBLISHED = {
 }
 
 
-def place(where: dict[str, Any], threads: int) -> str:
-    """Machine and date in words."""
-    return (
-        f"{where['gpu'] or where['cpu']} ({threads} threads, {where['instruction_set']}), torch "
-        f"{where['torch']}, {where['date']}"
-    )
-
-
 def benchmark_table() -> str:
     """Milliseconds and multiples of add_grad_ by form and model, and what T tasks cost."""
     results = {m: json.loads((RESULTS / f"penalty_{m}_cpu.json").read_text()) for m in MODELS}
@@ -97,7 +89,7 @@ def benchmark_table() -> str:
         f"parameter for {many} tasks. `add_grad_` reaches {own[1]['fraction']:.2f} of the machine's own "
         "copy bandwidth, counting the fewest bytes that have to move.",
         "",
-        f"{place(first['machine'], first['threads'])}; {first['dtype']}; medians of "
+        f"{measured_on(first['machine'], first['threads'])}; {first['dtype']}; medians of "
         f"{first['repeats']} interleaved repeats. Intervals and more in `benchmarks/results/`.",
         "",
         "![time by form, and over the number of tasks](benchmarks/results/penalty_resnet18_cpu.png)",
@@ -129,9 +121,9 @@ def importance_table() -> str:
         f"the exact one is {ranks}. The exact one is within {errors:.0e} of a float64 loop over single "
         f"samples (relative L2). The check of itself, once a model, takes {checks}.",
         "",
-        f"{place(first['machine'], first['threads'])}; {first['dtype']}; networks as initialised, inputs of "
-        f"random numbers; medians of {repeats} interleaved repeats; memory at its peak in two calls, the first "
-        "one's check included, above that of the model and the batch. Intervals and more in "
+        f"{measured_on(first['machine'], first['threads'])}; {first['dtype']}; networks as initialised, inputs "
+        f"of random numbers; medians of {repeats} interleaved repeats; memory at its peak in two calls, the "
+        "first one's check included, above that of the model and the batch. Intervals and more in "
         "`benchmarks/results/`.",
         "",
         "![time and memory by form](benchmarks/results/importance_transformer_cpu.png)",
@@ -194,7 +186,7 @@ def methods_table() -> str:
         "data, with another seed, from the values in `benchmarks/split-mnist.toml`. Published: Hsu et al. "
         "2018, whose protocol this is, over 10 seeds.",
         "",
-        f"{place(result['machine'], result['threads'])}. Every seed and every lam: "
+        f"{measured_on(result['machine'], result['threads'])}. Every seed and every lam: "
         "`benchmarks/results/methods_split-mnist.json`.",
     ]
     return "\n".join(lines)
@@ -216,15 +208,18 @@ def demo_table() -> str:
     )
 
 
-def main() -> None:
-    """Replace what stands between the README's marks."""
-    tables = {
-        "demo": demo_table(),
+def measured_tables() -> dict[str, str]:
+    """All but the demo's."""
+    return {
         "benchmark": benchmark_table(),
         "importance": importance_table(),
         "methods": methods_table(),
     }
-    fill(ROOT / "README.md", tables)
+
+
+def main() -> None:
+    """Replace what stands between the README's marks."""
+    fill(ROOT / "README.md", {"demo": demo_table(), **measured_tables()})
 
 
 if __name__ == "__main__":
