@@ -302,7 +302,7 @@ def test_checkpoints(
     make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By Avalanche's own mechanism, after one experience of three: the others end in the same bits."""
-    # torch takes this name away again after importing, and dill, which Avalanche saves with, then fails on every
+    # torch takes this name away again after importing; dill, which Avalanche saves with, then fails on every
     # SGD, whatever the plugins.
     monkeypatch.setattr(torch.optim, "sgd", sys.modules["torch.optim.sgd"], raising=False)
     experiences = stream()

@@ -1,0 +1,135 @@
+"""A callback for Lightning 2.
+
+    from mas_ext.integrations.lightning import MASCallback
+
+    mas = MASCallback(lam=1.0)
+    Trainer(callbacks=[mas], ...).fit(module, task_a)  # consolidates at its end
+    Trainer(callbacks=[mas], ...).fit(module, task_b)
+
+The penalty goes into the gradients in `on_before_optimizer_step`: these are accumulated, reduced over the ranks
+and unscaled, and not clipped yet, so that clipping clips the sum. It works with automatic optimisation, and
+with manual one through the optimizers that `self.optimizers()` gives. Parameters have to be whole on every
+rank: not with FSDP or DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from mas_ext.attach import Handle, Mode
+from mas_ext.integrations.loading import once
+from mas_ext.penalty import FusedMASPenalty
+
+Batches = Callable[[Trainer], Iterable[Any]]
+
+
+class MASCallback(Callback):
+    """FusedMASPenalty in a Trainer: applied at every step, consolidated when training has ended.
+
+    `penalty` is there from the first `fit` on. Its state is part of every checkpoint; one that is written while
+    training goes on is from before the task is consolidated, `trainer.save_checkpoint` after `fit` has it.
+
+    Args:
+        lam: strength, see FusedMASPenalty.
+        batches: from the trainer to the samples that importance is taken from, this rank's part of them; by
+            default those of the training dataloader, each once.
+        mode: "gradient", or "proximal" with an automatic or a manual step of SGD, Adam or AdamW.
+        name: tells several of these callbacks apart in a checkpoint.
+        options: further arguments of FusedMASPenalty. Without a `forward` the module is called with the batch's
+            first item.
+    """
+
+    def __init__(
+        self,
+        lam: float = 1.0,
+        batches: Batches | None = None,
+        mode: Mode = "gradient",
+        name: str = "",
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        self.lam, self.batches, self.mode, self.name, self.options = (
+            lam,
+            batches,
+            mode,
+            name,
+            options,
+        )
+        self.penalty: FusedMASPenalty | None = None
+        self._loaded: dict[str, Any] = {}
+        self._handles: list[Handle] = []
+
+    @property
+    def state_key(self) -> str:
+        """Where its state is in a checkpoint."""
+        key: str = self._generate_state_key(name=self.name)
+        return key
+
+    def state_dict(self) -> dict[str, Any]:
+        """The penalty's state."""
+        if self._loaded or self.penalty is None:
+            return self._loaded
+        return dict(self.penalty.state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, when training starts: the module has its precision then."""
+        self._loaded = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The penalty of this module, with what was remembered, of another one, too."""
+        if self.penalty is None or self.penalty.model is not pl_module:
+            self._loaded = self.state_dict()
+            group = torch.distributed.group.WORLD if trainer.world_size > 1 else None
+            options = {"process_group": group, **self.options}
+            self.penalty = FusedMASPenalty(pl_module, self.lam, **options)
+        if self._loaded:
+            self.penalty.load_state_dict(self._loaded)
+            self._loaded = {}
+        if self.mode == "proximal":
+            self._handles = [self.penalty.attach(o, "proximal") for o in trainer.optimizers]
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Add the penalty's gradient to those of this optimizer."""
+        assert self.penalty is not None
+        if self.mode == "gradient":
+            own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            self.penalty.add_grad_to(own, _scale_left(trainer, optimizer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Consolidate."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        assert self.penalty is not None
+        self.penalty.consolidate(
+            _batches(trainer) if self.batches is None else self.batches(trainer)
+        )
+
+
+def _scale_left(trainer: Trainer, optimizer: Optimizer) -> torch.Tensor | None:
+    """What gradients are still multiplied by: those of an optimizer that unscales them itself (fused=True)."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return None
+    return torch.tensor(scaler.get_scale())
+
+
+def _batches(trainer: Trainer) -> Iterator[Any]:
+    """The training data as the module sees them, each once."""
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        raise TypeError(
+            f"batches: got none and a training dataloader of {type(loader).__name__}, expected a DataLoader, "
+            "or batches= a function from the trainer to batches"
+        )
+    for batch in once(loader):
+        converted = trainer.precision_plugin.convert_input(batch)
+        yield trainer.strategy.batch_to_device(converted)
