@@ -13,16 +13,18 @@ from mas_ext.experiments import EXPERIMENTS, Results, draw
 
 ROOT = Path(__file__).parents[1]
 FOUND = ROOT / "experiments" / "results"
+PICTURES = ROOT / "docs" / "results"
 
 
 def main() -> None:
     """Replace what stands between the page's marks."""
+    PICTURES.mkdir(exist_ok=True)
     parts = {}
     for name, experiment in EXPERIMENTS.items():
         path = FOUND / f"{name}.json"
         if path.exists():
-            page = draw(experiment, Results(path, experiment.protocol()), FOUND)
-            parts[name] = page.text.replace(f"]({name}", f"](../experiments/results/{name}")
+            page = draw(experiment, Results(path, experiment.protocol()), PICTURES)
+            parts[name] = page.text.replace(f"]({name}", f"](results/{name}")
         else:
             parts[name] = "Not measured yet."
     fill(ROOT / "docs" / "RESULTS.md", parts)

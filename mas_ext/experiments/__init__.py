@@ -6,6 +6,7 @@ from mas_ext.experiments.consistency import Consistency
 from mas_ext.experiments.exactness import Exactness
 from mas_ext.experiments.experiment import Experiment, Page, Results, draw, reproduce
 from mas_ext.experiments.official_demo import OfficialDemo
+from mas_ext.experiments.regression import Regression
 from mas_ext.experiments.split_mnist import SplitMNIST
 
 __all__ = ["EXPERIMENTS", "Experiment", "Page", "Results", "draw", "reproduce"]
@@ -16,4 +17,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "official-demo": OfficialDemo(),
     "exactness": Exactness(),
     "consistency": Consistency(),
+    "regression": Regression(),
 }

@@ -227,9 +227,9 @@ class Consistency(Experiment):
                     continue
                 lost = 100 * torch.stack([forgotten(m) for m, _, _ in runs])
                 x = torch.arange(1, lost.shape[1] + 1) + 0.08 * (i - 3)
-                panel.errorbar(
-                    x, lost.mean(0), lost.std(0), label=f"{method}, lam {lam:g}", **look(i)
-                )
+                spread = lost.std(0) if len(runs) > 1 else None
+                panel.errorbar(x, lost.mean(0), spread, label=f"{method}, lam {lam:g}", **look(i))
+                panel.set_xticks(range(1, lost.shape[1] + 1))
             panel.set_title(name, fontsize="medium")
             panel.set_xlabel("position of the task in the order")
             panel.set_ylabel("forgetting in % points")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from typing import cast
 
@@ -41,17 +42,20 @@ def matrix(found: Found) -> Tensor:
 
 
 def choose(
-    results: Results, cell: Cell, grid: tuple[float, ...] = GRID
+    results: Results,
+    cell: Cell,
+    grid: tuple[float, ...] = GRID,
+    key: str = "validation_accuracy",
 ) -> Generator[Cell, None, float | None]:
     """Ask for what is needed to choose the lam of `cell`; returns it, None where all diverged.
 
-    Every second value of the grid is tried, then those beside the best: the one of the largest validation
-    accuracy, of equal ones the smallest.
+    Every second value of the grid is tried, then those beside the best: the one of the largest `key`, of equal
+    ones the smallest.
     """
 
     def score(lam: float) -> float:
         found = results[{**cell, "lam": lam}]
-        return -1.0 if "diverged" in found else float(found["validation_accuracy"])
+        return -math.inf if "diverged" in found else float(found[key])
 
     coarse = grid[1::2]
     for lam in coarse:
@@ -61,12 +65,17 @@ def choose(
     for lam in near:
         yield {**cell, "lam": lam}
     best = max(near, key=score)
-    return best if score(best) >= 0 else None
+    return best if score(best) > -math.inf else None
 
 
-def chosen(results: Results, cell: Cell, grid: tuple[float, ...] = GRID) -> float | None:
+def chosen(
+    results: Results,
+    cell: Cell,
+    grid: tuple[float, ...] = GRID,
+    key: str = "validation_accuracy",
+) -> float | None:
     """What `choose` returned; None, too, where it did not get there yet."""
-    asking = choose(results, cell, grid)
+    asking = choose(results, cell, grid, key)
     while True:
         try:
             needed = next(asking)

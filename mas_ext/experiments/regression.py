@@ -1,0 +1,284 @@
+"""Regression: the inverse dynamics of a two-link arm whose payload and segments change from task to task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mas_ext import models
+from mas_ext.charts import canvas, legend, look
+from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
+from mas_ext.experiments.learned import CHOOSING_SEED, GRID, choose, chosen
+from mas_ext.experiments.tables import number, percent, table
+from mas_ext.methods.finetune import Finetune
+from mas_ext.methods.mas import MAS
+from mas_ext.methods.method import Method, Training
+from mas_ext.methods.quadratic import Quadratic
+from mas_ext.methods.si import SI
+from mas_ext.models import MultiHead
+from mas_ext.parameters import named_parameters
+
+SCORE = "validation_explained"
+
+
+class Arm(NamedTuple):
+    """Lengths in m of both segments, rods of 1.5 kg a metre, and the payload at the end in kg."""
+
+    upper: float = 0.5
+    lower: float = 0.4
+    payload: float = 0.0
+
+    def torques(self, q: Tensor, dq: Tensor, ddq: Tensor) -> Tensor:
+        """What moves it: angles in rad, velocities and accelerations (N, 2) -> Nm (N, 2).
+
+        M(q) ddq + C(q, dq) dq + g(q) of a planar arm of two rods, angles from the horizontal and the upper arm.
+        """
+        (l1, l2, load), g = self, 9.81
+        m1, m2 = 1.5 * l1, 1.5 * l2
+        # First and second moments of all that hangs on a joint.
+        first, second = (m2 / 2 + load) * l2, (m2 / 3 + load) * l2**2
+        inner = (m1 / 3 + m2 + load) * l1**2
+        bend = l1 * first * q[:, 1].cos()
+        h = l1 * first * q[:, 1].sin()
+        low = g * first * q.sum(1).cos()
+        shoulder = (
+            (inner + second + 2 * bend) * ddq[:, 0]
+            + (second + bend) * ddq[:, 1]
+            - h * (2 * dq[:, 0] * dq[:, 1] + dq[:, 1] ** 2)
+            + g * (m1 / 2 + m2 + load) * l1 * q[:, 0].cos()
+            + low
+        )
+        elbow = (second + bend) * ddq[:, 0] + second * ddq[:, 1] + h * dq[:, 0] ** 2 + low
+        return torch.stack([shoulder, elbow], 1)
+
+
+ARMS = {
+    "no payload": Arm(),
+    "1 kg": Arm(payload=1.0),
+    "3 kg": Arm(payload=3.0),
+    "longer forearm": Arm(lower=0.7),
+    "shorter upper arm": Arm(upper=0.3),
+}
+
+
+class Squared(Method):
+    """A method for regression: the mean squared error instead of the cross entropy."""
+
+    def loss(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
+        """See Method.loss; y (N, outputs)."""
+        return F.mse_loss(training.logits(x), y)
+
+
+class Finetuning(Squared, Finetune):
+    """On one task after another."""
+
+
+class Joint(Squared):
+    """On all tasks so far."""
+
+    joint = True
+
+
+class RegressionMAS(Squared, MAS):
+    """MAS on the outputs as they are."""
+
+
+class RegressionSI(Squared, SI):
+    """The path integral of the squared error."""
+
+
+class GaussianEWC(Squared, Quadratic):
+    """EWC: F_i = 1/N sum_k sum_c (d F_c(x_k) / d theta_i)^2, that of normal outputs with variance 1."""
+
+    def __init__(self, lam: float, **given: Any) -> None:
+        """lam: as in the paper, with its half."""
+        super().__init__(lam / 2, merge="sum", **given)
+
+    def end_task(self, training: Training) -> None:
+        """See Method.end_task."""
+        assert self.penalty is not None
+        theta = named_parameters(training.model, self.penalty.exclude)
+        values = {name: parameter.detach() for name, parameter in theta.items()}
+
+        def output(values: Mapping[str, Tensor], x: Tensor) -> Tensor:
+            given: Any = (x[None], training.head)
+            found: Tensor = torch.func.functional_call(training.model, dict(values), given)
+            return found[0]
+
+        jacobians = torch.func.vmap(torch.func.jacrev(output), (None, 0))
+        total, samples = {name: torch.zeros_like(value) for name, value in values.items()}, 0
+        for x, _ in training.batches(None):
+            for name, each in jacobians(values, x).items():
+                total[name] += each.detach().square().sum((0, 1))
+            samples += len(x)
+        self.penalty.consolidate(importance={name: each / samples for name, each in total.items()})
+
+
+class Variant(NamedTuple):
+    """What makes the method, and the name of that whose lam it takes: None where it has none."""
+
+    make: Any
+    lam_of: str | None = None
+
+
+ALPHA = partial(RegressionMAS, merge="consistent")
+VARIANTS = {
+    "finetune": Variant(Finetuning),
+    "joint": Variant(Joint),
+    "mas": Variant(RegressionMAS, "mas"),
+    "mas-alpha": Variant(ALPHA, "mas-alpha"),
+    "ewc": Variant(GaussianEWC, "ewc"),
+    "si": Variant(RegressionSI, "si"),
+    "mas, proximal": Variant(partial(RegressionMAS, mode="proximal"), "mas"),
+    "mas-alpha, proximal": Variant(partial(ALPHA, mode="proximal"), "mas-alpha"),
+}
+
+
+@dataclass(frozen=True)
+class Regression(Experiment):
+    """Squared error over variance, on all arms after each.
+
+    samples: of an arm, to train on; a quarter as many for validation and for testing each.
+    """
+
+    title: ClassVar[str] = "Regression: the inverse dynamics of an arm"
+    samples: int = 2000
+    epochs: int = 60
+    batch_size: int = 100
+    lr: float = 2e-3
+    hidden: tuple[int, ...] = (64, 64)
+    grid: tuple[float, ...] = GRID
+
+    def quick(self) -> Regression:
+        """Few samples and epochs, one seed."""
+        return replace(self, samples=400, epochs=20, batch_size=50, seeds=1, grid=GRID[1:6])
+
+    def protocol(self) -> dict[str, Any]:
+        """See Experiment.protocol."""
+        names = ("samples", "epochs", "batch_size", "lr", "hidden")
+        return {"arms": ARMS, **{name: getattr(self, name) for name in names}}
+
+    def choosing(self, name: str) -> Cell:
+        """What chooses the lam of a method, but for the lam."""
+        return {"method": VARIANTS[name].lam_of, "seed": CHOOSING_SEED, "purpose": "choose"}
+
+    def plan(self, results: Results) -> Iterator[Cell]:
+        """Every method with one seed, then with two, ..."""
+        for seed in range(self.seeds):
+            for name, variant in VARIANTS.items():
+                lam = None
+                if variant.lam_of is not None:
+                    lam = yield from choose(results, self.choosing(name), self.grid, SCORE)
+                    if lam is None:
+                        continue
+                yield {"method": name, "lam": lam, "seed": seed, "purpose": "final"}
+
+    def measure(self, cell: Cell) -> Found:
+        """See Experiment.measure."""
+        lam = {} if cell["lam"] is None else {"lam": cell["lam"]}
+        with torch.random.fork_rng([]):
+            torch.manual_seed(cell["seed"])
+            return self.learn(VARIANTS[cell["method"]].make(**lam))
+
+    def learn(self, method: Method) -> Found:
+        """error[t, k], squared error over variance on arm k after arm t; the rest of 1 on validation data."""
+        learn, check, test = (self.data_of(n) for n in (self.samples, *[self.samples // 4] * 2))
+        model = models.mlp((8,), self.hidden)
+        error: list[list[float]] = []
+        make = partial(torch.optim.Adam, lr=self.lr)
+        for task in range(len(ARMS)):
+            model.add_head(2)
+            optimizer = make(model.parameters())
+
+            def batches(n: int | None, task: int = task) -> list[tuple[Tensor, Tensor]]:
+                x, y = (part[:n].split(self.batch_size) for part in learn[task])
+                return list(zip(x, y, strict=True))
+
+            training = Training(model, optimizer, task, "task", task, batches, make)
+            method.begin_task(training)
+            for _ in range(self.epochs):
+                for head, index in self._order(range(task + 1) if method.joint else [task]):
+                    training.head = head
+                    x, y = (part[index] for part in learn[head])
+                    optimizer.zero_grad()
+                    loss = method.loss(training, x, y)
+                    loss.backward()
+                    optimizer.step()
+                    method.after_step(training, x, y)
+            if not loss.isfinite():
+                return {"diverged": f"loss {float(loss)} on arm {task}"}
+            method.end_task(training)
+            error.append([unexplained(model, k, *test[k]) for k in range(task + 1)])
+        left = [unexplained(model, k, *check[k]) for k in range(len(ARMS))]
+        return {"error": error, "validation_explained": 1 - sum(left) / len(left)}
+
+    def data_of(self, samples: int) -> list[tuple[Tensor, Tensor]]:
+        """By arm: sines, cosines of angles, velocities, accelerations (N, 8); torques in the first's scale."""
+        found: list[tuple[Tensor, Tensor]] = []
+        scale = torch.tensor(1.0)
+        for arm in ARMS.values():
+            q = torch.pi * (2 * torch.rand(samples, 2) - 1)
+            dq, ddq = 3 * torch.randn(samples, 2), 5 * torch.randn(samples, 2)
+            y = arm.torques(q, dq, ddq)
+            scale = scale if found else y.std(0)
+            found.append((torch.cat([q.sin(), q.cos(), dq / 3, ddq / 5], 1), y / scale))
+        return found
+
+    def _order(self, tasks: Any) -> list[tuple[int, Tensor]]:
+        """An epoch's batches of these tasks, in random order: each of one task."""
+        parts = [(k, i) for k in tasks for i in torch.randperm(self.samples).split(self.batch_size)]
+        return [parts[i] for i in torch.randperm(len(parts)).tolist()]
+
+    def finals(self, results: Results, name: str) -> tuple[float | None, list[Tensor]]:
+        """The chosen lam, and error[t, k] of every seed that did not diverge, NaN for k > t."""
+        lam = None
+        if VARIANTS[name].lam_of is not None:
+            lam = chosen(results, self.choosing(name), self.grid, SCORE)
+        found = [f for _, f in results.where(method=name, purpose="final", lam=lam)]
+        rows = [f["error"] for f in found if "diverged" not in f]
+        padded = [[[*row, *[torch.nan] * (len(ARMS) - len(row))] for row in each] for each in rows]
+        return lam, [torch.tensor(each, dtype=torch.float64) for each in padded]
+
+    def show(self, results: Results) -> Page:
+        """A table, and a picture of the errors as arms come."""
+        rows = []
+        figure, panels = canvas(2, 2, 3.6)
+        for i, name in enumerate(VARIANTS):
+            lam, errors = self.finals(results, name)
+            if not errors:
+                continue
+            columns = (
+                [float(e[-1].mean()) for e in errors],
+                [float(e.diagonal().mean()) for e in errors],
+                [float((e[-1] - e.diagonal())[:-1].mean()) for e in errors],
+            )
+            rows.append(
+                (f"`{name}`", *(percent(c) for c in columns), number(lam), str(len(errors)))
+            )
+            mean = 100 * torch.stack(errors).mean(0)
+            panels[0].plot(range(1, 6), mean.nanmean(1), label=name, **look(i))
+            panels[1].plot(range(1, 6), mean[-1], **look(i))
+        for panel, words in zip(panels, ("arms learned", "arm"), strict=True):
+            panel.set_yscale("log")
+            panel.set_xticks(range(1, len(ARMS) + 1))
+            panel.set_xlabel(words)
+            panel.grid(alpha=0.3)
+        panels[0].set_title("mean over the arms so far", fontsize="medium")
+        panels[1].set_title("after the last arm", fontsize="medium")
+        figure.supylabel("squared error in % of the variance", fontsize="medium")
+        legend(figure, panels[0])
+        titles = ("method", "error, %", "error when new, %", "forgetting, %", "lam", "seeds")
+        text = [table(titles, rows), results.place(), "![errors by arm](regression.png)"]
+        return Page("\n\n".join(text), {"regression.png": figure})
+
+
+@torch.no_grad()
+def unexplained(model: MultiHead, head: int, x: Tensor, y: Tensor) -> float:
+    """Squared error over variance: (N, inputs), (N, outputs)."""
+    return float((model(x, head) - y).square().mean() / y.var(0).mean())
