@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mas_ext.experiments.adaptivity import Adaptivity
 from mas_ext.experiments.consistency import Consistency
 from mas_ext.experiments.exactness import Exactness
 from mas_ext.experiments.experiment import Experiment, Page, Results, draw, reproduce
@@ -17,5 +18,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     "official-demo": OfficialDemo(),
     "exactness": Exactness(),
     "consistency": Consistency(),
+    "adaptivity": Adaptivity(),
     "regression": Regression(),
 }

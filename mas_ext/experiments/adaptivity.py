@@ -1,0 +1,256 @@
+"""Importance from unlabelled data, and from only the part of it that will be met: what is kept of that part."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mas_ext import config, data
+from mas_ext.catalogue import permuted
+from mas_ext.charts import canvas, look
+from mas_ext.config import Config
+from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
+from mas_ext.experiments.tables import percent, table
+from mas_ext.importance import estimate_importance
+from mas_ext.methods.finetune import Finetune
+from mas_ext.methods.mas import MAS
+from mas_ext.methods.method import Training
+from mas_ext.models import MultiHead
+from mas_ext.scenarios import Scenario, Tensors, from_datasets
+from mas_ext.trainer import Trainer
+
+BASE = config.read({"hidden": [100, 100], "epochs": 3, "methods": ["mas"]})
+
+SOURCES = {
+    "training data": "labelled training data, without the labels",
+    "test data": "other unlabelled data",
+    "part": "only those of the part",
+}
+
+
+class Images(NamedTuple):
+    """Samples of the first task: x (N, 1, H, W), y (N,), and which are of the part, (N,) bool."""
+
+    x: Tensor
+    y: Tensor
+    part: Tensor
+
+
+def two_classes(x: Tensor, y: Tensor, generator: torch.Generator) -> Images:
+    """Two digits of ten."""
+    digits = torch.randperm(10, generator=generator)[:2]
+    return Images(x, y, torch.isin(y, digits))
+
+
+def slanted(x: Tensor, y: Tensor, generator: torch.Generator) -> Images:
+    """A way of writing: the third of the digits that leans most to the right, by second moments."""
+    weight = x[:, 0] / x[:, 0].sum((1, 2), keepdim=True)
+    down, right = (torch.arange(n, dtype=x.dtype) for n in x.shape[2:])
+    across, along = (weight.sum(1) * right).sum(1), (weight.sum(2) * down).sum(1)
+    from_left, from_top = right - across[:, None], down - along[:, None]
+    mixed = torch.einsum("nij,ni,nj->n", weight, from_top, from_left)
+    slant = -mixed / torch.einsum("nij,ni->n", weight, from_top.square())
+    return Images(x, y, slant > slant.quantile(2 / 3))
+
+
+def inverted(x: Tensor, y: Tensor, generator: torch.Generator) -> Images:
+    """A corruption: half of the images are black on white."""
+    part = torch.rand(len(x), generator=generator) < 0.5
+    return Images(torch.where(part[:, None, None, None], 1 - x, x), y, part)
+
+
+PARTS: dict[str, Callable[[Tensor, Tensor, torch.Generator], Images]] = {
+    "two classes": two_classes,
+    "slanted": slanted,
+    "inverted": inverted,
+}
+
+
+class Held(MAS):
+    """MAS that begins with a given importance, and learns one task."""
+
+    def __init__(self, lam: float, importance: Mapping[str, Tensor]) -> None:
+        """lam, and Omega by name."""
+        super().__init__(lam)
+        self.given = importance
+
+    def begin_task(self, training: Training) -> None:
+        """See Method.begin_task."""
+        if training.task == 0:
+            self.penalty = self.build(training.model, training.own_parameters)
+            self.penalty.consolidate(importance=self.given)
+        else:
+            super().begin_task(training)
+
+    def end_task(self, training: Training) -> None:
+        """Nothing: this was the last task."""
+
+
+@dataclass(frozen=True)
+class Adaptivity(Experiment):
+    """Accuracy on a part of the first task and on the rest of it, after a second one, by source of importance.
+
+    base: how it is learned. samples: of a task, to train on. digits: scikit-learn's, then the same with their
+    pixels mixed, instead of MNIST, then Fashion-MNIST.
+    """
+
+    title: ClassVar[str] = "Unlabelled data and adaptivity"
+    base: Config = BASE
+    samples: int = 10_000
+    lams: tuple[float, ...] = (1e-1, 1e0, 1e1)
+    digits: bool = False
+
+    def quick(self) -> Adaptivity:
+        """The digits of scikit-learn, one strength and seed."""
+        return replace(self, digits=True, lams=(1.0,), seeds=1, data=None)
+
+    def protocol(self) -> dict[str, Any]:
+        """See Experiment.protocol."""
+        values = self.base.values()
+        told = {
+            name: values[name] for name in ("hidden", "optimizer", "lr", "epochs", "batch_size")
+        }
+        return {**told, "samples": self.samples, "lams": self.lams, "digits": self.digits}
+
+    def plan(self, results: Results) -> Iterator[Cell]:
+        """Every part with one seed, then with two, ..."""
+        for seed in range(self.seeds):
+            for part in PARTS:
+                yield {"part": part, "seed": seed}
+
+    def measure(self, cell: Cell) -> Found:
+        """Every source and strength, after the same first task."""
+        seed = cell["seed"]
+        first, second, met, tested = self.tasks(cell["part"], seed)
+        settings = self.base.training(seed, "final")
+        scenario = from_datasets([(Tensors(first.x, first.y), Tensors(tested.x, tested.y)), second])
+        learned = self.base.network(scenario, seed)
+        Trainer(learned, Finetune(), **vars(settings)).fit(Scenario(scenario.tasks[:1]))
+        sources = {"training data": first.x, "test data": met.x, "part": met.x[met.part]}
+        omegas = {source: importance(learned, x) for source, x in sources.items()}
+        found, strength = [], total(omegas["training data"])
+        for source, lam in self._variants():
+            given = omegas[source or "training data"]
+            # All of the same strength: only what is important differs.
+            scale = strength / total(given)
+            method = Held(lam, {name: scale * each for name, each in given.items()})
+            model, epochs = copy.deepcopy(learned), [0, *settings.epochs_of(1)]
+            result = Trainer(model, method, **{**vars(settings), "epochs": epochs}).fit(scenario)
+            after = {"after": shares(model, tested), "new": result.accuracy[1, 1]}
+            found.append({"source": source, "lam": lam, **after})
+        return {"before": shares(learned, tested), "variants": found}
+
+    def rows(self, results: Results, part: str, source: str | None, lam: float) -> list[Found]:
+        """What was found of a variant, by seed."""
+        return [
+            {"before": found["before"], **each}
+            for _, found in results.where(part=part)
+            for each in found["variants"]
+            if each["source"] == source and each["lam"] == lam
+        ]
+
+    def tasks(self, part: str, seed: int) -> tuple[Images, tuple[Tensors, Tensors], Images, Images]:
+        """The first task's images to learn; the second task; the first's for importance, and to test on."""
+        train, test = data.load("digits" if self.digits else "mnist", self.data)
+        if self.digits:
+            (_, mixed) = permuted(train, test, 2, seed).tasks
+            second: Any = mixed.train, mixed.test
+        else:
+            second = data.load("fashion-mnist", self.data)
+        generator = torch.Generator().manual_seed(seed)
+
+        def some(tensors: Tensors, n: int | None = None) -> tuple[Tensor, Tensor]:
+            return tensors.batch(torch.randperm(len(tensors), generator=generator)[:n])
+
+        x, y = some(train, self.samples)
+        new = Tensors(*some(second[0], self.samples)), second[1]
+        seen, labels = some(test)
+        # One way to make the part for all of them: the same two digits, the same slant.
+        whole = PARTS[part](torch.cat([x, seen]), torch.cat([y, labels]), generator)
+        ends = [len(x), len(seen) // 2, len(seen) - len(seen) // 2]
+        first, met, tested = (
+            Images(*parts) for parts in zip(*(each.split(ends) for each in whole), strict=True)
+        )
+        return first, new, met, tested
+
+    def show(self, results: Results) -> Page:
+        """A table for each part, and pictures."""
+        text = []
+        for part in PARTS:
+            rows = []
+            for source, lam in self._variants():
+                founds = self.rows(results, part, source, lam)
+                if founds:
+                    columns = [[f["before"][k] for f in founds] for k in ("part", "rest")]
+                    columns += [[f["after"][k] for f in founds] for k in ("part", "rest")]
+                    columns.append([f["new"] for f in founds])
+                    name = "none" if source is None else f"{source}, lam {lam:g}"
+                    rows.append((name, *(percent(column) for column in columns), str(len(founds))))
+            titles = (
+                "importance from",
+                "part before, %",
+                "rest before, %",
+                "part kept, %",
+                "rest kept, %",
+                "new task, %",
+                "seeds",
+            )
+            text += [f"**{part}**", table(titles, rows)] if rows else []
+        text += [results.place(), "![kept of the part and of the rest](adaptivity.png)"]
+        return Page("\n\n".join(text), {"adaptivity.png": self._picture(results)})
+
+    def _variants(self) -> list[tuple[str | None, float]]:
+        return [(None, 0.0), *((source, lam) for lam in self.lams for source in SOURCES)]
+
+    def _picture(self, results: Results) -> Any:
+        """By part: accuracy lost on it against that on the rest, a point a strength."""
+        figure, panels = canvas(len(PARTS), 3, 3.4)
+        for panel, part in zip(panels, PARTS, strict=True):
+            for i, source in enumerate(SOURCES):
+                points = []
+                for lam in self.lams:
+                    founds = self.rows(results, part, source, lam)
+                    lost = [
+                        [f["before"][k] - f["after"][k] for k in ("rest", "part")] for f in founds
+                    ]
+                    points += [100 * torch.tensor(lost).mean(0)] if founds else []
+                if points:
+                    panel.plot(*torch.stack(points).T, label=source, **look(i))
+            low = max(panel.get_xlim()[0], panel.get_ylim()[0])
+            high = min(panel.get_xlim()[1], panel.get_ylim()[1])
+            panel.plot([low, high], [low, high], color="grey", linewidth=0.8)
+            panel.set_title(part, fontsize="medium")
+            panel.grid(alpha=0.3)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+        figure.supxlabel("lost on the rest, % points", fontsize="medium")
+        figure.supylabel("lost on the part, % points", fontsize="medium")
+        return figure
+
+
+def importance(model: MultiHead, x: Tensor) -> dict[str, Tensor]:
+    """Omega of the backbone by the first head, from images without labels."""
+    return estimate_importance(model, x.split(100), forward=_first_head, exclude=["heads.*"])
+
+
+def _first_head(model: MultiHead, x: Tensor) -> Tensor:
+    output: Tensor = model(x, 0)
+    return output
+
+
+def total(omega: Mapping[str, Tensor]) -> float:
+    """The sum of all importance."""
+    return sum(float(each.double().sum()) for each in omega.values())
+
+
+@torch.no_grad()
+def shares(model: MultiHead, images: Images) -> dict[str, float]:
+    """Accuracy of the first head on the part and on the rest."""
+    model.eval()
+    right = (model(images.x, 0).argmax(1) == images.y).double()
+    return {"part": float(right[images.part].mean()), "rest": float(right[~images.part].mean())}
