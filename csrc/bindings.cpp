@@ -36,12 +36,13 @@ class Layout {
                                   std::to_string(sizes.size()) + " sizes");
     }
     for (std::size_t i = 0; i < sizes.size(); ++i) {
-      if (sizes[i] < 0 || offsets[i] < 0) {
-        throw std::invalid_argument("sizes and offsets: expected numbers from 0 up");
+      if (sizes[i] < 0 || offsets[i] < -1) {
+        throw std::invalid_argument("sizes: expected numbers from 0 up; offsets: from -1 up");
       }
+      whole_ = whole_ && offsets[i] >= 0;
       segments_.push_back({nullptr, nullptr, sizes[i], offsets[i], chunks_});
       chunks_ += (sizes[i] + mas::kChunk - 1) / mas::kChunk;
-      end_ = std::max(end_, offsets[i] + sizes[i]);
+      if (offsets[i] >= 0) end_ = std::max(end_, offsets[i] + sizes[i]);
     }
   }
 
@@ -63,8 +64,34 @@ class Layout {
     return segments;
   }
 
+  // Whether every tensor has a part of the flat state.
+  bool whole() const { return whole_; }
+
+  std::vector<mas::Trained> trained(const Pointers& theta, const Pointers& grad,
+                                    const std::vector<Pointers>& moments, std::size_t expected,
+                                    const Pointers& steps) const {
+    const std::size_t count = segments_.size();
+    const auto wrong = [count](const Pointers& p) { return p.size() != count; };
+    if (wrong(theta) || wrong(grad) || moments.size() != expected ||
+        std::any_of(moments.begin(), moments.end(), wrong) || (!steps.empty() && wrong(steps))) {
+      throw std::invalid_argument("pointers: expected one for each of " + std::to_string(count) +
+                                  " tensors, and " + std::to_string(expected) + " moments");
+    }
+    std::vector<mas::Trained> trained;
+    for (std::size_t i = 0; i < count; ++i) {
+      const mas::Segment& s = segments_[i];
+      mas::Trained t = {as<void>(theta[i]), as<const void>(grad[i]), {}, nullptr, s.size, s.offset,
+                        s.first_chunk};
+      for (std::size_t m = 0; m < expected; ++m) t.moments[m] = as<void>(moments[m][i]);
+      if (!steps.empty()) t.step = as<float>(steps[i]);
+      trained.push_back(t);
+    }
+    return trained;
+  }
+
  private:
   std::vector<mas::Segment> segments_;
+  bool whole_ = true;
   std::int64_t chunks_ = 0;
   std::int64_t end_ = 0;
 };
@@ -93,6 +120,12 @@ struct State {
   }
 
   const mas::State& for_layout(const Layout& layout) const {
+    if (!layout.whole()) throw std::invalid_argument("offsets: expected numbers from 0 up");
+    return for_parts(layout);
+  }
+
+  // For kernels that know of tensors without a part of the state.
+  const mas::State& for_parts(const Layout& layout) const {
     if (pointers.stride < layout.end()) {
       throw std::invalid_argument("omega: expected rows of at least " +
                                   std::to_string(layout.end()) + " elements");
@@ -110,6 +143,8 @@ struct OnCpu {
   using Where = int;
   static constexpr auto penalty = mas::cpu::penalty;
   static constexpr auto proximal = mas::cpu::proximal;
+  static constexpr auto adamw = mas::cpu::adamw;
+  static constexpr auto sgd = mas::cpu::sgd;
   static constexpr auto accumulate = mas::cpu::accumulate;
   static constexpr auto merge = mas::cpu::merge;
   static constexpr auto per_sample = mas::cpu::per_sample;
@@ -124,12 +159,28 @@ struct OnCuda {
   using Where = Pointer;
   static constexpr auto penalty = mas::cuda::penalty;
   static constexpr auto proximal = mas::cuda::proximal;
+  static constexpr auto adamw = mas::cuda::adamw;
+  static constexpr auto sgd = mas::cuda::sgd;
   static constexpr auto accumulate = mas::cuda::accumulate;
   static constexpr auto merge = mas::cuda::merge;
   static constexpr auto per_sample = mas::cuda::per_sample;
   static void* where(Pointer stream) { return as<void>(stream); }
 };
 #endif
+
+// The state of an optimizer's call: without a penalty it has no rows.
+struct Held {
+  Held(const Layout& layout, const State* state)
+      : omega(state == nullptr ? DType::float32 : state->omega_dtype),
+        pointers(state == nullptr ? mas::State{} : state->for_parts(layout)) {
+    if (state == nullptr && layout.end() > 0) {
+      throw std::invalid_argument("offsets: expected -1 without a state");
+    }
+  }
+
+  DType omega;
+  mas::State pointers;
+};
 
 template <class Device>
 void bind(py::module_ m, const char* name) {
@@ -162,6 +213,37 @@ void bind(py::module_ m, const char* name) {
     Device::proximal({segments.data(), static_cast<std::int64_t>(segments.size()), layout.chunks()},
                      state.theta_dtype, state.for_layout(layout), state.omega_dtype,
                      {eta, correction, eps}, Device::where(where));
+  });
+
+  sub.def(
+      "sgd", [](const Layout& layout, int theta_dtype, const State* state, const Pointers& theta,
+                const Pointers& grad, const std::vector<Pointers>& moments, double lr,
+                double momentum, double dampening, double decay, double eta, bool nesterov,
+                bool first, bool proximal, Pointer scale, Pointer overflow, Where where) {
+        const auto trained = layout.trained(theta, grad, moments, momentum == 0 ? 0 : 1, {});
+        const Held held(layout, state);
+        py::gil_scoped_release release;
+        Device::sgd({trained.data(), static_cast<std::int64_t>(trained.size()), layout.chunks()},
+                    dtype_of(theta_dtype), held.pointers, held.omega,
+                    {lr, momentum, dampening, decay, eta, nesterov, first},
+                    {proximal, as<const float>(scale), as<const float>(overflow)},
+                    Device::where(where));
+      });
+
+  sub.def("adamw", [](const Layout& layout, int theta_dtype, const State* state,
+                      const Pointers& theta, const Pointers& grad,
+                      const std::vector<Pointers>& moments, const Pointers& steps, double lr,
+                      double beta1, double beta2, double eps, double decay, bool proximal,
+                      Pointer scale, Pointer overflow, Where where) {
+    const bool amsgrad = moments.size() == 3;
+    const auto trained = layout.trained(theta, grad, moments, amsgrad ? 3 : 2, steps);
+    if (steps.size() != theta.size()) throw std::invalid_argument("steps: expected one a tensor");
+    const Held held(layout, state);
+    py::gil_scoped_release release;
+    Device::adamw(
+        {trained.data(), static_cast<std::int64_t>(trained.size()), layout.chunks()},
+        dtype_of(theta_dtype), held.pointers, held.omega, {lr, beta1, beta2, eps, decay, amsgrad},
+        {proximal, as<const float>(scale), as<const float>(overflow)}, Device::where(where));
   });
 
   sub.def("accumulate", [](const Layout& layout, const Pointers& omega, const Pointers& grad,

@@ -42,7 +42,8 @@ void with_gradient(Gradient gradient, F f) {
 
 // The segment that holds a chunk: the last one whose first chunk is not behind it. Empty tensors
 // own no chunk and share the number of their successor, so they are never found.
-MAS_FN const Segment& segment_of(const Segment* segments, std::int64_t count, std::int64_t chunk) {
+template <class S>
+MAS_FN const S& segment_of(const S* segments, std::int64_t count, std::int64_t chunk) {
   std::int64_t low = 0;
   std::int64_t high = count;
   while (high - low > 1) {
@@ -57,14 +58,18 @@ MAS_FN const Segment& segment_of(const Segment* segments, std::int64_t count, st
 }
 
 // One chunk: `size` elements from `begin` on within its segment.
-struct Chunk {
-  const Segment& segment;
+template <class S>
+struct ChunkOf {
+  const S& segment;
   std::int64_t begin;
   std::int64_t size;
 };
 
-MAS_FN Chunk chunk_of(const Segment* segments, std::int64_t count, std::int64_t chunk) {
-  const Segment& segment = segment_of(segments, count, chunk);
+using Chunk = ChunkOf<Segment>;
+
+template <class S>
+MAS_FN ChunkOf<S> chunk_of(const S* segments, std::int64_t count, std::int64_t chunk) {
+  const S& segment = segment_of(segments, count, chunk);
   const std::int64_t begin = (chunk - segment.first_chunk) * kChunk;
   const std::int64_t left = segment.size - begin;
   return {segment, begin, left < kChunk ? left : kChunk};

@@ -1,7 +1,7 @@
 // The maths of one element, once, for both devices: conversions between storage and arithmetic
-// types, the penalty's pull, the proximal step and the merge. Everything has internal linkage:
-// these functions are compiled for several instruction sets, and the linker must never pick one
-// set's copy for another.
+// types, the penalty's pull, the proximal step, optimizers' steps and the merge. Everything has
+// internal linkage: these functions are compiled for several instruction sets, and the linker must
+// never pick one set's copy for another.
 #pragma once
 
 #include <cfloat>
@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+
+#include "kernels.h"
 
 #if defined(__CUDACC__) || defined(MAS_EMULATE_CUDA)
 #define MAS_FN static __host__ __device__ __forceinline__
@@ -166,12 +168,107 @@ MAS_FN C proximal_element(C theta, Target<C> target, C strength) {
   return theta + c / (C(1) + c) * target.distance;
 }
 
-// The strength at one element under Adam, whose step length is relative to sqrt(v). A strength of
-// zero stays zero, also where v and eps are zero.
+// A strength divided by what Adam divides its steps by. A strength of zero stays zero, also where
+// the divisor is zero.
+template <class C>
+MAS_FN C divided(C strength, C divisor) {
+  return strength > C(0) ? strength / divisor : C(0);
+}
+
+// The strength at one element under Adam, whose step length is relative to sqrt(v).
 template <class C>
 MAS_FN C adaptive(C strength, C second_moment, C correction, C eps) {
-  return strength > C(0) ? strength / (std::sqrt(second_moment * correction) + eps) : C(0);
+  return divided<C>(strength, std::sqrt(second_moment * correction) + eps);
 }
+
+// An optimizer's moments at one element, in the order in which kernels.h names them. Three members
+// and no array, which would keep compilers from making vectors of them.
+template <class C>
+struct Moments {
+  C first;
+  C second;
+  C third;
+};
+
+// Where an optimizer's step leads, and by what its step length is divided there.
+template <class C>
+struct Moved {
+  C theta;
+  C divisor;
+};
+
+template <class C>
+struct SgdStep {
+  C lr;
+  C momentum;
+  C undamped;
+  C decay;
+  bool nesterov;
+  bool first;
+};
+
+template <class C>
+MAS_FN SgdStep<C> step_of(const Sgd& rule, const float* /*step*/) {
+  return {static_cast<C>(rule.lr),
+          static_cast<C>(rule.momentum),
+          static_cast<C>(1.0 - rule.dampening),
+          static_cast<C>(rule.decay),
+          rule.nesterov,
+          rule.first};
+}
+
+template <int M, class C>
+MAS_FN Moved<C> moved(const SgdStep<C>& step, C theta, C gradient, Moments<C>& m) {
+  const C g = gradient + step.decay * theta;
+  if constexpr (M == 0) {
+    return {theta - step.lr * g, C(1)};
+  } else {
+    m.first = step.first ? g : step.momentum * m.first + step.undamped * g;
+    const C direction = step.nesterov ? g + step.momentum * m.first : m.first;
+    return {theta - step.lr * direction, C(1)};
+  }
+}
+
+template <class C>
+struct AdamWStep {
+  C keep;
+  C rate;
+  C share1;
+  C beta2;
+  C share2;
+  C correction;
+  C eps;
+};
+
+template <class C>
+MAS_FN AdamWStep<C> step_of(const AdamW& rule, const float* step) {
+  const double steps = *step;
+  return {static_cast<C>(1.0 - rule.lr * rule.decay),
+          static_cast<C>(rule.lr / (1.0 - std::pow(rule.beta1, steps))),
+          static_cast<C>(1.0 - rule.beta1),
+          static_cast<C>(rule.beta2),
+          static_cast<C>(1.0 - rule.beta2),
+          static_cast<C>(1.0 / (1.0 - std::pow(rule.beta2, steps))),
+          static_cast<C>(rule.eps)};
+}
+
+template <int M, class C>
+MAS_FN Moved<C> moved(const AdamWStep<C>& step, C theta, C gradient, Moments<C>& m) {
+  m.first = m.first + step.share1 * (gradient - m.first);
+  m.second = step.beta2 * m.second + step.share2 * gradient * gradient;
+  C square = m.second;
+  if constexpr (M == 3) {
+    m.third = m.third > square ? m.third : square;
+    square = m.third;
+  }
+  const C divisor = std::sqrt(square * step.correction) + step.eps;
+  return {theta * step.keep - step.rate * m.first / divisor, divisor};
+}
+
+// The step length, but for the divisor.
+MAS_FN double eta_of(const Sgd& rule) { return rule.eta; }
+
+MAS_FN double eta_of(const AdamW& rule) { return rule.lr; }
 
 template <class C>
 struct Merged {

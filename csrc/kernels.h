@@ -30,11 +30,28 @@ struct Segment {
   std::int64_t first_chunk;
 };
 
-struct Segments {
-  const Segment* data;
+// One parameter under an optimizer: tensors of `size` elements of one dtype in the same memory
+// order. moments: as many as the rule has. offset: -1 where the penalty does not hold it.
+constexpr int kMoments = 3;
+
+struct Trained {
+  void* theta;
+  const void* grad;
+  void* moments[kMoments];
+  float* step;  // AdamW: how many steps it has made
+  std::int64_t size;
+  std::int64_t offset;
+  std::int64_t first_chunk;
+};
+
+template <class S>
+struct ListOf {
+  const S* data;
   std::int64_t count;
   std::int64_t chunks;
 };
+
+using Segments = ListOf<Segment>;
 
 // The quadratic sum_t alpha_t (sum_i Omega_ti (theta_i - A_ti)^2) + alpha_0 * remainder: `rows`
 // tasks of `stride` elements each in omega and anchor. The anchor is float64 for a float64 theta,
@@ -63,6 +80,39 @@ struct StepSize {
   double eta;
   double correction;
   double eps;
+};
+
+// torch.optim.SGD: g += decay theta; b = momentum b + (1 - dampening) g, or g at the first step;
+// theta -= lr b, or lr (g + momentum b) with Nesterov. Its moment is b, none with momentum 0.
+// eta: what a gradient is multiplied by in the long run.
+struct Sgd {
+  double lr;
+  double momentum;
+  double dampening;
+  double decay;
+  double eta;
+  bool nesterov;
+  bool first;
+};
+
+// torch.optim.AdamW: theta *= 1 - lr decay; m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2)
+// g^2; theta -= lr m_hat / (sqrt(v_hat) + eps). Its moments are m, v and, with amsgrad, the largest
+// v.
+struct AdamW {
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  double decay;
+  bool amsgrad;
+};
+
+// How the penalty enters an optimizer's step, and what a GradScaler says: gradients are `scale`
+// times too large (null: 1), and nothing happens where *overflow is not 0 (null: 0).
+struct Entering {
+  bool proximal;
+  const float* scale;
+  const float* overflow;
 };
 
 // One use of a weight, linear or convolution, by `batch` samples: the gradient at what it put out,
@@ -104,6 +154,14 @@ void penalty(Segments segments, DType theta, State state, DType omega, Gradient 
 
 void proximal(Segments segments, DType theta, State state, DType omega, StepSize step, int threads);
 
+// One step of an optimizer with the penalty's gradient, or its proximal step behind it. Without a
+// penalty the state has no rows. The first adds 1 to *step.
+void adamw(ListOf<Trained> segments, DType theta, State state, DType omega, AdamW rule,
+           Entering entering, int threads);
+
+void sgd(ListOf<Trained> segments, DType theta, State state, DType omega, Sgd rule,
+         Entering entering, int threads);
+
 // x += weight * abs(y); x is float64 for a float64 y, else float32.
 void accumulate(Segments segments, DType grad, double weight, int threads);
 
@@ -128,6 +186,12 @@ void penalty(Segments segments, DType theta, State state, DType omega, Gradient 
 
 void proximal(Segments segments, DType theta, State state, DType omega, StepSize step,
               void* stream);
+
+void adamw(ListOf<Trained> segments, DType theta, State state, DType omega, AdamW rule,
+           Entering entering, void* stream);
+
+void sgd(ListOf<Trained> segments, DType theta, State state, DType omega, Sgd rule,
+         Entering entering, void* stream);
 
 void accumulate(Segments segments, DType grad, double weight, void* stream);
 

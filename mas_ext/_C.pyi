@@ -54,6 +54,45 @@ class cpu:
         where: int,
     ) -> None: ...
     @staticmethod
+    def sgd(
+        layout: Layout,
+        theta_dtype: int,
+        state: State | None,
+        theta: Sequence[int],
+        grad: Sequence[int],
+        moments: Sequence[Sequence[int]],
+        lr: float,
+        momentum: float,
+        dampening: float,
+        decay: float,
+        eta: float,
+        nesterov: bool,
+        first: bool,
+        proximal: bool,
+        scale: int,
+        overflow: int,
+        where: int,
+    ) -> None: ...
+    @staticmethod
+    def adamw(
+        layout: Layout,
+        theta_dtype: int,
+        state: State | None,
+        theta: Sequence[int],
+        grad: Sequence[int],
+        moments: Sequence[Sequence[int]],
+        steps: Sequence[int],
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        decay: float,
+        proximal: bool,
+        scale: int,
+        overflow: int,
+        where: int,
+    ) -> None: ...
+    @staticmethod
     def accumulate(
         layout: Layout,
         omega: Sequence[int],

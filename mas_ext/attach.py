@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -40,7 +40,7 @@ class Handle:
         self._hook.remove()
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """Parameters that share a step length: eta, or eta / (sqrt(v correction) + eps)."""
 
     parameters: list[Tensor]
@@ -88,7 +88,7 @@ def attach(
 
         return Handle(optimizer.register_step_pre_hook(before))
 
-    steps = _given(eta) if eta is not None else _STEPS.get(type(optimizer))
+    steps = _given(eta) if eta is not None else STEPS.get(type(optimizer))
     if steps is None:
         raise TypeError(
             f"optimizer: got {type(optimizer).__name__}, whose step length is unknown, expected SGD, Adam "
@@ -96,12 +96,8 @@ def attach(
         )
 
     def after(*_: Any) -> None:
-        # With fused=True this runs after a skipped step, too.
-        found_inf = getattr(optimizer, "found_inf", None)
         for group in optimizer.param_groups:
-            for step in steps(group, optimizer.state):
-                eta = step.eta if found_inf is None else step.eta * (found_inf == 0).double()
-                penalty.proximal_(*step._replace(eta=eta))
+            approach(penalty, optimizer, steps(group, optimizer.state))
 
     for group in optimizer.param_groups:
         list(
@@ -109,6 +105,15 @@ def attach(
         )  # what is wrong with it shows here, not at the first step
 
     return Handle(optimizer.register_step_post_hook(after))
+
+
+def approach(penalty: Pulling, optimizer: torch.optim.Optimizer, steps: Iterable[Step]) -> None:
+    """The proximal steps that go with an optimizer's step, unless that one was skipped."""
+    # With fused=True this runs after a skipped step, too.
+    found_inf = getattr(optimizer, "found_inf", None)
+    for step in steps:
+        eta = step.eta if found_inf is None else step.eta * (found_inf == 0).double()
+        penalty.proximal_(*step._replace(eta=eta))
 
 
 def _add_gradient(
@@ -128,39 +133,47 @@ def _add_gradient(
     penalty.add_grad_to(own, getattr(optimizer, "grad_scale", None))
 
 
-_State = Mapping[Tensor, Mapping[str, Any]]
-_Steps = Callable[[dict[str, Any], _State], Iterator[_Step]]
+State = Mapping[Tensor, Mapping[str, Any]]
+Steps = Callable[[dict[str, Any], State], Iterator[Step]]
 
 
-def _given(eta: float) -> _Steps:
+def _given(eta: float) -> Steps:
     if not 0 <= eta < float("inf"):
         raise ValueError(f"eta: got {eta}, expected a finite number from 0 up")
 
-    def steps(group: dict[str, Any], state: _State) -> Iterator[_Step]:
-        yield _Step(group["params"], eta)
+    def steps(group: dict[str, Any], state: State) -> Iterator[Step]:
+        yield Step(group["params"], eta)
 
     return steps
 
 
-def _sgd(group: dict[str, Any], state: _State) -> Iterator[_Step]:
+def sgd_eta(group: dict[str, Any]) -> float | Tensor:
+    """What SGD multiplies a gradient by in the long run."""
     momentum = group["momentum"]
     if momentum >= 1:
         raise ValueError(f"momentum: got {momentum}, expected less than 1")
     # Without momentum SGD ignores dampening.
     damped = 1 - group["dampening"] if momentum else 1.0
-    yield _Step(group["params"], group["lr"] * (damped / (1 - momentum)))
+    eta: float | Tensor = group["lr"] * (damped / (1 - momentum))
+    return eta
 
 
-def _adam(group: dict[str, Any], state: _State) -> Iterator[_Step]:
+def sgd_steps(group: dict[str, Any], state: State) -> Iterator[Step]:
+    """The step length of a group of SGD."""
+    yield Step(group["params"], sgd_eta(group))
+
+
+def adam_steps(group: dict[str, Any], state: State) -> Iterator[Step]:
+    """The step lengths of a group of Adam or AdamW: one for all parameters with as many steps."""
     beta2 = float(group["betas"][1])
     key = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
+    stepped = [p for p in group["params"] if key in state.get(p, {})]
     by_step: dict[float, list[Tensor]] = {}
-    for p in group["params"]:
-        if key in state.get(p, {}):
-            by_step.setdefault(float(state[p]["step"]), []).append(p)
+    for p, count in zip(stepped, _numbers([state[p]["step"] for p in stepped]), strict=True):
+        by_step.setdefault(count, []).append(p)
     by_step.pop(0.0, None)  # the first step was skipped
     for step, parameters in by_step.items():
-        yield _Step(
+        yield Step(
             parameters,
             group["lr"],
             {id(p): state[p][key] for p in parameters},
@@ -169,8 +182,16 @@ def _adam(group: dict[str, Any], state: _State) -> Iterator[_Step]:
         )
 
 
-_STEPS: dict[type, _Steps] = {
-    torch.optim.SGD: _sgd,
-    torch.optim.Adam: _adam,
-    torch.optim.AdamW: _adam,
+def _numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """The numbers; from a GPU in one transfer instead of one for each."""
+    if any(t.is_cuda for t in scalars):
+        return [float(x) for x in torch.stack([*scalars]).tolist()]
+    return [float(t) for t in scalars]
+
+
+# By the optimizer's very type: a subclass may do anything in its step.
+STEPS: dict[type, Steps] = {
+    torch.optim.SGD: sgd_steps,
+    torch.optim.Adam: adam_steps,
+    torch.optim.AdamW: adam_steps,
 }

@@ -16,11 +16,12 @@ from mas_ext import checkpoint
 from mas_ext.attach import Handle, Mode, attach
 from mas_ext.consolidation import Consolidation
 from mas_ext.distributed import Ranks, Together, refuse_unused
-from mas_ext.held import HeldModel
+from mas_ext.held import Bound, HeldModel
 from mas_ext.importance import METHODS, Forward, ImportanceSum, Method, gather
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.native import Backend
 from mas_ext.memory import Group
+from mas_ext.optim import Fused
 from mas_ext.parameters import check_patterns
 from mas_ext.rules import AlphaSum, Merge, Rule, StateDevice, Store, check_lam
 from mas_ext.sharded import whole, whole_tensor
@@ -206,7 +207,8 @@ class FusedMASPenalty(nn.Module):
     ) -> Handle:
         """Apply the penalty at every optimizer.step() from now on, instead of penalty() in the loss.
 
-        See mas_ext.attach.attach.
+        See mas_ext.attach.attach; with mas_ext.optim.SGD and AdamW it is part of the step itself, unless the
+        state is streamed from the CPU or eta is given.
 
         Args:
             optimizer: any torch optimizer but LBFGS; only its own parameters are touched.
@@ -216,7 +218,14 @@ class FusedMASPenalty(nn.Module):
         Returns:
             A handle; handle.remove() ends it.
         """
+        streamed = self._state.rule.state_device is not None
+        if isinstance(optimizer, Fused) and eta is None and not streamed:
+            return optimizer.join(self, mode)
         return attach(self, optimizer, mode, eta)
+
+    def bound(self) -> Bound:
+        """The state with the parameters that it is of, as they are now; for mas_ext.optim."""
+        return self._held.bound(self._state)
 
     # -- tasks -------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ FLOORS = [
     {"integrations"},
     {"methods", "compat", "sharded_checkpoint"},
     {"penalty"},
+    {"optim"},
     {"attach", "held", "distributed"},
     {"consolidation"},
     {"importance", "memory", "info", "checkpoint"},

@@ -778,6 +778,15 @@ def operator_calls(case: Case, compiled: bool) -> dict[str, tuple[Any, ...]]:
         "penalty_with_grad": (theta, *state, case.remainder, one, compiled),
         "add_grad_": (theta, like, *state, case.remainder, compiled),
         "proximal_": (theta, *state, like, 0.1, 1.5, 1e-8, compiled),
+        "sgd_": (
+            *(theta, like, [torch.rand_like(t) for t in theta], *state),
+            *(0.1, 0.9, 0.1, 0.01, 0.5, False, False, True, one, one, compiled),
+        ),
+        "adamw_": (
+            *(theta, like, *([torch.rand_like(t) for t in theta] for _ in range(3))),
+            *([torch.ones(()) for _ in theta], *state),
+            *(0.1, 0.9, 0.99, 1e-8, 0.01, False, one, None, compiled),
+        ),
         "accumulate_": (like, theta, 0.5, compiled),
         "merge_": (*state[1:3], theta, like, case.offsets, 1.0, 0.5, "mean", 1, compiled),
         "per_sample_": (

@@ -10,6 +10,8 @@ namespace mas::cpu {
   namespace level {                     \
   decltype(cpu::penalty) penalty;       \
   decltype(cpu::proximal) proximal;     \
+  decltype(cpu::adamw) adamw;           \
+  decltype(cpu::sgd) sgd;               \
   decltype(cpu::accumulate) accumulate; \
   decltype(cpu::merge) merge;           \
   decltype(cpu::per_sample) per_sample; \
@@ -27,14 +29,17 @@ struct Level {
   const char* name;
   decltype(&cpu::penalty) penalty;
   decltype(&cpu::proximal) proximal;
+  decltype(&cpu::adamw) adamw;
+  decltype(&cpu::sgd) sgd;
   decltype(&cpu::accumulate) accumulate;
   decltype(&cpu::merge) merge;
   decltype(&cpu::per_sample) per_sample;
 };
 
-#define MAS_LEVEL_TABLE(level)                                                                  \
-  Level {                                                                                       \
-    #level, level::penalty, level::proximal, level::accumulate, level::merge, level::per_sample \
+#define MAS_LEVEL_TABLE(level)                                                            \
+  Level {                                                                                 \
+    #level, level::penalty, level::proximal, level::adamw, level::sgd, level::accumulate, \
+        level::merge, level::per_sample                                                   \
   }
 
 // MAS_EXT_INSTRUCTION_SET may ask for less than the processor has, to compare or to track down a
@@ -72,6 +77,16 @@ void penalty(Segments segments, DType theta, State state, DType omega, Gradient 
 void proximal(Segments segments, DType theta, State state, DType omega, StepSize step,
               int threads) {
   level.proximal(segments, theta, state, omega, step, threads);
+}
+
+void adamw(ListOf<Trained> segments, DType theta, State state, DType omega, AdamW rule,
+           Entering entering, int threads) {
+  level.adamw(segments, theta, state, omega, rule, entering, threads);
+}
+
+void sgd(ListOf<Trained> segments, DType theta, State state, DType omega, Sgd rule,
+         Entering entering, int threads) {
+  level.sgd(segments, theta, state, omega, rule, entering, threads);
 }
 
 void accumulate(Segments segments, DType grad, double weight, int threads) {

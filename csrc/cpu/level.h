@@ -23,11 +23,13 @@ MAS_FN void in_lanes(std::int64_t size, F f) {
 }
 
 // Starting threads costs more than this many elements of work.
-constexpr std::int64_t kSerialChunks = 4;
+constexpr std::int64_t kSerialElements = 4 * kChunk;
 
-template <class F>
-void for_each_chunk(Segments segments, int threads, F f) {
-  [[maybe_unused]] const int team = segments.chunks <= kSerialChunks ? 1 : threads;
+template <class S, class F>
+void for_each_chunk(ListOf<S> segments, int threads, F f) {
+  std::int64_t elements = 0;
+  for (std::int64_t i = 0; i < segments.count; ++i) elements += segments.data[i].size;
+  [[maybe_unused]] const int team = elements <= kSerialElements ? 1 : threads;
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
   for (std::int64_t c = 0; c < segments.chunks; ++c) {
     f(chunk_of(segments.data, segments.count, c), c);

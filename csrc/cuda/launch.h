@@ -31,21 +31,26 @@ constexpr int kWarp = 32;
 // Kernel arguments may take 32,764 bytes; this leaves room for a kernel's other ones. Pointers in
 // the arguments need neither a copy nor memory on the device, so that a CUDA graph can capture a
 // launch.
-constexpr std::int64_t kTableSize = 800;
+constexpr std::int64_t kTableBytes = 800 * sizeof(Segment);
 
-struct Table {
-  Segment segments[kTableSize];
+template <class S>
+struct TableOf {
+  static constexpr std::int64_t kSize = kTableBytes / sizeof(S);
+  S segments[kSize];
   std::int64_t count;
 };
 
+using Table = TableOf<Segment>;
+
 // f(table, its number of chunks, the index of its first segment), for as many tables as it takes.
-template <class F>
-void for_each_table(Segments segments, F f) {
-  for (std::int64_t first = 0; first < segments.count; first += kTableSize) {
-    const std::int64_t last = std::min(first + kTableSize, segments.count);
+template <class S, class F>
+void for_each_table(ListOf<S> segments, F f) {
+  constexpr std::int64_t most = TableOf<S>::kSize;
+  for (std::int64_t first = 0; first < segments.count; first += most) {
+    const std::int64_t last = std::min(first + most, segments.count);
     const std::int64_t end =
         last < segments.count ? segments.data[last].first_chunk : segments.chunks;
-    Table table = {};
+    TableOf<S> table = {};
     table.count = last - first;
     std::copy(segments.data + first, segments.data + last, table.segments);
     f(table, end - table.segments[0].first_chunk, first);
@@ -66,7 +71,8 @@ void launch(void (*kernel)(Parameters...), std::int64_t blocks, void* stream,
 }
 
 // The number of this block's chunk, which is also its slot among the partial sums.
-MAS_DEVICE std::int64_t chunk_number(const Table& table) {
+template <class S>
+MAS_DEVICE std::int64_t chunk_number(const TableOf<S>& table) {
   return table.segments[0].first_chunk + blockIdx.x;
 }
 

@@ -15,6 +15,9 @@ from torch import Tensor
 from mas_ext.kernels import native, per_sample_native, reference
 
 _STATE = "int[] offsets, Tensor omega, Tensor anchor, Tensor alpha"
+# Of a penalty that may be absent, or hold some of the tensors only.
+_PART = "int[] offsets, Tensor? omega, Tensor? anchor, Tensor? alpha"
+_ENTERING = "bool proximal, Tensor? scale, Tensor? overflow"
 
 _SCHEMAS = {
     "penalty": f"(Tensor[] theta, {_STATE}, Tensor remainder, bool native) -> Tensor",
@@ -24,6 +27,12 @@ _SCHEMAS = {
     "-> Tensor",
     "proximal_": f"(Tensor(a!)[] theta, {_STATE}, Tensor[] second_moment, float eta, "
     "float correction, float eps, bool native) -> ()",
+    "sgd_": f"(Tensor(a!)[] theta, Tensor[] grad, Tensor(b!)[] momentum_buffer, {_PART}, float lr, "
+    "float momentum, float dampening, float weight_decay, float eta, bool nesterov, bool first, "
+    f"{_ENTERING}, bool native) -> ()",
+    "adamw_": "(Tensor(a!)[] theta, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
+    f"Tensor(d!)[] max_exp_avg_sq, Tensor(e!)[] step, {_PART}, float lr, float beta1, float beta2, "
+    f"float eps, float weight_decay, {_ENTERING}, bool native) -> ()",
     "accumulate_": "(Tensor(a!)[] omega, Tensor[] grad, float weight, bool native) -> ()",
     "merge_": "(Tensor(a!) omega, Tensor(b!) anchor, Tensor[] theta, Tensor[] importance, "
     "int[] offsets, float keep, float gain, str anchor_rule, int entry, bool native) -> Tensor",
@@ -102,6 +111,8 @@ torch.library.register_fake("mas_ext::penalty", _fake_penalty, lib=_library)
 torch.library.register_fake("mas_ext::penalty_with_grad", _fake_penalty_with_grad, lib=_library)
 torch.library.register_fake("mas_ext::add_grad_", _fake_add_grad_, lib=_library)
 torch.library.register_fake("mas_ext::proximal_", _fake_nothing, lib=_library)
+torch.library.register_fake("mas_ext::sgd_", _fake_nothing, lib=_library)
+torch.library.register_fake("mas_ext::adamw_", _fake_nothing, lib=_library)
 torch.library.register_fake("mas_ext::accumulate_", _fake_nothing, lib=_library)
 torch.library.register_fake("mas_ext::merge_", _fake_merge_, lib=_library)
 torch.library.register_fake("mas_ext::per_sample_", _fake_nothing, lib=_library)
@@ -110,6 +121,8 @@ penalty = torch.ops.mas_ext.penalty.default
 penalty_with_grad = torch.ops.mas_ext.penalty_with_grad.default
 add_grad_ = torch.ops.mas_ext.add_grad_.default
 proximal_ = torch.ops.mas_ext.proximal_.default
+sgd_ = torch.ops.mas_ext.sgd_.default
+adamw_ = torch.ops.mas_ext.adamw_.default
 accumulate_ = torch.ops.mas_ext.accumulate_.default
 merge_ = torch.ops.mas_ext.merge_.default
 per_sample_ = torch.ops.mas_ext.per_sample_.default
