@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mas_ext import models
 from mas_ext.experiments import EXPERIMENTS, Experiment, Page, Results, reproduce
+from mas_ext.experiments.adaptivity import PARTS
 from mas_ext.experiments.consistency import toy
 from mas_ext.experiments.experiment import Cell, Found
 from mas_ext.experiments.learned import GRID, choose, chosen
@@ -382,3 +383,68 @@ def test_regression(tmp_path: Path) -> None:
     }
     ((cell, _),) = results.where(purpose="final", method="si")
     assert scores[cell["lam"]] == max(scores.values())
+
+
+def test_parts() -> None:
+    """A bar that leans to the right is slanted; the part is inverted; two digits."""
+    x = torch.zeros(3, 1, 5, 5)
+    for row in range(5):
+        x[0, 0, row, 2] = x[1, 0, row, 4 - row] = x[2, 0, row, row] = 1  # | / \
+    y, generator = torch.tensor([0, 1, 2]), torch.Generator().manual_seed(0)
+    assert PARTS["slanted"](x, y, generator).part.tolist() == [False, True, False]
+
+    x, y = torch.rand(50, 1, 4, 4), torch.arange(50) % 10
+    found = PARTS["two classes"](x, y, generator)
+    assert len(found.y[found.part].unique()) == 2
+    assert int(found.part.sum()) == 10
+    found = PARTS["inverted"](x, y, generator)
+    assert 10 < int(found.part.sum()) < 40
+    assert torch.equal(found.x[found.part], 1 - x[found.part])
+    assert torch.equal(found.x[~found.part], x[~found.part])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_adaptivity(tmp_path: Path) -> None:
+    """All sources begin at the same accuracy and have the same strength; the table has what was found."""
+    quick: Any = EXPERIMENTS["adaptivity"].quick()
+    page = reproduce(quick, "adaptivity", tmp_path)
+    results = Results(tmp_path / "adaptivity.json", quick.protocol())
+    ((_, found),) = results.where(part="slanted")
+    names = [(each["source"], each["lam"]) for each in found["variants"]]
+    assert names == [(None, 0), ("training data", 1), ("test data", 1), ("part", 1)]
+    words = page.text.split("**slanted**")[1].partition("**inverted**")[0]
+    last = found["variants"][-1]
+    cells = [*found["before"].values(), *last["after"].values(), last["new"]]
+    assert f"| part, lam 1 | {' | '.join(f'{100 * x:.2f}' for x in cells)} | 1 |" in words
+
+
+def test_images_for_importance_and_for_testing_are_apart() -> None:
+    quick: Any = EXPERIMENTS["adaptivity"].quick()
+    first, _, met, tested = quick.tasks("two classes", 3)
+    rows = [{tuple(x.flatten().tolist()) for x in each.x} for each in (first, met, tested)]
+    assert abs(len(met.x) - len(tested.x)) <= 1
+    assert not rows[0] & rows[1]
+    assert not rows[1] & rows[2]
+    digits = [set(each.y[each.part].tolist()) for each in (first, met, tested)]
+    assert digits[0] == digits[1] == digits[2]
+    again = quick.tasks("two classes", 3)
+    assert torch.equal(again[3].x, tested.x)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_cost(tmp_path: Path) -> None:
+    """Of two tasks: a quadratic method holds omega and anchor of the backbone, LwF a copy of the model."""
+    quick: Any = EXPERIMENTS["cost"].quick()
+    base = replace(quick.base, hidden=(20,), settings=replace(quick.base.settings, epochs=2))
+    page = reproduce(replace(quick, base=base, samples=100), "cost", tmp_path)
+    results = Results(tmp_path / "cost.json", replace(quick, base=base, samples=100).protocol())
+    held = {cell["method"]: found["held_bytes"] for cell, found in results.where()}
+    backbone = 64 * 20 + 20
+    assert held["finetune"] == [0] * 5
+    assert all(8 * backbone <= each < 8 * backbone + 400 for each in held["mas"])
+    assert held["lwf"][4] >= 4 * (backbone + 4 * 42)
+    steps = {cell["method"]: found["step_seconds"] for cell, found in results.where()}
+    assert all(len(each) == 5 and min(each) > 0 for each in steps.values())
+    mb = f"{held['mas'][4] / 1e6:.2f}"
+    (row,) = [line for line in page.text.splitlines() if line.startswith("| `mas` |")]
+    assert row.split(" | ")[1:4] == [mb] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mas_ext.experiments.adaptivity import Adaptivity
 from mas_ext.experiments.consistency import Consistency
+from mas_ext.experiments.cost import Cost
 from mas_ext.experiments.exactness import Exactness
 from mas_ext.experiments.experiment import Experiment, Page, Results, draw, reproduce
 from mas_ext.experiments.official_demo import OfficialDemo
@@ -19,5 +20,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     "exactness": Exactness(),
     "consistency": Consistency(),
     "adaptivity": Adaptivity(),
+    "cost": Cost(),
     "regression": Regression(),
 }

@@ -221,9 +221,7 @@ class Adaptivity(Experiment):
                     points += [100 * torch.tensor(lost).mean(0)] if founds else []
                 if points:
                     panel.plot(*torch.stack(points).T, label=source, **look(i))
-            low = max(panel.get_xlim()[0], panel.get_ylim()[0])
-            high = min(panel.get_xlim()[1], panel.get_ylim()[1])
-            panel.plot([low, high], [low, high], color="grey", linewidth=0.8)
+            panel.axline((0, 0), slope=1, color="grey", linewidth=0.8)
             panel.set_title(part, fontsize="medium")
             panel.grid(alpha=0.3)
         handles, labels = panels[0].get_legend_handles_labels()

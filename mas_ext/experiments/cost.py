@@ -1,0 +1,127 @@
+"""What a method holds and how long a step takes as tasks come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from mas_ext import config
+from mas_ext.catalogue import build
+from mas_ext.charts import canvas, legend, look
+from mas_ext.config import Config
+from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
+from mas_ext.experiments.tables import table
+from mas_ext.learning import Epoch, Result
+from mas_ext.methods import METHODS, create
+from mas_ext.runs import learn
+from mas_ext.scenarios import Scenario, Tensors
+
+BASE = config.read(
+    {"scenario": "permuted-mnist", "hidden": [100, 100], "epochs": 3, "methods": ["mas"]}
+)
+
+
+@dataclass(frozen=True)
+class Cost(Experiment):
+    """Bytes held beside the model, and processor time of a step, by task.
+
+    base: how it is learned. tasks: how many. samples: of a task, to train on; a fifth as many to test on.
+    """
+
+    title: ClassVar[str] = "Memory and time over many tasks"
+    base: Config = BASE
+    tasks: int = 50
+    samples: int = 1000
+    seeds: int = 3
+
+    def quick(self) -> Cost:
+        """The digits in five pairs, one seed."""
+        base = replace(self.base, scenario="split-digits")
+        return replace(self, base=base, tasks=5, samples=200, seeds=1, data=None)
+
+    def protocol(self) -> dict[str, Any]:
+        """See Experiment.protocol."""
+        values = {k: v for k, v in self.base.values().items() if k != "methods"}
+        return {**values, "tasks": self.tasks, "samples": self.samples}
+
+    def plan(self, results: Results) -> Iterator[Cell]:
+        """Every method with one seed, then with two, ..."""
+        for seed in range(self.seeds):
+            for method in METHODS:
+                yield {"method": method, "seed": seed}
+
+    def measure(self, cell: Cell) -> Found:
+        """See Experiment.measure."""
+        scenario = self.scenario(cell["seed"])
+        seconds: list[list[float]] = [[] for _ in scenario.tasks]
+        before = 0.0
+
+        def follow(news: Epoch | Result) -> None:
+            """From one epoch to the next of the same task there is nothing but steps."""
+            nonlocal before
+            now = time.process_time()
+            if isinstance(news, Epoch):
+                if news.epoch > 1:
+                    samples = self.samples * (news.task + 1 if cell["method"] == "joint" else 1)
+                    seconds[news.task].append(
+                        (now - before) * self.base.settings.batch_size / samples
+                    )
+                before = time.process_time()
+
+        result = learn(
+            self.base, scenario, create(cell["method"]), cell["seed"], "final", callbacks=[follow]
+        )
+        return {
+            "held_bytes": result.held_bytes,
+            "step_seconds": [min(each) for each in seconds],
+            "border_seconds": result.border_seconds,
+        }
+
+    def scenario(self, seed: int) -> Scenario:
+        """The tasks, each with some of its samples."""
+        tasks = []
+        for task in build(self.base.scenario, self.data, self.tasks, None, seed).tasks:
+            assert isinstance(task.train, Tensors)
+            assert isinstance(task.test, Tensors)
+            train = task.train.subset(torch.arange(self.samples))
+            test = task.test.subset(torch.arange(self.samples // 5))
+            tasks.append(replace(task, train=train, test=test))
+        return Scenario(tuple(tasks))
+
+    def curves(self, results: Results, method: str) -> dict[str, torch.Tensor]:
+        """Mean over seeds by task: MB held, ms a step; empty if nothing was measured."""
+        founds = [found for _, found in results.where(method=method)]
+        units = {"held_bytes": 1e-6, "step_seconds": 1e3}
+        return {
+            key: unit * torch.tensor([f[key] for f in founds], dtype=torch.float64).mean(0)
+            for key, unit in units.items()
+            if founds
+        }
+
+    def show(self, results: Results) -> Page:
+        """A table of the first, some and the last task, and a picture of all."""
+        at = [t for t in (1, 2, 10, 25, 50) if t < self.tasks] + [self.tasks]
+        rows = []
+        figure, panels = canvas(2, 2, 4.0)
+        for i, method in enumerate(METHODS):
+            curves = self.curves(results, method)
+            if curves:
+                held, step = curves["held_bytes"], curves["step_seconds"]
+                cells = [f"{held[t - 1]:.2f}" for t in at] + [f"{step[t - 1]:.2f}" for t in at]
+                rows.append((f"`{method}`", *cells))
+                x = torch.arange(1, self.tasks + 1)
+                panels[0].plot(x, held, label=method, **{**look(i), "markevery": 0.2})
+                panels[1].plot(x, step, **{**look(i), "markevery": 0.2})
+        for panel, words in zip(panels, ("MB held beside the model", "ms a step"), strict=True):
+            panel.set_yscale("log")
+            panel.set_xlabel("tasks")
+            panel.set_ylabel(words)
+            panel.grid(alpha=0.3)
+        legend(figure, panels[0])
+        titles = ("method", *(f"MB, {t}" for t in at), *(f"ms a step, {t}" for t in at))
+        text = [table(titles, rows), results.place(), "![memory and time over tasks](cost.png)"]
+        return Page("\n\n".join(text), {"cost.png": figure})
