@@ -156,7 +156,7 @@ def test_split_mnist(tmp_path: Path) -> None:
     few = [v for v in quick.variants if v.method in ("joint", "mas")]
     small = replace(
         quick,
-        variants=few,
+        groups=[few],
         choosing_epochs=1,
         grid=GRID[:3],
         base=replace(quick.base, hidden=(20,), settings=replace(quick.base.settings, epochs=1)),

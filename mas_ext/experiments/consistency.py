@@ -14,7 +14,7 @@ from torch import Tensor
 from mas_ext import config, data, models
 from mas_ext.charts import canvas, look
 from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
-from mas_ext.experiments.learned import matrix, measured
+from mas_ext.experiments.learned import matrix, measured, scenario_of
 from mas_ext.experiments.tables import table
 from mas_ext.importance import estimate_importance
 from mas_ext.methods import create
@@ -109,8 +109,9 @@ class Consistency(Experiment):
         """The tasks in the order of their labels."""
         if name == "cifar100-features":
             return features(self.data)
-        base = replace(PROTOCOLS[name], data=self.data)
-        return (replace(base, scenario="split-digits") if self.digits else base).make_scenario(0)
+        base = PROTOCOLS[name]
+        base = replace(base, scenario="split-digits") if self.digits else base
+        return scenario_of(base, self.data, 0)
 
     def show(self, results: Results) -> Page:
         """Tables and pictures of the toy and of the real tasks."""

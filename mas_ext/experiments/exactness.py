@@ -15,7 +15,7 @@ from mas_ext import config
 from mas_ext.charts import canvas, look
 from mas_ext.config import Config
 from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
-from mas_ext.experiments.learned import CHOOSING_SEED, GRID, choose, chosen, measured
+from mas_ext.experiments.learned import CHOOSING_SEED, GRID, choose, chosen, measured, scenario_of
 from mas_ext.experiments.tables import number, percent, table
 from mas_ext.importance import estimate_importance
 from mas_ext.methods import create
@@ -123,7 +123,7 @@ class Exactness(Experiment):
 
     def scenario(self, seed: int) -> Scenario:
         """The tasks, with some of their samples to train on."""
-        whole = replace(self.base, data=self.data).make_scenario(seed)
+        whole = scenario_of(self.base, self.data, seed)
         generator, tasks = torch.Generator().manual_seed(seed), []
         for task in whole.tasks:
             assert isinstance(task.train, Tensors)

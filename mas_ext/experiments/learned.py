@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Generator
 from typing import cast
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mas_ext import catalogue
 from mas_ext.config import Config, Purpose
 from mas_ext.experiments.experiment import Cell, Found, Results
 from mas_ext.methods import Method
@@ -22,6 +24,14 @@ GRID = (1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 
 # Seeds that lam is chosen with, apart from those of the results.
 CHOOSING_SEED = 1000
+
+
+def scenario_of(protocol: Config, folder: str | None, seed: int) -> Scenario:
+    """The protocol's scenario on data from this folder; the last two are kept."""
+    return _built(protocol.scenario, folder, protocol.tasks, protocol.order, seed)
+
+
+_built = functools.lru_cache(maxsize=2)(catalogue.build)
 
 
 def measured(

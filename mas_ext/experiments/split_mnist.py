@@ -10,7 +10,7 @@ from mas_ext import config
 from mas_ext.charts import canvas, legend, look
 from mas_ext.config import Config
 from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
-from mas_ext.experiments.learned import CHOOSING_SEED, GRID, choose, chosen, measured
+from mas_ext.experiments.learned import CHOOSING_SEED, GRID, choose, chosen, measured, scenario_of
 from mas_ext.experiments.tables import number, percent, table
 from mas_ext.methods import SETTINGS, create
 
@@ -26,16 +26,19 @@ class Variant(NamedTuple):
         return ", ".join([f"`{self.method}`", *map(str, self.options.values())])
 
 
-# The proximal form minimises the same as the gradient form, and EBLL has LwF's distillation.
-VARIANTS = (
+# The first are measured first.
+MAIN = (
     *(Variant(name) for name in ("finetune", "joint")),
     *(Variant(name, {}, name) for name in ("mas", "mas-alpha", "ewc", "online-ewc", "si", "lwf")),
+    *(Variant(name) for name in ("imm-mean", "imm-mode")),
+)
+# The proximal form minimises the same as the gradient form, and EBLL has LwF's distillation.
+OTHERS = (
     *(
         Variant(name, {"mode": "proximal"}, name)
         for name in ("mas", "mas-alpha", "ewc", "online-ewc", "si")
     ),
     *(Variant(name, {}, name) for name in ("mas-batch", "mas-vector", "local-mas")),
-    *(Variant(name) for name in ("imm-mean", "imm-mode")),
     Variant("ebll", {}, "lwf"),
 )
 
@@ -69,14 +72,20 @@ BASE = config.read(
 class SplitMNIST(Experiment):
     """Average accuracy of all methods in the task-, domain- and class-incremental setting.
 
-    base: how it is learned. choosing_epochs: for a task, where lam is chosen.
+    base: how it is learned. groups: of variants, those of a group in all settings before the next.
+    choosing_epochs: for a task, where lam is chosen.
     """
 
     title: ClassVar[str] = "Split MNIST, as published"
     base: Config = BASE
-    variants: Sequence[Variant] = VARIANTS
+    groups: Sequence[Sequence[Variant]] = (MAIN, OTHERS)
     choosing_epochs: int = 1
     grid: tuple[float, ...] = GRID
+
+    @property
+    def variants(self) -> list[Variant]:
+        """Of all groups."""
+        return [variant for variants in self.groups for variant in variants]
 
     def quick(self) -> SplitMNIST:
         """The digits of scikit-learn, one seed, few methods."""
@@ -87,7 +96,7 @@ class SplitMNIST(Experiment):
         return replace(
             self,
             base=small,
-            variants=few,
+            groups=[few],
             seeds=1,
             choosing_epochs=4,
             grid=self.grid[2:8],
@@ -134,10 +143,10 @@ class SplitMNIST(Experiment):
         settings = replace(
             settings, setting=cell["setting"], epochs=cell.get("epochs", settings.epochs)
         )
-        comparison = replace(self.base, data=self.data, settings=settings)
+        comparison = replace(self.base, settings=settings)
         lam = {} if cell["lam"] is None else {"lam": cell["lam"]}
         method = create(cell["method"], **cell["options"], **lam)
-        scenario = comparison.make_scenario(cell["seed"])
+        scenario = scenario_of(comparison, self.data, cell["seed"])
         return measured(comparison, scenario, method, cell["seed"], cell["purpose"])
 
     def finals(self, results: Results, setting: str, variant: Variant) -> list[Found]:
