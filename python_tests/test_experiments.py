@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,22 +119,23 @@ def test_where(tmp_path: Path) -> None:
     [
         (1e2, [1e-2, 1e0, 1e2, 1e4, 1e6, 1e1, 1e3]),
         (1e1, [1e-2, 1e0, 1e2, 1e4, 1e6, 1e-1, 1e1]),
-        (1e6, [1e-2, 1e0, 1e2, 1e4, 1e6, 1e5]),
-        (1e-3, [1e-2, 1e0, 1e2, 1e4, 1e6, 1e-3, 1e-1]),
+        (1e6, [1e-2, 1e0, 1e2, 1e4, 1e6, 1e5, 1e7]),
+        (1e8, [1e-2, 1e0, 1e2, 1e4, 1e6, 1e5, 1e7, 1e8, 1e9]),
+        (1e-3, [1e-2, 1e0, 1e2, 1e4, 1e6, 1e-3, 1e-1, 1e-4]),
     ],
 )
 def test_lam_is_the_best_on_validation_data(
     tmp_path: Path, best: float, tried: list[float]
 ) -> None:
-    """With a peak at one value of the grid, of equal ones the smallest; those that diverge never."""
+    """With a peak at one value, of equal ones the one tried first; those that diverge never."""
     results, cell = Results(tmp_path / "x.json", {}), {"method": "mas"}
     asked = []
     for needed in choose(results, cell):
         if needed not in results:
             assert chosen(results, cell) is None
             asked.append(needed["lam"])
-            steps = abs(GRID.index(needed["lam"]) - GRID.index(best))
-            found = {"diverged": "nan"} if steps > 5 else {"validation_accuracy": 1 - steps / 10}
+            steps = abs(math.log10(needed["lam"] / best))
+            found = {"diverged": "nan"} if steps > 7.5 else {"validation_accuracy": 1 - steps / 10}
             results.add(needed, found, 0.0)
     assert asked == tried
     assert chosen(results, cell) == best
@@ -164,7 +166,6 @@ def test_split_mnist(tmp_path: Path) -> None:
     page = reproduce(small, "split-mnist", tmp_path)
     results = Results(tmp_path / "split-mnist.json", small.protocol())
     choosing, final = results.where(purpose="choose"), results.where(purpose="final")
-    assert len(choosing) == 3 * 3
     assert {cell["seed"] for cell, _ in choosing}.isdisjoint(cell["seed"] for cell, _ in final)
     assert len(final) == 3 * 3
 
@@ -177,7 +178,8 @@ def test_split_mnist(tmp_path: Path) -> None:
         lams = {
             cell["lam"] for cell, _ in results.where(setting=setting, method="mas", purpose="final")
         }
-        assert lams == {min(lam for lam in scores if scores[lam] == max(scores.values()))}
+        (lam,) = lams
+        assert scores[lam] == max(scores.values())
     found = results.where(setting="domain", method="mas", options={"mode": "proximal"})
     ((_, each),) = found
     (row,) = [

@@ -98,15 +98,16 @@ class Results:
 
     def place(self) -> str:
         """Where, when and how long, in words."""
-        machines = "; ".join(
+        machines = [
             f"{each['gpu'] or each['cpu']}, {each['threads']} thread{'s'[: each['threads'] != 1]}, torch "
             f"{each['torch']}"
             for each in self.machines
-        )
+        ]
         dates = sorted({entry["date"] for entry in self.entries})
         hours = sum(entry["seconds"] for entry in self.entries) / 3600
         when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-        return f"{machines}; {when}; {hours:.2g} hours for {len(self.entries)} measurements."
+        where = "; ".join(dict.fromkeys(machines))
+        return f"{where}; {when}; {hours:.2g} hours for {len(self.entries)} measurements."
 
 
 def _key(cell: Cell) -> str:

@@ -19,7 +19,7 @@ from mas_ext.runs import Diverged, learn
 from mas_ext.scenarios import Scenario
 from mas_ext.summary import summary
 
-# Every method's lam is one of these decades.
+# Where every method's lam is looked for.
 GRID = (1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 
 # Seeds that lam is chosen with, apart from those of the results.
@@ -59,22 +59,23 @@ def choose(
 ) -> Generator[Cell, None, float | None]:
     """Ask for what is needed to choose the lam of `cell`; returns it, None where all diverged.
 
-    Every second value of the grid is tried, then those beside the best: the one of the largest `key`, of equal
-    ones the smallest.
+    Every second value of the grid is tried, then the decades beside the best, as long as it gets better, beyond
+    the grid, too. The best has the largest `key`, of equal ones it is the one tried first.
     """
 
     def score(lam: float) -> float:
         found = results[{**cell, "lam": lam}]
         return -math.inf if "diverged" in found else float(found[key])
 
-    coarse = grid[1::2]
-    for lam in coarse:
-        yield {**cell, "lam": lam}
-    best = max(coarse, key=score)
-    near = grid[grid.index(best) - 1 : grid.index(best) + 2]
-    for lam in near:
-        yield {**cell, "lam": lam}
-    best = max(near, key=score)
+    tried: list[float] = []
+    near = list(grid[1::2])
+    while near:
+        for lam in near:
+            yield {**cell, "lam": lam}
+        tried += near
+        best = max(tried, key=score)
+        beside = (float(f"{factor * best:.0e}") for factor in (0.1, 10))
+        near = [lam for lam in beside if lam not in tried]
     return best if score(best) > -math.inf else None
 
 

@@ -173,7 +173,7 @@ class SplitMNIST(Experiment):
             ]
         text += [
             f"Mean and 95 % interval over {min(seeds)} to {max(seeds)} of {self.seeds} seeds; lam was chosen "
-            f"with {self.choosing_epochs} epochs a task. {results.place()}",
+            f"with {self.choosing_epochs} of {self.base.settings.epochs} epochs a task. {results.place()}",
             "![average accuracy by method](split-mnist.png)",
             "![validation accuracy over lam](split-mnist-lam.png)",
         ]
@@ -215,9 +215,10 @@ class SplitMNIST(Experiment):
     def _accuracies(self, results: Results) -> Any:
         """A panel a setting: a point a seed, what was published as a cross."""
         figure, panels = canvas(len(SETTINGS), 3, 4.5, sharey=True)
-        labels = [str(variant).replace("`", "") for variant in self.variants]
+        known = [v for v in self.variants if any(self.finals(results, s, v) for s in SETTINGS)]
+        labels = [str(variant).replace("`", "") for variant in known]
         for i, (panel, setting) in enumerate(zip(panels, SETTINGS, strict=True)):
-            for y, variant in enumerate(self.variants):
+            for y, variant in enumerate(known):
                 founds = self.finals(results, setting, variant)
                 x = [100 * f["average_accuracy"] for f in founds if "diverged" not in f]
                 panel.plot(x, [y] * len(x), "o", color=look(0)["color"], alpha=0.6, markersize=5)
