@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,11 +41,11 @@ class HeldModel:
         """What of the parameters, or of tensors like them, this rank has."""
         return tensors if self.sharding is None else local(tensors)
 
-    def follow(self, remembered: Collection[str]) -> None:
-        """Take over how the parameters are sharded now; those that are remembered must be as they were."""
+    def follow(self, state: Consolidation) -> None:
+        """Take over how the parameters are sharded now; those that the state knows must be as they were."""
         theta = self.parameters()
         if self.sharding is not None:
-            self.sharding.follow(theta, remembered)
+            self.sharding.follow(theta, state.memory.parts())
         elif Sharding.of(self.model, theta) is not None:
             raise TypeError(
                 "model: got fully_shard after the penalty was made, expected before; a new penalty takes the "
@@ -81,7 +81,7 @@ class HeldModel:
     @_disable_dynamo
     def fit(self, state: Consolidation) -> None:
         """Have the state follow the parameters."""
-        self.follow(state.memory.parts())
+        self.follow(state)
         state.fit(self.own_parameters())
         self.bind(state)
 

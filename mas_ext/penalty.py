@@ -55,15 +55,21 @@ class FusedMASPenalty(nn.Module):
         omega_dtype: float32, bfloat16 (rounded stochastically), or float64 for float64 parameters.
         process_group: the ranks of torch.distributed that train this model together: importance is summed
             over them, in consolidate and adapt, which every one of them calls. "auto" is the group of a
-            DistributedDataParallel wrapper; on one of several ranks a model without needs a word: the group,
-            or None for a model of this rank alone.
+            DistributedDataParallel wrapper, or that which fully_shard shards over; on one of several ranks
+            another model needs a word: the group, or None for a model of this rank alone.
         state_device: "cpu" keeps omega and anchor in the CPU's memory (pinned, for parameters on a GPU): each
             use brings them to the parameters' device block by block, through 64 MiB of buffers and a stream
             of its own, and consolidate works on the CPU. None: where the parameters are.
 
+    A model that fully_shard (FSDP2) has sharded over one mesh of one dimension: the state is sharded alike and
+    the kernels work on each rank's own part; omega, anchor and state_dict() hold DTensors. What runs the model,
+    or tells of all its parts, is called by all ranks together: penalty(), add_grad_, consolidate, adapt,
+    observe, save, load. For consolidate, adapt and observe every rank has the whole model and its importance
+    for a while, the memory of some four copies. What is consolidated keeps its shape.
+
     Raises:
         ValueError: an argument that is not one of the choices.
-        TypeError: a parameter that is spread over ranks, as by fully_shard.
+        TypeError: parameters that are spread over ranks in another way, or only some of them.
     """
 
     def __init__(
@@ -112,7 +118,8 @@ class FusedMASPenalty(nn.Module):
         pass forward (12 bytes per float32 parameter) and one backward (16). Compiled, it is part of the graph;
         a model whose parameters were replaced breaks that once (under fullgraph, call it outside first). Under
         DistributedDataParallel every rank adds the same penalty to its loss, and the mean of their gradients is
-        right.
+        right. Under fully_shard the value is that of all ranks, and its gradient goes to each one's own part,
+        beside the mean of the losses' gradients: call it after the model, as in model(x) ... + penalty().
 
         Raises:
             RuntimeError: DistributedDataParallel with find_unused_parameters=True.
@@ -274,7 +281,9 @@ class FusedMASPenalty(nn.Module):
     def observe(self, batch: Any) -> None:
         """Gather importance online: averaged over all samples observed since the last consolidation.
 
-        Under torch.distributed each rank keeps its own part until then, and saves its own.
+        Under torch.distributed each rank keeps its own part until then, and saves its own. Under fully_shard
+        every rank calls it as often, with a batch of no samples where it has none, and saves after
+        consolidate only.
         """
         with whole(self.model):
             self._pending.add(self.model, batch)
@@ -354,7 +363,8 @@ class FusedMASPenalty(nn.Module):
         """Write state and settings to a safetensors file, replacing it atomically.
 
         Callables (`forward`, a callable `objective`) and an `importance` that is an estimator of its own are
-        not saved: give them to `load` again.
+        not saved: give them to `load` again. Under fully_shard the first rank writes the whole of it; for
+        checkpoints that every rank writes its part of, see load_distributed.
         """
         rule, estimator = self._state.rule, self._pending
         objective = estimator.objective
@@ -445,7 +455,7 @@ class FusedMASPenalty(nn.Module):
         return nn.modules.module._IncompatibleKeys([], [])
 
     def _load(self, found: Mapping[str, Tensor]) -> None:
-        self._held.follow(())
+        self._held.follow(self._state)
         theta = self._held.own_parameters()
         if self._held.sharding is None:
             found = {key: whole_tensor(t) for key, t in found.items()}
@@ -485,17 +495,17 @@ class FusedMASPenalty(nn.Module):
         """The mean over all ranks' samples of what each collects."""
         theta = self._held.parameters()
         total = self._ranks.sum(collect, self.model, theta)
-        importance = total.mean()
-        if importance and self._state.rule.merge == "consistent":
+        if total.sums and self._state.rule.merge == "consistent":
             total.refuse_rounding_noise(theta)
-        return importance
+        # What was observed is still there if a check fails.
+        return total.mean() if total is self._pending else total.into_mean()
 
     def _add(
         self, find: Callable[[], Mapping[str, Tensor]], weight: float, move_anchor: bool
     ) -> None:
         """Merge the importance that is found while every rank has the whole model."""
         held = self._held
-        held.follow(self._state.memory.parts())
+        held.follow(self._state)
         with whole(self.model):
             theta = held.parameters()
             self._state.add_task(theta, find(), weight, move_anchor, held.sharding)

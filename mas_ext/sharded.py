@@ -20,7 +20,6 @@ from mas_ext.parameters import Binding, check_whole, is_sharded, named_parameter
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import Placement
 
 Named = dict[str, Tensor]
 
@@ -104,7 +103,7 @@ def whole(model: nn.Module) -> Iterator[None]:
     for m in modules:
         own = vars(m)
         for key in ("_forward_pre_hooks", "_forward_hooks"):
-            kept = {i: h for i, h in own[key].items() if not h.__module__.startswith(_FSDP)}
+            kept = {i: h for i, h in own[key].items() if not str(h.__module__).startswith(_FSDP)}
             changes.append((own, key, own[key], type(own[key])(kept)))
     for unit in units:
         for key, method in vars(unit).items():  # by register_fsdp_forward_method
@@ -156,31 +155,21 @@ class _Shard(NamedTuple):
         return _Shard(self.mesh, self.dim + 1, (number, *self.shape))
 
     def own(self, t: Tensor) -> Tensor:
-        """This rank's piece of a tensor, whole or sharded in any way."""
-        if is_sharded(t) and (t.device_mesh, *t.placements) == (self.mesh, self._placement()):
-            return t.to_local()
-        t = whole_tensor(t)
-        rank, pieces = self.mesh.get_local_rank(), t.detach().chunk(self.mesh.size(), self.dim)
-        return (pieces[rank] if rank < len(pieces) else t.narrow(self.dim, 0, 0)).contiguous()
+        """This rank's piece of a tensor, which may be sharded in any way."""
+        t = whole_tensor(t.detach())
+        rank, pieces = self.mesh.get_local_rank(), t.chunk(self.mesh.size(), self.dim)
+        piece = pieces[rank] if rank < len(pieces) else t.narrow(self.dim, 0, 0)
+        return piece.clone(memory_format=torch.contiguous_format)  # no view that keeps the whole
 
     def join(self, own: Tensor) -> Tensor:
         """The tensor that every rank has its own piece of."""
-        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor import DTensor, Shard
 
         like = torch.empty(self.shape, device="meta")
+        place = [Shard(self.dim)]
         return DTensor.from_local(
-            own,
-            self.mesh,
-            [self._placement()],
-            run_check=False,
-            shape=like.shape,
-            stride=like.stride(),
+            own, self.mesh, place, run_check=False, shape=like.shape, stride=like.stride()
         )
-
-    def _placement(self) -> Placement:
-        from torch.distributed.tensor import Shard
-
-        return Shard(self.dim)
 
 
 def _shard_of(name: str, p: Tensor) -> _Shard:
@@ -223,12 +212,24 @@ class Sharding:
 
     @staticmethod
     def of(model: nn.Module, theta: Mapping[str, Tensor]) -> Sharding | None:
-        """That of these parameters of a model; None where each rank has the whole."""
-        if theta and _units(model):
-            return Sharding(theta)
+        """That of these parameters of a model; None where each rank has the whole.
+
+        Raises:
+            TypeError: parameters that are sharded in another way, or only some of them.
+        """
+        if not theta or not _units(model):
+            for name, p in theta.items():
+                check_whole(name, p)
+            return None
+        found = Sharding(theta)
+        kept = {id(p.sharded_param) for p in _fsdp_parameters(model)}
         for name, p in theta.items():
-            check_whole(name, p)
-        return None
+            if id(p) not in kept:
+                raise TypeError(
+                    f"parameter {name!r}: got one that fully_shard of an outer module shards, expected that "
+                    "module as model (exclude= leaves parameters out)"
+                )
+        return found
 
     def follow(self, theta: Mapping[str, Tensor], remembered: Collection[str]) -> None:
         """Take over how the parameters lie now.
@@ -249,8 +250,8 @@ class Sharding:
         self._shards |= now
 
     def rename(self, old: str, new: str) -> None:
-        """What was known of one name holds for another."""
-        self._shards[new] = self._shards.pop(old)
+        """What is known of one name holds for another."""
+        self._shards[new] = self._shards[old]
 
     def own(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's pieces of whole tensors like the parameters."""

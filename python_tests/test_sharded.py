@@ -298,6 +298,12 @@ def refused(rank: int, ranks: int) -> None:
         TypeError, match=r"parameter '1\.weight': got one that is not sharded beside"
     ):
         FusedMASPenalty(partly)
+    outer = nn.Sequential(partly)
+    fully_shard(outer)
+    with pytest.raises(
+        TypeError, match=r"parameter '1\.weight': got one that fully_shard of an outer"
+    ):
+        FusedMASPenalty(partly)
     inner = FusedMASPenalty(partly, exclude=("1.*", "4.*"))
     x = torch.randn(4, 6, dtype=torch.float64)
     inner.consolidate([x])
@@ -330,6 +336,7 @@ def refused(rank: int, ranks: int) -> None:
     after.load_state_dict(before.state_dict())
     check(after, RULES[1])
     after.rename("0.bias", "bias")
+    close(full(after.state_dict()["omega.bias"]), full(before.state_dict()["omega.0.bias"]))
     after.rename("bias", "0.bias")
     check(after, RULES[1])
 

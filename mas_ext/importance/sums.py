@@ -218,12 +218,14 @@ class ImportanceSum:
         sum_i Omega_i |theta_i| is at least of the order of the objective for a network that is homogeneous in
         its parameters (Euler), and of the order of its rounding error for an output of constant norm.
         """
-        importance, objective = self.mean(), self.objective_sum / self.samples
+        self._refuse_empty()
+        objective = self.objective_sum / self.samples
         change = sum(
-            float((omega.double() * (theta[name].detach().double().abs() + 0.01)).sum())
-            for name, omega in importance.items()
+            float((total.double() * (theta[name].detach().double().abs() + 0.01)).sum())
+            for name, total in self.sums.items()
         )
-        wide = all(omega.dtype == torch.float64 for omega in importance.values())
+        change /= self.samples
+        wide = all(total.dtype == torch.float64 for total in self.sums.values())
         level = torch.finfo(torch.float64 if wide else torch.float32).eps ** 0.5
         # What is not finite is refused by name later.
         if change <= level * objective < float("inf"):
