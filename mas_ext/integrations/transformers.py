@@ -1,0 +1,192 @@
+"""Hugging Face: a callback and a mixin for the Trainer of transformers 5, and `attach` for accelerate.
+
+    from mas_ext.integrations.transformers import MASCallback
+
+    mas = MASCallback(lam=1.0)
+    Trainer(model, arguments, train_dataset=corpus_a, callbacks=[mas], ...).train()  # consolidates at its end
+    Trainer(model, arguments, train_dataset=corpus_b, callbacks=[mas], ...).train()
+
+Two places for the penalty, which differ where gradients are clipped (max_grad_norm, 1 by default):
+
+- `MASCallback`: in the optimizer's step. Accumulated and unscaled gradients, already clipped, get the penalty's
+  once a step. The logged loss and gradient norm are the task's.
+- `MASTrainerMixin`: in the loss. Clipping clips the sum, and the logged loss and gradient norm are the sum's.
+
+What is held are the parameters that are trained: with LoRA (peft) the adapters.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from mas_ext import checkpoint
+from mas_ext.attach import Handle, Mode
+from mas_ext.importance import Forward
+from mas_ext.integrations.loading import once
+from mas_ext.penalty import FusedMASPenalty
+
+FILE = "mas_penalty.safetensors"
+Of = Literal["logits", "tokens", "hidden"]
+
+
+class ModelOutput:
+    """What of a model's output importance is the sensitivity of: a `forward` for FusedMASPenalty.
+
+    "logits": those of every position, (N, positions, vocabulary), or of a classifier, (N, classes);
+    "tokens": the logits of the tokens that follow in the text, (N, positions - 1);
+    "hidden": the last hidden states, (N, positions, width), of models that return them; where a normalisation
+    without learned scales is last, their norm is constant and says nothing.
+    Positions that attention_mask leaves out count as 0. A batch's labels are not needed.
+
+    Args:
+        of: "logits", "tokens" or "hidden".
+        last: only this many of a text's last positions count; all of them by default.
+    """
+
+    def __init__(self, of: Of = "logits", last: int | None = None) -> None:
+        """See the class."""
+        if of not in ("logits", "tokens", "hidden"):
+            raise ValueError(f"of: got {of!r}, expected 'logits', 'tokens' or 'hidden'")
+        if last is not None and last < 1:
+            raise ValueError(f"last: got {last}, expected at least 1")
+        self.of, self.last = of, last
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The output of a batch of the model's inputs."""
+        inputs = {key: t for key, t in batch.items() if key not in ("labels", "label")}
+        found = model(**inputs, **({"output_hidden_states": True} if self.of == "hidden" else {}))
+        output: Tensor = found.hidden_states[-1] if self.of == "hidden" else found.logits
+        if output.dim() < 3:
+            return output
+        counts = inputs.get("attention_mask")
+        if counts is None:
+            counts = output.new_ones(output.shape[:2])
+        if self.of == "tokens":
+            following = inputs["input_ids"][:, 1:, None]
+            output = output[:, :-1].gather(-1, following)
+            counts = counts[:, :-1] * counts[:, 1:]
+        if self.last is not None:
+            # How many positions that count are still to come, this one included.
+            left = counts.flip(1).cumsum(1).flip(1)
+            counts = counts * (left <= self.last)
+        return output * counts[..., None].to(output.dtype)
+
+
+def attach(
+    penalty: FusedMASPenalty, optimizer: Any, mode: Mode = "gradient", eta: float | None = None
+) -> Handle:
+    """penalty.attach for an optimizer that `accelerator.prepare` may have wrapped.
+
+    The penalty is added once a step: under `accelerator.accumulate` when the step is taken, and under float16
+    unscaled, behind `accelerator.clip_grad_norm_`.
+    """
+    return penalty.attach(getattr(optimizer, "optimizer", optimizer), mode, eta)
+
+
+class MASCallback(TrainerCallback):
+    """FusedMASPenalty in a Trainer: applied in every step, consolidated when training has ended.
+
+    `penalty` is there from the first `train` on. Checkpoints have it in a file of their own, which is read when
+    training resumes from one in output_dir; `penalty.save` after `train` keeps what was consolidated.
+
+    Args:
+        lam: strength, see FusedMASPenalty.
+        batches: from the training dataloader to the samples that importance is taken from, this rank's part
+            of them; by default all of them, each once.
+        mode: "gradient" or "proximal", see FusedMASPenalty.attach.
+        forward: see estimate_importance; batches are mappings of the model's inputs. By default ModelOutput().
+        options: further arguments of FusedMASPenalty.
+    """
+
+    def __init__(
+        self,
+        lam: float = 1.0,
+        batches: Callable[[Any], Iterable[Any]] = once,
+        mode: Mode = "gradient",
+        forward: Forward | None = None,
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        self.batches, self.mode = batches, mode
+        self.options = {"lam": lam, "forward": forward or ModelOutput(), **options}
+        self.penalty: FusedMASPenalty | None = None
+        self._handle: Handle | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any
+    ) -> None:
+        """The penalty of this model, with what was remembered, of another one, too."""
+        if self.penalty is None or self.penalty.model is not model:
+            remembered = None if self.penalty is None else self.penalty.state_dict()
+            group = torch.distributed.group.WORLD if args.world_size > 1 else None
+            self.penalty = FusedMASPenalty(model, **{"process_group": group, **self.options})
+            if remembered is not None:
+                self.penalty.load_state_dict(remembered)
+        file = _file(args, state)
+        if state.global_step and file.exists():
+            tensors = checkpoint.load(file)
+            self.penalty.load_state_dict({n: t for n, t in tensors.items() if n != "settings"})
+        self._handle = attach(self.penalty, optimizer, self.mode)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The checkpoint is written."""
+        assert self.penalty is not None
+        if state.is_world_process_zero:
+            self.penalty.save(_file(args, state))
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any, **kwargs: Any
+    ) -> None:
+        """Consolidate."""
+        assert self.penalty is not None
+        assert self._handle is not None
+        self._handle.remove()
+        self.penalty.consolidate(self.batches(train_dataloader))
+
+
+def _file(args: Any, state: Any) -> Path:
+    return Path(os.path.join(args.output_dir, f"checkpoint-{state.global_step}", FILE))
+
+
+class MASTrainerMixin:
+    """A FusedMASPenalty in a Trainer's loss: `class MASTrainer(MASTrainerMixin, Trainer)` with a `penalty`.
+
+    It counts once a step, however many batches are accumulated in it, and whether their losses are means or
+    parts of a sum over num_items_in_batch. Evaluation is of the task's loss alone. The caller consolidates:
+    `trainer.penalty.consolidate(once(trainer.get_train_dataloader()))`, with `once` of integrations.loading.
+    """
+
+    penalty: FusedMASPenalty | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """See Trainer."""
+        own: Any = super()
+        loss, outputs = own.compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+        )
+        if self.penalty is not None and model.training:
+            loss = loss + self.penalty() / _added(self, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+def _added(trainer: Any, num_items_in_batch: Any) -> int:
+    """How many losses a Trainer adds up in a step; 1 where it takes their mean."""
+    added = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if added is None:
+        of_items = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        added = of_items or trainer.compute_loss_func is not None
+    return int(trainer.current_gradient_accumulation_steps) if added else 1

@@ -1,0 +1,379 @@
+"""The callback, the mixin and `attach` in Hugging Face's loops, beside the same training written out."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from mas_ext import FusedMASPenalty
+from mas_ext.integrations.loading import once
+from mas_ext.integrations.transformers import (
+    FILE,
+    MASCallback,
+    MASTrainerMixin,
+    ModelOutput,
+    attach,
+)
+
+LAM, LR, LENGTH, WORDS = 0.02, 0.1, 7, 11
+Named = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+    )
+    model: nn.Module = LlamaForCausalLM(config).double()
+    return model
+
+
+def corpus(t: int, rows: int = 14) -> list[dict[str, Tensor]]:
+    """Padded texts of different lengths, so that batches have different numbers of tokens."""
+    generator = torch.Generator().manual_seed(t)
+    found = []
+    for i in range(rows):
+        ids = torch.randint(WORDS, (LENGTH,), generator=generator)
+        mask = (torch.arange(LENGTH) < 3 + i % 5).long()
+        found.append(
+            {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        )
+    return found
+
+
+class InOrder(Trainer):  # type: ignore[misc]
+    def _get_train_sampler(self, *args: Any) -> Any:
+        return SequentialSampler(self.train_dataset)
+
+
+class Penalised(MASTrainerMixin, InOrder):
+    pass
+
+
+def arguments(folder: Path, parts: int = 3, clip: float = 0.0, **options: Any) -> TrainingArguments:
+    settings = {"save_strategy": "no", "num_train_epochs": 2, **options}
+    return TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=parts,
+        max_grad_norm=clip,
+        optim="sgd",
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **settings,
+    )
+
+
+def stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def token_losses(model: nn.Module, rows: list[dict[str, Tensor]]) -> Tensor:
+    """Of every token that has a label, one text after another."""
+    found = []
+    for row in rows:
+        logits = model(row["input_ids"][None], row["attention_mask"][None]).logits[0]
+        losses = F.cross_entropy(logits[:-1], row["labels"][1:], reduction="none")
+        found.append(losses[row["labels"][1:] != -100])
+    return torch.cat(found)
+
+
+def importance(model: nn.Module, rows: list[dict[str, Tensor]]) -> Named:
+    """1/N sum_k abs(d sum over positions that count of |logits|^2 / d theta)."""
+    theta = dict(model.named_parameters())
+    total = {n: torch.zeros_like(p) for n, p in theta.items()}
+    for row in rows:
+        count = int(row["attention_mask"].sum())
+        value = model(row["input_ids"][None, :count]).logits.square().sum()
+        for n, g in zip(theta, torch.autograd.grad(value, list(theta.values())), strict=True):
+            total[n] += g.abs()
+    return {n: t / len(rows) for n, t in total.items()}
+
+
+def pull(model: nn.Module, omega: Named, anchor: Named, lam: float = LAM) -> Tensor:
+    theta = dict(model.named_parameters())
+    return (
+        lam * torch.stack([(w * (theta[n] - anchor[n]) ** 2).sum() for n, w in omega.items()]).sum()
+    )
+
+
+def second_task(
+    model: nn.Module,
+    omega: Named,
+    anchor: Named,
+    parts: int,
+    clip: float,
+    clipped: bool,
+    mean_of_means: bool = False,
+) -> None:
+    """Two epochs: groups of `parts` batches of two texts a step, the last group a short one."""
+    rows = corpus(1)
+    for start in [*range(0, len(rows), 2 * parts)] * 2:
+        group = rows[start : start + 2 * parts]
+        model.zero_grad()
+        if mean_of_means:
+            means = [token_losses(model, group[i : i + 2]).mean() for i in range(0, len(group), 2)]
+            torch.stack(means).mean().backward()
+        else:
+            token_losses(model, group).mean().backward()
+        if clipped:
+            pull(model, omega, anchor).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if not clipped:
+            pull(model, omega, anchor).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= LR * p.grad
+
+
+def close(got: nn.Module, expected: nn.Module, rtol: float = 1e-5) -> None:
+    for (n, p), q in zip(got.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=rtol * 1e-1, msg=n)
+
+
+@pytest.mark.parametrize(("parts", "clip"), [(1, 0.0), (3, 0.0), (3, 0.2)])
+def test_callback(tmp_path: Path, parts: int, clip: float) -> None:
+    """The penalty once a step, behind clipping; importance without labels, padding left out."""
+    model = network()
+    mas = MASCallback(LAM, merge="latest", omega_dtype=torch.float64)
+    InOrder(model, arguments(tmp_path), train_dataset=corpus(0), callbacks=[mas]).train()
+    assert mas.penalty is not None
+    omega, written = importance(model, corpus(0)), copy.deepcopy(model)
+    for n, w in omega.items():
+        torch.testing.assert_close(mas.penalty.omega[n], w, rtol=1e-5, atol=1e-8, msg=n)
+    anchor = {n: p.detach().clone() for n, p in model.named_parameters()}
+    own = arguments(tmp_path, parts, clip)
+    InOrder(model, own, train_dataset=corpus(1), callbacks=[mas]).train()
+    second_task(written, omega, anchor, parts, clip, clipped=False)
+    close(model, written)
+    assert mas.penalty.num_tasks == 2
+
+
+@pytest.mark.parametrize("items", [True, False])
+@pytest.mark.parametrize(("parts", "clip"), [(1, 0.0), (3, 0.0), (3, 0.2)])
+def test_mixin(tmp_path: Path, parts: int, clip: float, items: bool) -> None:
+    """The penalty once a step, clipped with the rest, whether losses are summed or their mean is taken."""
+    model = network()
+    penalty = FusedMASPenalty(
+        model, LAM, forward=ModelOutput(), merge="latest", omega_dtype=torch.float64
+    )
+    trainer = Penalised(model, arguments(tmp_path, parts, clip), train_dataset=corpus(1))
+    trainer.penalty, trainer.model_accepts_loss_kwargs = penalty, items
+    penalty.consolidate([stacked(corpus(0))])
+    written, omega = copy.deepcopy(model), importance(model, corpus(0))
+    anchor = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer.train()
+    second_task(written, omega, anchor, parts, clip, clipped=True, mean_of_means=not items)
+    close(model, written)
+
+    # Evaluation is of the task alone.
+    found = trainer.evaluate(corpus(2))["eval_loss"]
+    batches = [corpus(2)[i : i + 8] for i in (0, 8)]
+    expected = sum(len(b) * float(token_losses(model, b).mean().detach()) for b in batches) / 14
+    assert found == pytest.approx(expected, rel=1e-5)
+    trainer.penalty.consolidate(once(trainer.get_train_dataloader()))
+    assert penalty.num_tasks == 2
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_trainer_that_says_how_its_loss_is_scaled(tmp_path: Path, scaled: bool) -> None:
+    model = network()
+    penalty = FusedMASPenalty(model, LAM, forward=ModelOutput())
+    penalty.consolidate([stacked(corpus(0))])
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1
+    trainer = Penalised(model, arguments(tmp_path), train_dataset=corpus(1))
+    trainer.loss_is_scaled_for_ga, trainer.current_gradient_accumulation_steps = scaled, 4
+    inputs = stacked(corpus(1)[:2])
+    plain = trainer.compute_loss(model.train(), inputs)
+    trainer.penalty = penalty
+    loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)
+    value = penalty() / (4 if scaled else 1)
+    torch.testing.assert_close(loss - plain, value.detach(), check_dtype=False, rtol=1e-6, atol=0)
+    assert outputs.logits.shape == (2, LENGTH, WORDS)
+
+
+def test_resumed_from_a_checkpoint(tmp_path: Path) -> None:
+    """By new objects, inside the second task: as if it had not been stopped."""
+    model = network()
+    mas = MASCallback(LAM, omega_dtype=torch.float64)
+    InOrder(model, arguments(tmp_path / "a"), train_dataset=corpus(0), callbacks=[mas]).train()
+    other = copy.deepcopy(model)
+    saving = arguments(tmp_path / "b", save_strategy="steps", save_steps=4)
+    InOrder(model, saving, train_dataset=corpus(1), callbacks=[mas]).train()
+    assert (tmp_path / "b" / "checkpoint-4" / FILE).exists()
+
+    again = MASCallback(LAM, omega_dtype=torch.float64)
+    trainer = InOrder(other, saving, train_dataset=corpus(1), callbacks=[again])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
+    close(other, model)
+    assert mas.penalty is not None
+    assert again.penalty is not None
+    assert again.penalty.num_tasks == 2
+    torch.testing.assert_close(again.penalty.alpha, mas.penalty.alpha)
+
+
+def test_what_was_remembered_goes_over_to_another_model(tmp_path: Path) -> None:
+    mas = MASCallback(LAM, mode="proximal")
+    for t in range(2):
+        model = network()
+        InOrder(model, arguments(tmp_path), train_dataset=corpus(t), callbacks=[mas]).train()
+    assert mas.penalty is not None
+    assert mas.penalty.model is model
+    assert mas.penalty.num_tasks == 2
+
+
+def test_lora(tmp_path: Path) -> None:
+    """Only adapters are trained, held and moved."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    model = peft.get_peft_model(network(), config).double()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    moved = []
+    for lam in (0.0, 100.0):
+        own = copy.deepcopy(model)
+        mas = MASCallback(lam, mode="proximal")
+        for t in range(2):
+            held = {n: p.detach().clone() for n, p in own.named_parameters()}
+            InOrder(own, arguments(tmp_path), train_dataset=corpus(t), callbacks=[mas]).train()
+        moved.append(
+            sum(float((p - held[n]).detach().abs().sum()) for n, p in own.named_parameters())
+        )
+        assert mas.penalty is not None
+        assert set(mas.penalty.omega) == {n for n, p in own.named_parameters() if p.requires_grad}
+        assert all("lora_" in n for n in mas.penalty.omega)
+        frozen = [n for n, p in own.named_parameters() if not p.requires_grad]
+        assert all(torch.equal(own.get_parameter(n), before[n]) for n in frozen)
+    assert moved[1] < 0.3 * moved[0]
+
+
+# -- what counts as the output ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [None, 2])
+@pytest.mark.parametrize("of", ["logits", "tokens", "hidden"])
+def test_outputs(of: Any, last: int | None) -> None:
+    """Padding counts for nothing, on whichever side; text by text, without padding."""
+    model, rows = network().eval(), corpus(0, 5)
+    rows[1] = {key: t.flip(0) for key, t in rows[1].items()}
+    output = ModelOutput(of, last)(model, stacked(rows)).square().flatten(1).sum(1)
+    for i, row in enumerate(rows):
+        ids = row["input_ids"][None, row["attention_mask"] == 1]
+        position = torch.arange(LENGTH)[None, row["attention_mask"] == 1]
+        found = model(ids, position_ids=position, output_hidden_states=True)
+        if of == "hidden":
+            one = found.hidden_states[-1][0]
+        elif of == "logits":
+            one = found.logits[0]
+        else:
+            one = torch.stack([x[w] for x, w in zip(found.logits[0], ids[0, 1:], strict=False)])
+        one = one if last is None else one[-last:]
+        torch.testing.assert_close(output[i], one.square().sum(), rtol=1e-6, atol=1e-9)
+
+
+def test_outputs_without_a_mask_and_without_positions() -> None:
+    model = network().eval()
+    ids = corpus(0)[0]["input_ids"][None]
+    torch.testing.assert_close(ModelOutput()(model, {"input_ids": ids}), model(ids).logits)
+
+    class Classifier(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return type("Output", (), {"logits": x})
+
+    x = torch.randn(3, 4)
+    assert ModelOutput()(Classifier(), {"x": x, "labels": torch.zeros(3)}) is x
+
+
+@pytest.mark.parametrize(
+    ("of", "last", "words"), [("words", None, "of: got 'words'"), ("logits", 0, "last: got 0")]
+)
+def test_wrong_outputs(of: Any, last: int | None, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ModelOutput(of, last)
+
+
+# -- accelerate ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_accelerate(clip: float | None) -> None:
+    """Two batches accumulated in a step: the penalty comes once, behind clipping."""
+    torch.manual_seed(0)
+    plain = nn.Linear(4, 2)
+    model, written = copy.deepcopy(plain), copy.deepcopy(plain)
+    x, y = torch.randn(8, 4), torch.randn(8, 2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=LR))
+    penalty = FusedMASPenalty(model, LAM, omega_dtype=torch.float64)
+    penalty.consolidate([x])
+    anchor = {n: p.detach().clone() for n, p in written.named_parameters()}
+    omega = {n: w.clone() for n, w in penalty.omega.items()}
+    scale = float(penalty.scale)
+    handle = attach(penalty, optimizer)
+    for _ in range(3):
+        for a, b in zip(x.split(4), y.split(4), strict=True):
+            with accelerator.accumulate(model):
+                accelerator.backward(F.mse_loss(model(a), b))
+                if clip and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+        written.zero_grad()
+        F.mse_loss(written(x), y).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(written.parameters(), clip)
+        pull(written, omega, anchor, scale).backward()
+        with torch.no_grad():
+            for p in written.parameters():
+                assert p.grad is not None
+                p -= LR * p.grad
+    close(model, written, 1e-9)
+    handle.remove()
+
+
+# -- the example -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora"]])
+def test_example(lora: list[str]) -> None:
+    """It runs, and a strong penalty keeps the first corpus better than none."""
+    script = Path(__file__).parents[2] / "examples" / "language.py"
+    command = [sys.executable, script, "--steps", "30", "--lam", "1e4", *lora]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    plain, held = (
+        float(line.split()[-2]) for line in done.stdout.splitlines() if "then the second" in line
+    )
+    assert held < plain
