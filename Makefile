@@ -12,7 +12,7 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) $(BIN)/
 CXX_FILES := $(shell find csrc python_tests/emulation -type f)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml $(CONSTRAINTS)
 
-.PHONY: demo test tests bench reproduce docs lint format emulated clean
+.PHONY: demo test tests test-integrations bench reproduce docs lint format emulated clean
 
 demo: .venv/demo.stamp
 	$(BIN)/mas-ext demo
@@ -24,6 +24,10 @@ tests: emulated
 	  ASAN_OPTIONS=detect_leaks=0 MAS_EXT_EMULATED=build/sanitized \
 	  $(BIN)/pytest -m "not cuda" python_tests/test_kernels.py python_tests/test_per_sample.py
 	MAS_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest
+
+# The adapters, against the libraries that they are for.
+test-integrations: .venv-integrations/stamp
+	OMP_NUM_THREADS=1 MAS_EXT_REQUIRE_NATIVE=1 .venv-integrations/bin/python -m pytest python_tests/integrations
 
 bench: .venv/demo.stamp
 	$(BIN)/mas-ext bench
@@ -59,7 +63,7 @@ $(BIN)/cmake --build $(1)
 endef
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-integrations build
 
 # pip is the last thing that venv puts there: an environment that failed half-way is made again.
 $(BIN)/pip:
@@ -77,4 +81,14 @@ $(BIN)/pip:
 
 .venv/docs.stamp: .venv/dev.stamp
 	$(PIP) install --editable ".[docs]"
+	touch $@
+
+# An environment of its own, of several GB: torchvision, which Avalanche needs, comes with CUDA's torch alone.
+.venv-integrations/bin/pip:
+	$(PYTHON) -m venv .venv-integrations
+
+.venv-integrations/stamp: $(SOURCES) constraints-integrations.txt | .venv-integrations/bin/pip
+	MAS_EXT_REQUIRE_NATIVE=1 SKBUILD_CMAKE_DEFINE=MAS_EXT_WARNINGS_AS_ERRORS=ON \
+	  PIP_CONSTRAINT=constraints-integrations.txt PIP_BUILD_CONSTRAINT=constraints-integrations.txt \
+	  .venv-integrations/bin/python -m pip install --editable ".[integrations]"
 	touch $@
