@@ -30,6 +30,8 @@ from mas_ext.parameters import is_sharded
 
 # What torch's optimizers can do besides, and these can't.
 _REFUSED = ("foreach", "maximize", "differentiable")
+# The place of a parameter that the penalty does not pull.
+_NOWHERE: tuple[None, int] = (None, -1)
 
 
 class Joining(Pulling, Protocol):
@@ -148,12 +150,13 @@ class Fused(torch.optim.Optimizer):
         calls: dict[Any, _Call] = {}
         gradient = self._mode == "gradient"
         for p in group["params"]:
-            held, offset = places.get(id(p), (None, -1))
-            if p.grad is None:
+            grad = p.grad
+            held, offset = places.get(id(p), _NOWHERE)
+            if grad is None:
                 if held is None or not gradient:
                     continue
-                p.grad = torch.zeros_like(p)
-            if p.grad.is_sparse:
+                grad = p.grad = torch.zeros_like(p)
+            if grad.is_sparse:
                 raise RuntimeError(
                     f"parameters: got a sparse gradient of shape {tuple(p.shape)}, expected dense ones"
                 )
@@ -164,7 +167,7 @@ class Fused(torch.optim.Optimizer):
             elif call.group is None and held is not None:
                 call = calls[key] = call._replace(group=held)
             call.parameters.append(p)
-            call.grads.append(p.grad)
+            call.grads.append(grad)
             call.offsets.append(offset)
         yield from calls.values()
 
