@@ -47,6 +47,9 @@ GRADIENTS = {
     "Opacus GradSampleModule": "Opacus, `GradSampleModule`",
 }
 
+# The same for bench_omega.py.
+SCENARIOS = {"split-mnist": "split MNIST", "split-cifar100": "split CIFAR-100"}
+
 # Hsu et al. 2018, Re-evaluating continual learning scenarios: split MNIST, incremental task learning.
 PUBLISHED = {
     "finetune": "93.46",
@@ -192,6 +195,54 @@ def methods_table() -> str:
     return "\n".join(lines)
 
 
+def omega_table() -> str:
+    """Bytes, errors and accuracies by the dtype of omega."""
+    result = json.loads((RESULTS / "omega_cpu.json").read_text())
+    found = result["errors"]["relative_error"]
+    entries = list(found["float32"])
+    lines = [
+        f"| omega | bytes a parameter | error of W after {', '.join(entries)} entries | of the gradient | "
+        + " | ".join(f"accuracy, {name}" for name in SCENARIOS.values())
+        + " |",
+        "|---" * (4 + len(SCENARIOS)) + "|",
+    ]
+    for name, size in {"float32": 8, "bfloat16": 6, "uint8": 5}.items():
+        errors = (
+            ", ".join(_percent(found[name][n][kind]) for n in entries)
+            for kind in ("omega", "gradient")
+        )
+        cells = [_accuracy_cell(result[scenario], name) for scenario in SCENARIOS]
+        lines.append(f"| {name} | {size} | {' | '.join((*errors, *cells))} |")
+    seeds = " and ".join(str(len(result[s]["average_accuracy"]["uint8"])) for s in SCENARIOS)
+    lines += [
+        "",
+        "Errors are relative to float64: the root mean square over W's elements, and the L2 norm over those "
+        "of the gradient, with importance that spans orders of magnitude. Accuracy is the average in per cent "
+        f"after the last task, and its difference to float32 with the same seeds ({seeds}), with a 95 % "
+        "interval.",
+        "",
+        f"{measured_on(result['errors']['machine'], result['errors']['threads'])}. Protocol and every seed: "
+        "`benchmarks/bench_omega.py`, `benchmarks/results/omega_cpu.json`.",
+    ]
+    return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share >= 1e-4 else "0"
+
+
+def _accuracy_cell(result: dict[str, Any], name: str) -> str:
+    by_dtype = result["average_accuracy"]
+    if name not in by_dtype:
+        return "not measured"
+    mean = sum(by_dtype[name]) / len(by_dtype[name])
+    if name == "float32":
+        return f"{mean:.2f}"
+    pairs = zip(by_dtype[name], by_dtype["float32"], strict=True)
+    difference, half = mean_interval([a - b for a, b in pairs])
+    return f"{mean:.2f} ({difference:+.2f} ± {half:.2f})"
+
+
 def _mean(jobs: list[dict[str, Any]], key: str) -> tuple[float, float]:
     return mean_interval([100 * job[key] for job in jobs])
 
@@ -214,6 +265,7 @@ def measured_tables() -> dict[str, str]:
         "benchmark": benchmark_table(),
         "importance": importance_table(),
         "methods": methods_table(),
+        "omega": omega_table(),
     }
 
 

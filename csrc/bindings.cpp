@@ -108,14 +108,14 @@ struct State {
   State(int theta, int omega, Pointer omega_pointer, Pointer anchor, std::int64_t stride,
         std::int64_t rows, Pointer alpha, Pointer remainder)
       : theta_dtype(dtype_of(theta)),
-        omega_dtype(dtype_of(omega)),
+        omega_dtype(omega == static_cast<int>(DType::float8) ? DType::float8 : dtype_of(omega)),
         pointers{as<void>(omega_pointer), as<void>(anchor),           stride, rows,
                  as<const double>(alpha), as<const double>(remainder)} {
     if (rows < 1) throw std::invalid_argument("rows: expected at least 1");
     const bool wide = omega_dtype == DType::float64 && theta_dtype == DType::float64;
-    if (omega_dtype != DType::float32 && omega_dtype != DType::bfloat16 && !wide) {
+    if (omega_dtype == DType::float16 || (omega_dtype == DType::float64 && !wide)) {
       throw std::invalid_argument(
-          "omega: expected float32 or bfloat16, or float64 beside float64 parameters");
+          "omega: expected float32, bfloat16 or float8, or float64 beside float64 parameters");
     }
   }
 

@@ -21,12 +21,14 @@ void with_float(DType dtype, F f) {
   if (dtype == DType::float16) f(Type<float16>{});
 }
 
-// f(theta's type, omega's type): omega is float32 or bfloat16, or float64 beside a float64 theta.
+// f(theta's type, omega's type): omega is float32, bfloat16 or float8, or float64 beside a
+// float64 theta.
 template <class F>
 void with_state(DType theta, DType omega, F f) {
   with_float(theta, [&](auto t) {
     if (omega == DType::float32) f(t, Type<float>{});
     if (omega == DType::bfloat16) f(t, Type<bfloat16>{});
+    if (omega == DType::float8) f(t, Type<float8>{});
     if constexpr (std::is_same_v<typename decltype(t)::type, double>) {
       if (omega == DType::float64) f(t, Type<double>{});
     }

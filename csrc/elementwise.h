@@ -29,6 +29,15 @@ struct float16 {
   std::uint16_t bits;
 };
 
+// Omega in 8 bits: 0, or (1 + m / 8) 2^(e - 15) with 5 bits of e above 3 of m. No sign, and no
+// other special value: what is too large, or NaN, is the largest.
+struct float8 {
+  std::uint8_t bits;
+};
+
+constexpr int kFloat8Cut = 20;                       // bits of a float32 that it lacks
+constexpr std::uint32_t kFloat8Lowest = 112u << 23;  // the float32 2^-15, which would be code 0
+
 // The arithmetic type of a storage type: float64 stays, everything else is float32.
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -59,6 +68,11 @@ MAS_FN float load(float16 x) {
                              : magnitude < 0x0400u ? bit_cast<std::uint32_t>(subnormal)
                                                    : normal;
   return bit_cast<float>(bits | sign);
+}
+
+MAS_FN float load(float8 x) {
+  const std::uint32_t code = x.bits;
+  return bit_cast<float>(code == 0 ? 0u : (code << kFloat8Cut) + kFloat8Lowest);
 }
 
 template <class T>
@@ -93,8 +107,8 @@ MAS_FN std::uint32_t hash(std::int64_t index, std::int64_t entry) {
   return h ^ (h >> 16);
 }
 
-// Omega's own rounding. bfloat16 is rounded up with the probability of the cut-off part: rounding
-// to nearest would stop growing after some 250 entries of equal size.
+// Omega's own rounding. bfloat16 and float8 are rounded up with the probability of the cut-off
+// part: rounding to nearest would stop growing after some 250 or 10 entries of equal size.
 template <class O, class C>
 MAS_FN O store_omega(C x, std::int64_t index, std::int64_t entry) {
   if constexpr (std::is_same_v<O, bfloat16>) {
@@ -103,6 +117,15 @@ MAS_FN O store_omega(C x, std::int64_t index, std::int64_t entry) {
     const std::uint32_t raised = u + (hash(index, entry) & 0xffffu);
     return finite ? bfloat16{static_cast<std::uint16_t>(raised >> 16)}
                   : store<bfloat16>(static_cast<float>(x));
+  } else if constexpr (std::is_same_v<O, float8>) {
+    const std::uint32_t random = hash(index, entry);
+    const auto least = bit_cast<float>(kFloat8Lowest + (1u << kFloat8Cut));
+    const float w = static_cast<float>(x);
+    const bool up = static_cast<float>(random >> 8) * 0x1p-24f * least < w;
+    const std::uint32_t raised =
+        bit_cast<std::uint32_t>(w) - kFloat8Lowest + (random & ((1u << kFloat8Cut) - 1u));
+    const std::uint32_t code = raised >> kFloat8Cut;
+    return {static_cast<std::uint8_t>(w < least ? up : code < 255u ? code : 255u)};
   } else {
     return static_cast<O>(x);
   }

@@ -6,7 +6,8 @@
 
 namespace mas {
 
-enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+// float8 is for omega alone.
+enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3, float8 = 4 };
 
 // What happens to the gradient while the penalty is read: nothing, written anew, added to.
 enum class Gradient : int { none = 0, write = 1, add = 2 };
@@ -65,8 +66,8 @@ struct State {
   const double* remainder;
 };
 
-// W' = max(0, keep W + gain Omega_t); `entry` is the entry's number, which seeds bfloat16's
-// rounding.
+// W' = max(0, keep W + gain Omega_t); `entry` is the entry's number, which seeds the rounding
+// of bfloat16 and float8.
 struct MergeRule {
   double keep;
   double gain;

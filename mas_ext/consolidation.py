@@ -137,15 +137,17 @@ class Consolidation:
             )
         names = [name for name in theta if name in old or name in importance]
         known = {name: theta[name].detach() for name in names}
-        groups = pack(known, old, self._rows(len(entries)), self.rule)
-        if self.rule.store == "merged":
+        merged = self.rule.store == "merged"
+        gain = self.rule.gain(entry) if merged else 1.0
+        groups = pack(known, old, self._rows(len(entries)), self.rule, importance, gain)
+        if merged:
             self._merge(groups, known, importance, entry, move_anchor)
         else:
             self._write_row(groups, known, importance, len(entries) - 1)
         if sharding is not None:
             for group in groups:
                 sharding.share(group.remainders)
-                group.remainder.copy_(group.remainders.sum())
+                group.add_up()
         memory = Memory(entries, groups, {})
         self._write_alpha(memory)
         self.memory = memory
@@ -234,7 +236,7 @@ class Consolidation:
                 x = theta[name]
                 part(group.anchor, row, offset, x).copy_(x)
                 if name in importance:
-                    part(group.omega, row, offset, x).copy_(importance[name])
+                    part(group.omega, row, offset, x).copy_(group.encoded(importance[name]))
 
     def _merge(
         self,
@@ -262,13 +264,13 @@ class Consolidation:
                 omegas,
                 group.offsets,
                 self.rule.gamma if decay else 1.0,
-                self.rule.gain(entry),
+                self.rule.gain(entry) / group.unit,
                 anchor,
                 len(self.memory.entries),
                 group.native,
             )
-            group.remainders += added.to(group.remainders.device)
-            group.remainder.copy_(group.remainders.sum())
+            group.remainders += added.to(group.remainders.device) * group.unit
+            group.add_up()
 
     def _write_alpha(self, memory: Memory) -> None:
         if self.rule.store == "merged":
@@ -276,7 +278,7 @@ class Consolidation:
         else:
             alpha = self.rule.alpha(self.lam, memory.entries)
         for group in memory.groups:
-            group.alpha.copy_(torch.tensor(alpha, dtype=torch.float64))
+            group.alpha.copy_(torch.tensor(alpha, dtype=torch.float64) * group.unit)
 
     # -- state dict --------------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ Every parameter has its own part of them, which follows the parameter when that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mas_ext import streaming
 from mas_ext.kernels import native, ops
-from mas_ext.kernels.reference import compute_dtype, part
+from mas_ext.kernels.reference import LARGEST_CODED, compute_dtype, decode, encode, part
 from mas_ext.parameters import Layout, check_supported, layouts
 from mas_ext.rules import Entry, Rule
 
@@ -24,7 +25,10 @@ _ALIGNMENT = 64
 
 
 class Part(NamedTuple):
-    """One parameter's state: omega and anchor of shape (rows, *shape), and its share of r."""
+    """One parameter's state: omega and anchor of shape (rows, *shape), and its share of r.
+
+    An omega of 8 bits is decoded here: 32 bits.
+    """
 
     omega: Tensor
     anchor: Tensor
@@ -35,7 +39,8 @@ class Part(NamedTuple):
 class Group:
     """The flat state of the parameters of one device and dtype; see kernels/reference.py for shapes.
 
-    Omega and anchor of a streamed one lie on the CPU.
+    Omega and anchor of a streamed one lie on the CPU. Omega is `unit` times what is stored, so that alpha holds
+    alpha_t unit, and remainder r / unit: 1, or a power of two that brings codes of 8 bits into their range.
     """
 
     names: list[str]
@@ -48,6 +53,7 @@ class Group:
     remainder: Tensor
     native: bool
     streamed: bool
+    unit: float
 
     @property
     def ops(self) -> ModuleType:
@@ -55,7 +61,7 @@ class Group:
         return streaming if self.streamed else ops
 
     def part(self, index: int) -> Part:
-        """The state of one parameter, as views."""
+        """The state of one parameter, as views but for what is decoded."""
         _, _, shape, stride = self.layout[index]
 
         def rows(flat: Tensor) -> Tensor:
@@ -63,7 +69,19 @@ class Group:
                 (flat.shape[0], *shape), (flat.stride(0), *stride), self.offsets[index]
             )
 
-        return Part(rows(self.omega), rows(self.anchor), self.remainders[index])
+        return Part(self.decoded(rows(self.omega)), rows(self.anchor), self.remainders[index])
+
+    def decoded(self, stored: Tensor) -> Tensor:
+        """Omega as it is stored, or what its codes mean."""
+        return decode(stored) * self.unit if stored.dtype == torch.uint8 else stored
+
+    def encoded(self, omega: Tensor) -> Tensor:
+        """Omega as it is stored, but for the dtype."""
+        return encode(omega / self.unit) if self.omega.dtype == torch.uint8 else omega
+
+    def add_up(self) -> None:
+        """Have the kernels know what the remainders are by now."""
+        self.remainder.copy_(self.remainders.sum() / self.unit)
 
 
 class Memory(NamedTuple):
@@ -77,7 +95,7 @@ class Memory(NamedTuple):
     absent: dict[str, Part]
 
     def parts(self) -> dict[str, Part]:
-        """The state of every parameter by name, as views."""
+        """The state of every parameter by name; see Group.part."""
         present = {
             name: group.part(i) for group in self.groups for i, name in enumerate(group.names)
         }
@@ -85,9 +103,17 @@ class Memory(NamedTuple):
 
 
 def pack(
-    theta: Mapping[str, Tensor], parts: Mapping[str, Part], rows: int, rule: Rule
+    theta: Mapping[str, Tensor],
+    parts: Mapping[str, Part],
+    rows: int,
+    rule: Rule,
+    added: Mapping[str, Tensor] | None = None,
+    gain: float = 1.0,
 ) -> list[Group]:
-    """New groups for these parameters, holding what the parts know; the rest has Omega 0."""
+    """New groups for these parameters, holding what the parts know; the rest has Omega 0.
+
+    Codes of 8 bits get the range that they need when gain times `added` comes to them.
+    """
     kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, x in theta.items():
         check_supported(name, x)
@@ -113,16 +139,32 @@ def pack(
             torch.zeros((), dtype=torch.float64, device=device),
             native.serves(device, rule.backend),
             streamed,
+            1.0,
         )
+        if group.omega.dtype == torch.uint8:
+            known = [parts[name].omega for name in names if name in parts]
+            new = [added[name] for name in names if name in added] if added else []
+            group.unit = _unit(_largest(known) + gain * _largest(new))
         for i, name in enumerate(names):
             _fill(group, i, theta[name], parts.get(name), rows)
-        group.remainder.copy_(group.remainders.sum())
+        group.add_up()
         groups.append(group)
     return groups
 
 
 def _zeros(rows: int, end: int, dtype: torch.dtype, device: torch.device, pinned: bool) -> Tensor:
     return torch.zeros(rows, end, dtype=dtype, device=device, pin_memory=pinned)
+
+
+def _largest(tensors: Sequence[Tensor]) -> float:
+    return max([0.0, *(float(t.max()) for t in tensors if t.numel())])
+
+
+def _unit(largest: float) -> float:
+    """The power of two that brings everything up to the largest into the range of 8 bits."""
+    # Not so far out that float32 has no such power, or only one of fewer bits.
+    mantissa, exponent = math.frexp(largest / LARGEST_CODED)
+    return 2.0 ** min(max(exponent - (mantissa == 0.5), -100), 100)
 
 
 def _omega_dtype(rule: Rule, dtype: torch.dtype) -> torch.dtype:
@@ -145,7 +187,7 @@ def _fill(group: Group, index: int, x: Tensor, old: Part | None, rows: int) -> N
             kept = tuple(
                 slice(0, min(a, b)) for a, b in zip(x.shape, old.omega.shape[1:], strict=True)
             )
-            omega[kept] = old.omega[row][kept].to(omega)
+            omega[kept] = group.encoded(old.omega[row][kept]).to(omega)
             anchor[kept] = old.anchor[row][kept].to(anchor)
     if old is not None:
         group.remainders[index] = old.remainder

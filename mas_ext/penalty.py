@@ -52,7 +52,10 @@ class FusedMASPenalty(nn.Module):
         store: "merged", 8 bytes per float32 parameter, or "per_task", 8 bytes per parameter and task.
         exclude: fnmatch patterns on whole parameter names; one that matches nothing raises.
         backend: "auto", "native" (compiled kernels or an error) or "reference" (plain PyTorch).
-        omega_dtype: float32, bfloat16 (rounded stochastically), or float64 for float64 parameters.
+        omega_dtype: float32, or float64 for float64 parameters. With less memory, W rounded stochastically so
+            that it is right on average: bfloat16, 6 bytes per float32 parameter, or uint8, 5: codes of 5 bits
+            of exponent and 3 of mantissa, times one power of two for all parameters of a dtype. What is below
+            2^-32 of the largest becomes that or 0. README.md tells the errors.
         process_group: the ranks of torch.distributed that train this model together: importance is summed
             over them, in consolidate and adapt, which every one of them calls. "auto" is the group of a
             DistributedDataParallel wrapper, or that which fully_shard shards over; on one of several ranks
@@ -334,7 +337,10 @@ class FusedMASPenalty(nn.Module):
 
     @property
     def omega(self) -> dict[str, Tensor]:
-        """W by parameter name: value = scale * (sum W (theta - A)^2 + r). Views in store "merged"."""
+        """W by parameter name: value = scale * (sum W (theta - A)^2 + r).
+
+        Views in store "merged", but for an omega_dtype of uint8, which is decoded to float32.
+        """
         return {name: w for name, (w, _) in self._quadratic().items()}
 
     @property

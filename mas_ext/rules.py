@@ -15,7 +15,12 @@ Store = Literal["merged", "per_task"]
 AlphaSum = Literal["tasks", "lam"]
 StateDevice = Literal["cpu"] | None
 
-_OMEGA_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+_OMEGA_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "uint8": torch.uint8,
+}
 
 
 class Entry(NamedTuple):

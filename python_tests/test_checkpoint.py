@@ -66,6 +66,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bfloat16": {"omega_dtype": torch.bfloat16},
     "per_task": {"store": "per_task", "omega_dtype": torch.float64, "alpha_sum": "lam"},
     "per_task_bfloat16": {"store": "per_task", "merge": "sum", "omega_dtype": torch.bfloat16},
+    "uint8": {"omega_dtype": torch.uint8},
+    "per_task_uint8": {"store": "per_task", "merge": "sum", "omega_dtype": torch.uint8},
     "decay": {"merge": "decay", "gamma": 0.5, "importance": "batch", "objective": "vector"},
     "latest": {"merge": "latest", "exclude": ("nar*",), "backend": "reference"},
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import naive
 import numpy as np
@@ -227,8 +227,9 @@ def test_no_strength_no_pull() -> None:
     assert measured(state, random())[0] == 0
 
 
-def test_every_entry_rounds_bfloat16_by_numbers_of_its_own() -> None:
-    state = Consolidation(Rule("sum", omega_dtype=torch.bfloat16), 1.0)
+@pytest.mark.parametrize("omega_dtype", [torch.bfloat16, torch.uint8])
+def test_every_entry_is_rounded_by_numbers_of_its_own(omega_dtype: torch.dtype) -> None:
+    state = Consolidation(Rule("sum", omega_dtype=omega_dtype), 1.0)
     theta = {"w": torch.zeros(4096)}
     state.add_task(theta, {"w": torch.full((4096,), 8.0)})
     for _ in range(100):
@@ -236,7 +237,74 @@ def test_every_entry_rounds_bfloat16_by_numbers_of_its_own() -> None:
     omega = state.quadratic()["w"][0].double()
     assert omega.mean() == pytest.approx(10.0, rel=0.005)
     # By the same numbers each time, some elements would always be rounded up and the rest never.
-    assert omega.std() < 0.5
+    assert omega.std() < (0.5 if omega_dtype == torch.bfloat16 else 2.0)
+
+
+def small_multiples(exponent: int = 0) -> dict[str, Tensor]:
+    """Importance whose sum is a power of two, so that four times it needs no rounding to 8 bits."""
+    unit = 2.0**exponent
+    half = torch.tensor([0.5] * 20 + [1.0] * 15).view(SHAPES["w"])
+    ones, nothing = torch.ones(SHAPES["b"]), torch.zeros(SHAPES["empty"])
+    return {"w": half * unit, "b": ones * unit, "s": torch.zeros(()), "empty": nothing}
+
+
+@pytest.mark.parametrize("store", ["merged", "per_task"])
+@pytest.mark.parametrize("merge", ["sum", "consistent"])
+@pytest.mark.parametrize("exponent", [-60, 0, 60])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_8_bits_of_whatever_size(
+    merge: Merge, store: Store, exponent: int, backend: Literal["native", "reference"]
+) -> None:
+    rule = Rule(merge, store, omega_dtype=torch.uint8, backend=backend)
+    state, history = Consolidation(rule, 0.7), []
+    for _ in range(4):
+        theta, omega = random(dtype=torch.float32), small_multiples(exponent)
+        state.add_task(theta, omega)
+        history.append(Task(flat(omega), flat(theta), 1.0))
+    (group,) = state.memory.groups
+    assert group.omega.dtype == torch.uint8
+    theta = random(dtype=torch.float32)
+    alpha = np.array(alphas(rule, 0.7, history))
+    omegas, anchors = np.stack([t.omega for t in history]), np.stack([t.anchor for t in history])
+    value, gradient = measured(state, theta)
+    expected = naive.penalty(flat(theta), omegas, anchors, alpha)
+    assert value == pytest.approx(expected, rel=1e-5)
+    slope = naive.gradient(flat(theta), omegas, anchors, alpha)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-6 * np.abs(slope).max())
+
+
+def test_8_bits_follow_what_grows() -> None:
+    state = Consolidation(Rule("sum", omega_dtype=torch.uint8), 1.0)
+    theta, omega = random(dtype=torch.float32), small_multiples()
+    state.add_task(theta, omega)
+    for t in range(1, 6):
+        state.add_task(theta, {"b": torch.full((7,), 32.0**t)})
+        w, b = (state.quadratic()[name][0] for name in ("w", "b"))
+        assert torch.equal(w, omega["w"])
+        total = 1 + sum(32.0**s for s in range(1, t + 1))
+        np.testing.assert_allclose(b, total, rtol=0.15)
+        state.load_tensors(state.tensors(), theta)
+        assert torch.equal(state.quadratic()["w"][0], w)
+        assert torch.equal(state.quadratic()["b"][0], b)
+
+
+def test_8_bits_keep_the_least_beside_the_largest() -> None:
+    state = Consolidation(Rule("sum", omega_dtype=torch.uint8), 1.0)
+    theta = {"w": torch.zeros(3)}
+    omega = torch.tensor([1.875 * 2.0**16, 1.125 * 2.0**-15, 0.0])
+    state.add_task(theta, {"w": omega})
+    for change in (state.fit, lambda known: state.load_tensors(state.tensors(), known)):
+        change(theta)
+        assert torch.equal(state.quadratic()["w"][0], omega)
+
+
+def test_8_bits_are_of_a_size_that_shrinks() -> None:
+    rule = Rule("decay", gamma=0.25, omega_dtype=torch.uint8)
+    state, theta = Consolidation(rule, 1.0), random(dtype=torch.float32)
+    state.add_task(theta, small_multiples())
+    for _ in range(30):
+        state.add_task(theta, {"s": torch.tensor(1e-30)})
+    np.testing.assert_array_equal(state.quadratic()["b"][0], np.full(7, 0.25**30))
 
 
 @pytest.mark.parametrize("store", ["merged", "per_task"])

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mas_ext.kernels import native, ops
-from mas_ext.kernels.reference import compute_dtype
+from mas_ext.kernels.reference import compute_dtype, decode, encode
 
 CHUNK = 8192
 
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 
     def rows(self, flat: Tensor, i: int) -> naive.Array:
         n = self.theta[i].numel()
-        return array(flat[:, self.offsets[i] : self.offsets[i] + n])
+        return values(flat[:, self.offsets[i] : self.offsets[i] + n])
 
     def pieces(self) -> Iterator[tuple[int, naive.Array, naive.Array, naive.Array]]:
         for i, t in enumerate(self.theta):
@@ -46,6 +46,22 @@ class Case(NamedTuple):
 
 def array(t: Tensor) -> naive.Array:
     return t.detach().double().cpu().numpy().copy()
+
+
+# What the codes of an omega of 8 bits mean.
+CODES = np.array([0.0] + [(1 + c % 8 / 8) * 2.0 ** (c // 8 - 15) for c in range(1, 256)])
+
+
+def values(omega: Tensor) -> naive.Array:
+    """What is stored, whatever the dtype."""
+    return CODES[omega.cpu().numpy()] if omega.dtype == torch.uint8 else array(omega)
+
+
+def stored(omega: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype != torch.uint8:
+        return omega.to(dtype)
+    middles = (CODES[1:] + CODES[:-1]) / 2
+    return torch.from_numpy(np.searchsorted(middles, array(omega)).astype(np.uint8))
 
 
 def flat_array(t: Tensor) -> naive.Array:
@@ -76,7 +92,7 @@ def make(
     return Case(
         theta,
         offsets,
-        random(rows, end).abs().to(omega_dtype).to(device),
+        stored(random(rows, end).abs(), omega_dtype).to(device),
         random(rows, end).to(compute_dtype(dtype)).to(device),
         random(rows).abs().to(device),
         random().abs().to(device),
@@ -86,7 +102,7 @@ def make(
 DTYPES = [
     (theta, omega)
     for theta in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    for omega in (torch.float32, torch.bfloat16)
+    for omega in (torch.float32, torch.bfloat16, torch.uint8)
 ] + [(torch.float64, torch.float64)]
 # Half a unit in the last place of the stored result, and a few roundings of the arithmetic.
 ROUNDING = {
@@ -95,6 +111,8 @@ ROUNDING = {
     torch.float16: 2**-11 + 1e-5,
     torch.bfloat16: 2**-8 + 1e-5,
 }
+
+UNIT = {torch.uint8: 2**-3, torch.bfloat16: 2**-7, torch.float32: 1e-6, torch.float64: 1e-14}
 
 each_dtype = pytest.mark.parametrize(("dtype", "omega_dtype"), DTYPES)
 each_rows = pytest.mark.parametrize("rows", [1, 3])
@@ -316,8 +334,9 @@ def test_merge(
         total = keep * w[0] + new
         got_omega, got_anchor = case.rows(case.omega, i)[0], case.rows(case.anchor, i)[0]
         # Stochastic rounding goes to either neighbour, a whole unit in the last place at the most.
-        unit = {torch.bfloat16: 2**-7, torch.float32: 1e-6, torch.float64: 1e-14}[omega_dtype]
-        assert np.all(np.abs(got_omega - total) <= unit * total + 1e-30)
+        unit = UNIT[omega_dtype]
+        least = CODES[1] if omega_dtype == torch.uint8 else 1e-30
+        assert np.all(np.abs(got_omega - total) <= unit * total + least)
         fine = 1e-14 if dtype == torch.float64 else 1e-6
         if rule == "mean":
             share = np.where(total > 0, new / np.where(total > 0, total, 1), 1)
@@ -367,18 +386,56 @@ def test_merge_does_not_hide_any_nan(backend: Backend, omega_dtype: torch.dtype)
     assert case.omega[0, :1000].isnan().all()
 
 
-def test_bfloat16_omega_grows_without_bias(backend: Backend) -> None:
+@pytest.mark.parametrize("omega_dtype", [torch.bfloat16, torch.uint8])
+def test_a_rounded_omega_grows_without_bias(backend: Backend, omega_dtype: torch.dtype) -> None:
     n, entries = 4096, 100
-    case = make(torch.float32, torch.bfloat16, shapes=[(n,)], device=backend.device)
-    case.omega.fill_(8.0)
+    case = make(torch.float32, omega_dtype, shapes=[(n,)], device=backend.device)
+    case.omega.copy_(stored(torch.full(case.omega.shape, 8.0), omega_dtype))
     importance = [torch.full_like(case.theta[0], 0.02)]
     for entry in range(entries):
         args = (case.theta, importance, [0], 1.0, 1.0, "mean", entry, backend.native)
         ops.merge_(case.omega, case.anchor, *args)
-    mean = float(case.omega[0, :n].double().mean())
+    mean = float(case.rows(case.omega, 0).mean())
     assert mean == pytest.approx(8.0 + 0.02 * entries, rel=0.005)
     # Rounded to nearest, it would never have left 8.
-    assert torch.tensor(8.0 + 0.02).bfloat16() == 8.0
+    nearest = stored(torch.tensor([8.0 + 0.02]), omega_dtype)
+    assert values(nearest)[0] == 8.0
+
+
+def test_8_bits_below_the_least_are_right_on_average(backend: Backend) -> None:
+    case = make(torch.float32, torch.uint8, shapes=[(100_000,)], device=backend.device)
+    case.omega.zero_()
+    importance = [torch.full_like(case.theta[0], 0.3 * CODES[1])]
+    args = (case.theta, importance, [0], 1.0, 1.0, "mean", 5, backend.native)
+    ops.merge_(case.omega, case.anchor, *args)
+    assert case.omega.max() == 1
+    assert float(case.rows(case.omega, 0).mean()) == pytest.approx(0.3 * CODES[1], rel=0.02)
+
+
+def test_8_bits_stay_as_they_are_without_importance(backend: Backend) -> None:
+    case = make(torch.float32, torch.uint8, shapes=[(256,)], device=backend.device)
+    case.omega.copy_(torch.arange(256, dtype=torch.uint8)[None])
+    importance = [torch.zeros_like(case.theta[0])]
+    for entry in range(10):
+        args = (case.theta, importance, [0], 1.0, 1.0, "mean", entry, backend.native)
+        ops.merge_(case.omega, case.anchor, *args)
+    assert torch.equal(case.omega[0].cpu(), torch.arange(256, dtype=torch.uint8))
+
+
+def test_8_bits_never_grow_beyond_their_largest(backend: Backend) -> None:
+    case = make(torch.float32, torch.uint8, shapes=[(9,)], device=backend.device)
+    importance = [torch.full_like(case.theta[0], 1e30)]
+    importance[0][::2] = float("inf")
+    args = (case.theta, importance, [0], 1.0, 1.0, "move", 0, backend.native)
+    ops.merge_(case.omega, case.anchor, *args)
+    assert case.omega[0, :9].tolist() == [255] * 9
+
+
+def test_codes_are_those_of_the_nearest_values() -> None:
+    assert np.array_equal(array(decode(torch.arange(256, dtype=torch.uint8))), CODES)
+    x = torch.exp(12 * torch.randn(3, 5000).t())
+    assert torch.equal(encode(x), stored(x, torch.uint8))
+    assert encode(torch.tensor([0.0, float("inf"), float("nan")])).tolist() == [0, 255, 255]
 
 
 @each_dtype
@@ -750,8 +807,10 @@ def test_the_extension_refuses_what_its_caller_should_have() -> None:
     for dtype in (-1, 4):
         with pytest.raises(ValueError, match=f"dtype: got {dtype}"):
             EMULATED.State(dtype, 0, 64, 64, 1, 1, 64, 64)
+    with pytest.raises(ValueError, match="dtype: got 5"):
+        EMULATED.State(0, 5, 64, 64, 1, 1, 64, 64)
     for omega in (1, 3):  # float64 beside float32, and float16
-        with pytest.raises(ValueError, match="omega: expected float32 or bfloat16"):
+        with pytest.raises(ValueError, match="omega: expected float32, bfloat16 or float8"):
             EMULATED.State(0, omega, 64, 64, 1, 1, 64, 64)
 
 

@@ -161,6 +161,17 @@ def test_a_frozen_parameter_counts_and_gets_no_gradient() -> None:
     assert case.model.long.grad is None
 
 
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("omega_dtype", [torch.bfloat16, torch.uint8])
+def test_a_rounded_omega_is_streamed_as_it_is(omega_dtype: torch.dtype) -> None:
+    case = Case(torch.float32, omega_dtype=omega_dtype)
+    omega, anchor = flat(case.penalty.omega.values()), flat(case.penalty.anchor.values())
+    assert np.abs(omega - case.omega.sum(0)).max() > 1e-3
+    case.penalty.add_grad_()
+    expected = naive.gradient(case.theta(), omega[None], anchor[None], ALPHA[:1])
+    np.testing.assert_allclose(case.grad(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_of_empty_parameters() -> None:
     model = nn.ParameterList([torch.zeros(0)])
     penalty = FusedMASPenalty(model, merge="sum", state_device="cpu")

@@ -25,6 +25,8 @@ else:
 
 Backend = Literal["auto", "native", "reference"]
 
+# uint8: the codes of reference.decode, for omega alone.
+_OMEGA_DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.uint8: 4}
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ANCHOR_RULES = {"mean": 0, "move": 1, "keep": 2}
 _NO_GRADIENT, _WRITE, _ADD = 0, 1, 2
@@ -214,10 +216,10 @@ def _partial_state(
     """The state of a list of which it holds some tensors only: the others' offsets are -1."""
     rows = alpha.numel()
     wide = known.dtype == torch.float64
-    omegas = [torch.float32, torch.bfloat16] + ([torch.float64] if wide else [])
+    omegas = _OMEGA_DTYPES | ({torch.float64: 1} if wide else {})
     _check_float64("alpha", alpha, (max(rows, 1),), known.device)
     _check_float64("remainder", remainder, (), known.device)
-    _check_flat("omega", omega, rows, known, omegas)
+    _check_flat("omega", omega, rows, known, [*omegas])
     _check_flat("anchor", anchor, rows, known, [compute_dtype(known.dtype)])
     if omega.shape != anchor.shape:
         raise ValueError(
@@ -225,7 +227,7 @@ def _partial_state(
         )
     return _C.State(
         DTYPES[known.dtype],
-        DTYPES[omega.dtype],
+        omegas[omega.dtype],
         omega.data_ptr(),
         anchor.data_ptr(),
         omega.shape[1],

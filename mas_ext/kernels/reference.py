@@ -3,7 +3,8 @@
 Shapes, for every function: `theta` is a list of dense tensors; tensor i of n_i elements owns the elements
 [offsets[i], offsets[i] + n_i) of each row of the flat state, in its own memory order. `omega` and
 `anchor` have shape (rows, total), one row per task kept apart (one row in all when tasks are merged),
-`alpha` shape (rows,) in float64, `remainder` is a float64 scalar.
+`alpha` shape (rows,) in float64, `remainder` is a float64 scalar. An `omega` of dtype uint8 holds codes, see
+`decode`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,36 @@ def part(flat: Tensor, row: int, offset: int, like: Tensor) -> Tensor:
     return flat.as_strided(like.shape, like.stride(), start)
 
 
+def decode(code: Tensor) -> Tensor:
+    """What 8 bits mean, as float32: 0, or (1 + m / 8) 2^(e - 15) with 5 bits of e above 3 of m."""
+    bits = (code.to(torch.int32) << _CUT) + _LOWEST
+    return torch.where(code == 0, torch.zeros_like(bits), bits).view(torch.float32)
+
+
+def encode(x: Tensor) -> Tensor:
+    """The codes nearest to x >= 0; what is too large, or NaN, is the largest."""
+    half = torch.full_like(x, 1 << (_CUT - 1), dtype=torch.int64)
+    return _coded(x, half, torch.full_like(x, 0.5, dtype=torch.float32))
+
+
+LARGEST_CODED = 1.875 * 2.0**16
+_CUT = 20  # bits of a float32 that a code lacks
+_LOWEST = 112 << 23  # the float32 2^-15, which would be code 0
+_LEAST = 1.125 * 2.0**-15
+
+
+def _coded(x: Tensor, added: Tensor, share: Tensor) -> Tensor:
+    """Codes of x, rounded up by adding to the bits to cut off; below the least by a share of that."""
+    low = x.float()
+    bits = low.contiguous().view(torch.int32).to(torch.int64)
+    code = ((bits - _LOWEST + added) >> _CUT).clamp(0, 255)
+    return torch.where(low < _LEAST, share * _LEAST < low, code).to(torch.uint8)
+
+
+def _values(omega: Tensor, dtype: torch.dtype) -> Tensor:
+    return (decode(omega) if omega.dtype == torch.uint8 else omega).to(dtype)
+
+
 def _factor(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A scalar as `dtype`, kept finite so that a huge lam times a zero pull is zero and not NaN."""
     largest = torch.finfo(dtype).max
@@ -46,7 +77,8 @@ def _pulls(
         rows = []
         for row in range(omega.shape[0]):
             distance = x.to(dtype) - part(anchor, row, offset, x)
-            rows.append((part(omega, row, offset, x).to(dtype) * distance, distance))
+            w = _values(part(omega, row, offset, x), dtype)
+            rows.append((w * distance, distance))
         yield rows
 
 
@@ -141,7 +173,7 @@ def _approach(
     strength = _factor(2 * eta * largest, x.dtype)
     weight, distance = torch.zeros_like(x), torch.zeros_like(x)
     for row in range(omega.shape[0]):
-        task = share[row].to(x.dtype) * part(omega, row, offset, x).to(x.dtype)
+        task = share[row].to(x.dtype) * _values(part(omega, row, offset, x), x.dtype)
         weight = weight + task
         step = torch.where(weight > 0, task / weight, torch.zeros_like(weight))
         own = part(anchor, row, offset, x) - x
@@ -320,14 +352,14 @@ def merge_(
     `anchor_rule`: "mean" (keep is 1): A' = A + w / W' (theta - A) with w = gain Omega_t, and theta where
     W is 0; "move": A' = theta; "keep": A' = A. Returns, for each tensor, what the merge adds to the
     remainder: sum W w / W' (theta - A)^2 under "mean", else 0, as a float64 tensor of shape (tensors,).
-    A bfloat16 omega is rounded stochastically by a hash of (index in the row, entry).
+    bfloat16 and uint8 omegas are rounded stochastically by a hash of (index in the row, entry).
     """
     added = torch.zeros(len(theta), dtype=torch.float64, device=omega.device)
     for i, (x, new, offset) in enumerate(zip(theta, importance, offsets, strict=True)):
         dtype = compute_dtype(x.dtype)
         w = _factor(torch.tensor(gain, dtype=torch.float64, device=x.device), dtype) * new
         old_omega, old_anchor = part(omega, 0, offset, x), part(anchor, 0, offset, x)
-        old = old_omega.to(dtype)
+        old = _values(old_omega, dtype)
         total = (torch.tensor(keep, dtype=dtype, device=x.device) * old + w).clamp(min=0)
         if anchor_rule == "mean":
             held = old > 0
@@ -338,9 +370,13 @@ def merge_(
             old_anchor.copy_(torch.where(held, old_anchor + share * distance, x.to(dtype)))
         elif anchor_rule == "move":
             old_anchor.copy_(x)
-        if omega.dtype == torch.bfloat16:
+        if omega.dtype in (torch.bfloat16, torch.uint8):
             index = torch.arange(omega.shape[1], device=omega.device)[None]
-            total = _round_stochastically(total, part(index, 0, offset, x), entry)
+            h = _hash(part(index, 0, offset, x), entry)
+            if omega.dtype == torch.uint8:
+                total = _coded(total, h & ((1 << _CUT) - 1), (h >> 8).float() * 2.0**-24)
+            else:
+                total = _round_stochastically(total, h)
         old_omega.copy_(total)
     return added
 
@@ -383,8 +419,8 @@ def per_sample_(
         omega += (m.square_() if square else m.abs_()).sum(0)
 
 
-def _round_stochastically(x: Tensor, index: Tensor, entry: int) -> Tensor:
-    """bfloat16, rounded up with the probability of the part cut off."""
+def _hash(index: Tensor, entry: int) -> Tensor:
+    """Uniform in 32 bits: the finaliser of MurmurHash3 over both numbers."""
     low32 = 0xFFFFFFFF
 
     def times(a: Tensor, factor: int) -> Tensor:
@@ -395,9 +431,13 @@ def _round_stochastically(x: Tensor, index: Tensor, entry: int) -> Tensor:
     h = h ^ (entry * 0xC2B2AE35 & low32)
     h = times(h ^ (h >> 16), 0x85EBCA6B)
     h = times(h ^ (h >> 13), 0xC2B2AE35)
-    h = (h ^ (h >> 16)) & 0xFFFF
-    bits = x.float().contiguous().view(torch.int32).to(torch.int64) & low32
-    raised = ((bits + h.reshape(bits.shape)) & 0xFFFF0000).to(torch.int64)
+    return h ^ (h >> 16)
+
+
+def _round_stochastically(x: Tensor, h: Tensor) -> Tensor:
+    """bfloat16, rounded up with the probability of the part cut off."""
+    bits = x.float().contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    raised = ((bits + (h & 0xFFFF).reshape(bits.shape)) & 0xFFFF0000).to(torch.int64)
     signed = torch.where(raised >= 1 << 31, raised - (1 << 32), raised).to(torch.int32)
     rounded = signed.view(torch.float32).to(torch.bfloat16)
     return torch.where(x.isfinite(), rounded, x.to(torch.bfloat16))
