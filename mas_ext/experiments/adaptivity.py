@@ -102,7 +102,7 @@ class Adaptivity(Experiment):
     title: ClassVar[str] = "Unlabelled data and adaptivity"
     base: Config = BASE
     samples: int = 10_000
-    lams: tuple[float, ...] = (1e-1, 1e0, 1e1)
+    lams: tuple[float, ...] = (1e-1, 1e0, 1e1, 1e2, 1e3)
     digits: bool = False
 
     def quick(self) -> Adaptivity:
