@@ -228,7 +228,7 @@ def omega_table() -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share >= 1e-4 else "0"
+    return f"{100 * share:.2g} %" if share >= 1e-4 else "< 0.01 %"
 
 
 def _accuracy_cell(result: dict[str, Any], name: str) -> str:
