@@ -5,7 +5,7 @@ namespace mas::cpu::MAS_LEVEL {
 namespace {
 
 // What is between the gradient and the new parameter stays in the first-level cache.
-constexpr std::int64_t kTile = 512;
+constexpr std::int64_t kTile = 128;
 
 template <class T, class O, int M, class Rule>
 void optimize_chunk(ChunkOf<Trained> chunk, State state, const Rule& rule, bool proximal,
