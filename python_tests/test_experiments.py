@@ -24,6 +24,8 @@ from mas_ext.experiments.official_demo import Reestimated
 from mas_ext.experiments.regression import Arm, GaussianEWC
 from mas_ext.methods.method import Training
 
+ROOT = Path(__file__).parents[1]
+
 
 @dataclass(frozen=True)
 class Squares(Experiment):
@@ -450,3 +452,21 @@ def test_cost(tmp_path: Path) -> None:
     mb = f"{held['mas'][4] / 1e6:.2f}"
     (row,) = [line for line in page.text.splitlines() if line.startswith("| `mas` |")]
     assert row.split(" | ")[1:4] == [mb] * 3
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_page_shows_what_is_committed(name: str) -> None:
+    """Every experiment has its place; its results are of today's protocol, and their table is on the page."""
+    page = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    assert page.count(f"<!-- {name} -->\n") == page.count(f"<!-- /{name} -->") == 1
+    path = ROOT / "experiments" / "results" / f"{name}.json"
+    shown = page.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
+    if path.exists():
+        experiment = EXPERIMENTS[name]
+        text, figures = experiment.show(Results(path, experiment.protocol()))
+        for figure in figures:
+            text = text.replace(f"]({figure})", f"](results/{figure})")
+            assert (ROOT / "docs" / "results" / figure).exists()
+        assert shown == text
+    else:
+        assert shown == "Not measured yet."
