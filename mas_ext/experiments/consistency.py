@@ -52,7 +52,7 @@ class Consistency(Experiment):
 
     title: ClassVar[str] = "Consistency"
     protocols: tuple[str, ...] = tuple(PROTOCOLS)
-    strengths: tuple[float, ...] = (1.0, 2.0, 3.0)
+    strengths: tuple[float, ...] = (1.0, 2.0, 3.0, 0.1, 0.01)
     lams: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2)
     toy_steps: int = 400
     digits: bool = False
@@ -188,12 +188,12 @@ class Consistency(Experiment):
             gap = [100 * (alone - m[-1]).mean() for m, alone, _ in runs]
             lost = [100 * forgotten(m) for m, _, _ in runs]
             alphas = [a for _, _, found in runs for a in found.get("alpha", ())]
-            spread = torch.stack(accuracy).std() if len(runs) > 1 else torch.tensor(torch.nan)
+            spread = f"{torch.stack(accuracy).std():.2f}" if len(runs) > 1 else ""
             rows.append(
                 (
                     f"`{method}`" + ("" if lam is None else f", lam {lam:g}"),
                     interval_text([float(a) for a in accuracy], 2),
-                    f"{spread:.2f}",
+                    spread,
                     interval_text([float(g) for g in gap], 3),
                     interval_text([float(x.mean()) for x in lost], 2),
                     interval_text([float(x.std()) for x in lost], 2),
@@ -216,27 +216,27 @@ class Consistency(Experiment):
     def _variants(self) -> Sequence[tuple[str, float | None]]:
         return [
             ("finetune", None),
-            *((method, lam) for lam in self.strengths for method in METHODS),
+            *((method, lam) for lam in sorted(self.strengths) for method in METHODS),
         ]
 
     def _positions(self, results: Results) -> Any:
         figure, panels = canvas(len(self.protocols), 2, 3.4)
         for panel, name in zip(panels, self.protocols, strict=True):
-            for i, (method, lam) in enumerate(self._variants()):
-                runs = self._runs(results, name, method, lam)
-                if method == "finetune" or not runs:
-                    continue
-                lost = 100 * torch.stack([forgotten(m) for m, _, _ in runs])
-                x = torch.arange(1, lost.shape[1] + 1) + 0.08 * (i - 3)
-                spread = lost.std(0) if len(runs) > 1 else None
-                panel.errorbar(x, lost.mean(0), spread, label=f"{method}, lam {lam:g}", **look(i))
-                panel.set_xticks(range(1, lost.shape[1] + 1))
+            lam = self.strengths[0]
+            for i, method in enumerate(METHODS):
+                if runs := self._runs(results, name, method, lam):
+                    lost = 100 * torch.stack([forgotten(m) for m, _, _ in runs])
+                    x = torch.arange(1, lost.shape[1] + 1) + 0.1 * (i - 0.5)
+                    spread = lost.std(0) if len(runs) > 1 else None
+                    label = f"{method}, lam {lam:g}"
+                    panel.errorbar(x, lost.mean(0), spread, label=label, **look(i))
+                    panel.set_xticks(range(1, lost.shape[1] + 1))
             panel.set_title(name, fontsize="medium")
             panel.set_xlabel("position of the task in the order")
             panel.set_ylabel("forgetting in % points")
             panel.grid(alpha=0.3)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
         return figure
 
 
