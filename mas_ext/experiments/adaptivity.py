@@ -179,13 +179,13 @@ class Adaptivity(Experiment):
         return first, new, met, tested
 
     def show(self, results: Results) -> Page:
-        """A table for each part, and pictures."""
+        """A table for each part at lam 1, as in the paper, and a picture of all strengths."""
         text = []
         for part in PARTS:
             rows = []
             for source, lam in self._variants():
                 founds = self.rows(results, part, source, lam)
-                if founds:
+                if founds and lam in (0.0, 1.0):
                     columns = [[f["before"][k] for f in founds] for k in ("part", "rest")]
                     columns += [[f["after"][k] for f in founds] for k in ("part", "rest")]
                     columns.append([f["new"] for f in founds])
