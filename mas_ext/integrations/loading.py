@@ -23,12 +23,14 @@ def once(loader: Any) -> Any:
 
     Whatever else reads data is left as it is: it is taken to give each rank its own.
     """
-    plain = isinstance(loader, DataLoader) and loader.batch_size is not None
-    if not plain or isinstance(loader.dataset, IterableDataset):
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return loader
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    if size is None:
         return loader
     return DataLoader(
         own_part(loader.dataset),
-        batch_size=loader.batch_size,
+        batch_size=size,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
     )

@@ -1,8 +1,9 @@
-"""What each of two processes does: `torchrun ranks.py LIBRARY FOLDER` leaves theta and omega of each rank."""
+"""Two processes: `both` runs them, and what follows is what each of them does."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,47 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import written
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 
-def lightning(folder: Path) -> tuple[nn.Module, Any]:
+def both(library: str, folder: Path) -> list[dict[str, Any]]:
+    """The state of the model, and omega, of each rank."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*command, __file__, library, folder], check=True, timeout=300)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def avalanche(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
+    import conftest  # noqa: F401  # imports it without its warnings
+    from avalanche.distributed import DistributedHelper
+    from test_avalanche import ours, plain, strategy, stream
+
+    dist.init_process_group("gloo")
+    torch.set_default_dtype(torch.float64)
+    plugin = ours.MASPlugin(0.5, merge="latest", omega_dtype=torch.float64)
+    trained, _ = strategy(lambda: DistributedHelper.wrap_model(plain()), plugin)
+    trained.train(stream()[0])
+    assert plugin.penalty is not None
+    return trained.model.module, plugin.penalty.omega
+
+
+def transformers(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
+    from test_transformers import LAM, InOrder, MASCallback, arguments, corpus, network
+
+    torch.set_default_dtype(torch.float64)
+    model, ranks = network(), {"ddp_backend": "gloo"}
+    mas = MASCallback(LAM, merge="latest", omega_dtype=torch.float64)
+    still = arguments(folder, 1, learning_rate=0.0, max_steps=1, **ranks)
+    InOrder(model, still, train_dataset=corpus(0, 13), callbacks=[mas]).train()
+    assert mas.penalty is not None
+    omega = {n: w.clone() for n, w in mas.penalty.omega.items()}
+    own = arguments(folder, 1, **ranks)
+    InOrder(model, own, train_dataset=corpus(1, 12), callbacks=[mas]).train()
+    return model, omega
+
+
+def lightning(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
     from lightning.pytorch import Trainer
     from test_lightning import Module, mas
 
@@ -44,17 +81,15 @@ def lightning(folder: Path) -> tuple[nn.Module, Any]:
             enable_model_summary=False,
             default_root_dir=folder,
         ).fit(module, DataLoader(data, batch_size=4, sampler=sampler))
-    return module, callback.penalty
+    assert callback.penalty is not None
+    return module, callback.penalty.omega
 
 
 def main() -> None:
     library, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    model, penalty = globals()[library](folder)
-    found = {
-        "theta": {n: p.detach() for n, p in model.named_parameters()},
-        "omega": {n: w.clone() for n, w in penalty.omega.items()},
-    }
+    model, omega = globals()[library](folder)
+    found = {"state": model.state_dict(), "omega": {n: w.clone() for n, w in omega.items()}}
     torch.save(found, folder / f"{dist.get_rank()}.pt")
 
 

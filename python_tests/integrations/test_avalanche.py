@@ -18,6 +18,7 @@ from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.models import IncrementalClassifier, MTSimpleMLP
 from avalanche.training import Naive
 from avalanche.training import plugins as theirs
+from ranks import both
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -34,12 +35,12 @@ def _double() -> Iterator[None]:
 
 
 def stream() -> list[Any]:
-    """Three experiences of 22 samples, each with classes and a task label of its own."""
+    """Three experiences of 23 samples, each with classes and a task label of its own."""
     datasets = []
     for t in range(TASKS):
         generator = torch.Generator().manual_seed(t)
-        y = torch.arange(22) % CLASSES
-        x = torch.randn(22, INPUTS, generator=generator) + 2 * torch.eye(INPUTS)[y + t]
+        y = torch.arange(23) % CLASSES
+        x = torch.randn(23, INPUTS, generator=generator) + 2 * torch.eye(INPUTS)[y + t]
         labelled = TensorDataset(x, y + CLASSES * t)
         labelled.targets = labelled.tensors[1].tolist()  # type: ignore[attr-defined]
         datasets.append(as_classification_dataset(labelled))
@@ -342,6 +343,15 @@ def test_wrong_arguments(make: Callable[[], Any], words: str) -> None:
         make()
 
 
-def test_all_support_distributed() -> None:
+def test_two_processes(tmp_path: Path) -> None:
+    """23 samples, which two ranks can't share evenly: the importance of one process, the same bits on both."""
+    found = both("avalanche", tmp_path)
+    model = plain()
+    model.load_state_dict(found[0]["state"])
+    expected = mean_of(model, stream()[0], lambda out, y: out.square().sum(), 1)
+    for name, w in expected.items():
+        torch.testing.assert_close(found[0]["omega"][name], w, rtol=1e-8, atol=1e-12, msg=name)
+        assert torch.equal(found[0]["omega"][name], found[1]["omega"][name])
+        assert torch.equal(found[0]["state"][name], found[1]["state"][name])
     plugins = (ours.MASPlugin, ours.EWCPlugin, ours.SynapticIntelligencePlugin)
     assert all(p.supports_distributed for p in plugins)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 import written
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
+from ranks import both
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -215,12 +214,9 @@ def test_several_loaders_need_a_word(tmp_path: Path) -> None:
 
 def test_two_processes(tmp_path: Path) -> None:
     """DDP: as one process with all the data, 33 samples to estimate from, which two can't share evenly."""
-    script = Path(__file__).parent / "ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*command, script, "lightning", tmp_path], check=True, timeout=300)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    found = both("lightning", tmp_path)
     model, omega, _ = written.two_tasks(extra=33)
     for rank in found:
-        written.close(rank["theta"], {f"net.{n}": p for n, p in model.named_parameters()})
+        written.close(rank["state"], {f"net.{n}": p for n, p in model.named_parameters()})
         written.close(rank["omega"], {f"net.{n}": w for n, w in omega.items()}, 1e-8)
     assert all(torch.equal(found[0]["omega"][n], w) for n, w in found[1]["omega"].items())

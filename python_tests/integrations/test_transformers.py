@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from ranks import both
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -78,14 +79,18 @@ class Penalised(MASTrainerMixin, InOrder):
 
 
 def arguments(folder: Path, parts: int = 3, clip: float = 0.0, **options: Any) -> TrainingArguments:
-    settings = {"save_strategy": "no", "num_train_epochs": 2, **options}
+    settings = {
+        "save_strategy": "no",
+        "num_train_epochs": 2,
+        "learning_rate": LR,
+        "per_device_train_batch_size": 2,
+        **options,
+    }
     return TrainingArguments(
         str(folder),
-        per_device_train_batch_size=2,
         gradient_accumulation_steps=parts,
         max_grad_norm=clip,
         optim="sgd",
-        learning_rate=LR,
         lr_scheduler_type="constant",
         logging_strategy="no",
         report_to="none",
@@ -136,9 +141,10 @@ def second_task(
     clip: float,
     clipped: bool,
     mean_of_means: bool = False,
+    texts: int = 14,
 ) -> None:
     """Two epochs: groups of `parts` batches of two texts a step, the last group a short one."""
-    rows = corpus(1)
+    rows = corpus(1, texts)
     for start in [*range(0, len(rows), 2 * parts)] * 2:
         group = rows[start : start + 2 * parts]
         model.zero_grad()
@@ -278,6 +284,19 @@ def test_lora(tmp_path: Path) -> None:
         frozen = [n for n, p in own.named_parameters() if not p.requires_grad]
         assert all(torch.equal(own.get_parameter(n), before[n]) for n in frozen)
     assert moved[1] < 0.3 * moved[0]
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """DDP: one process with all the texts; importance of 13 of them, which two ranks can't share evenly."""
+    found = both("transformers", tmp_path)
+    written = network()
+    omega = importance(written, corpus(0, 13))
+    anchor = {n: p.detach().clone() for n, p in written.named_parameters()}
+    second_task(written, omega, anchor, 2, 0.0, clipped=False, texts=12)
+    for rank in found:
+        for n, p in written.named_parameters():
+            torch.testing.assert_close(rank["state"][n], p.detach(), rtol=1e-5, atol=1e-6, msg=n)
+            torch.testing.assert_close(rank["omega"][n], omega[n], rtol=1e-5, atol=1e-8, msg=n)
 
 
 # -- what counts as the output ---------------------------------------------------------------------
