@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from mas_ext import FusedMASPenalty, data, load_distributed
 
-EPOCHS, HIDDEN = 20, 200
+EPOCHS, BATCH, HIDDEN = 8, 64, 200
 
 
 def digits(task: int) -> tuple[TensorDataset, TensorDataset]:
@@ -51,7 +51,7 @@ def main() -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     penalty = FusedMASPenalty(model, lam=0.03)  # after fully_shard: sharded as the parameters are
     penalty.attach(optimizer)
 
@@ -60,7 +60,7 @@ def main() -> None:
         train, test = digits(t)
         tests.append(test)
         sampler: DistributedSampler[tuple[torch.Tensor, ...]] = DistributedSampler(train)
-        loader = DataLoader(train, batch_size=32 // ranks, sampler=sampler)
+        loader = DataLoader(train, batch_size=BATCH // ranks, sampler=sampler)
         for epoch in range(EPOCHS):
             sampler.set_epoch(epoch)
             for x, y in loader:
