@@ -640,6 +640,7 @@ def test_the_public_names() -> None:
         "estimate_fisher",
         "estimate_importance",
         "info",
+        "load_distributed",
     }
     assert set(mas_ext.__all__) == names
 
