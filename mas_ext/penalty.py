@@ -108,6 +108,11 @@ class FusedMASPenalty(nn.Module):
         rule = Rule(merge, store, alpha_sum, gamma, omega_dtype, backend, state_device)
         self._state = Consolidation(rule, check_lam(lam))
         self._held = HeldModel(model, exclude)
+        if omega_dtype == torch.uint8 and self._held.sharding is not None:
+            raise ValueError(
+                "omega_dtype: got uint8 for a model sharded by fully_shard, expected a floating-point dtype: "
+                "each rank's part would have a range of its own"
+            )
         self._ranks = Ranks(process_group)
         # What is wrong with it shows here, not at the end of a task.
         self._ranks.group(model)

@@ -321,6 +321,8 @@ def refused(rank: int, ranks: int) -> None:
     model = sharded()
     with pytest.raises(ValueError, match="got None for a model that is sharded over ranks"):
         FusedMASPenalty(model, process_group=None)
+    with pytest.raises(ValueError, match="omega_dtype: got uint8 for a model sharded"):
+        FusedMASPenalty(model, omega_dtype=torch.uint8)
     penalty = consolidated(RULES[0], model, process_group=dist.group.WORLD)
     check(penalty, RULES[0])
     model[0] = fully_shard(nn.Linear(6, 5).double())
