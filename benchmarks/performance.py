@@ -15,7 +15,7 @@ import bench_lam
 import pictures
 from common import RESULTS, fill, measured_on
 
-from mas_ext.benchmarks.step import AVALANCHE, DTYPES, EAGER, PLAIN
+from mas_ext.benchmarks.step import AVALANCHE, DTYPES, EAGER, FUSED, FUSED_FORMS, PLAIN
 from mas_ext.experiments.tables import table
 from mas_ext.settings import OPTIMIZERS
 
@@ -168,6 +168,29 @@ def step_tables(found: Sequence[Result]) -> str:
             "![longer steps by form and network](performance/steps.png)",
         ]
     )
+
+
+def fused_table(found: Sequence[Result]) -> str:
+    """What the penalty adds to a step of an optimizer that takes one pass."""
+    rows = []
+    for result in found:
+        forms = rows_by_name(result)
+        if FUSED in forms:
+            attached, *own = (forms[name] for name in FUSED_FORMS)
+            shares = [
+                row["extra_seconds"]["median"] / attached["extra_seconds"]["median"] for row in own
+            ]
+            rows.append(
+                [
+                    named(result),
+                    f"{result['optimizer']}, {result['dtype']}",
+                    _number(1e3 * forms[FUSED]["seconds"]["median"]),
+                    *map(_percent, (attached, *own)),
+                    " / ".join(f"{share:.2f}" for share in shares),
+                ]
+            )
+    head = ["network", "optimizer, dtype", "ms without", *(f"`{name}`, %" for name in FUSED_FORMS)]
+    return table([*head, "of `attach`'s"], rows)
 
 
 def _percent(row: Row | None) -> str:
@@ -332,6 +355,7 @@ def tables() -> dict[str, str]:
     parts = {
         "penalty": (penalty_tables, results("penalty")),
         "steps": (step_tables, results("step")),
+        "fused": (fused_table, results("step")),
         "memory": (memory_table, results("step")),
         "tasks": (tasks_table, results("step")),
         "importance": (importance_table, results("importance")),

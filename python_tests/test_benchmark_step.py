@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -34,16 +37,17 @@ def test_every_form_but_the_proximal_has_the_gradient_of_the_same_loss(optimizer
         form.step()
         found[form.name] = gradients(workload)
     generator = torch.Generator().manual_seed(1)
+    fused = [step.FUSED, *step.FUSED_FORMS]
     for n, p in start.items():
         noise = torch.rand(p.shape, generator=generator)
         plain = found[step.PLAIN][n]
         omega = noise + (noise + 0.01)  # of two tasks
-        for name in found.keys() - {step.PLAIN, "attach, proximal"}:
+        for name in found.keys() - {step.PLAIN, "attach, proximal", *fused} | {
+            "attach, fused=True"
+        }:
             torch.testing.assert_close(found[name][n], plain + 2 * 0.1 * omega)
         torch.testing.assert_close(found["attach, proximal"][n], plain)
-    assert [*OWN, step.EAGER] == [
-        f.name for f in forms if f.name not in (step.PLAIN, step.AVALANCHE)
-    ]
+    assert {*OWN, step.EAGER, *fused} == {f.name for f in forms} - {step.PLAIN, step.AVALANCHE}
 
 
 def test_the_proximal_form_moves_and_momentum_is_shared() -> None:
@@ -59,16 +63,57 @@ def test_the_proximal_form_moves_and_momentum_is_shared() -> None:
     c = 2 * (1e-9 / (1 - 0.9)) * 0.1 * omega
     # The anchor is 1 below; a step of 1e-9 is below what float32 shows of numbers near 1.
     torch.testing.assert_close(weight.double(), before - c / (1 + c), rtol=0, atol=2e-7)
-    states = [f.step.args[1].state for f in forms.values()]  # type: ignore[attr-defined]
-    assert all(state is states[0] for state in states)
-    assert len(states[0]) == 6
+    states = {
+        f.over: f.step.args[1].state  # type: ignore[attr-defined]
+        for f in forms.values()
+    }
+    for form in forms.values():
+        assert form.step.args[1].state is states[form.over]  # type: ignore[attr-defined]
+    assert [len(state) for state in states.values()] == [6, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "ours"),
+    [
+        ("sgd", torch.optim.SGD, step.optim.SGD),
+        ("adamw", torch.optim.AdamW, step.optim.AdamW),
+    ],
+)
+def test_steps_of_one_pass(
+    name: str, theirs: Any, ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a learning rate that is seen: the gradient forms are the same to rounding."""
+    pair = (partial(theirs, lr=0.5, fused=True), partial(ours, lr=0.5))
+    monkeypatch.setitem(step.ONE_PASS, name, pair)  # type: ignore[misc]
+    workload = build("mlp", samples=4)
+    theta = [*workload.network.parameters()]
+    start = [p.detach().clone() for p in theta]
+    found = {}
+    for form in step._forms(workload, name, [1], {}):
+        if form.over == step.FUSED:
+            form.step.args[1].state.clear()  # type: ignore[attr-defined]
+            with torch.no_grad():
+                for p, x in zip(theta, start, strict=True):
+                    p.copy_(x + 1)
+            form.step()
+            found[form.name] = torch.cat([p.detach().flatten() for p in theta])
+    attached, own, proximal = (found[each] for each in step.FUSED_FORMS)
+    torch.testing.assert_close(attached, own)
+    assert not torch.allclose(proximal, found[step.FUSED])
+    if name == "sgd":  # Adam's first step is lr everywhere
+        assert not torch.allclose(attached, found[step.FUSED])
 
 
 def test_rows() -> None:
     result = step.run("mlp", "adamw", tasks=[2, 1], samples=8, repeats=2)
     rows = [(row["name"], row["tasks"]) for row in result["forms"] if row["name"] != step.AVALANCHE]
     own = [*((name, 1) for name in OWN), (step.EAGER, 1)]
-    assert rows == [(step.PLAIN, 0), *own, ("attach", 2), (step.EAGER, 2)]
+    attached, ours, proximal = step.FUSED_FORMS
+    fused = [(step.FUSED, 0), (attached, 1), (proximal, 1), (ours, 1)]
+    assert rows == [(step.PLAIN, 0), *own, *fused, ("attach", 2), (step.EAGER, 2), (ours, 2)]
+    over = {row["name"]: row["over"] for row in result["forms"]}
+    assert {over[name] for name, _ in fused} == {step.FUSED}
+    assert {over[name] for name, _ in own} == {step.PLAIN}
     assert result["forms"][0]["extra"] == {"median": 0, "low": 0, "high": 0}
     assert (result["parameters"], result["tensors"]) == (478_410, 6)
     assert (result["shape"], result["repeats"], result["dtype"]) == ([8, 784], 2, "float32")
@@ -83,6 +128,7 @@ def test_bytes() -> None:
     rows = {(row["name"], row["tasks"]): row for row in result["forms"]}
     size = 478_410
     moved = {"attach": 20, "attach, proximal": 20, "add_grad_": 20, "penalty() in the loss": 40}
+    moved |= {"attach, fused=True": 20, "mas_ext.optim": 8, "mas_ext.optim, proximal": 8}
     for name, bytes_each in moved.items():
         row = rows[name, 1]
         assert row["moved"] == bytes_each * size
@@ -95,7 +141,7 @@ def test_bytes() -> None:
     assert rows[step.EAGER, 3]["held"] == 3 * 8 * size
     # Without a penalty: gradients, and what AdamW takes for one tensor; eager autograd saves what it squares.
     assert 4 * size < rows[step.PLAIN, 0]["peak"] < 10 * size
-    for name in ("attach", "attach, proximal", "add_grad_"):
+    for name in ("attach", "attach, proximal", "add_grad_", *step.FUSED_FORMS):
         assert 8 * size <= rows[name, 1]["extra_memory"] < 8.1 * size
     assert rows[step.EAGER, 1]["extra_memory"] > 12 * size
     assert rows[step.EAGER, 3]["extra_memory"] > 3 * 12 * size

@@ -7,6 +7,7 @@ copies of memory.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mas_ext import optim
+from mas_ext.attach import Mode
 from mas_ext.benchmarks import memory
 from mas_ext.benchmarks.copies import plain_copies
 from mas_ext.benchmarks.forms import eager_fits, held_bytes, state_bytes
@@ -32,6 +35,16 @@ DTYPES = ("float32", "bfloat16")
 LAM = 0.1
 # Too small a step to change what is measured: weights stay what they are.
 LR = 1e-9
+# Of optimizers that step in one pass: torch's without a penalty, which the others are compared with.
+FUSED = "fused=True"
+FUSED_FORMS = ("attach, fused=True", "mas_ext.optim", "mas_ext.optim, proximal")
+ONE_PASS: Mapping[str, tuple[Any, Any]] = {
+    "sgd": (
+        partial(torch.optim.SGD, lr=LR, momentum=0.9, fused=True),
+        partial(optim.SGD, lr=LR, momentum=0.9),
+    ),
+    "adamw": (partial(torch.optim.AdamW, lr=LR, fused=True), partial(optim.AdamW, lr=LR)),
+}
 COPIED_BYTES = 1 << 28  # more than caches hold
 
 # What becomes of the loss before backward().
@@ -64,10 +77,11 @@ def run(
 
     Returns:
         Numbers and words that JSON can hold. `bandwidth`: bytes per second, by kind of copy. `forms`: dicts
-        with `name`, `tasks`, `seconds` of a step, `extra` and `extra_seconds`, by which share and by how much
-        it is longer than without a penalty, paired within each repeat (all with median, low, high); bytes:
+        with `name`, `tasks`, `over`, the form without a penalty that it is compared with, `seconds` of a step,
+        `extra` and `extra_seconds`, by which share and by how much it is longer than `over`, paired within
+        each repeat (all with median, low, high); bytes:
         `held` by the penalty's state, `peak` of a step above that at its begin, without gradients, and
-        `extra_memory`, held + peak - the peak without a penalty; `moved`: bytes that the penalty has to
+        `extra_memory`, held + peak - the peak of `over`; `moved`: bytes that the penalty has to
         move at the least, and `fraction` = moved / extra_seconds / best bandwidth, both None where they
         can't be told. `skipped`: why a form is missing.
 
@@ -94,8 +108,16 @@ def run(
     copied = zip(copies, samples_taken, strict=False)
     bandwidth = {name: COPIED_BYTES / median(taken)["median"] for name, taken in copied}
     taken = samples_taken[len(copies) :]
+    over = {form.name: i for i, form in enumerate(forms) if not form.tasks}
     rows = [
-        _row(form, times, taken[0], max(bandwidth.values()), peak, peaks[0])
+        _row(
+            form,
+            times,
+            taken[over[form.over]],
+            max(bandwidth.values()),
+            peak,
+            peaks[over[form.over]],
+        )
         for form, times, peak in zip(forms, taken, peaks, strict=True)
     ]
     return {
@@ -122,6 +144,7 @@ class Form(NamedTuple):
     step: Callable[[], None]
     held: int = 0
     moved: int = 0
+    over: str = PLAIN
 
 
 def _row(
@@ -137,6 +160,7 @@ def _row(
     return {
         "name": form.name,
         "tasks": form.tasks,
+        "over": form.over,
         "seconds": median(times),
         "extra": median([a / b - 1 for a, b in zip(times, plain, strict=True)]),
         "extra_seconds": longer,
@@ -176,6 +200,7 @@ def _forms(
     plain = partial(_step, workload.loss, optimizer())
     yield Form(PLAIN, 0, plain)
     history: list[dict[str, tuple[Tensor, Tensor]]] = []
+    fused: dict[Any, Any] = defaultdict(dict)
     for t, penalty in _penalties(workload.network, theta, tasks, history):
         held, read = held_bytes(penalty), size + state_bytes(penalty)
         attached = optimizer()
@@ -202,6 +227,40 @@ def _forms(
             yield Form(EAGER, t, step, t * 2 * size * count)
         else:
             skipped[f"{EAGER}, {t} tasks"] = "needs more than half of the memory"
+        if name in ONE_PASS:
+            yield from _one_pass(
+                workload.loss, [*theta.values()], name, penalty, t == tasks[0], fused
+            )
+
+
+def _one_pass(
+    loss: Callable[[], Tensor],
+    theta: Sequence[Tensor],
+    name: str,
+    penalty: FusedMASPenalty,
+    first: bool,
+    state: dict[Any, Any],
+) -> Iterator[Form]:
+    """Steps of optimizers that need one pass, all with this state; `first` brings those without a penalty."""
+    read = sum(p.numel() for p in theta) * state_bytes(penalty)
+    write = 2 * sum(p.numel() * p.element_size() for p in theta)
+
+    def step(own: bool, mode: Mode | None = None) -> Callable[[], None]:
+        made = ONE_PASS[name][own](theta)
+        made.state = state
+        if mode is not None:
+            penalty.attach(made, mode=mode)
+        return partial(_step, loss, made)
+
+    held, t = held_bytes(penalty), penalty.num_tasks
+    attached, ours, proximal = FUSED_FORMS
+    if first:
+        yield Form(FUSED, 0, step(False), over=FUSED)
+        # The parameter, too, is read once more.
+        moved = read + write + write // 2
+        yield Form(attached, t, step(False, "gradient"), held, moved, FUSED)
+        yield Form(proximal, t, step(True, "proximal"), held, read, FUSED)
+    yield Form(ours, t, step(True, "gradient"), held, read, FUSED)
 
 
 def _penalties(
