@@ -5,6 +5,18 @@ python examples/language.py [--lora] [--of tokens] [--lam 0.1]
 
 Texts are what is installed anyway: the docstrings of NumPy (before anything else), the reference of the Python
 language (first task) and the docstrings of torch (second task). The model reads bytes.
+
+What `--of` should be was measured on this model with a shorter training (120, 120 and 50 steps, one seed, all
+parameters trained): perplexity of a byte of the first and of the second corpus, after both. After the first alone
+it was 7.15 and 17.1, without a penalty 9.62 and 7.05. lam is such that lam times the mean importance is
+
+    output                   0.01            0.1             1
+    tokens               8.58   7.41     7.75   9.85     7.27  12.97
+    logits               8.77   7.37     8.16   9.20     7.59  11.51
+    logits, last 8       8.73   7.42     8.17   9.38     7.66  11.46
+    hidden               8.78   7.37     8.29   9.16     8.44  10.50
+
+At the same perplexity of the second corpus, "tokens" keeps the first one best.
 """
 
 from __future__ import annotations

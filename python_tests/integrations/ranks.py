@@ -37,11 +37,12 @@ def avalanche(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def transformers(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
-    from test_transformers import LAM, InOrder, MASCallback, arguments, corpus, network
+    from test_transformers import LAM, InOrder, MASCallback, ModelOutput, arguments, corpus, network
 
     torch.set_default_dtype(torch.float64)
     model, ranks = network(), {"ddp_backend": "gloo"}
-    mas = MASCallback(LAM, merge="latest", omega_dtype=torch.float64)
+    options = {"forward": ModelOutput("logits"), "omega_dtype": torch.float64}
+    mas = MASCallback(LAM, merge="latest", **options)
     still = arguments(folder, 1, learning_rate=0.0, max_steps=1, **ranks)
     InOrder(model, still, train_dataset=corpus(0, 13), callbacks=[mas]).train()
     assert mas.penalty is not None

@@ -178,6 +178,17 @@ def test_exact_importance_of_the_logits_in_use(network: Network) -> None:
         torch.testing.assert_close(w, expected[name], rtol=1e-8, atol=1e-12, msg=name)
 
 
+def test_masked_units_do_not_hide_the_sensitivity() -> None:
+    """Units at -1000 have a large norm that depends on nothing: MAS-alpha would refuse an output like that."""
+    torch.set_default_dtype(torch.float32)
+    plugin = ours.MASPlugin(merge="consistent")
+    trained, _ = strategy(heads, plugin)
+    for experience in stream():
+        trained.train(experience)
+    assert plugin.penalty is not None
+    assert plugin.penalty.num_tasks == TASKS
+
+
 @pytest.mark.parametrize(("mode", "factor"), [("separate", None), ("online", 0.6)])
 def test_ewc(mode: Any, factor: float | None) -> None:
     plugin = ours.EWCPlugin(0.8, mode, factor, omega_dtype=torch.float64)

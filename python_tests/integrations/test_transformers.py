@@ -173,7 +173,8 @@ def close(got: nn.Module, expected: nn.Module, rtol: float = 1e-5) -> None:
 def test_callback(tmp_path: Path, parts: int, clip: float) -> None:
     """The penalty once a step, behind clipping; importance without labels, padding left out."""
     model = network()
-    mas = MASCallback(LAM, merge="latest", omega_dtype=torch.float64)
+    options = {"forward": ModelOutput("logits"), "omega_dtype": torch.float64}
+    mas = MASCallback(LAM, merge="latest", **options)
     InOrder(model, arguments(tmp_path), train_dataset=corpus(0), callbacks=[mas]).train()
     assert mas.penalty is not None
     omega, written = importance(model, corpus(0)), copy.deepcopy(model)
@@ -193,7 +194,7 @@ def test_mixin(tmp_path: Path, parts: int, clip: float, items: bool) -> None:
     """The penalty once a step, clipped with the rest, whether losses are summed or their mean is taken."""
     model = network()
     penalty = FusedMASPenalty(
-        model, LAM, forward=ModelOutput(), merge="latest", omega_dtype=torch.float64
+        model, LAM, forward=ModelOutput("logits"), merge="latest", omega_dtype=torch.float64
     )
     trainer = Penalised(model, arguments(tmp_path, parts, clip), train_dataset=corpus(1))
     trainer.penalty, trainer.model_accepts_loss_kwargs = penalty, items
@@ -326,7 +327,8 @@ def test_outputs(of: Any, last: int | None) -> None:
 def test_outputs_without_a_mask_and_without_positions() -> None:
     model = network().eval()
     ids = corpus(0)[0]["input_ids"][None]
-    torch.testing.assert_close(ModelOutput()(model, {"input_ids": ids}), model(ids).logits)
+    logits = ModelOutput("logits")(model, {"input_ids": ids})
+    torch.testing.assert_close(logits, model(ids).logits)
 
     class Classifier(nn.Module):
         def forward(self, x: Tensor) -> Any:
