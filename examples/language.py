@@ -6,9 +6,10 @@ python examples/language.py [--lora] [--of tokens] [--lam 0.1]
 Texts are what is installed anyway: the docstrings of NumPy (before anything else), the reference of the Python
 language (first task) and the docstrings of torch (second task). The model reads bytes.
 
-What `--of` should be was measured on this model with a shorter training (120, 120 and 50 steps, one seed, all
-parameters trained): perplexity of a byte of the first and of the second corpus, after both. After the first alone
-it was 7.15 and 17.1, without a penalty 9.62 and 7.05. lam is such that lam times the mean importance is
+What `--of` should be was measured on this model with a shorter training (120, 120 and 50 steps, one seed,
+all parameters trained, the penalty in AdamW's step): perplexity of a byte of the first and of the second
+corpus, after both. After the first alone it was 7.15 and 17.1, without a penalty 9.62 and 7.05. lam is such
+that lam times the mean importance is
 
     output                   0.01            0.1             1
     tokens               8.58   7.41     7.75   9.85     7.27  12.97
