@@ -37,7 +37,7 @@ reproduce: .venv/demo.stamp
 	$(BIN)/python benchmarks/results_page.py
 
 docs: .venv/docs.stamp
-	$(BIN)/mkdocs build --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean --quiet
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check

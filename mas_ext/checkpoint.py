@@ -26,8 +26,14 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"{crc:08x}"
 
 
-def save(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def save(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    about: Mapping[str, Any] | None = None,
+) -> None:
     """Write the tensors; the file that was there before survives until the new one is complete.
+
+    about: JSON for readers without this library, as the file's metadata "mas_ext"; `load` leaves it alone.
 
     Raises:
         OSError: the file can't be written; the old one is as it was.
@@ -39,7 +45,10 @@ def save(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     with open(temporary, "xb") as file:
         mode = os.fstat(file.fileno()).st_mode
     try:
-        safetensors.torch.save_file(kept, temporary, metadata={"crc32": _checksum(kept)})
+        metadata = {"crc32": _checksum(kept)}
+        if about is not None:
+            metadata["mas_ext"] = json.dumps(about)
+        safetensors.torch.save_file(kept, temporary, metadata=metadata)
         os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

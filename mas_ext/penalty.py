@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mas_ext import checkpoint
 from mas_ext.attach import Handle, Mode, attach
-from mas_ext.consolidation import Consolidation
+from mas_ext.consolidation import FORMAT, Consolidation
 from mas_ext.distributed import Ranks, Together, refuse_unused
 from mas_ext.held import Bound, HeldModel
 from mas_ext.importance import METHODS, Forward, ImportanceSum, Method, gather
@@ -376,6 +376,10 @@ class FusedMASPenalty(nn.Module):
         Callables (`forward`, a callable `objective`) and an `importance` that is an estimator of its own are
         not saved: give them to `load` again. Under fully_shard the first rank writes the whole of it; for
         checkpoints that every rank writes its part of, see load_distributed.
+
+        Other programs find W and A in the tensors omega.NAME and anchor.NAME, of shape (1, *shape) or
+        (tasks, *shape), and in the metadata "mas_ext" as JSON the format's version, the settings, lam, scale
+        and alpha.
         """
         rule, estimator = self._state.rule, self._pending
         objective = estimator.objective
@@ -391,10 +395,15 @@ class FusedMASPenalty(nn.Module):
         }
         encoded = checkpoint.encode(settings)
         tensors = {**self.state_dict(), "settings": encoded}
+        state = self._state
+        numbers = {"format": FORMAT, "lam": state.lam, "scale": state.scale, "alpha": state.alpha}
+        about = {**numbers, **settings}
         if self._held.sharding is None:
-            checkpoint.save(tensors, path)
+            checkpoint.save(tensors, path, about)
         else:
-            self._held.sharding.on_first_rank(tensors, lambda found: checkpoint.save(found, path))
+            self._held.sharding.on_first_rank(
+                tensors, lambda found: checkpoint.save(found, path, about)
+            )
 
     @classmethod
     def load(
