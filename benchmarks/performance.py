@@ -131,7 +131,7 @@ def kernel_limit(cold: Row, again: Row) -> str:
 
 def rows_by_name(result: Result, tasks: int | None = None) -> dict[str, Row]:
     """The rows of one number of tasks, by default of the smallest."""
-    first = min(row["tasks"] for row in result["forms"] if row["name"] != PLAIN)
+    first = min(row["tasks"] for row in result["forms"] if row["tasks"])
     wanted = (0, first if tasks is None else tasks)
     return {row["name"]: row for row in result["forms"] if row["tasks"] in wanted}
 
@@ -177,16 +177,16 @@ def fused_table(found: Sequence[Result]) -> str:
         forms = rows_by_name(result)
         if FUSED in forms:
             attached, *own = (forms[name] for name in FUSED_FORMS)
-            shares = [
-                row["extra_seconds"]["median"] / attached["extra_seconds"]["median"] for row in own
-            ]
+            whole = attached["extra_seconds"]["median"]
+            shares = [f"{row['extra_seconds']['median'] / whole:.2f}" for row in own]
+            told = attached["extra"]["low"] > 0
             rows.append(
                 [
                     named(result),
                     f"{result['optimizer']}, {result['dtype']}",
                     _number(1e3 * forms[FUSED]["seconds"]["median"]),
                     *map(_percent, (attached, *own)),
-                    " / ".join(f"{share:.2f}" for share in shares),
+                    " / ".join(shares) if told else "can't be told",
                 ]
             )
     head = ["network", "optimizer, dtype", "ms without", *(f"`{name}`, %" for name in FUSED_FORMS)]

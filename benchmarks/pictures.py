@@ -14,7 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from mas_ext.benchmarks.step import AVALANCHE, DTYPES, EAGER, PLAIN
+from mas_ext.benchmarks.step import AVALANCHE, DTYPES, EAGER
 
 MODES = {"gradient": "#d0722c", "proximal": OWN}
 
@@ -111,7 +111,7 @@ def _percent(axis: Axis) -> None:
 
 
 def _longer(axes: Axes, result: Result, y: float, forms: Sequence[str]) -> None:
-    first = min(row["tasks"] for row in result["forms"] if row["name"] != PLAIN)
+    first = min(row["tasks"] for row in result["forms"] if row["tasks"])
     for row in result["forms"]:
         if row["name"] in forms and row["tasks"] == first:
             place = y + 0.12 * (len(forms) / 2 - forms.index(row["name"]))

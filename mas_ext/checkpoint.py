@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    crc = 0
+def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
+    crc = zlib.crc32(about.encode())
     for name in sorted(tensors):
         t = tensors[name]
         crc = zlib.crc32(f"{name} {t.dtype} {tuple(t.shape)}".encode(), crc)
@@ -45,9 +45,8 @@ def save(
     with open(temporary, "xb") as file:
         mode = os.fstat(file.fileno()).st_mode
     try:
-        metadata = {"crc32": _checksum(kept)}
-        if about is not None:
-            metadata["mas_ext"] = json.dumps(about)
+        text = json.dumps(about or {})
+        metadata = {"mas_ext": text, "crc32": _checksum(kept, text)}
         safetensors.torch.save_file(kept, temporary, metadata=metadata)
         os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
@@ -69,13 +68,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = Path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            checksum = (file.metadata() or {}).get("crc32")
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: got a damaged file, expected safetensors ({error})") from error
-    if checksum is None:
+    if "crc32" not in metadata:
         raise ValueError(f"{path}: got no checksum, expected a file that mas_ext wrote")
-    if checksum != _checksum(tensors):
+    if metadata["crc32"] != _checksum(tensors, metadata.get("mas_ext", "")):
         raise ValueError(f"{path}: got a damaged file, its checksum does not fit its content")
     return tensors
 
