@@ -138,6 +138,8 @@ def tasks(results: Sequence[Result], named: Named, path: Path) -> None:
         lambda row, result: row["extra_memory"] / result["parameters"],
     )
     labels = ("% by which a step is longer", "bytes a parameter more at the peak")
+    panels[0].set_yscale("symlog", linthresh=10)
+    panels[1].set_yscale("log")
     for axes, value, label in zip(panels, values, labels, strict=True):
         for result, marker in zip(shown, "os^Dv", strict=False):
             for form in ("attach", EAGER):
@@ -154,9 +156,7 @@ def tasks(results: Sequence[Result], named: Named, path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yscale("symlog", linthresh=10)
     _percent(panels[0].yaxis)
-    panels[1].set_yscale("log")
     for axis in (panels[0].xaxis, panels[1].xaxis, panels[1].yaxis):
         axis.set_major_formatter("{x:g}")
     _legend(figure, panels[0], 3)
