@@ -1,4 +1,4 @@
-"""Runs all benchmarks of time, and makes the pages from them: within 25 minutes on two quiet cores.
+"""Runs all benchmarks of time, and makes the pages from them: most of an hour on two quiet cores.
 
 python benchmarks/all.py [--anew]
 
