@@ -23,7 +23,7 @@ tests: emulated
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 MAS_EXT_EMULATED=build/sanitized \
 	  $(BIN)/pytest -m "not cuda" python_tests/test_kernels.py python_tests/test_per_sample.py
-	MAS_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 MAS_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest -n auto --dist loadfile
 
 # The adapters, against the libraries that they are for.
 test-integrations: .venv-integrations/stamp
