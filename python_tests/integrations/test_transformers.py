@@ -270,7 +270,7 @@ def test_lora(tmp_path: Path) -> None:
     model = peft.get_peft_model(network(), config).double()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     moved = []
-    for lam in (0.0, 100.0):
+    for lam in (0.0, 1000.0):
         own = copy.deepcopy(model)
         mas = MASCallback(lam, mode="proximal")
         for t in range(2):
