@@ -36,7 +36,7 @@ reproduce: .venv/demo.stamp
 	$(BIN)/mas-ext reproduce
 	$(BIN)/python benchmarks/results_page.py
 
-docs: .venv/docs.stamp
+docs: .venv/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean --quiet
 
 lint: .venv/dev.stamp
@@ -78,10 +78,6 @@ $(BIN)/pip:
 	MAS_EXT_REQUIRE_NATIVE=1 SKBUILD_CMAKE_DEFINE=MAS_EXT_WARNINGS_AS_ERRORS=ON \
 	  $(PIP) install --editable ".[dev]"
 	touch .venv/demo.stamp $@
-
-.venv/docs.stamp: .venv/dev.stamp
-	$(PIP) install --editable ".[docs]"
-	touch $@
 
 # An environment of its own, of several GB: torchvision, which Avalanche needs, comes with CUDA's torch alone.
 .venv-integrations/bin/pip:
