@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import all as everything  # noqa: E402
+import bench_language  # noqa: E402
 import performance  # noqa: E402
 import pictures  # noqa: E402
 import readme  # noqa: E402
@@ -182,3 +183,14 @@ def test_all_goes_on_where_it_was_stopped(
     with pytest.raises(SystemExit):
         everything.main()
     assert len(ran) == 2 + len(names)
+
+
+def test_the_page_of_language_models_says_what_was_measured() -> None:
+    result = json.loads(bench_language.RESULT.read_text(encoding="utf-8"))
+    page = bench_language.PAGE.read_text(encoding="utf-8")
+    assert bench_language.page(result) in page
+    tokens = [found["tokens"]["0.1"] for found in result["seeds"]]
+    means = [sum(each) / len(tokens) for each in zip(*tokens, strict=True)]
+    row = next(line for line in page.splitlines() if line.startswith("| `tokens` |"))
+    cell = row.split("|")[4]
+    assert [part.split("±")[0].strip() for part in cell.split("/")] == [f"{m:.2f}" for m in means]
