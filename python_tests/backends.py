@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 import sysconfig
 from contextlib import nullcontext
 from pathlib import Path
@@ -55,3 +57,22 @@ def choose(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
     elif name == "cpu" and SANITIZED:
         monkeypatch.setattr(native, "_C", EMULATED)
     return Backend(name != "reference", "cuda" if name == "cuda" else "cpu")
+
+
+def refuse_other_bits(program: str) -> None:
+    """The program prints its instruction set and a digest, and must print the same digest under all."""
+    digests = {}
+    for wish in ("baseline", "avx2", "avx512"):
+        environment = {**os.environ, "MAS_EXT_INSTRUCTION_SET": wish}
+        environment.pop("LD_PRELOAD", None)
+        run = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        name, digest = run.stdout.split()
+        digests[name] = digest
+    assert "baseline" in digests
+    assert len(set(digests.values())) == 1, digests

@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
 
+from mas_ext import FusedMASPenalty
+
 LAM, LR, TASKS, STEPS, BATCH = 3.0, 0.05, 3, 6, 8
 # Batches of 3 to estimate from: uneven over 2 ranks and over 4, where task 2 leaves rank 3 without any.
 SAMPLES, PORTION = [13, 11, 3], 3
@@ -103,6 +105,29 @@ def merged(entries: list[tuple[list[Tensor], list[Tensor]]], i: int) -> tuple[An
 
 
 # -- several ---------------------------------------------------------------------------------------
+
+
+def train(
+    model: nn.Module,
+    penalty: FusedMASPenalty,
+    optimizer: torch.optim.Optimizer,
+    form: str,
+    task: Task,
+    rank: int,
+    ranks: int,
+) -> None:
+    """A task's steps, each with this rank's share of the batch; forms but these two are the optimizer's."""
+    share = BATCH // ranks
+    for x, y in zip(task.x, task.y, strict=True):
+        mine = slice(rank * share, (rank + 1) * share)
+        optimizer.zero_grad()
+        loss = (model(x[mine]) - y[mine]).square().mean()
+        if form == "loss":
+            loss = loss + penalty()
+        loss.backward()
+        if form == "add_grad":
+            penalty.add_grad_()
+        optimizer.step()
 
 
 def run(worker: Any, ranks: int, folder: Path) -> list[Any]:

@@ -48,7 +48,13 @@ SIDE_ROOMS = set().union(*FLOORS[FLOORS.index({"catalogue"}) :])
 FLOOR = {module: i for i, floor in enumerate(FLOORS) for module in floor}
 # The same inside these packages.
 INSIDE = {
-    "kernels": [{"ops"}, {"per_sample_native"}, {"native"}, {"reference"}],
+    "kernels": [
+        {"ops"},
+        {"optim_native", "per_sample_native"},
+        {"native"},
+        {"optim_reference"},
+        {"reference"},
+    ],
     "benchmarks": [
         {"penalty", "importance", "step"},
         {"forms", "gradients", "networks", "workloads", "copies"},

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from processes import BATCH, LAM, LR, TASKS, importance_of, network, one_process, run, tasks
+from processes import LAM, LR, TASKS, importance_of, network, one_process, run, tasks, train
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
@@ -63,18 +63,9 @@ def trained(form: str, rank: int, ranks: int) -> list[dict[str, list[Tensor]]]:
     optimizer = torch.optim.SGD(model.parameters(), LR)
     if form in ("gradient", "proximal"):
         penalty.attach(optimizer, mode=form)
-    share, history = BATCH // ranks, []
+    history = []
     for t, task in enumerate(tasks()):
-        for x, y in zip(task.x, task.y, strict=True):
-            mine = slice(rank * share, (rank + 1) * share)
-            optimizer.zero_grad()
-            loss = (model(x[mine]) - y[mine]).square().mean()
-            if form == "loss":
-                loss = loss + penalty()
-            loss.backward()
-            if form == "add_grad":
-                penalty.add_grad_()
-            optimizer.step()
+        train(model, penalty, optimizer, form, task, rank, ranks)
         portions = task.portions(rank, ranks)
         if form == "add_grad" and t < 2:  # every rank observes as often, not as much
             for i in range(3):

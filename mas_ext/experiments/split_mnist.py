@@ -210,7 +210,7 @@ class SplitMNIST(Experiment):
                     f"{len(well)}{lost}",
                 )
             )
-        return table(titles, rows)
+        return table(titles, rows) if rows else "Not measured yet."
 
     def _accuracies(self, results: Results) -> Any:
         """A panel a setting: a point a seed, what was published as a cross."""

@@ -1,18 +1,19 @@
 """The kernels as PyTorch operators, torch.ops.mas_ext.*: schemas, shapes for tracing, and autograd.
 
 One schema per kernel; the last argument chooses the compiled kernels or the plain-PyTorch reference,
-which compute the same (reference.py specifies them).
+which compute the same (reference.py and optim_reference.py specify them).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mas_ext.kernels import native, per_sample_native, reference
+from mas_ext.kernels import native, optim_native, optim_reference, per_sample_native, reference
 
 _STATE = "int[] offsets, Tensor omega, Tensor anchor, Tensor alpha"
 # Of a penalty that may be absent, or hold some of the tensors only.
@@ -41,9 +42,15 @@ _SCHEMAS = {
 }
 
 
+def _found(name: str, *modules: ModuleType) -> Callable[..., Any]:
+    (found,) = (getattr(module, name) for module in modules if hasattr(module, name))
+    function: Callable[..., Any] = found
+    return function
+
+
 def _implementation(name: str) -> Callable[..., Any]:
-    module = per_sample_native if name == "per_sample_" else native
-    compiled, plain = getattr(module, name), getattr(reference, name)
+    compiled = _found(name, native, optim_native, per_sample_native)
+    plain = _found(name, reference, optim_reference)
 
     def run(*args: Any) -> Any:
         return compiled(*args[:-1]) if args[-1] else plain(*args[:-1])
