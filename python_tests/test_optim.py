@@ -66,15 +66,21 @@ def groups(model: Any, optimizer: Any) -> Any:
 @pytest.mark.parametrize("optimizer", FUSED, ids=["sgd", "adamw"])
 @pytest.mark.parametrize("store", ["merged", "per_task"])
 @pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("free", ["b", "c"])  # of a group alone, and before one that is held
 def test_the_path_of_torchs_optimizer_with_the_penalty_attached(
-    optimizer: Any, mode: Any, store: Any, backend: Any
+    optimizer: Any, mode: Any, store: Any, backend: Any, free: str
 ) -> None:
     """Several groups, a schedule, a parameter that is not held, and steps before the first task."""
     paths = []
     for kind in (optimizer, FUSED[optimizer]):
         case = held()
         penalty = FusedMASPenalty(
-            case.model, LAM, store=store, exclude=("b",), omega_dtype=torch.float64, backend=backend
+            case.model,
+            LAM,
+            store=store,
+            exclude=(free,),
+            omega_dtype=torch.float64,
+            backend=backend,
         )
         stepping = groups(case.model, kind)
         schedule = OneCycleLR(stepping, 0.1, total_steps=20)
@@ -168,13 +174,14 @@ def test_a_state_dict_goes_on_in_torchs_optimizer_and_back(s: Settings, to_torch
     assert keys[0] == keys[1]
 
 
-def test_a_step_that_was_counted_on_another_device_or_as_a_number() -> None:
+@pytest.mark.parametrize("counted", [5.0, torch.tensor(5.0, dtype=torch.float64)])
+def test_a_step_that_was_counted_in_float64_or_as_a_number(counted: Any) -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = optim.AdamW([p])
     p.grad = torch.ones(3)
     optimizer.step()
     state = optimizer.state_dict()
-    state["state"][0]["step"] = 5.0
+    state["state"][0]["step"] = counted
     state["param_groups"][0]["fused"] = None
     optimizer.load_state_dict(state)
     optimizer.step()

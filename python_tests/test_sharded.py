@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-from mas_ext import FusedMASPenalty, estimate_importance, load_distributed
+from mas_ext import FusedMASPenalty, estimate_importance, load_distributed, optim
 
 FORMS = ["loss", "add_grad", "gradient", "proximal"]
 # What every rule remembers, task by task, of these weights.
@@ -285,6 +285,8 @@ def refused(rank: int, ranks: int) -> None:
     hybrid = fully_shard(network(), mesh=mesh)
     with pytest.raises(TypeError, match=r"parameter '0\.weight': got placements .* expected every"):
         FusedMASPenalty(hybrid)
+    with pytest.raises(TypeError, match="params: got a DTensor, as by fully_shard, expected"):
+        optim.SGD(hybrid.parameters())
 
     partly = network()
     fully_shard(partly[0])
