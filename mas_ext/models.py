@@ -12,6 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mas_ext import resnet
 from mas_ext.names import hint
@@ -21,11 +22,13 @@ class MultiHead(nn.Module):
     """A backbone and its heads: x -> backbone -> (N, width) -> one linear head a task, (N, classes).
 
     Parameters are called ``backbone.*`` and ``heads.0.weight``, ``heads.0.bias``, ... It has no head
-    until `add_head`.
+    until `add_head`. ``keep_statistics``: BatchNorm stays in eval mode when all else is trained, so
+    that tasks to come do not change the running statistics of those before.
     """
 
     def __init__(self, backbone: nn.Module, width: int) -> None:
         super().__init__()
+        self.keep_statistics = False
         self.backbone = backbone
         self.width = width
         self.heads = nn.ModuleList()
@@ -42,6 +45,15 @@ class MultiHead(nn.Module):
         weights = (p for p in self.backbone.parameters() if p.is_floating_point())
         like = next(weights, torch.empty(0))
         self.heads.append(nn.Linear(self.width, classes, device=like.device, dtype=like.dtype))
+
+    def train(self, mode: bool = True) -> MultiHead:
+        """See nn.Module.train, and ``keep_statistics``."""
+        super().train(mode)
+        if self.keep_statistics:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
 
     def forward(self, x: Tensor, head: int | None = None) -> Tensor:
         """The logits of one head, or (None) of all of them side by side, in the order of the tasks."""

@@ -160,8 +160,7 @@ def test_split_mnist(tmp_path: Path) -> None:
     few = [v for v in quick.variants if v.method in ("joint", "mas")]
     small = replace(
         quick,
-        groups=[few],
-        choosing_epochs=1,
+        variants=few,
         grid=GRID[:3],
         base=replace(quick.base, hidden=(20,), settings=replace(quick.base.settings, epochs=1)),
     )
@@ -187,9 +186,9 @@ def test_split_mnist(tmp_path: Path) -> None:
     (row,) = [
         line
         for line in page.text.split("**Domain")[1].split("**")[1].splitlines()
-        if "proximal |" in line
+        if "proximal` |" in line
     ]
-    assert row.startswith(f"| `mas`, proximal | {100 * each['average_accuracy']:.2f} |")
+    assert row.startswith(f"| `mas, proximal` | {100 * each['average_accuracy']:.2f} |")
     assert row.endswith(" | 1 |")
     assert "| `joint` |" in page.text
     assert "98.59" in page.text

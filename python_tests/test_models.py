@@ -311,3 +311,28 @@ if (SHARED / "resnet20_cifar10.th").is_file():
             logits = model.eval()((x - mean) / deviation, 0)
         right = (logits.argmax(1) == torch.tensor(images["y_test"]).long()).double().mean()
         assert float(right) == pytest.approx(0.917, abs=0.005)
+
+
+def test_statistics_that_are_kept() -> None:
+    """In training, BatchNorm normalises by its running statistics and leaves them; dropout is as it was."""
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout()
+    model = models.MultiHead(nn.Sequential(*layers), 4)
+    layers[1].running_mean.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    model.keep_statistics = True
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(6, 3)
+    assert model.train() is model
+    assert layers[2].training
+    normalised = nn.Sequential(*layers[:2])(x)
+    torch.testing.assert_close(
+        normalised, (layers[0](x) - layers[1].running_mean) / (1 + 1e-5) ** 0.5
+    )
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    copied = copy.deepcopy(model)
+    assert not copied.train().backbone[1].training
+
+    model.keep_statistics = False
+    model.train().backbone(x)
+    assert not torch.equal(layers[1].running_mean, before["backbone.1.running_mean"])

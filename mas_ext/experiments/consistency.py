@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mas_ext import config, data, models
+from mas_ext import config, models
 from mas_ext.charts import canvas, look
+from mas_ext.experiments.cifar import features
 from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
 from mas_ext.experiments.learned import matrix, measured, scenario_of
 from mas_ext.experiments.tables import table
@@ -23,8 +24,7 @@ from mas_ext.methods.mas import MAS
 from mas_ext.metrics import interval_text
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.rules import Merge
-from mas_ext.scenarios import Scenario, Tensors, split
-from mas_ext.transforms import Standardisation
+from mas_ext.scenarios import Scenario
 
 METHODS: dict[str, Merge] = {"mas": "latest", "mas-alpha": "consistent"}
 
@@ -39,7 +39,6 @@ PROTOCOLS = {
         {"scenario": "split-cifar100", "hidden": [256, 256], "epochs": 10, "methods": ["mas"]}
     ),
 }
-WEIGHTS = "resnet20_cifar10.th"
 
 
 @dataclass(frozen=True)
@@ -280,36 +279,3 @@ def toy(scales: Sequence[float], method: str, lam: float, seed: int, steps: int)
 def _head(head: int, network: models.MultiHead, x: Tensor) -> Tensor:
     output: Tensor = network(x, head)
     return output
-
-
-@functools.cache
-def features(folder: str | None) -> Scenario:
-    """CIFAR-100 as ResNet-20 sees it that was trained on CIFAR-10: (64,), ten tasks of ten classes.
-
-    Raises:
-        FileNotFoundError: its weights, or the images, are missing.
-    """
-    places = [place / WEIGHTS for place in data.folders(folder)]
-    path = next((place for place in places if place.exists()), None)
-    if path is None:
-        raise FileNotFoundError(f"{WEIGHTS} is missing, expected at {places[0]}")
-    network = models.resnet20((3, 32, 32))
-    models.load_backbone(network, path)
-    network.eval()
-    # What its images were standardised with.
-    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    seen = Standardisation(mean, deviation)
-    with torch.no_grad():
-        train, test = (
-            Tensors(
-                torch.cat(
-                    [
-                        network.backbone(seen(part.batch(index)[0]))
-                        for index in torch.arange(len(part)).split(200)
-                    ]
-                ),
-                part.y,
-            )
-            for part in data.load("cifar100", folder)
-        )
-    return split(train, test, 10, "cifar100-features")

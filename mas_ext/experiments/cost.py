@@ -14,11 +14,12 @@ from mas_ext.catalogue import build
 from mas_ext.charts import canvas, legend, look
 from mas_ext.config import Config
 from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
+from mas_ext.experiments.learned import fewer
 from mas_ext.experiments.tables import table
 from mas_ext.learning import Epoch, Result
 from mas_ext.methods import METHODS, create
 from mas_ext.runs import learn
-from mas_ext.scenarios import Scenario, Tensors
+from mas_ext.scenarios import Scenario
 
 BASE = config.read(
     {"scenario": "permuted-mnist", "hidden": [100, 100], "epochs": 3, "methods": ["mas"]}
@@ -83,14 +84,8 @@ class Cost(Experiment):
 
     def scenario(self, seed: int) -> Scenario:
         """The tasks, each with some of its samples."""
-        tasks = []
-        for task in build(self.base.scenario, self.data, self.tasks, None, seed).tasks:
-            assert isinstance(task.train, Tensors)
-            assert isinstance(task.test, Tensors)
-            train = task.train.subset(torch.arange(self.samples))
-            test = task.test.subset(torch.arange(self.samples // 5))
-            tasks.append(replace(task, train=train, test=test))
-        return Scenario(tuple(tasks))
+        whole = build(self.base.scenario, self.data, self.tasks, None, seed)
+        return fewer(whole, self.samples, self.samples // 5, seed)
 
     def curves(self, results: Results, method: str) -> dict[str, torch.Tensor]:
         """Mean over seeds by task: MB held, ms a step; empty if nothing was measured."""

@@ -15,7 +15,15 @@ from mas_ext import config
 from mas_ext.charts import canvas, look
 from mas_ext.config import Config
 from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
-from mas_ext.experiments.learned import CHOOSING_SEED, GRID, choose, chosen, measured, scenario_of
+from mas_ext.experiments.learned import (
+    CHOOSING_SEED,
+    GRID,
+    choose,
+    chosen,
+    fewer,
+    measured,
+    scenario_of,
+)
 from mas_ext.experiments.tables import number, percent, table
 from mas_ext.importance import estimate_importance
 from mas_ext.methods import create
@@ -124,13 +132,7 @@ class Exactness(Experiment):
 
     def scenario(self, seed: int) -> Scenario:
         """The tasks, with some of their samples to train on."""
-        whole = scenario_of(self.base, self.data, seed)
-        generator, tasks = torch.Generator().manual_seed(seed), []
-        for task in whole.tasks:
-            assert isinstance(task.train, Tensors)
-            some = torch.randperm(len(task.train), generator=generator)[: self.samples]
-            tasks.append(replace(task, train=task.train.subset(some)))
-        return Scenario(tuple(tasks), whole.name)
+        return fewer(scenario_of(self.base, self.data, seed), self.samples, seed=seed)
 
     def _estimates(self, network: str, seed: int) -> Found:
         """By estimator: likeness with exact importance after the first task, and time."""

@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Generator
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from mas_ext import catalogue
 from mas_ext.config import Config, Purpose
 from mas_ext.experiments.experiment import Cell, Found, Results
 from mas_ext.methods import Method
 from mas_ext.runs import Diverged, learn
-from mas_ext.scenarios import Scenario
+from mas_ext.scenarios import Scenario, Tensors
 from mas_ext.summary import summary
 
 # Where every method's lam is looked for.
@@ -29,6 +31,23 @@ CHOOSING_SEED = 1000
 def scenario_of(protocol: Config, folder: str | None, seed: int) -> Scenario:
     """The protocol's scenario on data from this folder; the last two are kept."""
     return _built(protocol.scenario, folder, protocol.tasks, protocol.order, seed)
+
+
+def fewer(scenario: Scenario, train: int, test: int | None = None, seed: int = 0) -> Scenario:
+    """The same tasks with so many random samples of each at most, to train and (None: all) to test on."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(part: Dataset[Any], count: int | None) -> Dataset[Any]:
+        assert isinstance(part, Tensors)
+        if count is None:
+            return part
+        return part.subset(torch.randperm(len(part), generator=generator)[:count])
+
+    tasks = [
+        replace(task, train=some(task.train, train), test=some(task.test, test))
+        for task in scenario.tasks
+    ]
+    return Scenario(tuple(tasks), scenario.name)
 
 
 _built = functools.lru_cache(maxsize=2)(catalogue.build)

@@ -1,0 +1,222 @@
+"""Methods compared on one scenario: lam of each chosen on validation data, then all seeds; tables, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
+
+from mas_ext.charts import canvas, legend, look
+from mas_ext.config import Config
+from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
+from mas_ext.experiments.learned import (
+    CHOOSING_SEED,
+    GRID,
+    choose,
+    chosen,
+    measured,
+    scenario_of,
+)
+from mas_ext.experiments.tables import number, percent, table
+from mas_ext.methods import SETTINGS, Setting, create, options
+from mas_ext.scenarios import Scenario
+
+NAMES = {"task": "Task-incremental", "domain": "Domain-incremental", "class": "Class-incremental"}
+
+
+class Variant(NamedTuple):
+    """A method with these options, and the method whose lam it takes: None where it has none."""
+
+    method: str
+    options: Mapping[str, Any] = {}
+    lam_of: str | None = None
+
+    def __str__(self) -> str:
+        return ", ".join([self.method, *map(str, self.options.values())])
+
+
+# The proximal form minimises the same as the gradient form, and EBLL has LwF's distillation.
+PLAIN = tuple(Variant(name) for name in ("finetune", "joint"))
+HELD = tuple(Variant(name, {}, name) for name in ("mas", "mas-alpha", "ewc", "online-ewc", "si"))
+PROXIMAL = tuple(Variant(each.method, {"mode": "proximal"}, each.method) for each in HELD)
+MERGED = tuple(Variant(name) for name in ("imm-mean", "imm-mode"))
+TAUGHT = (Variant("lwf", {}, "lwf"), Variant("ebll", {}, "lwf"))
+
+
+@dataclass(frozen=True)
+class Comparison(Experiment):
+    """Accuracy and forgetting of methods in some settings.
+
+    name: of its files. published: average accuracy in % by method, in the order of `settings`.
+    base: how it is learned. settings: in which it is measured. variants: what is compared.
+    max_samples: of a task that importance, or a code, is taken from; None: all.
+    """
+
+    name: ClassVar[str]
+    published: ClassVar[Mapping[str, Sequence[float]]] = {}
+    base: Config = field(default_factory=Config)
+    settings: tuple[Setting, ...] = ("task",)
+    variants: Sequence[Variant] = (*PLAIN, *HELD, *MERGED, *TAUGHT)
+    max_samples: int | None = None
+    grid: tuple[float, ...] = GRID
+
+    def protocol(self) -> dict[str, Any]:
+        """See Experiment.protocol."""
+        values = self.base.values()
+        told = {name: value for name, value in values.items() if name not in ("setting", "methods")}
+        return told if self.max_samples is None else {**told, "max_samples": self.max_samples}
+
+    def scenario(self, seed: int) -> Scenario:
+        """What is learned with this seed."""
+        return scenario_of(self.base, self.data, seed)
+
+    def cell(self, setting: str, variant: Variant, seed: int, lam: float | None) -> Cell:
+        """A training that counts."""
+        return {
+            "setting": setting,
+            "method": variant.method,
+            "options": dict(variant.options),
+            "lam": lam,
+            "seed": seed,
+            "purpose": "final",
+        }
+
+    def choosing(self, setting: str, variant: Variant) -> Cell:
+        """A training that chooses the lam of this variant, but for the lam."""
+        assert variant.lam_of is not None
+        cell = self.cell(setting, Variant(variant.lam_of), CHOOSING_SEED, None)
+        return {**cell, "purpose": "choose"}
+
+    def plan(self, results: Results) -> Iterator[Cell]:
+        """Every setting and method with one seed, then with two, ..."""
+        for seed in range(self.seeds):
+            for setting in self.settings:
+                for variant in self.variants:
+                    lam = None
+                    if variant.lam_of is not None:
+                        lam = yield from choose(results, self.choosing(setting, variant), self.grid)
+                        if lam is None:
+                            continue
+                    yield self.cell(setting, variant, seed, lam)
+
+    def measure(self, cell: Cell) -> Found:
+        """See Experiment.measure."""
+        settings = replace(self.base.settings, setting=cell["setting"])
+        given = dict(cell["options"])
+        if cell["lam"] is not None:
+            given["lam"] = cell["lam"]
+        if self.max_samples is not None and "max_samples" in options(cell["method"]):
+            given["max_samples"] = self.max_samples
+        method = create(cell["method"], **given)
+        base, seed = replace(self.base, settings=settings), cell["seed"]
+        return measured(base, self.scenario(seed), method, seed, cell["purpose"])
+
+    def lam(self, results: Results, setting: str, variant: Variant) -> float | None:
+        """The one that was chosen, None where there is none."""
+        if variant.lam_of is None:
+            return None
+        return chosen(results, self.choosing(setting, variant), self.grid)
+
+    def finals(self, results: Results, setting: str, variant: Variant) -> list[Found]:
+        """Of every seed, with the lam that was chosen."""
+        cell = self.cell(setting, variant, 0, self.lam(results, setting, variant))
+        del cell["seed"]
+        return [found for _, found in results.where(**cell)]
+
+    def show(self, results: Results) -> Page:
+        """A table a setting, and pictures of the accuracies and of lam."""
+        seeds = {len(self.finals(results, s, v)) for s in self.settings for v in self.variants}
+        text = []
+        for setting in self._in_order():
+            if len(self.settings) > 1:
+                text.append(f"**{NAMES[setting]}**")
+            text.append(self._table(results, setting))
+        text += [
+            f"Mean and 95 % interval over {min(seeds - {0})} to {max(seeds)} of {self.seeds} seeds. "
+            f"{results.place()}",
+            f"![average accuracy by method]({self.name}.png)",
+            f"![validation accuracy over lam]({self.name}-lam.png)",
+        ]
+        figures = {
+            f"{self.name}.png": self._accuracies(results),
+            f"{self.name}-lam.png": self._lams(results),
+        }
+        return Page("\n\n".join(text), figures)
+
+    def columns(
+        self, setting: Setting, variant: Variant, founds: Sequence[Found]
+    ) -> dict[str, str]:
+        """What a table tells of a variant's trainings that did not diverge, by title."""
+        words = {"average accuracy, %": percent([found["average_accuracy"] for found in founds])}
+        if self.published:
+            theirs = self._published(setting, variant)
+            words["published, %"] = "" if theirs is None else f"{theirs:.2f}"
+        words["forgetting, % points"] = percent([found["forgetting"] for found in founds])
+        return words
+
+    def _in_order(self) -> list[Setting]:
+        """The settings, the easiest first."""
+        return sorted(self.settings, key=SETTINGS.index)
+
+    def _published(self, setting: Setting, variant: Variant) -> float | None:
+        if variant.options or variant.method not in self.published:
+            return None
+        return self.published[variant.method][self.settings.index(setting)]
+
+    def _table(self, results: Results, setting: Setting) -> str:
+        rows, titles = [], ["method"]
+        for variant in self.variants:
+            founds = self.finals(results, setting, variant)
+            if not founds:
+                continue
+            well = [found for found in founds if "diverged" not in found]
+            lost = f", {len(founds) - len(well)} diverged" * (len(well) < len(founds))
+            words = self.columns(setting, variant, well)
+            titles = ["method", *words, "lam", "seeds"]
+            lam = number(self.lam(results, setting, variant))
+            rows.append((f"`{variant}`", *words.values(), lam, f"{len(well)}{lost}"))
+        return table(titles, rows) if rows else "Not measured yet."
+
+    def _accuracies(self, results: Results) -> Any:
+        """A panel a setting: a point a seed, what was published as a cross."""
+        count = len(self.settings)
+        figure, panels = canvas(count, count, 4.5, sharey=True)
+        known = [v for v in self.variants if any(self.finals(results, s, v) for s in self.settings)]
+        for panel, setting in zip(panels, self._in_order(), strict=True):
+            for y, variant in enumerate(known):
+                founds = self.finals(results, setting, variant)
+                x = [100 * f["average_accuracy"] for f in founds if "diverged" not in f]
+                panel.plot(x, [y] * len(x), "o", color=look(0)["color"], alpha=0.6, markersize=5)
+                theirs = self._published(setting, variant)
+                if theirs is not None:
+                    panel.plot(theirs, y, "x", color=look(1)["color"])
+            panel.set_title(NAMES[setting].lower(), fontsize="medium")
+            panel.grid(alpha=0.3)
+            panel.set_yticks(range(len(known)), list(map(str, known)), fontsize="small")
+        panels[0].set_ylim(len(known) - 0.5, -0.5)
+        cross = "; cross: published" * bool(self.published)
+        figure.supxlabel(f"average accuracy in % (blue: a seed{cross})", fontsize="medium")
+        return figure
+
+    def _lams(self, results: Results) -> Any:
+        """A panel a setting: validation accuracy over lam."""
+        count = len(self.settings)
+        figure, panels = canvas(count, count, 3.2)
+        names = [v.method for v in self.variants if v.lam_of == v.method and not v.options]
+        for panel, setting in zip(panels, self._in_order(), strict=True):
+            for i, name in enumerate(names):
+                where = {"setting": setting, "method": name, "purpose": "choose"}
+                tried = sorted(
+                    (cell["lam"], 100 * found["validation_accuracy"])
+                    for cell, found in results.where(**where)
+                    if "diverged" not in found
+                )
+                x, y = zip(*tried, strict=True) if tried else ((), ())
+                panel.plot(x, y, label=name, **look(i))
+            panel.set_xscale("log")
+            panel.set_title(NAMES[setting].lower(), fontsize="medium")
+            panel.grid(alpha=0.3)
+        legend(figure, panels[0])
+        figure.supxlabel("lam", fontsize="medium")
+        figure.supylabel("validation accuracy in %", fontsize="medium")
+        return figure

@@ -1,0 +1,103 @@
+"""On a pretrained network: CIFAR-10 as it was learned elsewhere, then groups of CIFAR-100's classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from mas_ext import config, data
+from mas_ext.config import Config
+from mas_ext.experiments import cifar
+from mas_ext.experiments.comparison import HELD, PROXIMAL, TAUGHT, Comparison, Variant
+from mas_ext.experiments.experiment import Found
+from mas_ext.experiments.learned import matrix
+from mas_ext.experiments.tables import percent
+from mas_ext.methods import Setting
+from mas_ext.methods.finetune import Finetune
+from mas_ext.models import MultiHead
+from mas_ext.scenarios import Scenario, from_datasets, split
+from mas_ext.trainer import Trainer
+
+
+class Pretrained(Config):
+    """A comparison whose network has learned the first task already."""
+
+    def network(self, scenario: Scenario, seed: int) -> MultiHead:
+        """ResNet-20 with published weights; of digits, a network that learns them here."""
+        if self.scenario == "split-digits":
+            network = super().network(scenario, seed)
+            Trainer(network, Finetune(), epochs=20, seed=seed).fit(Scenario(scenario.tasks[:1]))
+        else:
+            network = cifar.trained(self.data)
+        # The tasks to come look different, and no method holds running statistics.
+        network.keep_statistics = True
+        return network
+
+
+BASE = Pretrained(
+    **vars(
+        config.read(
+            {
+                "scenario": "split-cifar100",
+                "optimizer": "adam",
+                "lr": 1e-3,
+                "epochs": [0, 4, 4, 4],
+                "batch_size": 32,
+                "amp": "bfloat16",
+                "methods": ["finetune"],
+            }
+        )
+    )
+)
+
+
+@dataclass(frozen=True)
+class OnPretrained(Comparison):
+    """What is kept of a task that was learned elsewhere, by methods that see but unseen samples of it.
+
+    samples: of the first task that importance is taken from; the others of its images are tested on.
+    """
+
+    title: ClassVar[str] = "On a pretrained network"
+    name: ClassVar[str] = "on-pretrained"
+    base: Config = BASE
+    variants: Sequence[Variant] = (Variant("finetune"), *HELD, *TAUGHT, *PROXIMAL[:1])
+    samples: int = 500
+    max_samples: int | None = 500
+    seeds: int = 3
+
+    def quick(self) -> OnPretrained:
+        """Digits, the first five before, one seed, few methods."""
+        settings = replace(self.base.settings, epochs=[0, 5], amp=None)
+        base = replace(self.base, scenario="split-digits", settings=settings)
+        few = [v for v in self.variants if v.method in ("finetune", "mas", "si") and not v.options]
+        return replace(self, base=base, variants=few, seeds=1, grid=self.grid[1:6], data=None)
+
+    def protocol(self) -> dict[str, Any]:
+        """See Experiment.protocol."""
+        return {**super().protocol(), "model": "resnet20, pretrained", "samples": self.samples}
+
+    def scenario(self, seed: int) -> Scenario:
+        """CIFAR-10, of which unseen images are there alone, and three groups of CIFAR-100's classes."""
+        if self.base.scenario == "split-digits":
+            return split(*data.load("digits"), 2)
+        known, order = cifar.unseen(self.data), torch.Generator().manual_seed(seed)
+        index = torch.randperm(len(known), generator=order)
+        parts = known.subset(index[: self.samples]), known.subset(index[self.samples :])
+        first = from_datasets([parts], ["cifar10"]).tasks
+        return Scenario((*first, *cifar.groups(self.data).tasks[:3]))
+
+    def columns(
+        self, setting: Setting, variant: Variant, founds: Sequence[Found]
+    ) -> dict[str, str]:
+        """The first task before and after the others, and what was learned of those."""
+        matrices = [matrix(found) for found in founds]
+        return {
+            "first task before, %": percent([float(m[0, 0]) for m in matrices]),
+            "kept, %": percent([float(m[-1, 0]) for m in matrices]),
+            "new tasks when new, %": percent([float(m.diagonal()[1:].mean()) for m in matrices]),
+            "new tasks at the end, %": percent([float(m[-1, 1:].mean()) for m in matrices]),
+        }

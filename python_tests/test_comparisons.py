@@ -1,0 +1,160 @@
+"""Experiments that compare methods on a scenario: what is learned, and that tables show what was found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_files import write_npz
+
+from mas_ext import models
+from mas_ext.experiments import EXPERIMENTS, Results, cifar, reproduce
+from mas_ext.experiments.comparison import Variant
+from mas_ext.experiments.learned import fewer
+from mas_ext.scenarios import Scenario, Task, Tensors
+
+
+def small(name: str, **changed: Any) -> Any:
+    """The quick one with two strengths and an epoch a task."""
+    quick: Any = EXPERIMENTS[name].quick()
+    settings = replace(quick.base.settings, epochs=changed.pop("epochs", 1))
+    base = replace(quick.base, settings=settings)
+    return replace(quick, base=base, grid=quick.grid[1:3], **changed)
+
+
+def final(results: Results, method: str) -> tuple[Any, np.ndarray]:
+    """lam and accuracy[t, k] of the only seed."""
+    ((cell, found),) = results.where(method=method, purpose="final")
+    return cell["lam"], np.array(found["accuracy"], dtype=float)
+
+
+def row(text: str, method: str) -> list[str]:
+    """The cells of a method's row."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| `{method}` |")]
+    return line.strip("| ").split(" | ")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_permuted_mnist(tmp_path: Path) -> None:
+    """One head for all tasks; beside what is found stands what was published."""
+    experiment = small("permuted-mnist")
+    page = reproduce(experiment, "permuted-mnist", tmp_path)
+    results = Results(tmp_path / "permuted-mnist.json", experiment.protocol())
+    assert {cell["setting"] for cell, _ in results.where()} == {"domain"}
+    lam, accuracy = final(results, "si")
+    assert accuracy.shape == (2, 2)
+    lost = accuracy[0, 0] - accuracy[1, 0]
+    expected = [f"{100 * accuracy[-1].mean():.2f}", "96.90", f"{100 * lost:.2f}", f"{lam:.3g}", "1"]
+    assert row(page.text, "si")[1:] == expected
+    assert row(page.text, "finetune")[2] == "57.40"
+    assert row(page.text, "mas")[2] == ""
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_on_pretrained(tmp_path: Path) -> None:
+    """No step is taken on the first task, of which all methods know the same; the table has four means."""
+    experiment = small("on-pretrained", epochs=[0, 1])
+    page = reproduce(experiment, "on-pretrained", tmp_path)
+    results = Results(tmp_path / "on-pretrained.json", experiment.protocol())
+    accuracies = [final(results, method)[1] for method in ("finetune", "mas", "si")]
+    assert len({accuracy[0, 0] for accuracy in accuracies}) == 1
+    assert accuracies[0][0, 0] > 0.8
+    (before, _), (kept, new) = accuracies[1]
+    expected = [f"{100 * share:.2f}" for share in (before, kept, new, new)]
+    assert row(page.text, "mas")[1:5] == expected
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_datasets(tmp_path: Path) -> None:
+    """Every task has its column: accuracy after the last one, and its change since the task was new."""
+    experiment = small("datasets")
+    page = reproduce(experiment, "datasets", tmp_path)
+    results = Results(tmp_path / "datasets.json", experiment.protocol())
+    _, accuracy = final(results, "lwf")
+    cells = [
+        f"{100 * last:.1f} ({100 * (last - new):+.1f})"
+        for last, new in zip(accuracy[-1], np.diag(accuracy), strict=True)
+    ]
+    assert row(page.text, "lwf")[3:8] == cells
+    for name in page.figures:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_importance_is_taken_from_as_many_samples_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a method has the option, and nowhere else."""
+    made = {}
+
+    def create(name: str, **given: Any) -> None:
+        made[name] = given
+
+    monkeypatch.setattr("mas_ext.experiments.comparison.create", create)
+    monkeypatch.setattr("mas_ext.experiments.comparison.measured", lambda *given: {})
+    experiment = replace(small("datasets"), max_samples=7)
+    for variant in (Variant("mas", {"mode": "proximal"}), Variant("si"), Variant("finetune")):
+        experiment.measure(
+            experiment.cell("task", variant, 0, 2.0 if variant.method == "mas" else None)
+        )
+    expected = {"mode": "proximal", "lam": 2.0, "max_samples": 7}
+    assert made == {"mas": expected, "si": {}, "finetune": {}}
+    assert experiment.protocol()["max_samples"] == 7
+
+
+def test_fewer_samples() -> None:
+    """Of each task, drawn by the seed, each once, with their labels."""
+    parts = [Tensors(torch.arange(n).float()[:, None], torch.arange(n)) for n in (9, 9)]
+    scenario = Scenario((Task("a", *parts, tuple(range(9))),) * 2, "twice")
+    found = fewer(scenario, 4, 20, seed=3)
+    assert found.name == "twice"
+    for task in found.tasks:
+        x, y = task.train.batch(torch.arange(4))
+        assert x[:, 0].tolist() == y.tolist()
+        assert len(set(y.tolist())) == 4
+        assert (len(task.train), len(task.test)) == (4, 9)
+    drawn = [
+        task.train.y.tolist() for each in (3, 4) for task in fewer(scenario, 4, seed=each).tasks
+    ]
+    assert drawn[0] != drawn[1] != drawn[2]
+    assert found.tasks[0].train.y.tolist() == drawn[0]
+    assert fewer(scenario, 4).tasks[0].test is parts[1]
+
+
+def test_a_network_that_knows_cifar10(tmp_path: Path) -> None:
+    """Weights by the names of a published file, the head among them; images as that network saw them."""
+    torch.manual_seed(0)
+    known = models.resnet20((3, 32, 32))
+    known.add_head(10)
+    with torch.no_grad():
+        for tensor in known.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.1, 0.2)
+    state = {
+        "module." + name.replace("backbone.", "").replace("heads.0", "linear"): tensor
+        for name, tensor in known.state_dict().items()
+    }
+    torch.save({"state_dict": state, "best_prec1": 0.0}, tmp_path / "resnet20_cifar10.th")
+    write_npz(tmp_path / "cifar10_test1k.npz", 32, 32, 3, classes=10)
+    write_npz(tmp_path / "cifar100_subset.npz", 32, 32, 3, classes=20)
+
+    images = np.load(tmp_path / "cifar10_test1k.npz")["x_test"].transpose(0, 3, 1, 2) / 255
+    mean, deviation = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    seen = (images - np.reshape(mean, (3, 1, 1))) / np.reshape(deviation, (3, 1, 1))
+    x, y = cifar.unseen(str(tmp_path)).batch(torch.arange(10))
+    np.testing.assert_allclose(x.numpy(), seen, atol=1e-5)
+    assert y.tolist() == list(range(10))
+    network = cifar.trained(str(tmp_path))
+    torch.testing.assert_close(network.eval()(x, 0), known.eval()(x, 0))
+
+    pixels, features = cifar.groups(str(tmp_path)), cifar.features(str(tmp_path))
+    assert [task.classes for task in features.tasks] == [(2 * t, 2 * t + 1) for t in range(10)]
+    for group, task in zip(pixels.tasks, features.tasks, strict=True):
+        expected = known.backbone(group.train.batch(torch.arange(4))[0])
+        torch.testing.assert_close(task.train.x, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_data(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"resnet20_cifar10\.th is missing"):
+        cifar.trained(str(tmp_path))
