@@ -11,6 +11,7 @@ from mas_ext.experiments.experiment import Experiment, Page, Results, draw, repr
 from mas_ext.experiments.official_demo import OfficialDemo
 from mas_ext.experiments.on_pretrained import OnPretrained
 from mas_ext.experiments.permuted_mnist import PermutedMNIST
+from mas_ext.experiments.properties import Properties
 from mas_ext.experiments.regression import Regression
 from mas_ext.experiments.split_mnist import SplitMNIST
 
@@ -26,6 +27,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "adaptivity": Adaptivity(),
     "on-pretrained": OnPretrained(),
     "datasets": Datasets(),
+    "properties": Properties(),
     "cost": Cost(),
     "regression": Regression(),
 }

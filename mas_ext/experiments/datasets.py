@@ -62,9 +62,9 @@ class Datasets(Comparison):
     title: ClassVar[str] = "A sequence of different data sets"
     name: ClassVar[str] = "datasets"
     base: Config = BASE
-    train: int = 4000
+    train: int = 2000
     test: int = 1000
-    max_samples: int | None = 1000
+    max_samples: int | None = 500
     seeds: int = 3
 
     def quick(self) -> Datasets:

@@ -53,6 +53,13 @@ BASE = Pretrained(
     )
 )
 
+VARIANTS = (
+    Variant("finetune"),
+    *(each for each in HELD if each.method != "online-ewc"),
+    *TAUGHT,
+    *(each for each in PROXIMAL if each.method == "mas"),
+)
+
 
 @dataclass(frozen=True)
 class OnPretrained(Comparison):
@@ -64,7 +71,7 @@ class OnPretrained(Comparison):
     title: ClassVar[str] = "On a pretrained network"
     name: ClassVar[str] = "on-pretrained"
     base: Config = BASE
-    variants: Sequence[Variant] = (Variant("finetune"), *HELD, *TAUGHT, *PROXIMAL[:1])
+    variants: Sequence[Variant] = VARIANTS
     samples: int = 500
     max_samples: int | None = 500
     seeds: int = 3

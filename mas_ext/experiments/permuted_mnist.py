@@ -21,7 +21,7 @@ BASE = config.read(
         "hidden": [400, 400],
         "optimizer": "adam",
         "lr": 1e-3,
-        "epochs": 3,
+        "epochs": 2,
         "batch_size": 256,
         "methods": ["finetune"],
     }

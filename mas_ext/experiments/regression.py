@@ -16,7 +16,10 @@ from mas_ext.charts import canvas, legend, look
 from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
 from mas_ext.experiments.learned import CHOOSING_SEED, GRID, choose, chosen
 from mas_ext.experiments.tables import number, percent, table
+from mas_ext.methods.ebll import EBLL
 from mas_ext.methods.finetune import Finetune
+from mas_ext.methods.imm import IMM, MeanIMM
+from mas_ext.methods.lwf import LwF
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import Method, Training
 from mas_ext.methods.quadratic import Quadratic
@@ -120,6 +123,32 @@ class GaussianEWC(Squared, Quadratic):
         self.penalty.consolidate(importance={name: each / samples for name, each in total.items()})
 
 
+class RegressionMeanIMM(Squared, MeanIMM):
+    """The mean of the weights."""
+
+
+class GaussianModeIMM(Squared, IMM):
+    """The weights merged by the Fisher information of `GaussianEWC`."""
+
+    def __init__(self, lam: float = 0.0) -> None:
+        """lam: of L2-transfer; there is no dropout."""
+        super().__init__(GaussianEWC(0.0), None, lam, 0.0, "gradient")
+
+
+class RegressionLwF(LwF):
+    """The squared error, and distillation as if the outputs were of classes."""
+
+    def new_task_loss(self, training: Training, logits: Tensor, y: Tensor) -> Tensor:
+        """See LwF.new_task_loss; y (N, outputs)."""
+        return F.mse_loss(logits, y)
+
+
+class RegressionEBLL(EBLL):
+    """The same, with codes of the features."""
+
+    new_task_loss = RegressionLwF.new_task_loss
+
+
 class Variant(NamedTuple):
     """What makes the method, and the name of that whose lam it takes: None where it has none."""
 
@@ -135,6 +164,10 @@ VARIANTS = {
     "mas-alpha": Variant(ALPHA, "mas-alpha"),
     "ewc": Variant(GaussianEWC, "ewc"),
     "si": Variant(RegressionSI, "si"),
+    "imm-mean": Variant(RegressionMeanIMM),
+    "imm-mode": Variant(GaussianModeIMM),
+    "lwf": Variant(RegressionLwF, "lwf"),
+    "ebll": Variant(RegressionEBLL, "lwf"),
     "mas, proximal": Variant(partial(RegressionMAS, mode="proximal"), "mas"),
     "mas-alpha, proximal": Variant(partial(ALPHA, mode="proximal"), "mas-alpha"),
 }

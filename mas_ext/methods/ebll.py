@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mas_ext.methods.lwf import LwF, features_of, new_task_loss
+from mas_ext.methods.lwf import LwF, features_of
 from mas_ext.methods.method import Training
 from mas_ext.models import MultiHead
 
@@ -107,7 +107,7 @@ class EBLL(LwF):
             for features, y in batches:
                 rebuilt = decoder(encoder(features).sigmoid())
                 squares = F.mse_loss(rebuilt, features, reduction="sum") / len(features)
-                loss = new_task_loss(training, model.classify(rebuilt, training.head), y)
+                loss = self.new_task_loss(training, model.classify(rebuilt, training.head), y)
                 optimizer.zero_grad()
                 (loss + self.reconstruction * squares).backward(inputs=parameters)
                 optimizer.step()

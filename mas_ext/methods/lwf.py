@@ -70,7 +70,7 @@ class LwF(Method):
         model.eval()
         for _ in range(self.warm_up):
             for features, y in features_of(training):
-                loss = new_task_loss(training, model.classify(features, training.head), y)
+                loss = self.new_task_loss(training, model.classify(features, training.head), y)
                 optimizer.zero_grad()
                 loss.backward(inputs=parameters)
                 optimizer.step()
@@ -80,12 +80,19 @@ class LwF(Method):
         """See Method.loss."""
         features = training.model.backbone(x)
         logits = training.model.classify(features, training.head)
-        loss = new_task_loss(training, logits, y)
+        loss = self.new_task_loss(training, logits, y)
         if self.teacher is None:
             return loss
         with torch.no_grad():
             taught = self.teacher.backbone(x)
         return loss + self.forgetting(training, features, logits, taught)
+
+    def new_task_loss(self, training: Training, logits: Tensor, y: Tensor) -> Tensor:
+        """The cross entropy over the present task's outputs: `training.logits(x)` and their labels -> 0-dim."""
+        first = 0
+        if training.setting == "class":
+            first = sum(training.model.outputs[: training.task])
+        return F.cross_entropy(logits[:, first:], y - first)
 
     def forgetting(
         self, training: Training, features: Tensor, logits: Tensor, taught: Tensor
@@ -120,14 +127,6 @@ class LwF(Method):
         if "teacher" in state:
             self.teacher = _teacher(model, state["heads"])
             self.teacher.load_state_dict(state["teacher"])
-
-
-def new_task_loss(training: Training, logits: Tensor, y: Tensor) -> Tensor:
-    """The cross entropy over the present task's outputs: `training.logits(x)` and their labels -> 0-dim."""
-    first = 0
-    if training.setting == "class":
-        first = sum(training.model.outputs[: training.task])
-    return F.cross_entropy(logits[:, first:], y - first)
 
 
 def distillation(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
