@@ -21,7 +21,7 @@ from mas_ext.experiments.consistency import toy
 from mas_ext.experiments.experiment import Cell, Found
 from mas_ext.experiments.learned import GRID, choose, chosen
 from mas_ext.experiments.official_demo import Reestimated
-from mas_ext.experiments.regression import Arm, GaussianEWC
+from mas_ext.experiments.regression import VARIANTS, Arm, GaussianEWC
 from mas_ext.methods.method import Training
 
 ROOT = Path(__file__).parents[1]
@@ -188,7 +188,7 @@ def test_split_mnist(tmp_path: Path) -> None:
         for line in page.text.split("**Domain")[1].split("**")[1].splitlines()
         if "proximal` |" in line
     ]
-    assert row.startswith(f"| `mas, proximal` | {100 * each['average_accuracy']:.2f} |")
+    assert row.startswith(f"| `mas, proximal` | {100 * each['average_accuracy']:.2f} |  |")
     assert row.endswith(" | 1 |")
     assert "| `joint` |" in page.text
     assert "98.59" in page.text
@@ -366,6 +366,22 @@ def test_fisher_information_of_normal_outputs() -> None:
     )
     assert method.penalty.lam == 1.5
     assert set(method.penalty.omega) == {"backbone.1.weight", "backbone.1.bias"}
+
+
+@pytest.mark.parametrize("name", ["finetune", "lwf", "ebll", "imm-mean", "imm-mode", "mas", "si"])
+def test_the_loss_of_regression(name: str) -> None:
+    """The mean of all squared errors, on the first task alone."""
+    torch.manual_seed(0)
+    model = models.mlp((3,), (4,))
+    model.add_head(2)
+    x, y = torch.randn(5, 3), torch.randn(5, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    parts = (model, optimizer, 0, "task", 0, lambda n: [(x, y)])
+    training = Training(*parts, lambda p: torch.optim.SGD(p, lr=0.5))
+    method = VARIANTS[name].make()
+    method.begin_task(training)
+    expected = sum((model(a[None], 0)[0] - b).square().sum() for a, b in zip(x, y, strict=True))
+    torch.testing.assert_close(method.loss(training, x, y), expected / 10)
 
 
 @pytest.mark.usefixtures("one_thread")

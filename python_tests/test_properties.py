@@ -119,10 +119,10 @@ def test_the_table(tmp_path: Path) -> None:
     add("agnostic", "mas", 100.0, {"diverged": "nan"})
     add("agnostic", "ewc", 1.0, {"error": 1.2})
     add("agnostic", "ewc", 100.0, {"error": 1.1})
-    for method, labels in (("mas", 0.0), ("ewc", 0.5)):
+    for method, labels, more in (("mas", 0.0, 0.0), ("ewc", 0.5, 0.1)):
         add("unlabelled", method, None, {"samples": 0.1, "labels": labels})
         for lam in (1.0, 100.0):
-            gains = [{"gain": lam / 1e3 + x, "kept": 0.9, "new": 0.9} for x in (0.0, 0.001)]
+            gains = [{"gain": lam / 1e3 + x + more, "kept": 0.9, "new": 0.9} for x in (0.0, 0.001)]
             add("adaptive", method, lam, *gains)
     page = experiment.show(results).text
     assert (

@@ -18,7 +18,7 @@ from mas_ext.experiments.learned import (
     scenario_of,
 )
 from mas_ext.experiments.tables import number, percent, table
-from mas_ext.methods import SETTINGS, Setting, create, options
+from mas_ext.methods import Setting, create, options
 from mas_ext.scenarios import Scenario
 
 NAMES = {"task": "Task-incremental", "domain": "Domain-incremental", "class": "Class-incremental"}
@@ -127,7 +127,7 @@ class Comparison(Experiment):
         """A table a setting, and pictures of the accuracies and of lam."""
         seeds = {len(self.finals(results, s, v)) for s in self.settings for v in self.variants}
         text = []
-        for setting in self._in_order():
+        for setting in self.settings:
             if len(self.settings) > 1:
                 text.append(f"**{NAMES[setting]}**")
             text.append(self._table(results, setting))
@@ -154,10 +154,6 @@ class Comparison(Experiment):
         words["forgetting, % points"] = percent([found["forgetting"] for found in founds])
         return words
 
-    def _in_order(self) -> list[Setting]:
-        """The settings, the easiest first."""
-        return sorted(self.settings, key=SETTINGS.index)
-
     def _published(self, setting: Setting, variant: Variant) -> float | None:
         if variant.options or variant.method not in self.published:
             return None
@@ -182,7 +178,7 @@ class Comparison(Experiment):
         count = len(self.settings)
         figure, panels = canvas(count, count, 4.5, sharey=True)
         known = [v for v in self.variants if any(self.finals(results, s, v) for s in self.settings)]
-        for panel, setting in zip(panels, self._in_order(), strict=True):
+        for panel, setting in zip(panels, self.settings, strict=True):
             for y, variant in enumerate(known):
                 founds = self.finals(results, setting, variant)
                 x = [100 * f["average_accuracy"] for f in founds if "diverged" not in f]
@@ -203,7 +199,7 @@ class Comparison(Experiment):
         count = len(self.settings)
         figure, panels = canvas(count, count, 3.2)
         names = [v.method for v in self.variants if v.lam_of == v.method and not v.options]
-        for panel, setting in zip(panels, self._in_order(), strict=True):
+        for panel, setting in zip(panels, self.settings, strict=True):
             for i, name in enumerate(names):
                 where = {"setting": setting, "method": name, "purpose": "choose"}
                 tried = sorted(
