@@ -7,6 +7,7 @@ from mas_ext.experiments.consistency import Consistency
 from mas_ext.experiments.cost import Cost
 from mas_ext.experiments.exactness import Exactness
 from mas_ext.experiments.experiment import Experiment, Page, Results, draw, reproduce
+from mas_ext.experiments.facts import Facts
 from mas_ext.experiments.official_demo import OfficialDemo
 from mas_ext.experiments.regression import Regression
 from mas_ext.experiments.split_mnist import SplitMNIST
@@ -20,6 +21,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "exactness": Exactness(),
     "consistency": Consistency(),
     "adaptivity": Adaptivity(),
+    "facts": Facts(),
     "cost": Cost(),
     "regression": Regression(),
 }
