@@ -483,6 +483,17 @@ def test_subject_and_object_are_where_the_relation_says(relation: str) -> None:
             assert float(picture.sum()) == pytest.approx(area, rel=0.1)
 
 
+def test_relations_mean_what_they_say() -> None:
+    for relation, (subject, other) in RELATIONS.items():
+        across, down = subject.across - other.across, subject.down - other.down
+        assert (across < 0) == ("left" in relation)
+        assert (across > 0) == ("right" in relation)
+        assert (down < 0) == ("above" in relation)
+        assert (down > 0) == ("below" in relation)
+        assert (subject.side < other.side) == (relation == "inside")
+        assert (subject.side > other.side) == (relation == "around")
+
+
 def test_attributes_colour_a_subject() -> None:
     glyphs = {"s": torch.ones(1, 1, GLYPH, GLYPH)}
     red = paint(("s", "red"), 5, glyphs, torch.Generator().manual_seed(0))
