@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -17,8 +18,19 @@ from torch import Tensor
 from mas_ext import models
 from mas_ext.experiments import EXPERIMENTS, Experiment, Page, Results, reproduce
 from mas_ext.experiments.adaptivity import PARTS
+from mas_ext.experiments.compositions import (
+    ATTRIBUTES,
+    GLYPH,
+    RELATIONS,
+    SIDE,
+    batches_of_facts,
+    paint,
+)
 from mas_ext.experiments.consistency import toy
+from mas_ext.experiments.embedding import Embedding, RankingEWC, ranks, rivals, shortfall
 from mas_ext.experiments.experiment import Cell, Found
+from mas_ext.experiments.facts import glyphs as glyphs_of
+from mas_ext.experiments.facts import scores
 from mas_ext.experiments.learned import GRID, choose, chosen
 from mas_ext.experiments.official_demo import Reestimated
 from mas_ext.experiments.regression import VARIANTS, Arm, GaussianEWC
@@ -448,6 +460,217 @@ def test_images_for_importance_and_for_testing_are_apart() -> None:
     assert digits[0] == digits[1] == digits[2]
     again = quick.tasks("two classes", 3)
     assert torch.equal(again[3].x, tested.x)
+
+
+def test_facts_of_two_batches_share_subjects_alone() -> None:
+    words = [f"glyph {i}" for i in range(20)]
+    batches = batches_of_facts(words, 4, torch.Generator().manual_seed(0))
+    assert sum(map(len, batches)) == len({fact for facts in batches for fact in facts}) == 4 * 87
+    predicates = [{fact[1] for fact in facts if len(fact) > 1} for facts in batches]
+    objects = [{fact[2] for fact in facts if len(fact) == 3} for facts in batches]
+    subjects = [{fact[0] for fact in facts} for facts in batches]
+    assert set.union(*predicates) == {*ATTRIBUTES, *RELATIONS}
+    assert sum(map(len, predicates)) == len(ATTRIBUTES) + len(RELATIONS)
+    assert sum(map(len, objects)) == len(set.union(*objects)) == 8
+    assert subjects[0] == subjects[1] == subjects[2] == subjects[3]
+    assert not subjects[0] & set.union(*objects)
+
+
+def centre(bright: Tensor) -> tuple[float, float]:
+    """Across and down, in half sides from the middle: (SIDE, SIDE)."""
+    along = (torch.arange(SIDE) + 0.5) / SIDE * 2 - 1
+    share = bright / bright.sum()
+    return float((share.sum(0) * along).sum()), float((share.sum(1) * along).sum())
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_subject_and_object_are_where_the_relation_says(relation: str) -> None:
+    """Alone, with the other one black; the smaller of two has a box that the larger one does not enter."""
+    white, black = torch.ones(1, 1, GLYPH, GLYPH), torch.zeros(1, 1, GLYPH, GLYPH)
+    generator = torch.Generator().manual_seed(0)
+    for which, spot in enumerate(RELATIONS[relation]):
+        glyphs = {"s": black, "o": black, "so"[which]: white}
+        for picture in paint(("s", relation, "o"), 20, glyphs, generator)[:, 0]:
+            assert centre(picture) == pytest.approx((spot.across, spot.down), abs=0.13)
+            other = RELATIONS[relation][1 - which]
+            hole = other.side if (spot.across, spot.down) == (0, 0) == other[:2] else 0.0
+            area = (spot.side**2 - (hole**2 if hole < spot.side else 0)) * SIDE**2
+            assert float(picture.sum()) == pytest.approx(area, rel=0.1)
+
+
+def test_relations_mean_what_they_say() -> None:
+    for relation, (subject, other) in RELATIONS.items():
+        across, down = subject.across - other.across, subject.down - other.down
+        assert (across < 0) == ("left" in relation)
+        assert (across > 0) == ("right" in relation)
+        assert (down < 0) == ("above" in relation)
+        assert (down > 0) == ("below" in relation)
+        assert (subject.side < other.side) == (relation == "inside")
+        assert (subject.side > other.side) == (relation == "around")
+
+
+def test_attributes_colour_a_subject() -> None:
+    glyphs = {"s": torch.ones(1, 1, GLYPH, GLYPH)}
+    red = paint(("s", "red"), 5, glyphs, torch.Generator().manual_seed(0))
+    white = paint(("s",), 5, glyphs, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(red[:, 0], white[:, 0])
+    torch.testing.assert_close(red[:, 1:], 0.1 * white[:, 1:])
+    striped = paint(("s", "striped"), 1, glyphs, torch.Generator().manual_seed(0))[0, 0]
+    assert (striped[SIDE // 2 - 4 : SIDE // 2 + 4, SIDE // 2]).unique().numel() == 2
+
+
+def test_glyphs_to_learn_to_validate_and_to_test_are_apart() -> None:
+    quick: Any = EXPERIMENTS["facts"].quick()
+    parts = glyphs_of(quick.digits, quick.data)
+    assert list(parts[0]) == list(parts[1]) == list(parts[2]) == list("0123456789")
+    rows = [[tuple(x.flatten().tolist()) for g in part.values() for x in g] for part in parts]
+    assert sum(map(len, rows)) == 1797
+    assert [len(set(a) & set(b)) for a, b in itertools.combinations(rows, 2)] == [0, 0, 0]
+    pictures, again = quick.pictures(3), quick.pictures(3)
+    for name in ("train", "validation", "test"):
+        for (x, y), (other, labels) in zip(
+            getattr(pictures, name), getattr(again, name), strict=True
+        ):
+            assert torch.equal(x, other)
+            assert torch.equal(y, labels)
+    facts = [fact for own in pictures.facts for fact in own]
+    for own, (x, y) in zip(pictures.facts, pictures.train, strict=True):
+        assert len(x) == len(y) == quick.images * len(own)
+        assert {facts[i] for i in y.tolist()} == set(own)
+
+
+FACTS = [
+    ("a",),
+    ("b",),
+    ("a", "red"),
+    ("b", "red"),
+    ("a", "blue"),
+    ("a", "on", "c"),
+    ("b", "on", "c"),
+]
+
+
+def loss_of_one(similarity: Tensor, y: list[int], i: int) -> Tensor:
+    """The ranking loss of sample i of a mini-batch, as it is told."""
+    others = {r for r in y if len(FACTS[r]) == len(FACTS[y[i]]) and r != y[i]}
+    terms = [(1 - similarity[i, y[i]] + similarity[i, r]).clamp(min=0) for r in others]
+    return torch.stack(terms).mean() if terms else 0 * similarity.sum()
+
+
+def test_ranking_loss() -> None:
+    """Against its definition; a fact that is alone in its order has none."""
+    order = torch.tensor([len(fact) for fact in FACTS])
+    for y in ([2, 3, 4, 2, 0, 1, 5, 5], [0, 2, 5]):
+        similarity = torch.randn(len(y), len(FACTS), dtype=torch.float64)
+        labels = torch.tensor(y)
+        found = shortfall(similarity, labels, rivals(labels, order))
+        expected = torch.stack([loss_of_one(similarity, y, i) for i in range(len(y))])
+        torch.testing.assert_close(found, expected)
+    assert float(found.sum()) == 0
+
+
+def test_facts_lie_in_the_projection_of_their_order() -> None:
+    """Similarity is the product of that projection alone with the fact's words, side by side."""
+    torch.manual_seed(0)
+    model = Embedding(FACTS, 5)
+    x = torch.rand(3, 3, SIDE, SIDE)
+    by_order = [model(x, head) for head in range(3)]
+    similarity = model.similarity(model(x))
+    for i, fact in enumerate(FACTS):
+        k = len(fact)
+        words = model.facts[i].reshape(6, 5)[k * (k - 1) // 2 :][:k]
+        torch.testing.assert_close(words.norm(dim=1), torch.ones(k))
+        torch.testing.assert_close(model.facts[i].square().sum(), torch.tensor(float(k)))
+        torch.testing.assert_close(similarity[:, i], by_order[k - 1] @ words.flatten())
+    # A word is the same in all facts, at any place.
+    a = [model.facts[i].reshape(6, 5)[row] for i, row in ((0, 0), (2, 1), (5, 3))]
+    assert torch.equal(a[0], a[1])
+    assert torch.equal(a[0], a[2])
+
+
+def test_ranks_map_and_recall() -> None:
+    """Against a loop over sorted facts."""
+    torch.manual_seed(0)
+    own = [FACTS[::2], FACTS[1::2]]
+    model = Embedding([fact for facts in own for fact in facts], 5)
+    x, y = torch.rand(9, 3, SIDE, SIDE), torch.arange(9) % 7
+    similarity = model.similarity(model(x)).detach()
+    facts = [fact for each in own for fact in each]
+
+    def place(i: int, among: list[int]) -> int:
+        fitting = [f for f in among if len(facts[f]) == len(facts[int(y[i])])]
+        best = sorted(fitting, key=lambda f: -float(similarity[i, f]))
+        return 1 + best.index(int(y[i]))
+
+    everything, first = list(range(7)), list(range(4))
+    rank = [place(i, everything) for i in range(9)]
+    in_batch = [place(i, first if int(y[i]) < 4 else [4, 5, 6]) for i in range(9)]
+    found = scores(model, own, x, y)
+    assert found["mAP"] == pytest.approx(np.mean([1 / r for r in rank]))
+    assert found["mAP in its batch"] == pytest.approx(np.mean([1 / r for r in in_batch]))
+    assert found["recall at 1"] == pytest.approx(np.mean([r <= 1 for r in rank]))
+    # Of more facts than five.
+    similarity, y = torch.randn(6, 20), torch.arange(6)
+    expected = [1 + int((row > row[k]).sum()) for k, row in enumerate(similarity)]
+    assert ranks(similarity, y, torch.ones(6, 20, dtype=torch.bool)).tolist() == expected
+
+
+def test_squared_gradients_of_the_ranking_loss() -> None:
+    torch.manual_seed(0)
+    model = Embedding(FACTS, 5)
+    x, y = torch.rand(7, 3, SIDE, SIDE), [2, 3, 4, 2, 5, 6, 0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    labels = torch.tensor(y)
+    parts = (
+        model,
+        optimizer,
+        0,
+        "domain",
+        None,
+        lambda n: [(x[:4], labels[:4]), (x[4:], labels[4:])],
+    )
+    training = Training(*parts, lambda p: torch.optim.SGD(p, lr=0.5))
+    method = RankingEWC(lam=3.0)
+    method.begin_task(training)
+    method.end_task(training)
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for i in range(7):
+        rows = slice(0, 4) if i < 4 else slice(4, 7)
+        model.zero_grad()
+        loss_of_one(model.similarity(model(x[rows])), y[rows], i - rows.start).backward()
+        for name, p in model.named_parameters():
+            expected[name] += p.grad.square() / 7 if p.grad is not None else 0
+    assert method.penalty is not None
+    assert method.penalty.lam == 1.5
+    assert set(method.penalty.omega) == set(expected)
+    for name, omega in method.penalty.omega.items():
+        torch.testing.assert_close(omega.float(), expected[name], rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_facts(tmp_path: Path) -> None:
+    """Joint training is better than fine-tuning; the tables' numbers are those of the matrices."""
+    quick: Any = EXPERIMENTS["facts"].quick()
+    page = reproduce(quick, "facts", tmp_path)
+    results = Results(tmp_path / "facts.json", quick.protocol())
+    final = {c["method"]: f["scores"] for c, f in results.where(purpose="final")}
+    for name, found in final.items():
+        m = matrix(found["mAP"])
+        lost = np.mean([max(m[k:-1, k]) - m[-1, k] for k in range(3)])
+        columns = [*(np.mean(rows[-1]) for rows in found.values()), np.mean(np.diag(m)), lost]
+        row = " | ".join(f"{100 * each:.2f}" for each in columns)
+        assert f"| `{name}` | {row} |" in page.text
+    assert np.mean(final["joint"]["mAP"][-1]) > 1.3 * np.mean(final["finetune"]["mAP"][-1])
+
+    ((_, found),) = results.where(purpose="adaptivity")
+    names = [(each["source"], each["lam"]) for each in found["variants"]]
+    assert names == [(None, 0), ("all", 0.1), ("half of the subjects", 0.1), ("relations", 0.1)]
+    words = page.text.split("**Adaptivity: relations**")[1]
+    last = found["variants"][-1]
+    cells = [*last["kept"]["relations"], last["new"]]
+    assert f"| relations | 0.1 | {' | '.join(f'{100 * x:.2f}' for x in cells)} | 1 |" in words
+    (kind,) = {cell["seed"] for cell, _ in results.where(purpose="choose")}
+    assert kind not in {cell["seed"] for cell, _ in results.where(purpose="final")}
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -8,6 +8,7 @@ from mas_ext.experiments.cost import Cost
 from mas_ext.experiments.datasets import Datasets
 from mas_ext.experiments.exactness import Exactness
 from mas_ext.experiments.experiment import Experiment, Page, Results, draw, reproduce
+from mas_ext.experiments.facts import Facts
 from mas_ext.experiments.official_demo import OfficialDemo
 from mas_ext.experiments.on_pretrained import OnPretrained
 from mas_ext.experiments.permuted_mnist import PermutedMNIST
@@ -27,6 +28,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "adaptivity": Adaptivity(),
     "on-pretrained": OnPretrained(),
     "datasets": Datasets(),
+    "facts": Facts(),
     "properties": Properties(),
     "cost": Cost(),
     "regression": Regression(),

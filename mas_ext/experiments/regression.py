@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -15,6 +16,7 @@ from mas_ext import models
 from mas_ext.charts import canvas, legend, look
 from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
 from mas_ext.experiments.learned import CHOOSING_SEED, GRID, choose, chosen
+from mas_ext.experiments.loops import Batch, Network, SquaredGradients, learn_task
 from mas_ext.experiments.tables import number, percent, table
 from mas_ext.methods.ebll import EBLL
 from mas_ext.methods.finetune import Finetune
@@ -22,10 +24,8 @@ from mas_ext.methods.imm import IMM, MeanIMM
 from mas_ext.methods.lwf import LwF
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import Method, Training
-from mas_ext.methods.quadratic import Quadratic
 from mas_ext.methods.si import SI
 from mas_ext.models import MultiHead
-from mas_ext.parameters import named_parameters
 
 SCORE = "validation_explained"
 
@@ -96,31 +96,13 @@ class RegressionSI(Squared, SI):
     """The path integral of the squared error."""
 
 
-class GaussianEWC(Squared, Quadratic):
-    """EWC: F_i = 1/N sum_k sum_c (d F_c(x_k) / d theta_i)^2, that of normal outputs with variance 1."""
+class GaussianEWC(Squared, SquaredGradients):
+    """EWC by the Fisher information of normal outputs with variance 1: f are the outputs."""
 
-    def __init__(self, lam: float, **given: Any) -> None:
-        """lam: as in the paper, with its half."""
-        super().__init__(lam / 2, merge="sum", **given)
-
-    def end_task(self, training: Training) -> None:
-        """See Method.end_task."""
-        assert self.penalty is not None
-        theta = named_parameters(training.model, self.penalty.exclude)
-        values = {name: parameter.detach() for name, parameter in theta.items()}
-
-        def output(values: Mapping[str, Tensor], x: Tensor) -> Tensor:
-            given: Any = (x[None], training.head)
-            found: Tensor = torch.func.functional_call(training.model, dict(values), given)
-            return found[0]
-
-        jacobians = torch.func.vmap(torch.func.jacrev(output), (None, 0))
-        total, samples = {name: torch.zeros_like(value) for name, value in values.items()}, 0
-        for x, _ in training.batches(None):
-            for name, each in jacobians(values, x).items():
-                total[name] += each.detach().square().sum((0, 1))
-            samples += len(x)
-        self.penalty.consolidate(importance={name: each / samples for name, each in total.items()})
+    def outputs(self, training: Training, network: Network, *sample: Tensor) -> Tensor:
+        """See SquaredGradients.outputs."""
+        (x,) = sample
+        return network(x[None])[0]
 
 
 class RegressionMeanIMM(Squared, MeanIMM):
@@ -233,20 +215,15 @@ class Regression(Experiment):
                 x, y = (part[:n].split(self.batch_size) for part in learn[task])
                 return list(zip(x, y, strict=True))
 
+            def order(tasks: Any = range(task + 1) if method.joint else [task]) -> Iterator[Batch]:
+                for head, index in self._order(tasks):
+                    x, y = learn[head]
+                    yield head, x[index], y[index]
+
             training = Training(model, optimizer, task, "task", task, batches, make)
-            method.begin_task(training)
-            for _ in range(self.epochs):
-                for head, index in self._order(range(task + 1) if method.joint else [task]):
-                    training.head = head
-                    x, y = (part[index] for part in learn[head])
-                    optimizer.zero_grad()
-                    loss = method.loss(training, x, y)
-                    loss.backward()
-                    optimizer.step()
-                    method.after_step(training, x, y)
-            if not loss.isfinite():
-                return {"diverged": f"loss {float(loss)} on arm {task}"}
-            method.end_task(training)
+            loss = learn_task(method, training, self.epochs, order)
+            if not math.isfinite(loss):
+                return {"diverged": f"loss {loss} on arm {task}"}
             error.append([unexplained(model, k, *test[k]) for k in range(task + 1)])
         left = [unexplained(model, k, *check[k]) for k in range(len(ARMS))]
         return {"error": error, "validation_explained": 1 - sum(left) / len(left)}

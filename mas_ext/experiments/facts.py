@@ -1,0 +1,316 @@
+"""Facts <S, P, O> in pictures: an embedding without classes learns batches of facts one after another."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mas_ext import data, metrics
+from mas_ext.charts import canvas, legend, look
+from mas_ext.experiments.adaptivity import total
+from mas_ext.experiments.compositions import Fact, batches_of_facts, paint, shrunk
+from mas_ext.experiments.embedding import VARIANTS, Embedding, Finetuning, HeldFacts, ranks
+from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
+from mas_ext.experiments.learned import CHOOSING_SEED, GRID, choose, chosen
+from mas_ext.experiments.loops import Batch, learn_task
+from mas_ext.experiments.tables import number, percent, table
+from mas_ext.importance import estimate_importance
+from mas_ext.methods.method import Method, Training
+
+# Batches of facts.
+TASKS = 4
+SCORE = "validation_map"
+GARMENTS = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "boot",
+)
+COLUMNS = ("mAP", "recall at 1", "recall at 5", "mAP in its batch")
+Glyphs = dict[str, Tensor]
+Pair = tuple[Tensor, Tensor]
+
+
+def half_of_the_subjects(facts: Sequence[Fact]) -> list[bool]:
+    """Facts (of the first task) whose subject is among the first half of them."""
+    subjects = list(dict.fromkeys(fact[0] for fact in facts))
+    return [fact[0] in subjects[: len(subjects) // 2] for fact in facts]
+
+
+def relations(facts: Sequence[Fact]) -> list[bool]:
+    """Facts of three words."""
+    return [len(fact) == 3 for fact in facts]
+
+
+PARTS = {"half of the subjects": half_of_the_subjects, "relations": relations}
+
+
+class Pictures(NamedTuple):
+    """All facts; by task pictures (N, 3, 32, 32) and positions among all facts (N,), mixed."""
+
+    facts: list[list[Fact]]
+    train: list[Pair]
+    validation: list[Pair]
+    test: list[Pair]
+
+
+@functools.lru_cache(maxsize=1)
+def glyphs(digits: bool, folder: str | None) -> tuple[Glyphs, Glyphs, Glyphs]:
+    """By word (N, 1, h, w): for training, for validation, for tests."""
+    sets = (
+        [("digits", "0123456789")]
+        if digits
+        else [("mnist", "0123456789"), ("fashion-mnist", GARMENTS)]
+    )
+    found: tuple[Glyphs, Glyphs, Glyphs] = {}, {}, {}
+    for name, words in sets:
+        for part, samples in zip(("train", "test"), data.load(name, folder), strict=True):
+            x, y = samples.batch(torch.arange(len(samples)))
+            for label, word in enumerate(words):
+                own = shrunk(x[y == label])
+                if part == "test":
+                    found[2][word] = own
+                else:
+                    found[0][word], found[1][word] = own.tensor_split([5 * len(own) // 6])
+    return found
+
+
+@dataclass(frozen=True)
+class Facts(Experiment):
+    """Retrieval of facts by pictures, on all batches of facts after each.
+
+    images: of a fact, to train on; half as many for validation and for testing each. words: length of a
+    vector. lams: of the adaptivity test. digits: scikit-learn's instead of MNIST's and Fashion-MNIST's.
+    """
+
+    title: ClassVar[str] = "Problem agnostic: facts"
+    images: int = 24
+    epochs: int = 8
+    batch_size: int = 128
+    lr: float = 2e-3
+    words: int = 32
+    grid: tuple[float, ...] = GRID
+    lams: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
+    digits: bool = False
+
+    def quick(self) -> Facts:
+        """The digits of scikit-learn, few pictures, one seed."""
+        small: Any = {"images": 4, "epochs": 2, "grid": GRID[2:4], "lams": (0.1,), "seeds": 1}
+        return replace(self, digits=True, data=None, **small)
+
+    def protocol(self) -> dict[str, Any]:
+        """See Experiment.protocol."""
+        names = ("images", "epochs", "batch_size", "lr", "words", "lams", "digits")
+        return {"tasks": TASKS, **{name: getattr(self, name) for name in names}}
+
+    def choosing(self, name: str) -> Cell:
+        """What chooses the lam of a method, but for the lam."""
+        return {"method": VARIANTS[name].lam_of, "seed": CHOOSING_SEED, "purpose": "choose"}
+
+    def plan(self, results: Results) -> Iterator[Cell]:
+        """Every method and the adaptivity test with one seed, then with two, ..."""
+        # With seed 0, sizes were settled.
+        for seed in range(1, self.seeds + 1):
+            for name, variant in VARIANTS.items():
+                lam = None
+                if variant.lam_of is not None:
+                    lam = yield from choose(results, self.choosing(name), self.grid, SCORE)
+                    if lam is None:
+                        continue
+                yield {"method": name, "lam": lam, "seed": seed, "purpose": "final"}
+            yield {"seed": seed, "purpose": "adaptivity"}
+
+    def measure(self, cell: Cell) -> Found:
+        """See Experiment.measure."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(cell["seed"])
+            pictures = self.pictures(cell["seed"])
+            model = Embedding([fact for facts in pictures.facts for fact in facts], self.words)
+            if cell["purpose"] == "adaptivity":
+                return self.adapt(model, pictures)
+            lam = {} if cell["lam"] is None else {"lam": cell["lam"]}
+            return self.learn(model, VARIANTS[cell["method"]].make(**lam), pictures)
+
+    def pictures(self, seed: int) -> Pictures:
+        """Other facts, and other pictures of them, for each seed."""
+        generator = torch.Generator().manual_seed(seed)
+        sources = glyphs(self.digits, self.data)
+        facts = batches_of_facts(list(sources[0]), TASKS, generator)
+
+        def painted(source: Glyphs, n: int) -> list[Pair]:
+            found, start = [], 0
+            for own in facts:
+                x = torch.cat([paint(fact, n, source, generator) for fact in own])
+                y = torch.arange(start, start + len(own)).repeat_interleave(n)
+                mixed = torch.randperm(len(x), generator=generator)
+                found.append((x[mixed], y[mixed]))
+                start += len(own)
+            return found
+
+        counts = (self.images, self.images // 2, self.images // 2)
+        return Pictures(facts, *map(painted, sources, counts))
+
+    def learn(self, model: Embedding, method: Method, pictures: Pictures) -> Found:
+        """scores[column][t, k] on task k after task t; mAP on validation pictures after the last task."""
+        found: dict[str, list[list[float]]] = {column: [] for column in COLUMNS}
+        for task in range(TASKS):
+            loss = self.learn_one(model, method, task, pictures)
+            if not math.isfinite(loss):
+                return {"diverged": f"loss {loss} on task {task}"}
+            each = [scores(model, pictures.facts, *test) for test in pictures.test]
+            for column in COLUMNS:
+                found[column].append([one[column] for one in each])
+        last = [scores(model, pictures.facts, *check)["mAP"] for check in pictures.validation]
+        return {"scores": found, SCORE: sum(last) / TASKS}
+
+    def learn_one(self, model: Embedding, method: Method, task: int, pictures: Pictures) -> float:
+        """One batch of facts; returns the last loss."""
+        chosen_tasks = pictures.train[: task + 1] if method.joint else [pictures.train[task]]
+        x, y = (torch.cat(parts) for parts in zip(*chosen_tasks, strict=True))
+
+        def order() -> Iterator[Batch]:
+            for index in torch.randperm(len(x)).split(self.batch_size):
+                yield None, x[index], y[index]
+
+        return learn_task(method, self.training(model, task, pictures), self.epochs, order)
+
+    def training(self, model: Embedding, task: int, pictures: Pictures) -> Training:
+        """Of this task: no head is its own."""
+
+        def batches(n: int | None) -> list[Pair]:
+            x, y = (part[:n].split(self.batch_size) for part in pictures.train[task])
+            return list(zip(x, y, strict=True))
+
+        make = partial(torch.optim.Adam, lr=self.lr)
+        return Training(model, make(model.parameters()), task, "domain", None, batches, make)
+
+    def adapt(self, model: Embedding, pictures: Pictures) -> Found:
+        """mAP on parts of the first task and on their rests, after all tasks, by source of importance."""
+        self.learn_one(model, Finetuning(), 0, pictures)
+        parts = {name: torch.tensor(of(pictures.facts[0])) for name, of in PARTS.items()}
+        x, y = pictures.train[0]
+        omegas = {"all": importance(model, x)}
+        omegas |= {name: importance(model, x[part[y]]) for name, part in parts.items()}
+        found = []
+        for source, lam in self.held():
+            given = omegas[source or "all"]
+            # All of the same strength: only what is important differs.
+            scale = total(omegas["all"]) / total(given)
+            method = HeldFacts(lam, {name: scale * each for name, each in given.items()})
+            later = copy.deepcopy(model)
+            method.begin_task(self.training(later, 0, pictures))
+            for task in range(1, TASKS):
+                self.learn_one(later, method, task, pictures)
+            new = [scores(later, pictures.facts, *test)["mAP"] for test in pictures.test[1:]]
+            kept = self.kept(later, parts, pictures)
+            found.append({"source": source, "lam": lam, "kept": kept, "new": sum(new) / len(new)})
+        return {"before": self.kept(model, parts, pictures), "variants": found}
+
+    def held(self) -> list[tuple[str | None, float]]:
+        """Sources of importance, and strengths."""
+        return [(None, 0.0), *((source, lam) for lam in self.lams for source in ("all", *PARTS))]
+
+    def kept(
+        self, model: Embedding, parts: Mapping[str, Tensor], pictures: Pictures
+    ) -> dict[str, list[float]]:
+        """By part: mAP on it and on the rest of the first task."""
+        x, y = pictures.test[0]
+        return {
+            name: [
+                scores(model, pictures.facts, x[own], y[own])["mAP"] for own in (part[y], ~part[y])
+            ]
+            for name, part in parts.items()
+        }
+
+    def finals(self, results: Results, name: str) -> tuple[float | None, list[Found]]:
+        """The chosen lam, and the scores of every seed that did not diverge."""
+        lam = None
+        if VARIANTS[name].lam_of is not None:
+            lam = chosen(results, self.choosing(name), self.grid, SCORE)
+        found = [f for _, f in results.where(method=name, purpose="final", lam=lam)]
+        return lam, [f["scores"] for f in found if "diverged" not in f]
+
+    def show(self, results: Results) -> Page:
+        """A table of methods, one of parts, and a picture of mAP as facts come."""
+        rows = []
+        figure, panels = canvas(2, 2, 3.6)
+        for i, name in enumerate(VARIANTS):
+            lam, found = self.finals(results, name)
+            if not found:
+                continue
+            by_seed = {c: [torch.tensor(f[c], dtype=torch.float64) for f in found] for c in COLUMNS}
+            maps = by_seed["mAP"]
+            columns = [[metrics.average_accuracy(m) for m in by_seed[c]] for c in COLUMNS]
+            columns.append([float(m.diagonal().mean()) for m in maps])
+            columns.append([metrics.forgetting(m) for m in maps])
+            rows.append((f"`{name}`", *(percent(c) for c in columns), number(lam), str(len(found))))
+            mean = 100 * torch.stack(maps).mean(0)
+            tasks = range(1, TASKS + 1)
+            panels[0].plot(
+                tasks, [float(mean[t, : t + 1].mean()) for t in range(TASKS)], label=name, **look(i)
+            )
+            panels[1].plot(tasks, mean[-1], **look(i))
+        for panel, words in zip(panels, ("tasks learned", "task"), strict=True):
+            panel.set_xticks(range(1, TASKS + 1))
+            panel.set_xlabel(words)
+            panel.grid(alpha=0.3)
+        panels[0].set_title("mean over the tasks so far", fontsize="medium")
+        panels[1].set_title("after the last task", fontsize="medium")
+        figure.supylabel("mAP in %", fontsize="medium")
+        legend(figure, panels[0])
+        titles = [f"{column}, %" for column in COLUMNS]
+        titles = ["method", *titles, "mAP when new, %", "forgetting, % points", "lam", "seeds"]
+        text = [table(titles, rows), *self._adapted(results), results.place()]
+        return Page("\n\n".join([*text, "![mAP by task](facts.png)"]), {"facts.png": figure})
+
+    def _adapted(self, results: Results) -> list[str]:
+        """A table for each part: before, and by source of importance."""
+        text = []
+        founds = [found for _, found in results.where(purpose="adaptivity")]
+        for part in PARTS if founds else ():
+            before = [percent([f["before"][part][k] for f in founds]) for k in (0, 1)]
+            rows = [("before", "", *before, "", str(len(founds)))]
+            for i, (source, lam) in enumerate(self.held()):
+                if source in (None, "all", part):
+                    each = [f["variants"][i] for f in founds]
+                    columns = [[f["kept"][part][k] for f in each] for k in (0, 1)]
+                    columns.append([f["new"] for f in each])
+                    name = source or "none"
+                    rows.append((name, number(lam), *(percent(c) for c in columns), str(len(each))))
+            titles = ("importance from", "lam", "part, %", "rest, %", "later tasks, %", "seeds")
+            text += [f"**Adaptivity: {part}**", table(titles, rows)]
+        return text
+
+
+def importance(model: Embedding, x: Tensor) -> dict[str, Tensor]:
+    """Omega by all projections, from pictures alone."""
+    return estimate_importance(model, x.split(128))
+
+
+@torch.no_grad()
+def scores(
+    model: Embedding, facts: Sequence[Sequence[Fact]], x: Tensor, y: Tensor
+) -> dict[str, float]:
+    """COLUMNS on pictures x, y: among all facts of their order, and among those of their own task."""
+    task = torch.arange(len(facts)).repeat_interleave(torch.tensor([len(own) for own in facts]))
+    similarity = model.similarity(model(x))
+    same_order = model.order == model.order[y, None]
+    rank = ranks(similarity, y, same_order)
+    own = ranks(similarity, y, same_order & (task == task[y, None]))
+    # A picture has one right fact: its average precision is 1 / rank.
+    found = (1 / rank, rank <= 1, rank <= 5, 1 / own)
+    return {name: float(each.double().mean()) for name, each in zip(COLUMNS, found, strict=True)}
