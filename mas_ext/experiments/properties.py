@@ -41,14 +41,13 @@ class Property(ABC):
     """A column of the table.
 
     title: of the column. evidence: what its cells show. references: methods measured beside those of the
-    table. strengths: whether every lam is tried, and the best one, by `score`, decides. most: seeds at most.
+    table. strengths: whether every lam is tried, and the best one, by `score`, decides.
     """
 
     title: ClassVar[str]
     evidence: ClassVar[str]
     references: ClassVar[tuple[str, ...]] = ()
     strengths: ClassVar[bool] = True
-    most: ClassVar[int] = 5
 
     def make(self, name: str, lam: float | None) -> Method:
         """The method, with its default lam where that is None."""
@@ -236,7 +235,6 @@ class Order(Property):
     title = "consistency"
     evidence = "deviation over orders of a task's accuracy, % points"
     references = ("finetune", "joint")
-    most = 10
     # 95 % of the quotients of two standard deviations of ten normal numbers are below: sqrt(F(0.95; 9, 9)).
     QUOTIENT = 1.78
 
@@ -300,8 +298,6 @@ class Properties(Experiment):
         """All properties of all methods with one seed, then with two, ..."""
         for seed in range(self.seeds):
             for key, each in PROPERTIES.items():
-                if seed >= each.most:
-                    continue
                 for name in (*self.methods, *each.references):
                     for lam in self._lams(each, name):
                         yield {"property": key, "method": name, "lam": lam, "seed": seed}
