@@ -447,6 +447,10 @@ def test_adaptivity(tmp_path: Path) -> None:
     last = found["variants"][-1]
     cells = [*found["before"].values(), *last["after"].values(), last["new"]]
     assert f"| part, lam 1 | {' | '.join(f'{100 * x:.2f}' for x in cells)} | 1 |" in words
+    training, test = found["variants"][1:3]
+    lost = 100 * (test["after"]["rest"] - training["after"]["rest"])
+    assert f"| test data | rest kept | {lost:.2f} |" in words
+    assert f"| part | new task | {100 * (last['new'] - training['new']):.2f} |" in words
 
 
 def test_images_for_importance_and_for_testing_are_apart() -> None:

@@ -178,8 +178,23 @@ class Adaptivity(Experiment):
         )
         return first, new, met, tested
 
+    def differences(self, results: Results, part: str, source: str, lam: float) -> list[Found]:
+        """By seed: accuracy with importance from a source minus that with importance from training data."""
+        pairs = zip(
+            *(self.rows(results, part, each, lam) for each in (source, "training data")),
+            strict=True,
+        )
+        return [
+            {
+                "part kept": own["after"]["part"] - other["after"]["part"],
+                "rest kept": own["after"]["rest"] - other["after"]["rest"],
+                "new task": own["new"] - other["new"],
+            }
+            for own, other in pairs
+        ]
+
     def show(self, results: Results) -> Page:
-        """A table for each part at lam 1, as in the paper, and a picture of all strengths."""
+        """Tables for each part: at lam 1, as in the paper, and differences; a picture of all strengths."""
         text = []
         for part in PARTS:
             rows = []
@@ -200,9 +215,20 @@ class Adaptivity(Experiment):
                 "new task, %",
                 "seeds",
             )
-            text += [f"**{part}**", table(titles, rows)] if rows else []
+            if rows:
+                text += [f"**{part}**", table(titles, rows), self._differences(results, part)]
         text += [results.place(), "![kept of the part and of the rest](adaptivity.png)"]
         return Page("\n\n".join(text), {"adaptivity.png": self._picture(results)})
+
+    def _differences(self, results: Results, part: str) -> str:
+        rows = []
+        for source in ("test data", "part"):
+            founds = [self.differences(results, part, source, lam) for lam in self.lams]
+            for key in founds[0][0]:
+                cells = (percent([found[key] for found in each]) for each in founds)
+                rows.append((source, key, *cells))
+        titles = ("minus training data, % points", "of", *(f"lam {lam:g}" for lam in self.lams))
+        return table(titles, rows)
 
     def _variants(self) -> list[tuple[str | None, float]]:
         return [(None, 0.0), *((source, lam) for lam in self.lams for source in SOURCES)]
