@@ -1,6 +1,6 @@
 """A small language model learns one corpus after another, with and without MAS, in full or by LoRA.
 
-pip install "mas_ext[transformers]" peft
+pip install ".[transformers]" peft
 python examples/language.py [--lora] [--of tokens] [--lam 0.1]
 
 Texts are what is installed anyway: the docstrings of NumPy (before anything else), the reference of the Python

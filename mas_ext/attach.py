@@ -28,6 +28,12 @@ class Pulling(Protocol):
         """Move the parameters towards their anchor."""
 
 
+def check_mode(mode: str, name: str = "mode") -> None:
+    """A ValueError for what is no mode, of an argument of this name."""
+    if mode not in ("gradient", "proximal"):
+        raise ValueError(f"{name}: got {mode!r}, expected 'gradient' or 'proximal'")
+
+
 class Handle:
     """Ends what `attach` began."""
 
@@ -38,6 +44,17 @@ class Handle:
     def remove(self) -> None:
         """The penalty is no longer applied."""
         self._hook.remove()
+
+
+class _Hook:
+    """What an optimizer calls before or after its step, and for which penalty."""
+
+    def __init__(self, penalty: Pulling, call: Callable[..., None]) -> None:
+        self.penalty = penalty
+        self._call = call
+
+    def __call__(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._call(args, kwargs)
 
 
 class Step(NamedTuple):
@@ -69,9 +86,9 @@ def attach(
     Raises:
         TypeError: LBFGS, or an optimizer whose step length is unknown and no eta.
         ValueError: an unknown mode, a wrong eta, maximize=True, or a momentum of 1.
+        RuntimeError: this penalty is attached to this optimizer already.
     """
-    if mode not in ("gradient", "proximal"):
-        raise ValueError(f"mode: got {mode!r}, expected 'gradient' or 'proximal'")
+    check_mode(mode)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(
             "optimizer: got LBFGS, which evaluates the loss inside its step; add penalty() to the loss "
@@ -79,14 +96,20 @@ def attach(
         )
     if any(group.get("maximize") for group in optimizer.param_groups):
         raise ValueError("optimizer: got maximize=True, expected False: a penalty is minimised")
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    if any(isinstance(h, _Hook) and h.penalty is penalty for kind in hooks for h in kind.values()):
+        raise RuntimeError(
+            "optimizer: got one that this penalty is attached to, expected another: attach once, or remove() "
+            "the handle first"
+        )
     if mode == "gradient":
         if eta is not None:
             raise ValueError(f'eta: got {eta} with mode="gradient", expected none')
 
-        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             _add_gradient(penalty, optimizer, args, kwargs)
 
-        return Handle(optimizer.register_step_pre_hook(before))
+        return Handle(optimizer.register_step_pre_hook(_Hook(penalty, before)))
 
     steps = _given(eta) if eta is not None else STEPS.get(type(optimizer))
     if steps is None:
@@ -104,7 +127,7 @@ def attach(
             steps(group, optimizer.state)
         )  # what is wrong with it shows here, not at the first step
 
-    return Handle(optimizer.register_step_post_hook(after))
+    return Handle(optimizer.register_step_post_hook(_Hook(penalty, after)))
 
 
 def approach(penalty: Pulling, optimizer: torch.optim.Optimizer, steps: Iterable[Step]) -> None:

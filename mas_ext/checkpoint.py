@@ -84,17 +84,20 @@ def encode(content: Mapping[str, Any]) -> Tensor:
     return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
 
 
-def decode(name: str, encoded: Tensor | None, keys: Collection[str]) -> dict[str, Any]:
-    """What `encode` was given; a ValueError that calls it `name` unless it has exactly these keys."""
+def decode(
+    name: str, encoded: Tensor | None, keys: Collection[str] | None = None
+) -> dict[str, Any]:
+    """What `encode` was given; a ValueError that calls it `name` unless it has exactly these keys, if any."""
     if encoded is None:
         raise ValueError(f"state: got no {name!r}, expected what mas_ext saved")
     try:
         content = json.loads(bytes(encoded.tolist()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"state: got a {name!r} that can't be read ({error})") from error
-    if not isinstance(content, dict) or set(content) != set(keys):
-        got = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"state: got a {name!r} with {got}, expected {sorted(keys)}")
+    if not isinstance(content, dict):
+        raise ValueError(f"state: got a {name!r} of {type(content).__name__}, expected a dict")
+    if keys is not None and set(content) != set(keys):
+        raise ValueError(f"state: got a {name!r} with {sorted(content)}, expected {sorted(keys)}")
     return content
 
 

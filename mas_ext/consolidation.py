@@ -111,6 +111,7 @@ class Consolidation:
 
         Raises:
             ValueError: importance that is negative, not finite, of another shape or vanishing.
+            TypeError: importance that is no tensor.
         """
         weight = check_weight(weight)
         total = self._check_importance(theta, importance)
@@ -186,10 +187,19 @@ class Consolidation:
             if name not in theta:
                 raise KeyError(f"importance: got {name!r}, which the model has no parameter for")
             check_supported(name, theta[name])
+            if not isinstance(omega, Tensor):
+                raise TypeError(
+                    f"importance of {name!r}: got {type(omega).__name__}, expected a tensor"
+                )
             if omega.shape != theta[name].shape:
                 raise ValueError(
                     f"importance of {name!r}: got shape {tuple(omega.shape)}, expected "
                     f"{tuple(theta[name].shape)}"
+                )
+            if not torch.isfinite(theta[name]).all():
+                raise ValueError(
+                    f"parameter {name!r}: got NaN or Inf, expected finite values; where training diverged, a "
+                    "smaller lam or the proximal form helps"
                 )
             sums.append(omega.sum(dtype=torch.float64).cpu())
             smallest = float(omega.min()) if omega.numel() else 0.0
@@ -199,8 +209,6 @@ class Consolidation:
                     f"importance of {name!r}: got values with minimum {smallest} and sum "
                     f"{float(sums[-1])}, expected finite values{' from 0 up' if lowest == 0 else ''}"
                 )
-            if not torch.isfinite(theta[name]).all():
-                raise ValueError(f"parameter {name!r}: got NaN or Inf, expected finite values")
         total = float(torch.stack(sums).sum())
         if self.rule.merge == "consistent":
             known = [entry.total for entry in self.memory.entries]
@@ -301,16 +309,11 @@ class Consolidation:
     def load_tensors(self, found: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` gave, for these parameters; nothing changes on an error."""
         keys = ("format", "merge", "store", "lam", "entries", "names", "absent")
+        check_format(found)
         config = checkpoint.decode("config", found.get("config"), keys)
-        for key, own in (
-            ("format", FORMAT),
-            ("merge", self.rule.merge),
-            ("store", self.rule.store),
-        ):
+        for key, own in (("merge", self.rule.merge), ("store", self.rule.store)):
             if config[key] != own:
-                newer = key == "format" and str(config[key]) > str(own)
-                hint = "; update mas_ext" if newer else ""
-                raise ValueError(f"state: got {key} {config[key]!r}, expected {own!r}{hint}")
+                raise ValueError(f"state: got {key} {config[key]!r}, expected {own!r}")
         lam, entries = _numbers(config)
         expected = {f"{kind}.{name}" for kind in Part._fields for name in config["names"]}
         for key in sorted(expected ^ (set(found) - {"config"})):
@@ -332,6 +335,14 @@ class Consolidation:
         self.lam = lam
         self._write_alpha(memory)
         self.memory = memory
+
+
+def check_format(found: Mapping[str, Tensor]) -> None:
+    """A ValueError for a state of another format: to be asked first, it may differ in anything else."""
+    got = checkpoint.decode("config", found.get("config")).get("format")
+    if got != FORMAT:
+        hint = "; update mas_ext" if isinstance(got, int) and got > FORMAT else ""
+        raise ValueError(f"state: got format {got!r}, expected {FORMAT}{hint}")
 
 
 def _numbers(config: Mapping[str, Any]) -> tuple[float, list[Entry]]:

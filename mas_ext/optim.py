@@ -21,6 +21,7 @@ from mas_ext.attach import (
     Step,
     adam_steps,
     approach,
+    check_mode,
     sgd_eta,
     sgd_steps,
 )
@@ -78,8 +79,7 @@ class Fused(torch.optim.Optimizer):
             RuntimeError: another penalty has been joined, and its handle not removed.
             ValueError: an unknown mode, or a momentum of 1 in proximal mode.
         """
-        if mode not in ("gradient", "proximal"):
-            raise ValueError(f"mode: got {mode!r}, expected 'gradient' or 'proximal'")
+        check_mode(mode)
         if self._penalty is not None:
             raise RuntimeError(
                 "optimizer: got one with a penalty attached, expected one without: remove() its handle first"
@@ -243,7 +243,6 @@ class SGD(Fused, torch.optim.SGD):
         weight_decay: float = 0,
         nesterov: bool = False,
     ) -> None:
-        """See the class."""
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, fused=True)
 
     def _kind(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
@@ -313,7 +312,6 @@ class AdamW(Fused, torch.optim.AdamW):
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
     ) -> None:
-        """See the class."""
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, fused=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

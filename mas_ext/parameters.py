@@ -69,7 +69,9 @@ def named_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str,
 
 
 def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
-    """Raise a ValueError for a pattern that matches no parameter of the model."""
+    """Raise a ValueError for a pattern that matches no parameter of the model, a TypeError for no model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(exclude, str):
         raise TypeError(f"exclude: got the string {exclude!r}, expected a sequence of patterns")
     names = [name for name, _ in _walk(model, "", ())]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mas_ext import checkpoint
 from mas_ext.attach import Handle, Mode, attach
-from mas_ext.consolidation import FORMAT, Consolidation
+from mas_ext.consolidation import FORMAT, Consolidation, check_format
 from mas_ext.distributed import Ranks, Together, refuse_unused
 from mas_ext.held import Bound, HeldModel
 from mas_ext.importance import METHODS, Forward, ImportanceSum, Method, gather
@@ -92,7 +92,6 @@ class FusedMASPenalty(nn.Module):
         process_group: ProcessGroup | Together | None = "auto",
         state_device: StateDevice = None,
     ) -> None:
-        """See the class."""
         super().__init__()
         check_patterns(model, exclude)
         if isinstance(importance, ImportanceSum):
@@ -232,7 +231,24 @@ class FusedMASPenalty(nn.Module):
 
         Returns:
             A handle; handle.remove() ends it.
+
+        Raises:
+            TypeError: no torch optimizer, or see mas_ext.attach.attach.
+            ValueError: none of the model's parameters is among the optimizer's; or see there.
+            RuntimeError: this penalty, or any one with those of mas_ext.optim, is attached already.
         """
+        # One that wraps another, as accelerate's, is called an optimizer, too.
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            hint = ": attach to its .optimizer" if hasattr(optimizer, "optimizer") else ""
+            raise TypeError(
+                f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer{hint}"
+            )
+        own = {id(p) for p in self.model.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "optimizer: got one with none of the model's parameters, expected one that was made from the "
+                "model as it is now"
+            )
         streamed = self._state.rule.state_device is not None
         if isinstance(optimizer, Fused) and eta is None and not streamed:
             return optimizer.join(self, mode)
@@ -425,6 +441,7 @@ class FusedMASPenalty(nn.Module):
             KeyError: a parameter that the model lacks.
         """
         tensors = checkpoint.load(path)
+        check_format(tensors)
         settings = checkpoint.decode("settings", tensors.pop("settings", None), _SETTINGS)
         settings["omega_dtype"] = getattr(torch, str(settings["omega_dtype"]), None)
         saved = settings.pop("objective")
@@ -489,6 +506,11 @@ class FusedMASPenalty(nn.Module):
         self._held.bind(self._state)
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def extra_repr(self) -> str:
+        """What print() shows."""
+        rule = self._state.rule
+        return f"lam={self.lam:g}, merge={rule.merge!r}, store={rule.store!r}, num_tasks={self.num_tasks}"
 
     def _total(self, values: Sequence[Tensor]) -> Tensor:
         """The sum over groups, and ranks, on the first one's device, float64 if any is."""

@@ -56,8 +56,7 @@ class Rule:
         _check_choice("backend", self.backend, ("auto", "native", "reference"))
         _check_choice("state_device", self.state_device, (None, "cpu"))
         _check_choice("omega_dtype", self.omega_dtype, tuple(_OMEGA_DTYPES.values()))
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma: got {self.gamma}, expected a number from 0 to 1")
+        check_share(self.gamma, "gamma")
         if self.store == "per_task" and not self.own_anchors:
             raise ValueError(
                 f'store: got "per_task" with merge={self.merge!r}, expected "merged": that rule has '
@@ -94,6 +93,12 @@ class Rule:
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_share(share: float, name: str) -> None:
+    """A ValueError for an argument of this name that is no share."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name}: got {share}, expected a number from 0 to 1")
 
 
 def check_lam(lam: float) -> float:

@@ -66,7 +66,7 @@ def _summary_writer() -> Callable[[str], Any]:
         module = importlib.import_module("torch.utils.tensorboard")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "tensorboard is not installed, run: pip install 'mas-ext[tensorboard]'", name=error.name
+            "tensorboard is not installed, run: pip install tensorboard", name=error.name
         ) from error
     make: Callable[[str], Any] = module.SummaryWriter
     return make

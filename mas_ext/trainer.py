@@ -56,7 +56,6 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         **settings: Any,
     ) -> None:
-        """See the class."""
         if not isinstance(model, MultiHead):
             raise ValueError(
                 f"model: got {type(model).__name__}, expected a MultiHead; mas_ext.models.with_heads makes one"

@@ -469,6 +469,38 @@ def test_a_wrong_eta_is_refused(eta: float) -> None:
         case.penalty.attach(optimizer, "proximal", eta=eta)
 
 
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_a_penalty_is_attached_once(mode: Any) -> None:
+    """A second time, as by an attach inside the loop over tasks, would double it."""
+    case, other = held(), held()
+    optimizer = SGD(case.model.parameters(), lr=0.1)
+    handle = case.penalty.attach(optimizer, mode)
+    with pytest.raises(RuntimeError, match="optimizer: got one that this penalty is attached to"):
+        case.penalty.attach(optimizer, mode)
+    second = FusedMASPenalty(case.model)
+    second.attach(optimizer, mode)
+    handle.remove()
+    case.penalty.attach(optimizer, mode)
+    other.penalty.attach(again := SGD(other.model.parameters(), lr=0.1), mode)
+    path = train(case, [optimizer], case.loss, 3)
+    assert np.array_equal(path, train(other, [again], other.loss, 3))
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    case, other = held(), held()
+    with pytest.raises(ValueError, match="optimizer: got one with none of the model's parameters"):
+        case.penalty.attach(SGD(other.model.parameters(), lr=0.1))
+
+
+def test_what_is_no_optimizer_is_refused() -> None:
+    case = held()
+    with pytest.raises(TypeError, match=r"got generator, expected a torch\.optim\.Optimizer"):
+        case.penalty.attach(case.model.parameters())  # type: ignore[arg-type]
+    schedule = OneCycleLR(SGD(case.model.parameters(), lr=0.1), 0.1, total_steps=2)
+    with pytest.raises(TypeError, match=r"got OneCycleLR, .*: attach to its \.optimizer"):
+        case.penalty.attach(schedule)  # type: ignore[arg-type]
+
+
 def test_settings_that_mean_nothing_are_refused() -> None:
     case = held()
     optimizer = SGD(case.model.parameters(), lr=0.1)

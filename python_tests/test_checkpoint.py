@@ -470,8 +470,15 @@ def test_configuration_and_settings_that_are_no_json_object_are_refused(
     assert key in refused(tmp_path / "file", model)
 
 
-def test_a_newer_format_says_what_to_do(tmp_path: Path) -> None:
-    model = rewritten(tmp_path / "file", lambda t: t.update(config=coded(t["config"], format=2)))
+@pytest.mark.parametrize("added", ["config", "settings"])
+def test_a_newer_format_says_what_to_do(added: str, tmp_path: Path) -> None:
+    """Whatever else it has that this version does not know."""
+
+    def newer(tensors: Tensors) -> None:
+        tensors["config"] = coded(tensors["config"], format=2)
+        tensors[added] = coded(tensors[added], color="red")
+
+    model = rewritten(tmp_path / "file", newer)
     assert refused(tmp_path / "file", model) == "state: got format 2, expected 1; update mas_ext"
 
 

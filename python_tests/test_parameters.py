@@ -139,6 +139,11 @@ def test_a_pattern_that_matches_no_whole_name_is_refused(pattern: str) -> None:
         FusedMASPenalty(Net(), exclude=("*.bias", pattern))
 
 
+def test_parameters_are_no_model() -> None:
+    with pytest.raises(TypeError, match=r"model: got generator, expected a torch\.nn\.Module"):
+        FusedMASPenalty(Net().parameters())  # type: ignore[arg-type]
+
+
 def test_a_single_string_is_no_list_of_patterns() -> None:
     with pytest.raises(TypeError, match=r"exclude: got the string 'head\.\*', expected a sequence"):
         FusedMASPenalty(Net(), exclude="head.*")

@@ -303,6 +303,20 @@ def test_per_task_entries_can_be_weighted_and_dropped() -> None:
         merged.drop(0)
 
 
+def test_importance_from_elsewhere_must_be_tensors() -> None:
+    penalty = FusedMASPenalty(make_model())
+    with pytest.raises(TypeError, match=r"importance of '0.bias': got ndarray, expected a tensor"):
+        penalty.consolidate(importance={"0.bias": torch.ones(6).numpy()})  # type: ignore[dict-item]
+    assert penalty.num_tasks == 0
+
+
+def test_it_tells_what_it_is() -> None:
+    penalty = FusedMASPenalty(make_model(), lam=0.5, merge="sum")
+    penalty.consolidate(data(0))
+    shown = "FusedMASPenalty(lam=0.5, merge='sum', store='merged', num_tasks=1)"
+    assert repr(penalty) == shown
+
+
 def test_excluded_parameters_are_free() -> None:
     model, penalty, _ = trained(exclude=("2.*",))
     assert set(penalty.omega) == {"0.weight", "0.bias"}

@@ -42,7 +42,7 @@ def _transformers(network: str, config: str, **options: Any) -> nn.Module:
         import transformers
     except ImportError as error:
         raise ImportError(
-            f"model: {network} comes from transformers, which is not installed: pip install 'mas_ext[bench]'"
+            f"model: {network} comes from transformers, which is not installed: pip install transformers"
         ) from error
     made: nn.Module = getattr(transformers, network)(getattr(transformers, config)(**options))
     return made

@@ -22,7 +22,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mas_ext.attach import Handle, Mode
+from mas_ext.attach import Handle, Mode, check_mode
 from mas_ext.compat import AveragedFromFirst, BatchMeans
 from mas_ext.importance import FisherSum, ImportanceSum
 from mas_ext.importance import Method as Importance
@@ -32,7 +32,7 @@ from mas_ext.integrations.loading import own_part
 from mas_ext.methods.si import Path, Steps
 from mas_ext.parameters import named_parameters
 from mas_ext.penalty import FusedMASPenalty
-from mas_ext.rules import Merge
+from mas_ext.rules import Merge, check_share
 
 
 class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -41,8 +41,7 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
     def __init__(self, step: Mode = "gradient") -> None:
         """step: how the penalty is applied, "gradient" or "proximal", see FusedMASPenalty.attach."""
         super().__init__()
-        if step not in ("gradient", "proximal"):
-            raise ValueError(f"step: got {step!r}, expected 'gradient' or 'proximal'")
+        check_mode(step, "step")
         self.step = step
         self.penalty: FusedMASPenalty | None = None
         self._handle: Handle | None = None
@@ -59,6 +58,7 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         """The model has its heads for the experience by now."""
         if self.penalty is None:
             self.penalty = self.build(strategy.model)
+        self._detach()  # from a training that ended in an error
         if self.step == "proximal":
             self._handle = self.penalty.attach(strategy.optimizer, mode="proximal")
 
@@ -70,11 +70,14 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Consolidate. A keyword num_workers of `strategy.train` counts here, too."""
+        self._detach()
+        assert self.penalty is not None
+        self.consolidate(self.penalty, _batches(strategy, kwargs.get("num_workers", 0)))
+
+    def _detach(self) -> None:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        assert self.penalty is not None
-        self.consolidate(self.penalty, _batches(strategy, kwargs.get("num_workers", 0)))
 
 
 class MASPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -114,6 +117,7 @@ class MASPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
     ) -> None:
         """See the class."""
         super().__init__(step)
+        check_share(alpha, "alpha")
         self.verbose = verbose
         self._estimator = (
             BatchMeans(objective, _output, exclude, training=True)
@@ -173,6 +177,8 @@ class EWCPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
         if (decay_factor is None) == (mode == "online"):
             wanted = "a number" if mode == "online" else "None"
             raise ValueError(f"decay_factor: got {decay_factor} with {mode!r}, expected {wanted}")
+        if decay_factor is not None:
+            check_share(decay_factor, "decay_factor")
         if keep_importance_data and mode == "online":
             raise ValueError(
                 "keep_importance_data: got True with 'online', which has one importance"

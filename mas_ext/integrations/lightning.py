@@ -22,8 +22,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from mas_ext.attach import Handle, Mode
-from mas_ext.integrations.loading import once
+from mas_ext.attach import Handle, Mode, check_mode
+from mas_ext.integrations.loading import check_batches, once
 from mas_ext.penalty import FusedMASPenalty
 
 Batches = Callable[[Trainer], Iterable[Any]]
@@ -54,6 +54,8 @@ class MASCallback(Callback):
         **options: Any,
     ) -> None:
         """See the class."""
+        check_mode(mode)
+        check_batches(batches)
         self.lam, self.batches, self.mode, self.name, self.options = (
             lam,
             batches,
@@ -91,6 +93,7 @@ class MASCallback(Callback):
         if self._loaded:
             self.penalty.load_state_dict(self._loaded)
             self._loaded = {}
+        self._detach()  # from a training that ended in an error
         if self.mode == "proximal":
             self._handles = [self.penalty.attach(o, "proximal") for o in trainer.optimizers]
 
@@ -105,13 +108,16 @@ class MASCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Consolidate."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._detach()
         assert self.penalty is not None
         self.penalty.consolidate(
             _batches(trainer) if self.batches is None else self.batches(trainer)
         )
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
 
 def _scale_left(trainer: Trainer, optimizer: Optimizer) -> torch.Tensor | None:

@@ -8,6 +8,15 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 
+def check_batches(batches: Any) -> None:
+    """A TypeError for a `batches` that is data: it would fail when the training is over."""
+    if batches is not None and not callable(batches):
+        raise TypeError(
+            f"batches: got {type(batches).__name__}, expected a function that gives batches, such as "
+            "lambda _: loader"
+        )
+
+
 def own_part(dataset: Any) -> Any:
     """This rank's part of a map-style data set, every world-size-th sample; all of it in one process.
 

@@ -24,12 +24,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from mas_ext import checkpoint
-from mas_ext.attach import Handle, Mode
+from mas_ext.attach import Handle, Mode, check_mode
 from mas_ext.importance import Forward
-from mas_ext.integrations.loading import once
+from mas_ext.integrations.loading import check_batches, once
 from mas_ext.penalty import FusedMASPenalty
 
 FILE = "mas_penalty.safetensors"
@@ -44,8 +44,8 @@ class ModelOutput:
     "hidden": the last hidden states, (N, positions, width), of models that return them; where a normalisation
     without learned scales is last, their norm is constant and says nothing.
     Positions that attention_mask leaves out count as 0; labels are not needed. Of a classifier, whose logits
-    have no positions, it is these. "tokens" kept a first corpus best where it was measured, with a small model
-    and one seed: examples/language.py has the figures.
+    have no positions, it is these. "tokens" kept a first corpus best where it was measured, with a small model:
+    docs/how-to/language.md has the figures.
 
     Args:
         of: "tokens", "logits" or "hidden".
@@ -95,8 +95,9 @@ def attach(
 class MASCallback(TrainerCallback):
     """FusedMASPenalty in a Trainer: applied in every step, consolidated when training has ended.
 
-    `penalty` is there from the first `train` on. Checkpoints have it in a file of their own, which is read when
-    training resumes from one in output_dir; `penalty.save` after `train` keeps what was consolidated.
+    `penalty` is there from the first `train` on, or before it where it is set. Checkpoints have it in a file of
+    their own, which is read when training resumes from one in output_dir; for one that is elsewhere, set
+    `penalty` to what FusedMASPenalty.load reads. `penalty.save` after `train` keeps what was consolidated.
 
     Args:
         lam: strength, see FusedMASPenalty.
@@ -116,6 +117,8 @@ class MASCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         """See the class."""
+        check_mode(mode)
+        check_batches(batches)
         self.batches, self.mode = batches, mode
         self.options = {"lam": lam, "forward": forward or ModelOutput(), **options}
         self.penalty: FusedMASPenalty | None = None
@@ -125,16 +128,23 @@ class MASCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any
     ) -> None:
         """The penalty of this model, with what was remembered, of another one, too."""
+        file = _file(args, state)
+        resumed = state.global_step > 0
+        if resumed and self.penalty is None and not file.exists():
+            raise FileNotFoundError(
+                f"{file}: not found, expected the penalty of the checkpoint that training resumes from; where "
+                "it is elsewhere, set MASCallback.penalty before"
+            )
         if self.penalty is None or self.penalty.model is not model:
             remembered = None if self.penalty is None else self.penalty.state_dict()
             group = torch.distributed.group.WORLD if args.world_size > 1 else None
             self.penalty = FusedMASPenalty(model, **{"process_group": group, **self.options})
             if remembered is not None:
                 self.penalty.load_state_dict(remembered)
-        file = _file(args, state)
-        if state.global_step and file.exists():
+        if resumed and file.exists():
             tensors = checkpoint.load(file)
             self.penalty.load_state_dict({n: t for n, t in tensors.items() if n != "settings"})
+        self._detach()  # from a training that ended in an error
         self._handle = attach(self.penalty, optimizer, self.mode)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -148,9 +158,13 @@ class MASCallback(TrainerCallback):
     ) -> None:
         """Consolidate."""
         assert self.penalty is not None
-        assert self._handle is not None
-        self._handle.remove()
+        self._detach()
         self.penalty.consolidate(self.batches(train_dataloader))
+
+    def _detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
 
 def _file(args: Any, state: Any) -> Path:
@@ -166,6 +180,17 @@ class MASTrainerMixin:
     """
 
     penalty: FusedMASPenalty | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse an order in which Trainer's loss is the one that is taken."""
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, Trainer) and cls.__mro__.index(Trainer) < cls.__mro__.index(
+            MASTrainerMixin
+        ):
+            raise TypeError(
+                f"{cls.__name__}: got MASTrainerMixin behind Trainer, expected it before, as in "
+                f"class {cls.__name__}(MASTrainerMixin, Trainer)"
+            )
 
     def compute_loss(
         self,

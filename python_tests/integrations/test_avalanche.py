@@ -22,6 +22,7 @@ from ranks import both
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+import mas_ext
 from mas_ext.integrations import avalanche as ours
 
 CLASSES, TASKS, INPUTS = 3, 3, 6
@@ -87,12 +88,14 @@ class Reseed(theirs.SupervisedPlugin):  # type: ignore[misc]
         self.losses.append(strategy.loss.item())
 
 
-def strategy(network: Network, plugin: Any, lr: float = 0.1) -> tuple[Any, Reseed]:
+def strategy(
+    network: Network, plugin: Any, lr: float = 0.1, optimizer: Any = torch.optim.SGD
+) -> tuple[Any, Reseed]:
     torch.manual_seed(0)
     model, seed = network(), Reseed()
     made = Naive(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=lr, momentum=0.5),
+        optimizer=optimizer(model.parameters(), lr=lr, momentum=0.5),
         train_mb_size=5,
         train_epochs=2,
         plugins=[seed, plugin],
@@ -300,6 +303,27 @@ def test_a_proximal_step_cannot_diverge() -> None:
     assert moved[1] < 0.1
 
 
+def test_after_a_training_that_failed() -> None:
+    """The next one with the same optimizer has the penalty once."""
+    plugin = ours.MASPlugin(step="proximal")
+    trained, _ = strategy(plain, plugin)
+
+    class Failing(theirs.SupervisedPlugin):  # type: ignore[misc]
+        def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            raise RuntimeError("out of memory")
+
+    failing = Failing()
+    trained.plugins.append(failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trained.train(stream()[0])
+    trained.plugins.remove(failing)
+    trained.train(stream()[0])
+    assert plugin.penalty is not None
+    assert plugin.penalty.num_tasks == 1
+    assert not trained.optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, mas_ext.optim.SGD], ids=["torch", "ours"])
 @pytest.mark.parametrize(
     "make",
     [
@@ -311,21 +335,23 @@ def test_a_proximal_step_cannot_diverge() -> None:
     ids=["mas", "avalanche", "ewc", "si"],
 )
 def test_checkpoints(
-    make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], Any], optimizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By Avalanche's own mechanism, after one experience of three: the others end in the same bits."""
-    # torch takes this name away again after importing; dill, which Avalanche saves with, then fails on every
-    # SGD, whatever the plugins.
-    monkeypatch.setattr(torch.optim, "sgd", sys.modules["torch.optim.sgd"], raising=False)
+    if optimizer is torch.optim.SGD:
+        # torch takes this name away again after importing; dill, which Avalanche saves with, then fails on
+        # every SGD, whatever the plugins.
+        monkeypatch.setattr(torch.optim, "sgd", sys.modules["torch.optim.sgd"], raising=False)
     experiences = stream()
-    whole, _ = strategy(heads, make())
+    whole, _ = strategy(heads, make(), optimizer=optimizer)
     for experience in experiences:
         whole.train(experience)
 
-    first, _ = strategy(heads, make())
+    first, _ = strategy(heads, make(), optimizer=optimizer)
     first.train(experiences[0])
     save_checkpoint(first, tmp_path / "checkpoint")
-    resumed, start = maybe_load_checkpoint(strategy(heads, make())[0], tmp_path / "checkpoint")
+    again, _ = strategy(heads, make(), optimizer=optimizer)
+    resumed, start = maybe_load_checkpoint(again, tmp_path / "checkpoint")
     assert start == 1
     for experience in experiences[start:]:
         resumed.train(experience)
@@ -341,6 +367,8 @@ def test_checkpoints(
     ("make", "words"),
     [
         (lambda: ours.MASPlugin(step="adam"), "step: got 'adam'"),
+        (lambda: ours.MASPlugin(alpha=2.0), "alpha: got 2.0"),
+        (lambda: ours.EWCPlugin(1.0, "online", -0.5), "decay_factor: got -0.5"),
         (lambda: ours.EWCPlugin(1.0, "both"), "mode: got 'both'"),
         (lambda: ours.EWCPlugin(1.0, "online"), "decay_factor: got None"),
         (lambda: ours.EWCPlugin(1.0, decay_factor=0.5), "decay_factor: got 0.5"),

@@ -203,6 +203,14 @@ def test_data_of_ones_own(tmp_path: Path) -> None:
     written.close(callback.penalty.omega, {f"net.{n}": w for n, w in expected.items()}, 1e-8)
 
 
+def test_wrong_arguments() -> None:
+    """Refused at once, not when a task is over."""
+    with pytest.raises(ValueError, match="mode: got 'prox', expected 'gradient' or 'proximal'"):
+        MASCallback(mode="prox")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="batches: got list, expected a function"):
+        MASCallback(batches=[])  # type: ignore[arg-type]
+
+
 def test_several_loaders_need_a_word(tmp_path: Path) -> None:
     class Both(Module):
         def training_step(self, batch: Any, index: int) -> Tensor:

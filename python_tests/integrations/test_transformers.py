@@ -233,6 +233,14 @@ def test_a_trainer_that_says_how_its_loss_is_scaled(tmp_path: Path, scaled: bool
     assert outputs.logits.shape == (2, LENGTH, WORDS)
 
 
+def test_a_mixin_behind_the_trainer_is_refused() -> None:
+    """Its loss would never be asked for."""
+    with pytest.raises(
+        TypeError, match=r"expected it before, as in class Wrong\(MASTrainerMixin, "
+    ):
+        type("Wrong", (Trainer, MASTrainerMixin), {})
+
+
 def test_resumed_from_a_checkpoint(tmp_path: Path) -> None:
     """By new objects, inside the second task: as if it had not been stopped."""
     model = network()
@@ -251,6 +259,51 @@ def test_resumed_from_a_checkpoint(tmp_path: Path) -> None:
     assert again.penalty is not None
     assert again.penalty.num_tasks == 2
     torch.testing.assert_close(again.penalty.alpha, mas.penalty.alpha)
+
+
+def test_resumed_from_a_checkpoint_of_another_folder(tmp_path: Path) -> None:
+    """Where the penalty is, the Trainer does not tell: it is not begun anew without a word."""
+    model, mas = network(), MASCallback(LAM)
+    saving = arguments(tmp_path / "a", save_strategy="steps", save_steps=4)
+    InOrder(model, saving, train_dataset=corpus(0), callbacks=[mas]).train()
+    checkpoint = tmp_path / "a" / "checkpoint-4"
+
+    again = MASCallback(LAM)
+    trainer = InOrder(model, arguments(tmp_path / "b"), train_dataset=corpus(0), callbacks=[again])
+    with pytest.raises(FileNotFoundError, match=r"b/checkpoint-4.*: not found, expected"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+    again.penalty = FusedMASPenalty.load(checkpoint / FILE, model, forward=ModelOutput())
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert again.penalty.num_tasks == 1
+
+
+def test_after_a_training_that_failed(tmp_path: Path) -> None:
+    """The next one with the same optimizer has the penalty once."""
+
+    class Failing(InOrder):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 1:
+                raise RuntimeError("out of memory")
+            return super().training_step(*args, **kwargs)
+
+    model, mas = network(), MASCallback(LAM)
+    given = torch.optim.SGD(model.parameters(), lr=LR), None
+    options = {"train_dataset": corpus(0), "callbacks": [mas], "optimizers": given}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Failing(model, arguments(tmp_path), **options).train()
+    InOrder(model, arguments(tmp_path), **options).train()
+    assert mas.penalty is not None
+    assert mas.penalty.num_tasks == 1
+    assert not given[0]._optimizer_step_pre_hooks
+
+
+def test_wrong_arguments() -> None:
+    """Refused at once, not when a task is over."""
+    with pytest.raises(ValueError, match="mode: got 'prox', expected 'gradient' or 'proximal'"):
+        MASCallback(mode="prox")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="batches: got list, expected a function"):
+        MASCallback(batches=[])  # type: ignore[arg-type]
 
 
 def test_what_was_remembered_goes_over_to_another_model(tmp_path: Path) -> None:
