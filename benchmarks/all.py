@@ -3,8 +3,8 @@
 python benchmarks/all.py [--anew]
 
 A result that is there already stays: a run that was stopped goes on when it is started again, and --anew
-measures everything again. The comparison of methods (bench_methods.py) takes hours and is not part of it;
-accuracy over lam (bench_lam.py) depends on no clock and is learned only where it is missing.
+measures everything again. Accuracy over lam (bench_lam.py) depends on no clock and is learned only where it is
+missing.
 """
 
 from __future__ import annotations
