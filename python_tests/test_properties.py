@@ -12,7 +12,7 @@ import torch
 
 from mas_ext import models
 from mas_ext.experiments import EXPERIMENTS, Results
-from mas_ext.experiments.properties import PROPERTIES, flat, take_from
+from mas_ext.experiments.evidence import PROPERTIES, flat, take_from
 from mas_ext.methods import Method, create
 from mas_ext.methods.method import Training
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from mas_ext.experiments.adaptivity import Held
 from mas_ext.experiments.compositions import Fact
-from mas_ext.experiments.loops import Network, SquaredGradients
+from mas_ext.experiments.loops import Network, SquaredGradients, Variant
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import Method, Training
@@ -123,13 +122,6 @@ class RankingEWC(Ranking, SquaredGradients):
 
 class HeldFacts(Ranking, Held):
     """Later batches of facts, held by an importance that is given."""
-
-
-class Variant(NamedTuple):
-    """What makes the method, and the name of that whose lam it takes: None where it has none."""
-
-    make: Any
-    lam_of: str | None = None
 
 
 VARIANTS = {

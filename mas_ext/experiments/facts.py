@@ -18,9 +18,9 @@ from mas_ext.charts import canvas, legend, look
 from mas_ext.experiments.adaptivity import total
 from mas_ext.experiments.compositions import Fact, batches_of_facts, paint, shrunk
 from mas_ext.experiments.embedding import VARIANTS, Embedding, Finetuning, HeldFacts, ranks
-from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
-from mas_ext.experiments.learned import CHOOSING_SEED, GRID, choose, chosen
-from mas_ext.experiments.loops import Batch, learn_task
+from mas_ext.experiments.experiment import Cell, Found, Page, Results
+from mas_ext.experiments.learned import GRID
+from mas_ext.experiments.loops import Batch, InOwnLoop, Variant, learn_task
 from mas_ext.experiments.tables import number, percent, table
 from mas_ext.importance import estimate_importance
 from mas_ext.methods.method import Method, Training
@@ -90,7 +90,7 @@ def glyphs(digits: bool, folder: str | None) -> tuple[Glyphs, Glyphs, Glyphs]:
 
 
 @dataclass(frozen=True)
-class Facts(Experiment):
+class Facts(InOwnLoop):
     """Retrieval of facts by pictures, on all batches of facts after each.
 
     images: of a fact, to train on; half as many for validation and for testing each. words: length of a
@@ -98,12 +98,13 @@ class Facts(Experiment):
     """
 
     title: ClassVar[str] = "Problem agnostic: facts"
+    variants: ClassVar[Mapping[str, Variant]] = VARIANTS
+    score: ClassVar[str] = SCORE
     images: int = 24
     epochs: int = 8
     batch_size: int = 128
     lr: float = 2e-3
     words: int = 32
-    grid: tuple[float, ...] = GRID
     lams: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
     digits: bool = False
 
@@ -117,21 +118,11 @@ class Facts(Experiment):
         names = ("images", "epochs", "batch_size", "lr", "words", "lams", "digits")
         return {"tasks": TASKS, **{name: getattr(self, name) for name in names}}
 
-    def choosing(self, name: str) -> Cell:
-        """What chooses the lam of a method, but for the lam."""
-        return {"method": VARIANTS[name].lam_of, "seed": CHOOSING_SEED, "purpose": "choose"}
-
     def plan(self, results: Results) -> Iterator[Cell]:
         """Every method and the adaptivity test with one seed, then with two, ..."""
         # With seed 0, sizes were settled.
         for seed in range(1, self.seeds + 1):
-            for name, variant in VARIANTS.items():
-                lam = None
-                if variant.lam_of is not None:
-                    lam = yield from choose(results, self.choosing(name), self.grid, SCORE)
-                    if lam is None:
-                        continue
-                yield {"method": name, "lam": lam, "seed": seed, "purpose": "final"}
+            yield from self.cells(results, seed)
             yield {"seed": seed, "purpose": "adaptivity"}
 
     def measure(self, cell: Cell) -> Found:
@@ -236,14 +227,6 @@ class Facts(Experiment):
             for name, part in parts.items()
         }
 
-    def finals(self, results: Results, name: str) -> tuple[float | None, list[Found]]:
-        """The chosen lam, and the scores of every seed that did not diverge."""
-        lam = None
-        if VARIANTS[name].lam_of is not None:
-            lam = chosen(results, self.choosing(name), self.grid, SCORE)
-        found = [f for _, f in results.where(method=name, purpose="final", lam=lam)]
-        return lam, [f["scores"] for f in found if "diverged" not in f]
-
     def show(self, results: Results) -> Page:
         """A table of methods, one of parts, and a picture of mAP as facts come."""
         rows = []
@@ -252,7 +235,10 @@ class Facts(Experiment):
             lam, found = self.finals(results, name)
             if not found:
                 continue
-            by_seed = {c: [torch.tensor(f[c], dtype=torch.float64) for f in found] for c in COLUMNS}
+            by_seed = {
+                c: [torch.tensor(f["scores"][c], dtype=torch.float64) for f in found]
+                for c in COLUMNS
+            }
             maps = by_seed["mAP"]
             columns = [[metrics.average_accuracy(m) for m in by_seed[c]] for c in COLUMNS]
             columns.append([float(m.diagonal().mean()) for m in maps])

@@ -1,13 +1,16 @@
-"""What experiments with samples that have no classes share: the loop over a task, and EWC of any function."""
+"""What experiments without classes share: their methods with lam, the loop over a task, EWC of any function."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mas_ext.experiments.experiment import Cell, Experiment, Found, Results
+from mas_ext.experiments.learned import CHOOSING_SEED, GRID, choose, chosen
 from mas_ext.methods.method import Method, Training
 from mas_ext.methods.quadratic import Quadratic
 from mas_ext.parameters import named_parameters
@@ -74,3 +77,45 @@ class SquaredGradients(Quadratic):
                 total[name] += each.detach().square().sum((0, 1))
             count += len(x)
         self.penalty.consolidate(importance={name: each / count for name, each in total.items()})
+
+
+class Variant(NamedTuple):
+    """What makes the method, and the name of that whose lam it takes: None where it has none."""
+
+    make: Any
+    lam_of: str | None = None
+
+
+@dataclass(frozen=True)
+class InOwnLoop(Experiment):
+    """Methods that learn in a loop of the experiment's, each with the lam of the best `score`.
+
+    variants: by name. score: the key of what was found on validation data.
+    """
+
+    variants: ClassVar[Mapping[str, Variant]]
+    score: ClassVar[str]
+    grid: tuple[float, ...] = GRID
+
+    def choosing(self, name: str) -> Cell:
+        """What chooses the lam of a method, but for the lam."""
+        lam_of = self.variants[name].lam_of
+        return {"method": lam_of, "seed": CHOOSING_SEED, "purpose": "choose"}
+
+    def cells(self, results: Results, seed: int) -> Iterator[Cell]:
+        """Every method with this seed, and before it what its lam is chosen by."""
+        for name, variant in self.variants.items():
+            lam = None
+            if variant.lam_of is not None:
+                lam = yield from choose(results, self.choosing(name), self.grid, self.score)
+                if lam is None:
+                    continue
+            yield {"method": name, "lam": lam, "seed": seed, "purpose": "final"}
+
+    def finals(self, results: Results, name: str) -> tuple[float | None, list[Found]]:
+        """The chosen lam, and what was found of every seed that did not diverge."""
+        lam = None
+        if self.variants[name].lam_of is not None:
+            lam = chosen(results, self.choosing(name), self.grid, self.score)
+        found = [f for _, f in results.where(method=name, purpose="final", lam=lam)]
+        return lam, [f for f in found if "diverged" not in f]

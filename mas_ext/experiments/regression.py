@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -14,9 +14,16 @@ from torch import Tensor
 
 from mas_ext import models
 from mas_ext.charts import canvas, legend, look
-from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
-from mas_ext.experiments.learned import CHOOSING_SEED, GRID, choose, chosen
-from mas_ext.experiments.loops import Batch, Network, SquaredGradients, learn_task
+from mas_ext.experiments.experiment import Cell, Found, Page, Results
+from mas_ext.experiments.learned import GRID
+from mas_ext.experiments.loops import (
+    Batch,
+    InOwnLoop,
+    Network,
+    SquaredGradients,
+    Variant,
+    learn_task,
+)
 from mas_ext.experiments.tables import number, percent, table
 from mas_ext.methods.ebll import EBLL
 from mas_ext.methods.finetune import Finetune
@@ -131,13 +138,6 @@ class RegressionEBLL(EBLL):
     new_task_loss = RegressionLwF.new_task_loss
 
 
-class Variant(NamedTuple):
-    """What makes the method, and the name of that whose lam it takes: None where it has none."""
-
-    make: Any
-    lam_of: str | None = None
-
-
 ALPHA = partial(RegressionMAS, merge="consistent")
 VARIANTS = {
     "finetune": Variant(Finetuning),
@@ -156,19 +156,20 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class Regression(Experiment):
+class Regression(InOwnLoop):
     """Squared error over variance, on all arms after each.
 
     samples: of an arm, to train on; a quarter as many for validation and for testing each.
     """
 
     title: ClassVar[str] = "Regression: the inverse dynamics of an arm"
+    variants: ClassVar[Mapping[str, Variant]] = VARIANTS
+    score: ClassVar[str] = SCORE
     samples: int = 2000
     epochs: int = 60
     batch_size: int = 100
     lr: float = 2e-3
     hidden: tuple[int, ...] = (64, 64)
-    grid: tuple[float, ...] = GRID
 
     def quick(self) -> Regression:
         """Few samples and epochs, one seed."""
@@ -179,20 +180,10 @@ class Regression(Experiment):
         names = ("samples", "epochs", "batch_size", "lr", "hidden")
         return {"arms": ARMS, **{name: getattr(self, name) for name in names}}
 
-    def choosing(self, name: str) -> Cell:
-        """What chooses the lam of a method, but for the lam."""
-        return {"method": VARIANTS[name].lam_of, "seed": CHOOSING_SEED, "purpose": "choose"}
-
     def plan(self, results: Results) -> Iterator[Cell]:
         """Every method with one seed, then with two, ..."""
         for seed in range(self.seeds):
-            for name, variant in VARIANTS.items():
-                lam = None
-                if variant.lam_of is not None:
-                    lam = yield from choose(results, self.choosing(name), self.grid, SCORE)
-                    if lam is None:
-                        continue
-                yield {"method": name, "lam": lam, "seed": seed, "purpose": "final"}
+            yield from self.cells(results, seed)
 
     def measure(self, cell: Cell) -> Found:
         """See Experiment.measure."""
@@ -245,13 +236,10 @@ class Regression(Experiment):
         parts = [(k, i) for k in tasks for i in torch.randperm(self.samples).split(self.batch_size)]
         return [parts[i] for i in torch.randperm(len(parts)).tolist()]
 
-    def finals(self, results: Results, name: str) -> tuple[float | None, list[Tensor]]:
+    def errors(self, results: Results, name: str) -> tuple[float | None, list[Tensor]]:
         """The chosen lam, and error[t, k] of every seed that did not diverge, NaN for k > t."""
-        lam = None
-        if VARIANTS[name].lam_of is not None:
-            lam = chosen(results, self.choosing(name), self.grid, SCORE)
-        found = [f for _, f in results.where(method=name, purpose="final", lam=lam)]
-        rows = [f["error"] for f in found if "diverged" not in f]
+        lam, found = self.finals(results, name)
+        rows = [f["error"] for f in found]
         padded = [[[*row, *[torch.nan] * (len(ARMS) - len(row))] for row in each] for each in rows]
         return lam, [torch.tensor(each, dtype=torch.float64) for each in padded]
 
@@ -260,7 +248,7 @@ class Regression(Experiment):
         rows = []
         figure, panels = canvas(2, 2, 3.6)
         for i, name in enumerate(VARIANTS):
-            lam, errors = self.finals(results, name)
+            lam, errors = self.errors(results, name)
             if not errors:
                 continue
             columns = (
