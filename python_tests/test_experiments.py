@@ -402,6 +402,25 @@ def test_the_loss_of_regression(name: str) -> None:
     torch.testing.assert_close(method.loss(training, x, y), expected / 10)
 
 
+def test_seeds_that_diverged_are_left_out(tmp_path: Path) -> None:
+    experiment: Any = EXPERIMENTS["regression"].quick()
+    results = Results(tmp_path / "regression.json", experiment.protocol())
+    for seed, found in enumerate(({"diverged": "nan"}, {"error": [[0.5]]})):
+        cell = {"method": "finetune", "lam": None, "seed": seed, "purpose": "final"}
+        results.add(cell, found, 1.0)
+    assert experiment.finals(results, "finetune") == (None, [{"error": [[0.5]]}])
+
+
+def test_facts_leave_out_the_seed_that_sizes_were_settled_with(tmp_path: Path) -> None:
+    experiment: Any = replace(EXPERIMENTS["facts"].quick(), seeds=2)
+    results = Results(tmp_path / "facts.json", experiment.protocol())
+    seeds = set()
+    for cell in experiment.plan(results):
+        seeds.add(cell["seed"])
+        results.add(cell, {"validation_map": 0.5}, 1.0)
+    assert seeds == {1, 2, 1000}
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_regression(tmp_path: Path) -> None:
     """Every method learns all arms; joint training knows all of them, fine-tuning forgets the first."""
