@@ -44,7 +44,8 @@ class MultiHead(nn.Module):
             raise ValueError(f"classes must be at least 1, got {classes}")
         weights = (p for p in self.backbone.parameters() if p.is_floating_point())
         like = next(weights, torch.empty(0))
-        self.heads.append(nn.Linear(self.width, classes, device=like.device, dtype=like.dtype))
+        # Drawn on the CPU: a seed gives the same head on every device.
+        self.heads.append(nn.Linear(self.width, classes, dtype=like.dtype).to(like.device))
 
     def train(self, mode: bool = True) -> MultiHead:
         """See nn.Module.train, and ``keep_statistics``."""

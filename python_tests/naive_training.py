@@ -76,7 +76,9 @@ def steps(learning: Learning) -> Generator[None, None, None]:
         yield
 
 
-def start(method: Method, setting: str, seed: int = 0, **settings: Any) -> Learning:
+def start(
+    method: Method, setting: str, seed: int = 0, device: str = "cpu", **settings: Any
+) -> Learning:
     """A run that is about to begin; its data have batches of 8, 8 and 4 samples."""
     torch.manual_seed(seed)
     chosen = {"optimizer": "sgd", "lr": 0.05, "epochs": 2, "batch_size": 8, **settings}
@@ -85,7 +87,7 @@ def start(method: Method, setting: str, seed: int = 0, **settings: Any) -> Learn
         method,
         Settings(setting=setting, **chosen),  # type: ignore[arg-type]
         scenario(setting),
-        torch.device("cpu"),
+        torch.device(device),
     )
 
 

@@ -34,7 +34,7 @@ class Product(nn.Module):
 
 
 def array(t: Tensor) -> Array:
-    return t.detach().double().numpy().copy()
+    return t.detach().double().cpu().numpy().copy()
 
 
 class Held(NamedTuple):
@@ -65,22 +65,24 @@ class Held(NamedTuple):
         return self.penalty.lam * (torch.from_numpy(self.omega) * distance.square()).sum()
 
 
-def held(lam: float = LAM, dtype: torch.dtype = torch.float64, seed: int = 3) -> Held:
+def held(
+    lam: float = LAM, dtype: torch.dtype = torch.float64, seed: int = 3, device: str = "cpu"
+) -> Held:
     torch.manual_seed(seed)
-    model = Product(dtype)
+    model = Product(dtype).to(device)
     penalty = FusedMASPenalty(model, lam=lam, merge="sum", omega_dtype=torch.float64)
     omega, anchor = [], []
     for _ in range(2):
-        x = torch.randn(5, 8, dtype=dtype)
+        x = torch.randn(5, 8, dtype=dtype).to(device)
         theta = array(model.theta())
         omega.append((2 * array(x) ** 2 * np.abs(theta)).mean(0))
         anchor.append(theta)
         penalty.consolidate([x[:3], x[3:]])
         with torch.no_grad():
             for p in model.parameters():
-                p += torch.randn_like(p)
+                p += torch.randn(p.shape, dtype=dtype).to(device)
     target, h = torch.randn(8, dtype=dtype) * 2, torch.rand(8, dtype=dtype) + 0.5
-    return Held(model, penalty, np.stack(omega), np.stack(anchor), target, h)
+    return Held(model, penalty, np.stack(omega), np.stack(anchor), target.to(device), h.to(device))
 
 
 def train(

@@ -22,8 +22,8 @@ from mas_ext import FusedMASPenalty
 Scaler = torch.amp.GradScaler
 
 
-def scaler_of_changing_scale() -> Scaler:
-    return Scaler("cpu", init_scale=1024.0, growth_interval=2)
+def scaler_of_changing_scale(device: str = "cpu") -> Scaler:
+    return Scaler(device, init_scale=1024.0, growth_interval=2)
 
 
 def scaled_path(
@@ -34,7 +34,7 @@ def scaled_path(
     unscaled: Callable[[], Any] | None = None,
 ) -> Array:
     """The parameters after each of 7 steps; unscaled() is called with gradients that are unscaled."""
-    scaler, path = scaler_of_changing_scale(), []
+    scaler, path = scaler_of_changing_scale(case.h.device.type), []
     for k in range(7):
         optimizer.zero_grad()
         value = (loss or case.loss)()

@@ -10,7 +10,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from memory import largest_allocation
+from memory import largest_allocation, waiting_is_an_error
 from torch import Tensor, nn
 
 from mas_ext import FusedMASPenalty, streaming
@@ -267,11 +267,8 @@ def test_from_pinned_memory_to_a_gpu(store: str) -> None:
         with torch.cuda.stream(stream):
             for p in case.model.parameters():
                 p.grad = torch.zeros_like(p)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with waiting_is_an_error():
                 value = case.penalty.add_grad_()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
             np.testing.assert_allclose(value.item(), case.value(), rtol=1e-5)
             np.testing.assert_allclose(case.grad(), case.gradient(), rtol=1e-5, atol=1e-5)
 

@@ -418,14 +418,18 @@ wired(
 wired(
     "positions without samples",
     ids(5),
-    lambda m, x: m.out(torch.tanh(m.token(x) + m.position(torch.arange(x.shape[1])))),
+    lambda m, x: m.out(
+        torch.tanh(m.token(x) + m.position(torch.arange(x.shape[1], device=x.device)))
+    ),
     lambda: {"token": nn.Embedding(7, 4), "position": nn.Embedding(8, 4), "out": nn.Linear(4, 2)},
     may=("position.weight",),
 )
 wired(
     "positions without samples, as many as samples",
     ids(5),
-    lambda m, x: m.out(torch.tanh(m.token(x) + m.position(torch.arange(x.shape[1])))),
+    lambda m, x: m.out(
+        torch.tanh(m.token(x) + m.position(torch.arange(x.shape[1], device=x.device)))
+    ),
     lambda: {"token": nn.Embedding(7, 4), "position": nn.Embedding(5, 4), "out": nn.Linear(4, 2)},
     may=("position.weight",),
     sizes=(5, 5, 2),
@@ -433,7 +437,9 @@ wired(
 wired(
     "positions of every sample",
     ids(5),
-    lambda m, x: m.out(torch.tanh(m.token(x) + m.position(torch.arange(5).expand(len(x), 5)))),
+    lambda m, x: m.out(
+        torch.tanh(m.token(x) + m.position(torch.arange(5, device=x.device).expand(len(x), 5)))
+    ),
     lambda: {"token": nn.Embedding(7, 4), "position": nn.Embedding(8, 4), "out": nn.Linear(4, 2)},
 )
 wired(
@@ -493,7 +499,9 @@ for batch_first in (True, False):
 add(
     "decoder layer",
     lambda: Wired(
-        lambda m, x: m.layer(x, m.encoder(x[:, :3]), tgt_mask=torch.ones(5, 5).triu(1).bool()),
+        lambda m, x: m.layer(
+            x, m.encoder(x[:, :3]), tgt_mask=torch.ones(5, 5, device=x.device).triu(1).bool()
+        ),
         encoder=nn.Linear(4, 4),
         layer=nn.TransformerDecoderLayer(4, 2, 6, batch_first=True),
     ),
@@ -554,7 +562,7 @@ def gpt2() -> nn.Module:
 
     def wiring(m: Any, x: Tensor) -> Tensor:
         n, p = x.shape
-        h = m.wte(x) + m.wpe(torch.arange(p)[None])
+        h = m.wte(x) + m.wpe(torch.arange(p, device=x.device)[None])
         q, k, v = (
             t.view(n, p, 2, 2).transpose(1, 2) for t in conv1d(m.ln(h), m.w, m.b).split(4, 2)
         )
@@ -810,7 +818,7 @@ for layer in (nn.LSTM, nn.GRU):
 
 def _packed(m: Any, batch: dict[str, Tensor]) -> Tensor:
     packed = rnn.pack_padded_sequence(
-        m.a(batch["x"]), batch["lengths"], batch_first=True, enforce_sorted=False
+        m.a(batch["x"]), batch["lengths"].cpu(), batch_first=True, enforce_sorted=False
     )
     return m.layer(packed)[1][0][0]
 
@@ -1140,7 +1148,7 @@ add(
 # Other ways to pick rows, in which no function marks them by itself.
 PICKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "no_grad": lambda rows, i: torch.no_grad()(rows.__getitem__)(i),
-    "numpy": lambda rows, i: rows[i.numpy()],
+    "numpy": lambda rows, i: rows[i.cpu().numpy()],
     "embedding": lambda rows, i: F.embedding(i, rows),
     "index_select, negative dim": lambda rows, i: rows.index_select(index=i, dim=-2),
     "take_along_dim": lambda rows, i: rows.take_along_dim(i[:, None].expand(-1, 4), 0),
@@ -1194,7 +1202,7 @@ def copied(m: Any, x: Tensor) -> Tensor:
     """Chosen rows are written to the slots of a new tensor."""
     rows = x.flatten(0, 1)
     i = (rows[:, 0] > 0).nonzero()[:, 0]
-    slots = torch.zeros(2 * len(x), 4).to(x).index_copy(0, torch.arange(len(i)), rows[i])
+    slots = torch.zeros(2 * len(x), 4).to(x).index_copy(0, torch.arange(len(i)).to(i), rows[i])
     y = torch.zeros(len(rows), 3).to(x).index_copy(0, i, torch.tanh(m.left(slots))[: len(i)])
     return m.out(y.view(len(x), -1, 3))
 
@@ -1303,7 +1311,7 @@ def turned_by_shapes(h: Tensor, i: Tensor) -> Tensor:
 
 
 def turned_when_checkpointed(h: Tensor, i: Tensor) -> Tensor:
-    matrix = (i[:, None] == torch.arange(len(h))).to(h)
+    matrix = (i[:, None] == torch.arange(len(h), device=i.device)).to(h)
     return checkpoint(lambda h: matrix @ h, h, use_reentrant=False)
 
 
@@ -1396,7 +1404,7 @@ wired(
 )
 wired(
     "index_select by keywords", real(4),
-    lambda m, x: m.a(x).index_select(index=torch.tensor([1, 0]), dim=1),
+    lambda m, x: m.a(x).index_select(index=torch.tensor([1, 0], device=x.device), dim=1),
     lambda: {"a": nn.Linear(4, 3)},
 )  # fmt: skip
 wired(

@@ -54,6 +54,9 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     # What runs a model in parallel would wait for other ranks, whose passes have other lengths.
     parallel = [module for module in modes if isinstance(module, PARALLEL)]
     devices = [device] if device.type == "cuda" else []
+    # cuDNN has their backward pass in training mode alone; without dropout that is no other function.
+    layers = [module for module in modes if isinstance(module, nn.RNNBase)] if devices else []
+    recurrent = [(layer, layer.dropout) for layer in layers]
     # Autocast keeps rounded weights; those that a pass without gradients left behind would have none.
     cached = torch.is_autocast_cache_enabled()
     # Compiled parts run as they were written, so that what they compute can be followed. Nothing is compiled
@@ -69,12 +72,17 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
         try:
             torch.set_autocast_cache_enabled(False)
             model.eval()
+            for layer, _ in recurrent:
+                layer.train()
+                layer.dropout = 0.0
             for wrapper in parallel:
                 wrapper.__dict__["forward"] = wrapper.module
             yield
         finally:
             for wrapper in parallel:
                 del wrapper.__dict__["forward"]
+            for layer, dropout in recurrent:
+                layer.dropout = dropout
             torch.set_autocast_cache_enabled(cached)
             for module, training in modes.items():
                 module.training = training
