@@ -27,6 +27,11 @@ STEPS = {
     "vit_b": (30, [1, 10]),
     "gpt2": (30, [1, 10]),
 }
+# Batches that keep a GPU busy; those that the benchmarks have by themselves are for a CPU.
+GPU_SAMPLES = {
+    "importance": {"mlp": 1024, "cnn": 256, "transformer": 64, "resnet18": 128},
+    "step": {"mlp": 128, "resnet18": 256, "resnet50": 64, "vit_b": 32, "gpt2": 16},
+}
 PENALTIES = {"mlp": [], "resnet18": [], "gpt2": ["--tasks", "1", "10", "--repeats", "7"]}
 
 
@@ -39,15 +44,21 @@ def jobs(device: str, quick: bool) -> Iterator[tuple[str, list[str]]]:
         yield f"penalty_{model}_{where}", [*command, *(few if quick else [])]
     for model in ("mlp", "cnn", "transformer", "resnet18"):
         command = ["bench_importance.py", "--model", model, "--device", device]
+        command += _samples(device, "importance", model)
         yield f"importance_{model}_{where}", [*command, "--repeats", "3" if quick else "7"]
     for model, (limit, tasks) in STEPS.items():
         for optimizer in ("sgd", "adamw"):
             for dtype in ("float32", "bfloat16"):
                 command = ["bench_step.py", "--model", model, "--device", device]
                 command += ["--optimizer", optimizer, "--dtype", dtype]
+                command += _samples(device, "step", model)
                 command += ["--tasks", *map(str, tasks[:1] if quick else tasks)]
                 command += ["--limit", "0" if quick else str(limit)]
                 yield f"step_{optimizer}_{dtype}_{model}_{where}", command
+
+
+def _samples(device: str, what: str, model: str) -> list[str]:
+    return [] if device == "cpu" else ["--samples", str(GPU_SAMPLES[what][model])]
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def penalty_tables(found: Sequence[Result]) -> str:
                         str(row["moved"]),
                         f"{speed / 1e9:.1f}",
                         f"{row['fraction']:.2f}",
-                        kernel_limit(row, again[row["name"], row["tasks"]]),
+                        kernel_limit(row, again[row["name"], row["tasks"]], result["device"]),
                     ]
                 )
     head = ["network", "form", "tasks", "ms a call", "bytes a parameter", "GB/s", "of a copy"]
@@ -112,15 +112,18 @@ def penalty_tables(found: Sequence[Result]) -> str:
             f"Copies of as many bytes in the same run, GB/s read and written: {copies}.",
             machines(found),
             "![bytes counted against bytes a second](performance/roofline.png)",
+            "![the same on a GPU](performance/roofline_gpu.png)",
         ]
     )
 
 
-def kernel_limit(cold: Row, again: Row) -> str:
-    """What limits a kernel, by its share of a copy's speed and by its time with full caches."""
+def kernel_limit(cold: Row, again: Row, device: str) -> str:
+    """What limits a kernel, by its share of a copy's speed and its time when called again and again."""
     if cold["fraction"] >= FULL_SPEED:
         return "memory"
     faster = cold["seconds"]["median"] / again["seconds"]["median"]
+    if faster >= 2 and device != "cpu":
+        return f"Python before the launch: {faster:.1f} times as fast behind other launches"
     if faster >= 2:
         return f"memory, met with cold caches: {faster:.1f} times as fast from warm ones"
     return f"other than bytes: they alone would take {100 * cold['fraction']:.0f} % of the time"
@@ -370,9 +373,11 @@ def tables() -> dict[str, str]:
 def main() -> None:
     """Draw, and replace what stands between the page's marks."""
     PICTURES.mkdir(exist_ok=True)
-    if penalties := results("penalty"):
-        pictures.roofline(penalties, named, PICTURES / "roofline.png")
-    if steps := results("step"):
+    for name, on_cpu in (("roofline.png", True), ("roofline_gpu.png", False)):
+        if penalties := [r for r in results("penalty") if (r["device"] == "cpu") == on_cpu]:
+            pictures.roofline(penalties, named, PICTURES / name)
+    # A GPU has other batches, too.
+    if steps := [r for r in results("step") if r["device"] == "cpu"]:
         pictures.steps(steps, named, FORMS, PICTURES / "steps.png")
         pictures.tasks(steps, named, PICTURES / "tasks.png")
     pictures.lam(json.loads(LAM.read_text(encoding="utf-8")), PICTURES / "lam.png")

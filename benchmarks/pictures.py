@@ -14,6 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from mas_ext.benchmarks.forms import GRAPH
 from mas_ext.benchmarks.step import AVALANCHE, DTYPES, EAGER
 
 MODES = {"gradient": "#d0722c", "proximal": OWN}
@@ -64,8 +65,10 @@ def _roof(axes: Axes, measured: Result, parameters: int, name: str) -> None:
     behind = {"textcoords": "offset points", "va": "center", "fontsize": 9}
     axes.annotate(name, (ends[1], roof), (5, 0), **behind)
     for row, x in zip(rows, megabytes, strict=True):
-        color = COLORS[row["name"]]
-        axes.plot(x, row["fraction"] * roof, "o", color=color, markersize=6, label=row["name"])
+        replayed = row["name"].endswith(GRAPH)
+        look: dict[str, Any] = {"marker": "D", "fillstyle": "none"} if replayed else {"marker": "o"}
+        look |= {"color": COLORS[row["name"].removesuffix(GRAPH)], "linestyle": "none"}
+        axes.plot(x, row["fraction"] * roof, **look, markersize=6, label=row["name"])
 
 
 def steps(results: Sequence[Result], named: Named, forms: Sequence[str], path: Path) -> None:

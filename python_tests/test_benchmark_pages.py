@@ -113,10 +113,14 @@ def test_words_about_kernels_come_from_the_numbers() -> None:
     def of(fraction: float, seconds: float) -> dict[str, Any]:
         return {"fraction": fraction, "seconds": median(seconds)}
 
-    assert performance.kernel_limit(of(0.9, 1.0), of(0.9, 1.0)) == "memory"
+    def limit(cold: dict[str, Any], again: dict[str, Any], device: str = "cpu") -> str:
+        return performance.kernel_limit(cold, again, device)
+
+    assert limit(of(0.9, 1.0), of(0.9, 1.0)) == "memory"
     slow, cached = of(0.5, 1.0), of(2.0, 0.25)
-    assert "4.0 times as fast from warm ones" in performance.kernel_limit(slow, cached)
-    assert "50 % of the time" in performance.kernel_limit(slow, of(0.55, 0.9))
+    assert "4.0 times as fast from warm ones" in limit(slow, cached)
+    assert "Python before the launch: 4.0 times" in limit(slow, cached, "cuda")
+    assert "50 % of the time" in limit(slow, of(0.55, 0.9))
 
 
 def test_memory_and_tasks() -> None:

@@ -26,8 +26,9 @@ from mas_ext.metrics import rank_correlation
 
 Omega = dict[str, Tensor]
 
-# Relative L2 distance from the float64 loop that rounding in float32 may make.
-TOLERANCE = 1e-3
+# Relative L2 distance from the float64 loop that rounding may make: in float32, and in TF32, which
+# convolutions on a GPU have by default.
+TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}
 # Linux counts the peak of a process, and can be told to start anew.
 RESET_PEAK, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 M_MMAP_THRESHOLD = -3  # from malloc.h
@@ -84,11 +85,12 @@ def run(
     peaks = {name: peak(model, samples, device, name) for name in calls} if memory else {}
     exact = _double_loop(model, samples, device)
     errors = {name: _error(omega, exact) for name, omega in found.items() if name != TRAINING}
+    tolerance = TOLERANCE[torch.device(device).type]
     for name, error in errors.items():
         # Also where it is NaN.
-        if name != APPROXIMATION and not error <= TOLERANCE:
+        if name != APPROXIMATION and not error <= tolerance:
             raise AssertionError(
-                f"{name}: got importance that is {error:.2g} off, expected at most {TOLERANCE}"
+                f"{name}: got importance that is {error:.2g} off, expected at most {tolerance}"
             )
     rows = [
         {
