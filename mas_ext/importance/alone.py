@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,13 +22,32 @@ Values = Callable[[Tensor, Any, int], Tensor]
 
 Key = TypeVar("Key")
 
-# Relative error that rounding may cause, by the lowest precision that a model computes in.
-TOLERANCE = {
-    torch.float64: 1e-8,
-    torch.float32: 1e-3,
-    torch.float16: 3e-2,
-    torch.bfloat16: 1e-1,
+
+class Precision(NamedTuple):
+    """How coarse numbers are: the relative error that rounding may cause in a gradient, that of one operation,
+    and how many times a gradient can be doubled and halved.
+    """
+
+    tolerance: float
+    eps: float
+    reach: int
+
+
+PRECISIONS = {
+    torch.float64: Precision(1e-8, torch.finfo(torch.float64).eps, 64),
+    torch.float32: Precision(1e-3, torch.finfo(torch.float32).eps, 64),
+    torch.float16: Precision(3e-2, torch.finfo(torch.float16).eps, 3),
+    torch.bfloat16: Precision(1e-1, torch.finfo(torch.bfloat16).eps, 64),
 }
+# float32 whose products have factors as coarse as float16. What should be zero is taken for noise no sooner.
+TF32 = PRECISIONS[torch.float32]._replace(tolerance=PRECISIONS[torch.float16].tolerance)
+
+
+def lowest(dtypes: Iterable[torch.dtype], on_gpu: bool) -> Precision:
+    """The precision of a model that computes in these."""
+    found = max(PRECISIONS[dtype] for dtype in dtypes if dtype in PRECISIONS)
+    # A GPU's convolutions have TF32 by default, and its products of matrices on request.
+    return TF32 if on_gpu and found == PRECISIONS[torch.float32] else found
 
 
 class Evaluate(NamedTuple):
@@ -49,15 +68,13 @@ class Evaluate(NamedTuple):
         return output, self.values(output, batch, samples)
 
 
-def differ(
-    got: Tensor | None, expected: Tensor, precision: torch.dtype, noise: float = 0.0
-) -> bool:
+def differ(got: Tensor | None, expected: Tensor, precision: Precision, noise: float = 0.0) -> bool:
     """Whether tensors differ by more than rounding; None stands for zeros, NaN for a difference.
 
     noise: a norm that rounding alone may have.
     """
     error = expected if got is None else got - expected
-    return not bool(error.norm() <= TOLERANCE[precision] * expected.norm() + noise)
+    return not bool(error.norm() <= precision.tolerance * expected.norm() + noise)
 
 
 def gradient(values: Tensor, c: int, theta: Mapping[Key, Tensor]) -> dict[Key, Tensor]:

@@ -14,11 +14,18 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from mas_ext.importance import batches, proof
-from mas_ext.importance.alone import TOLERANCE, Evaluate, Totals, differ, one_by_one, zeros
+from mas_ext.importance.alone import (
+    Evaluate,
+    Precision,
+    Totals,
+    differ,
+    lowest,
+    one_by_one,
+    zeros,
+)
 from mas_ext.importance.functions import RULES
 from mas_ext.importance.generic import Generic
 from mas_ext.importance.layers import Layout
@@ -57,7 +64,7 @@ class Run(NamedTuple):
     # Parameters used on rows of other samples than they are taken for.
     strangers: set[str]
     # The lowest one that the model computed in.
-    precision: torch.dtype
+    precision: Precision
 
 
 class Exact:
@@ -150,7 +157,7 @@ class Exact:
                 if not differ(again, output, run.precision):
                     raise _interacting(output, run.output)
                 self._condemn(evaluate.model, {*theta}, "the model draws random numbers")
-            noise = NOISE * torch.finfo(run.precision).eps * largest
+            noise = NOISE * run.precision.eps * largest
             wrong = {
                 name
                 for name in theta.keys() - self.generic
@@ -234,12 +241,9 @@ class Exact:
             )
 
 
-def _precision(tape: Tape, output: Tensor) -> torch.dtype:
-    """The lowest one that the model computed in; for TF32 float16, which has as many bits of mantissa."""
+def _precision(tape: Tape, output: Tensor) -> Precision:
     dtypes = {output.dtype, *tape.dtypes, *(p.dtype for p in tape.theta.values())}
-    lowest = max(dtypes & TOLERANCE.keys(), key=TOLERANCE.__getitem__)
-    # A GPU's convolutions have it by default, and its products of matrices on request.
-    return torch.float16 if lowest == torch.float32 and output.is_cuda else lowest
+    return lowest(dtypes, output.is_cuda)
 
 
 def _signature(tape: Tape, batch: Any) -> Signature:

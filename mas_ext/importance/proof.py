@@ -19,12 +19,10 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mas_ext.importance.alone import TOLERANCE, Evaluate
+from mas_ext.importance.alone import Evaluate, Precision
 from mas_ext.importance.nodes import NODES, Spot
 from mas_ext.importance.tape import Tape
 
-# The factors are 2^-reach to 2^reach: what a gradient can be multiplied by, and one in float16.
-_REACH, _HALF_REACH = 64, 3
 # How many random numbers are drawn; a tensor has them again and again. A prime, so that its rows differ.
 _DRAWN = 4099
 # Ways from a tensor to Python that the dispatcher does not see.
@@ -46,17 +44,16 @@ class Seen(NamedTuple):
     rounding: float
 
 
-def strangers(tape: Tape, values: Tensor, precision: torch.dtype) -> set[str]:
+def strangers(tape: Tape, values: Tensor, precision: Precision) -> set[str]:
     """Parameters used on rows that, in this batch, are not those of the samples they are taken for.
 
     The graph stays for the backward pass proper.
     """
     generator = torch.Generator().manual_seed(0)
     columns = (torch.rand(values.shape[1], generator=generator) + 0.5).to(values)
-    reach = _HALF_REACH if precision == torch.float16 else _REACH
     plain, *others = (
-        _look(tape, values, columns.expand_as(values), factors, reach)
-        for factors in _factors(len(values), reach, values.device)
+        _look(tape, values, columns.expand_as(values), factors, precision.reach)
+        for factors in _factors(len(values), precision.reach, values.device)
     )
     return {
         seen.name
@@ -66,7 +63,7 @@ def strangers(tape: Tape, values: Tensor, precision: torch.dtype) -> set[str]:
     }
 
 
-def keeps_rows(evaluate: Evaluate, batch: Any, tape: Tape, precision: torch.dtype) -> bool:
+def keeps_rows(evaluate: Evaluate, batch: Any, tape: Tape, precision: Precision) -> bool:
     """Whether rows belong to the samples they are taken for, in this and all batches of these shapes.
 
     False where no proof is found: where data choose among rows, or decide what Python does, where a function
@@ -79,14 +76,13 @@ def keeps_rows(evaluate: Evaluate, batch: Any, tape: Tape, precision: torch.dtyp
             output = evaluate.output(batch)
         if choices.found or _READING & {*tape.functions} or _choosing(output):
             return False
-        reach = _HALF_REACH if precision == torch.float16 else _REACH
         # One draw may hide rows behind a mask.
         for draw in range(2 if memory.masks else 1):
             memory.noise = _Noise(output.device, draw)
             start = memory.noise(output, 0)
             plain, *others = (
-                _look(tape, output, start, factors, reach, memory.noise)
-                for factors in _factors(tape.samples, reach, output.device)
+                _look(tape, output, start, factors, precision.reach, memory.noise)
+                for factors in _factors(tape.samples, precision.reach, output.device)
             )
             if any(seen.sizes.numel() and not seen.sizes.any() for seen in plain):
                 return False
@@ -100,7 +96,7 @@ def keeps_rows(evaluate: Evaluate, batch: Any, tape: Tape, precision: torch.dtyp
 
 
 def _factors(samples: int, reach: int, device: torch.device) -> Iterator[Tensor]:
-    """One for every sample, and then others, so that any two samples differ in some of them."""
+    """1 for every sample, then 2^-reach to 2^reach, so that any two samples differ in some of them."""
     number = torch.arange(samples, device=device)
     yield torch.ones(samples, dtype=torch.float64, device=device)
     different = 2 * reach + 1
@@ -159,9 +155,9 @@ def _look(
     return found
 
 
-def _agree(plain: Seen, scaled: Seen, precision: torch.dtype) -> bool:
+def _agree(plain: Seen, scaled: Seen, precision: Precision) -> bool:
     """Whether sizes are the same, but for functions that add up in a random order."""
-    most = TOLERANCE[precision] * plain.sizes + plain.rounding
+    most = precision.tolerance * plain.sizes + plain.rounding
     return bool(((scaled.sizes - plain.sizes).abs() <= most).all())
 
 
