@@ -279,8 +279,12 @@ def test_exactness(tmp_path: Path) -> None:
     assert kept[-1] < 0.99
     assert f"| batch of 20 | {rows['batch of 20']['rank_correlation']:.3f} |" in page.text
     for name in ("exact", "fine-tuning"):
-        ((_, found),) = results.where(part="learning", importance=name, purpose="final")
+        found = results[quick.final(name, 0, quick.lam(results, name))]
         assert f"| {name} | {100 * found['average_accuracy']:.2f} |" in page.text
+    exact, batch = (
+        100 * results[quick.final(name, 0, 0.1)]["average_accuracy"] for name in ("exact", "batch")
+    )
+    assert f"| 0.1 | {exact:.2f} | {batch:.2f} | {exact - batch:.2f} | 1 |" in page.text
 
 
 def test_toy_of_consistency() -> None:

@@ -62,6 +62,8 @@ LEARNED: dict[str, tuple[str, Mapping[str, Any]]] = {
     "joint": ("joint", {}),
 }
 REFERENCES = ("fine-tuning", "joint")
+# Compared at every strength: at the same lam, less importance is a weaker penalty.
+AT_EACH_STRENGTH = ("exact", "batch")
 
 BASE = config.read(
     {
@@ -80,7 +82,8 @@ class Exactness(Experiment):
     """Likeness with exact importance, and what each keeps of five tasks.
 
     base: how it is learned. samples: of a task, to train on. measured: samples that importance is taken from.
-    networks: that the estimators are compared on, and how many seeds of each at most.
+    networks: that the estimators are compared on, and how many seeds of each at most. strengths: lam of the
+    comparison of exact and batch importance.
     """
 
     title: ClassVar[str] = "Exact importance, and what stands in for it"
@@ -89,12 +92,13 @@ class Exactness(Experiment):
     measured: int = 2_000
     networks: tuple[tuple[str, int], ...] = (("mlp", 10), ("cnn", 3))
     grid: tuple[float, ...] = GRID
+    strengths: tuple[float, ...] = (0.003, 0.01, 0.02, 0.03)
 
     def quick(self) -> Exactness:
         """Digits in two parts, one network, one seed."""
         base = replace(self.base, scenario="split-digits", tasks=2)
         few = replace(self, base=base, seeds=1, data=None, samples=500, measured=100)
-        return replace(few, networks=(("mlp", 1),), grid=GRID[1:6])
+        return replace(few, networks=(("mlp", 1),), grid=GRID[1:6], strengths=(0.1,))
 
     def protocol(self) -> dict[str, Any]:
         """See Experiment.protocol."""
@@ -119,7 +123,14 @@ class Exactness(Experiment):
                 lam = None
                 if name not in REFERENCES:
                     lam = yield from choose(results, self.choosing(name), self.grid)
-                yield {**self.choosing(name), "seed": seed, "purpose": "final", "lam": lam}
+                yield self.final(name, seed, lam)
+            for lam in self.strengths:
+                for name in AT_EACH_STRENGTH:
+                    yield self.final(name, seed, lam)
+
+    def final(self, name: str, seed: int, lam: float | None) -> Cell:
+        """A training that is tested."""
+        return {**self.choosing(name), "seed": seed, "purpose": "final", "lam": lam}
 
     def measure(self, cell: Cell) -> Found:
         """See Experiment.measure."""
@@ -190,7 +201,9 @@ class Exactness(Experiment):
             titles = ("importance", "rank correlation", "cosine", "of exact, %", "ms")
             text += [f"**Likeness with exact importance, {network}**, {len(founds)} seeds"]
             text += [table(titles, rows)]
-        text += ["**Learning**", self._learning(results), results.place()]
+        text += ["**Learning**", self._learning(results)]
+        text += ["**At every strength**, average accuracy, %", self._by_strength(results)]
+        text += [results.place()]
         text += ["![likeness over the size of batches](exactness.png)"]
         return Page("\n\n".join(text), {"exactness.png": self._over_sizes(results)})
 
@@ -221,6 +234,23 @@ class Exactness(Experiment):
             "seeds",
         )
         return table(titles, rows)
+
+    def _by_strength(self, results: Results) -> str:
+        """With the difference, paired by seed."""
+        rows = []
+        for lam in self.strengths:
+            pairs = [
+                [results[cell]["average_accuracy"] for cell in cells]
+                for cells in (
+                    [self.final(name, seed, lam) for name in AT_EACH_STRENGTH]
+                    for seed in range(self.seeds)
+                )
+                if all(cell in results and "diverged" not in results[cell] for cell in cells)
+            ]
+            exact, batch = ([pair[i] for pair in pairs] for i in (0, 1))
+            both = [a - b for a, b in pairs]
+            rows.append((number(lam), *map(percent, (exact, batch, both)), str(len(both))))
+        return table(("lam", *AT_EACH_STRENGTH, "exact - batch", "seeds"), rows)
 
     def _over_sizes(self, results: Results) -> Any:
         figure, panels = canvas(2, 2, 3.0)
