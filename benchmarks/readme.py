@@ -105,9 +105,10 @@ def _on_a_gpu(result: dict[str, Any]) -> str:
         f"On a GPU, GPT-2 small with {result['parameters']:,} parameters: `add_grad_` takes "
         f"{ms['add_grad_', 1]:.2f} ms, and {ms['add_grad_' + GRAPH, 1]:.2f} ms in a CUDA graph, which is "
         f"{graph['fraction']:.2f} of a plain copy's bandwidth; after {most} tasks "
-        f"{ms['add_grad_', most]:.2f} ms. Eager autograd takes {ms['eager autograd', 1]:.0f} ms, after {most} tasks "
-        f"{ms['eager autograd', most]:.0f} ms, torch.compile {ms['torch.compile', 1]:.1f} ms "
-        f"({measured_on(result['machine'], result['threads'])}; {result['repeats']} repeats)."
+        f"{ms['add_grad_', most]:.2f} ms. Eager autograd takes {ms['eager autograd', 1]:.0f} ms, after "
+        f"{most} tasks {ms['eager autograd', most]:.0f} ms, torch.compile "
+        f"{ms['torch.compile', 1]:.1f} ms ({measured_on(result['machine'], result['threads'])}; "
+        f"{result['repeats']} repeats)."
     )
 
 
