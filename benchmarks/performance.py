@@ -15,6 +15,7 @@ import bench_lam
 import pictures
 from common import RESULTS, fill, measured_on
 
+from mas_ext.benchmarks.forms import GRAPH
 from mas_ext.benchmarks.step import AVALANCHE, DTYPES, EAGER, FUSED, FUSED_FORMS, PLAIN
 from mas_ext.experiments.tables import table
 from mas_ext.settings import OPTIMIZERS
@@ -57,6 +58,16 @@ def results(kind: str) -> list[dict[str, Any]]:
     )
 
 
+def on_cpu(found: Sequence[Result]) -> list[Result]:
+    """Those of a CPU."""
+    return [r for r in found if r["device"] == "cpu"]
+
+
+def on_gpu(found: Sequence[Result]) -> list[Result]:
+    """Those of a GPU."""
+    return [r for r in found if r["device"] != "cpu"]
+
+
 def named(result: Result) -> str:
     """The network, and where if not on the CPU."""
     return NETWORKS[result["model"]] + ("" if result["device"] == "cpu" else ", GPU")
@@ -86,6 +97,7 @@ def penalty_tables(found: Sequence[Result]) -> str:
     rows = []
     for result in found:
         again = {(row["name"], row["tasks"]): row for row in result["forms"]}
+        cold = {(row["name"], row["tasks"]): row for row in result["cold"]["forms"]}
         for row in result["cold"]["forms"]:
             if row["moved"]:
                 speed = row["fraction"] * max(result["cold"]["bandwidth"].values())
@@ -98,7 +110,11 @@ def penalty_tables(found: Sequence[Result]) -> str:
                         str(row["moved"]),
                         f"{speed / 1e9:.1f}",
                         f"{row['fraction']:.2f}",
-                        kernel_limit(row, again[row["name"], row["tasks"]], result["device"]),
+                        kernel_limit(
+                            row,
+                            again[row["name"], row["tasks"]],
+                            cold.get((row["name"] + GRAPH, row["tasks"])),
+                        ),
                     ]
                 )
     head = ["network", "form", "tasks", "ms a call", "bytes a parameter", "GB/s", "of a copy"]
@@ -112,18 +128,21 @@ def penalty_tables(found: Sequence[Result]) -> str:
             f"Copies of as many bytes in the same run, GB/s read and written: {copies}.",
             machines(found),
             "![bytes counted against bytes a second](performance/roofline.png)",
-            "![the same on a GPU](performance/roofline_gpu.png)",
+            *(["![the same on a GPU](performance/roofline_gpu.png)"] if on_gpu(found) else []),
         ]
     )
 
 
-def kernel_limit(cold: Row, again: Row, device: str) -> str:
-    """What limits a kernel, by its share of a copy's speed and its time when called again and again."""
+def kernel_limit(cold: Row, again: Row, graph: Row | None = None) -> str:
+    """What limits a kernel, by its share of a copy's speed, its time when called again and again, and that of
+    the same kernel in a CUDA graph, where Python has no part.
+    """
     if cold["fraction"] >= FULL_SPEED:
         return "memory"
     faster = cold["seconds"]["median"] / again["seconds"]["median"]
-    if faster >= 2 and device != "cpu":
-        return f"Python before the launch: {faster:.1f} times as fast behind other launches"
+    if graph is not None and cold["seconds"]["median"] >= 2 * graph["seconds"]["median"]:
+        times = cold["seconds"]["median"] / graph["seconds"]["median"]
+        return f"Python before the launch: {times:.1f} times as fast in a graph"
     if faster >= 2:
         return f"memory, met with cold caches: {faster:.1f} times as fast from warm ones"
     return f"other than bytes: they alone would take {100 * cold['fraction']:.0f} % of the time"
@@ -373,11 +392,11 @@ def tables() -> dict[str, str]:
 def main() -> None:
     """Draw, and replace what stands between the page's marks."""
     PICTURES.mkdir(exist_ok=True)
-    for name, on_cpu in (("roofline.png", True), ("roofline_gpu.png", False)):
-        if penalties := [r for r in results("penalty") if (r["device"] == "cpu") == on_cpu]:
-            pictures.roofline(penalties, named, PICTURES / name)
-    # A GPU has other batches, too.
-    if steps := [r for r in results("step") if r["device"] == "cpu"]:
+    penalties, steps = results("penalty"), on_cpu(results("step"))  # a GPU has other batches, too
+    for where, name in ((on_cpu, "roofline.png"), (on_gpu, "roofline_gpu.png")):
+        if chosen := where(penalties):
+            pictures.roofline(chosen, named, PICTURES / name)
+    if steps:
         pictures.steps(steps, named, FORMS, PICTURES / "steps.png")
         pictures.tasks(steps, named, PICTURES / "tasks.png")
     pictures.lam(json.loads(LAM.read_text(encoding="utf-8")), PICTURES / "lam.png")

@@ -99,11 +99,14 @@ def benchmark_table() -> str:
 def _on_a_gpu(result: dict[str, Any]) -> str:
     """The same in a sentence, where calls follow each other."""
     rows = {(row["name"], row["tasks"]): row for row in result["forms"]}
+    idle = next(row for row in result["cold"]["forms"] if row["name"] == "add_grad_")
     ms = {key: 1e3 * row["seconds"]["median"] for key, row in rows.items()}
     graph, most = rows[f"add_grad_{GRAPH}", 1], max(t for name, t in ms if name == "eager autograd")
     return (
-        f"On a GPU, GPT-2 small with {result['parameters']:,} parameters: `add_grad_` takes "
-        f"{ms['add_grad_', 1]:.2f} ms, and {ms['add_grad_' + GRAPH, 1]:.2f} ms in a CUDA graph, which is "
+        f"On a GPU, GPT-2 small with {result['parameters']:,} parameters: behind other launches "
+        f"`add_grad_` takes {ms['add_grad_', 1]:.2f} ms "
+        f"({1e3 * idle['seconds']['median']:.2f} ms where the GPU waits for it), and "
+        f"{ms['add_grad_' + GRAPH, 1]:.2f} ms in a CUDA graph, which is "
         f"{graph['fraction']:.2f} of a plain copy's bandwidth; after {most} tasks "
         f"{ms['add_grad_', most]:.2f} ms. Eager autograd takes {ms['eager autograd', 1]:.0f} ms, after "
         f"{most} tasks {ms['eager autograd', most]:.0f} ms, torch.compile "
@@ -136,6 +139,8 @@ def importance_table() -> str:
         f"the exact one is {ranks}. The exact one is within {errors:.0e} of a float64 loop over single "
         f"samples (relative L2). The check of itself, once a model, takes {checks}.",
         "",
+        _importance_on_a_gpu(),
+        "",
         f"{measured_on(first['machine'], first['threads'])}; {first['dtype']}; networks as initialised, inputs "
         f"of random numbers; medians of {repeats} interleaved repeats; memory at its peak in two calls, the "
         "first one's check included, above that of the model and the batch. Intervals and more in "
@@ -144,6 +149,20 @@ def importance_table() -> str:
         "![time and memory by form](benchmarks/results/importance_transformer_cpu.png)",
     ]
     return "\n".join(lines)
+
+
+def _importance_on_a_gpu() -> str:
+    results = {n: RESULTS / f"importance_{n}_cuda.json" for n in NETWORKS}
+    found = {n: json.loads(path.read_text()) for n, path in results.items() if path.exists()}
+    times = ", ".join(
+        f"{_gradient_row(r, 'exact')['to_batch']['median']:.1f} for {NETWORKS[n]}, {r['shape'][0]} samples"
+        for n, r in found.items()
+    )
+    first = next(iter(found.values()))
+    return (
+        f"On a GPU the batch approximation is further ahead: exact importance takes that many times as long: "
+        f"{times} ({measured_on(first['machine'], first['threads'])}; {first['repeats']} repeats)."
+    )
 
 
 def _gradient_row(result: dict[str, Any], name: str) -> dict[str, Any]:

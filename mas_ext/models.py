@@ -45,7 +45,8 @@ class MultiHead(nn.Module):
         weights = (p for p in self.backbone.parameters() if p.is_floating_point())
         like = next(weights, torch.empty(0))
         # Drawn on the CPU: a seed gives the same head on every device.
-        self.heads.append(nn.Linear(self.width, classes, dtype=like.dtype).to(like.device))
+        head = nn.Linear(self.width, classes, device="cpu", dtype=like.dtype)
+        self.heads.append(head.to(like.device))
 
     def train(self, mode: bool = True) -> MultiHead:
         """See nn.Module.train, and ``keep_statistics``."""

@@ -113,13 +113,12 @@ def test_words_about_kernels_come_from_the_numbers() -> None:
     def of(fraction: float, seconds: float) -> dict[str, Any]:
         return {"fraction": fraction, "seconds": median(seconds)}
 
-    def limit(cold: dict[str, Any], again: dict[str, Any], device: str = "cpu") -> str:
-        return performance.kernel_limit(cold, again, device)
-
+    limit = performance.kernel_limit
     assert limit(of(0.9, 1.0), of(0.9, 1.0)) == "memory"
     slow, cached = of(0.5, 1.0), of(2.0, 0.25)
     assert "4.0 times as fast from warm ones" in limit(slow, cached)
-    assert "Python before the launch: 4.0 times" in limit(slow, cached, "cuda")
+    assert "Python before the launch: 5.0 times" in limit(slow, cached, of(0.9, 0.2))
+    assert "4.0 times as fast from warm ones" in limit(slow, cached, of(0.5, 0.9))
     assert "50 % of the time" in limit(slow, of(0.55, 0.9))
 
 

@@ -23,7 +23,11 @@ from mas_ext import estimate_importance
 from mas_ext.benchmarks.memory import peak
 from mas_ext.importance import ImportanceSum
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # torch says so once a process.
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
+]
 
 Omega = dict[str, Tensor]
 

@@ -5,6 +5,7 @@ What tests of the kernels compare there is in their own files.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import naive_training
 import numpy as np
 import pytest
 import test_exact
+import test_pages
 import torch
 from product import SETTINGS, Array, Held, array, held, train
 from test_mixed_precision import plain_path, scaled_path
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mas_ext import FusedMASPenalty, estimate_importance, methods, optim
+from mas_ext.benchmarks import networks
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("one_thread")]
 
@@ -193,6 +196,13 @@ def test_the_penalty_inside_compiled_code(whole: bool) -> None:
     np.testing.assert_allclose(got, expected, **CLOSE)
 
 
+def test_the_page_on_gpus() -> None:
+    names = test_pages.run("docs/how-to/gpu.md")
+    assert names["device"] == "cuda"
+    assert names["penalty"].lam == 0.5
+    assert all(p.isfinite().all() for p in names["model"].parameters())
+
+
 # -- importance ------------------------------------------------------------------------------------
 
 # torch's own kernel takes the root of a norm in float32.
@@ -254,6 +264,15 @@ def test_rounding_of_tensor_cores_is_no_reason_for_the_generic_way(
     finally:
         torch.set_float32_matmul_precision(before)
     test_exact.assert_close({n: t.cpu() for n, t in omega.items()}, expected, tolerance)
+
+
+@pytest.mark.filterwarnings("error:importance of .* takes the generic way:UserWarning")
+def test_nor_is_it_in_a_deep_network() -> None:
+    """Whose errors of TF32 add up: ResNet-18."""
+    model, x = networks.build("resnet18", 6)
+    expected, _ = test_exact.loop(copy.deepcopy(model).double(), [x.double()], objective="l2")
+    omega = estimate_importance(model.cuda(), [x.cuda()])
+    test_exact.assert_close({n: t.cpu() for n, t in omega.items()}, expected, 2e-2)
 
 
 def convolutional_like(model: nn.Module) -> nn.Module:

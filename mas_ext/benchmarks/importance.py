@@ -48,7 +48,7 @@ def run(
     Args:
         model: "mlp" (784-400-400-10), "cnn" (VGG-like, 32 x 32), "transformer" (4 layers of width 256, 64
             positions) or "resnet18" (64 x 64).
-        device: "cpu" or a CUDA device.
+        device: "cpu" or "cuda".
         samples: in the batch; by default 512, 128, 32 and 32.
         repeats: rounds in which all forms take their turn.
         memory: whether to measure memory, which starts a process for every form on the CPU; needs Linux there.

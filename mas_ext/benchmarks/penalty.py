@@ -49,7 +49,7 @@ def run(
 
     Args:
         model: "mlp" (784-400-400-10), "resnet18", "vit_b" (ViT-B/16) or "gpt2" (small).
-        device: "cpu" or a CUDA device.
+        device: "cpu" or "cuda".
         dtype: of the parameters: "float32", "float64", "bfloat16" or "float16".
         tasks: numbers of merged tasks; 1 is always among them.
         repeats: rounds in which all forms take their turn.

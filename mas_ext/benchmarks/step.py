@@ -68,7 +68,7 @@ def run(
             samples), "vit_b" (ViT-B/16, 2 samples) or "gpt2" (small, 2 x 64 tokens); the last three need
             transformers.
         optimizer: "sgd" (momentum 0.9), "adam" or "adamw".
-        device: "cpu" or a CUDA device.
+        device: "cpu" or "cuda".
         dtype: of the parameters, "float32" or "bfloat16"; importance and anchors are float32 in both.
         tasks: numbers of consolidated tasks, for attach and eager autograd; the first for the other forms.
         samples: in the batch, None for those above.

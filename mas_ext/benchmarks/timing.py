@@ -17,8 +17,11 @@ LEAST_REPEATS = 3
 
 def check_device(device: str) -> None:
     """Raise a ValueError for a device that is not there."""
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"device: got {device!r}, expected cpu, or cuda where there is a GPU")
+    if device not in (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)):
+        raise ValueError(
+            f"device: got {device!r}, expected cpu, or cuda where there is a GPU (of several, "
+            "CUDA_VISIBLE_DEVICES chooses)"
+        )
 
 
 def in_turns(

@@ -37,12 +37,12 @@ class Cost(Experiment):
     base: Config = BASE
     tasks: int = 50
     samples: int = 1000
-    seeds: int = 1  # bytes are alike in all, and a time is that of thousands of steps
+    seeds: int = 1  # bytes are the same in all
 
     def quick(self) -> Cost:
         """The digits in five pairs, one seed."""
         base = replace(self.base, scenario="split-digits")
-        return replace(self, base=base, tasks=5, samples=200, seeds=1, data=None)
+        return replace(self, base=base, tasks=5, samples=200, data=None)
 
     def protocol(self) -> dict[str, Any]:
         """See Experiment.protocol."""
@@ -98,15 +98,17 @@ class Cost(Experiment):
         }
 
     def show(self, results: Results) -> Page:
-        """A table of the first, some and the last task, and a picture of all."""
+        """A table of some tasks' bytes and of the median step in ten tasks each, and a picture of all."""
         at = [t for t in (1, 2, 10, 25, 50) if t < self.tasks] + [self.tasks]
+        tens = [(t, min(t + 9, self.tasks)) for t in range(1, self.tasks + 1, 10)]
         rows = []
         figure, panels = canvas(2, 2, 4.0)
         for i, method in enumerate(METHODS):
             curves = self.curves(results, method)
             if curves:
                 held, step = curves["held_bytes"], curves["step_seconds"]
-                cells = [f"{held[t - 1]:.2f}" for t in at] + [f"{step[t - 1]:.2f}" for t in at]
+                steps = [float(step[first - 1 : last].quantile(0.5)) for first, last in tens]
+                cells = [f"{held[t - 1]:.2f}" for t in at] + [f"{ms:.1f}" for ms in steps]
                 rows.append((f"`{method}`", *cells))
                 x = torch.arange(1, self.tasks + 1)
                 panels[0].plot(x, held, label=method, **{**look(i), "markevery": 0.2})
@@ -117,6 +119,6 @@ class Cost(Experiment):
             panel.set_ylabel(words)
             panel.grid(alpha=0.3)
         legend(figure, panels[0])
-        titles = ("method", *(f"MB, {t}" for t in at), *(f"ms a step, {t}" for t in at))
+        titles = ("method", *(f"MB, {t}" for t in at), *(f"ms a step, {a} to {b}" for a, b in tens))
         text = [table(titles, rows), results.place(), "![memory and time over tasks](cost.png)"]
         return Page("\n\n".join(text), {"cost.png": figure})

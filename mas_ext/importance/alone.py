@@ -24,26 +24,30 @@ Key = TypeVar("Key")
 
 
 class Precision(NamedTuple):
-    """How coarse numbers are: the relative error that rounding may cause in a gradient, that of one operation,
-    and how many times a gradient can be doubled and halved.
+    """How coarse numbers are.
+
+    tolerance, order: relative errors that rounding may cause in a gradient, when a sample is run in another
+    batch, and when the sums of the same pass come in another order. eps: that of one operation. reach: how many
+    times a gradient can be doubled and halved.
     """
 
     tolerance: float
+    order: float
     eps: float
     reach: int
 
 
 PRECISIONS = {
-    torch.float64: Precision(1e-8, torch.finfo(torch.float64).eps, 64),
-    torch.float32: Precision(1e-3, torch.finfo(torch.float32).eps, 64),
-    torch.float16: Precision(3e-2, torch.finfo(torch.float16).eps, 3),
-    torch.bfloat16: Precision(1e-1, torch.finfo(torch.bfloat16).eps, 64),
+    torch.float64: Precision(1e-8, 1e-8, torch.finfo(torch.float64).eps, 64),
+    torch.float32: Precision(1e-3, 1e-3, torch.finfo(torch.float32).eps, 64),
+    torch.float16: Precision(3e-2, 3e-2, torch.finfo(torch.float16).eps, 3),
+    torch.bfloat16: Precision(1e-1, 1e-1, torch.finfo(torch.bfloat16).eps, 64),
 }
 # float32 whose products have factors as coarse as float16. What should be zero is taken for noise no sooner.
 TF32 = PRECISIONS[torch.float32]._replace(tolerance=PRECISIONS[torch.float16].tolerance)
 
 
-def lowest(dtypes: Iterable[torch.dtype], on_gpu: bool) -> Precision:
+def lowest_precision(dtypes: Iterable[torch.dtype], on_gpu: bool) -> Precision:
     """The precision of a model that computes in these."""
     found = max(PRECISIONS[dtype] for dtype in dtypes if dtype in PRECISIONS)
     # A GPU's convolutions have TF32 by default, and its products of matrices on request.

@@ -22,7 +22,7 @@ from mas_ext.importance.alone import (
     Precision,
     Totals,
     differ,
-    lowest,
+    lowest_precision,
     one_by_one,
     zeros,
 )
@@ -243,7 +243,7 @@ class Exact:
 
 def _precision(tape: Tape, output: Tensor) -> Precision:
     dtypes = {output.dtype, *tape.dtypes, *(p.dtype for p in tape.theta.values())}
-    return lowest(dtypes, output.is_cuda)
+    return lowest_precision(dtypes, output.is_cuda)
 
 
 def _signature(tape: Tape, batch: Any) -> Signature:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext.importance import batches
-from mas_ext.importance.alone import Evaluate, Totals, differ, lowest, one_by_one, zeros
+from mas_ext.importance.alone import Evaluate, Totals, differ, lowest_precision, one_by_one, zeros
 from mas_ext.importance.uses import CHUNK, measure
 from mas_ext.kernels.native import Backend
 
@@ -49,7 +49,7 @@ class Generic:
             got = self._at_once(evaluate, few, samples, theta)
         except Exception:
             return False
-        precision = lowest([output.dtype], output.is_cuda)
+        precision = lowest_precision([output.dtype], output.is_cuda)
         return not any(differ(got[name], expected[name], precision) for name in theta)
 
     @torch.no_grad()  # of parameters that are not asked for; torch.func.grad goes on

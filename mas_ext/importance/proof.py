@@ -157,7 +157,7 @@ def _look(
 
 def _agree(plain: Seen, scaled: Seen, precision: Precision) -> bool:
     """Whether sizes are the same, but for functions that add up in a random order."""
-    most = precision.tolerance * plain.sizes + plain.rounding
+    most = precision.order * plain.sizes + plain.rounding
     return bool(((scaled.sizes - plain.sizes).abs() <= most).all())
 
 

@@ -28,6 +28,8 @@ Method = Literal["exact", "batch", "local"]
 # (evaluate, batch, samples, parameters by name) -> sums over samples by name, and the objectives.
 Estimator = Callable[[Evaluate, Any, int, Mapping[str, Tensor]], tuple[Totals, Tensor]]
 
+_RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
+
 METHODS: dict[str, Callable[[Backend], Estimator]] = {
     "exact": Exact,
     "batch": Batch,
@@ -54,9 +56,13 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     # What runs a model in parallel would wait for other ranks, whose passes have other lengths.
     parallel = [module for module in modes if isinstance(module, PARALLEL)]
     devices = [device] if device.type == "cuda" else []
-    # cuDNN has their backward pass in training mode alone; without dropout that is no other function.
-    layers = [module for module in modes if isinstance(module, nn.RNNBase)] if devices else []
-    recurrent = [(layer, layer.dropout) for layer in layers]
+    # cuDNN has their backward pass in training mode alone; without dropout that is no other function. What
+    # derives from them may be another one.
+    recurrent = [
+        (module, module.dropout)
+        for module in modes
+        if devices and isinstance(module, nn.RNNBase) and type(module) in _RECURRENT
+    ]
     # Autocast keeps rounded weights; those that a pass without gradients left behind would have none.
     cached = torch.is_autocast_cache_enabled()
     # Compiled parts run as they were written, so that what they compute can be followed. Nothing is compiled
@@ -73,7 +79,7 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
             torch.set_autocast_cache_enabled(False)
             model.eval()
             for layer, _ in recurrent:
-                layer.train()
+                layer.training = True
                 layer.dropout = 0.0
             for wrapper in parallel:
                 wrapper.__dict__["forward"] = wrapper.module

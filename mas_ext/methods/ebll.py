@@ -99,8 +99,8 @@ class EBLL(LwF):
         model.eval()
         batches = list(features_of(training, self.max_samples))
         like, code = batches[0][0], max(1, min(self.code, model.width // 2))
-        encoder = nn.Linear(model.width, code, dtype=like.dtype).to(like.device)
-        decoder = nn.Linear(code, model.width, dtype=like.dtype).to(like.device)
+        encoder = nn.Linear(model.width, code, device="cpu", dtype=like.dtype).to(like.device)
+        decoder = nn.Linear(code, model.width, device="cpu", dtype=like.dtype).to(like.device)
         parameters = [*encoder.parameters(), *decoder.parameters()]
         optimizer = torch.optim.Adadelta(parameters, self.lr)
         for _ in range(self.epochs):
