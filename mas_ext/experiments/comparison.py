@@ -131,9 +131,10 @@ class Comparison(Experiment):
             if len(self.settings) > 1:
                 text.append(f"**{NAMES[setting]}**")
             text.append(self._table(results, setting))
+        least, most = min(seeds - {0}), max(seeds)
+        span = str(most) if least == most else f"{least} to {most}"
         text += [
-            f"Mean and 95 % interval over {min(seeds - {0})} to {max(seeds)} of {self.seeds} seeds. "
-            f"{results.place()}",
+            f"Mean and 95 % interval over {span} of {self.seeds} seeds. {results.place()}",
             f"![average accuracy by method]({self.name}.png)",
             f"![validation accuracy over lam]({self.name}-lam.png)",
         ]
