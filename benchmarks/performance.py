@@ -58,14 +58,9 @@ def results(kind: str) -> list[dict[str, Any]]:
     )
 
 
-def on_cpu(found: Sequence[Result]) -> list[Result]:
-    """Those of a CPU."""
-    return [r for r in found if r["device"] == "cpu"]
-
-
-def on_gpu(found: Sequence[Result]) -> list[Result]:
-    """Those of a GPU."""
-    return [r for r in found if r["device"] != "cpu"]
+def on(device: str, found: Sequence[Result]) -> list[Result]:
+    """Those of "cpu" or "cuda"."""
+    return [r for r in found if r["device"] == device]
 
 
 def named(result: Result) -> str:
@@ -100,21 +95,18 @@ def penalty_tables(found: Sequence[Result]) -> str:
         cold = {(row["name"], row["tasks"]): row for row in result["cold"]["forms"]}
         for row in result["cold"]["forms"]:
             if row["moved"]:
+                name, tasks = row["name"], row["tasks"]
                 speed = row["fraction"] * max(result["cold"]["bandwidth"].values())
                 rows.append(
                     [
                         f"{named(result)}, {result['parameters']:,} parameters",
-                        f"`{row['name']}`",
-                        str(row["tasks"]),
+                        f"`{name}`",
+                        str(tasks),
                         _number(1e3 * row["seconds"]["median"]),
                         str(row["moved"]),
                         f"{speed / 1e9:.1f}",
                         f"{row['fraction']:.2f}",
-                        kernel_limit(
-                            row,
-                            again[row["name"], row["tasks"]],
-                            cold.get((row["name"] + GRAPH, row["tasks"])),
-                        ),
+                        kernel_limit(row, again[name, tasks], cold.get((name + GRAPH, tasks))),
                     ]
                 )
     head = ["network", "form", "tasks", "ms a call", "bytes a parameter", "GB/s", "of a copy"]
@@ -128,7 +120,7 @@ def penalty_tables(found: Sequence[Result]) -> str:
             f"Copies of as many bytes in the same run, GB/s read and written: {copies}.",
             machines(found),
             "![bytes counted against bytes a second](performance/roofline.png)",
-            *(["![the same on a GPU](performance/roofline_gpu.png)"] if on_gpu(found) else []),
+            *(["![the same on a GPU](performance/roofline_gpu.png)"] if on("cuda", found) else []),
         ]
     )
 
@@ -392,11 +384,10 @@ def tables() -> dict[str, str]:
 def main() -> None:
     """Draw, and replace what stands between the page's marks."""
     PICTURES.mkdir(exist_ok=True)
-    penalties, steps = results("penalty"), on_cpu(results("step"))  # a GPU has other batches, too
-    for where, name in ((on_cpu, "roofline.png"), (on_gpu, "roofline_gpu.png")):
-        if chosen := where(penalties):
-            pictures.roofline(chosen, named, PICTURES / name)
-    if steps:
+    for device, name in (("cpu", "roofline.png"), ("cuda", "roofline_gpu.png")):
+        if penalties := on(device, results("penalty")):
+            pictures.roofline(penalties, named, PICTURES / name)
+    if steps := on("cpu", results("step")):  # a GPU has other batches, too
         pictures.steps(steps, named, FORMS, PICTURES / "steps.png")
         pictures.tasks(steps, named, PICTURES / "tasks.png")
     pictures.lam(json.loads(LAM.read_text(encoding="utf-8")), PICTURES / "lam.png")

@@ -22,6 +22,7 @@ from zoo import ANY, CASES, Case, Wired
 from mas_ext import estimate_importance
 from mas_ext.benchmarks.memory import peak
 from mas_ext.importance import ImportanceSum
+from mas_ext.importance.alone import PRECISIONS, differ, lowest_precision
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -160,6 +161,21 @@ def run(
     for batch in batches:
         total.add(model, batch)
     return total.mean()
+
+
+def test_what_tf32_may_change() -> None:
+    """Gradients in another batch by as much as float16 does; nothing else more than float32 does."""
+    coarse, fine = (
+        lowest_precision([torch.float32, torch.int64], on_gpu) for on_gpu in (True, False)
+    )
+    x = torch.ones(5)
+    assert differ(1.01 * x, x, fine)
+    assert not differ(1.01 * x, x, coarse)
+    assert differ(1.1 * x, x, coarse)
+    assert (coarse.order, coarse.eps, coarse.reach) == (fine.order, fine.eps, fine.reach)
+    for dtype in (torch.float16, torch.float64):
+        on_either = [lowest_precision([torch.float64, dtype], on_gpu) for on_gpu in (True, False)]
+        assert on_either == 2 * [PRECISIONS[dtype]]
 
 
 # -- the zoo ---------------------------------------------------------------------------------------

@@ -723,6 +723,7 @@ def test_cost(tmp_path: Path) -> None:
     mb = f"{held['mas'][4] / 1e6:.2f}"
     (row,) = [line for line in page.text.splitlines() if line.startswith("| `mas` |")]
     assert row.split(" | ")[1:4] == [mb] * 3
+    assert row.endswith(f"| {1e3 * np.median(steps['mas']):.1f} |")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

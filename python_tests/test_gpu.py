@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,15 @@ def prepared(form: str) -> tuple[Held, Callable[[], None], Callable[[int], Array
     return case, lambda: step(case, optimizer), lambda steps: expected[:steps]
 
 
+@contextmanager
+def another_stream() -> Iterator[None]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 @each_form
 def test_no_step_waits_for_the_gpu(form: str) -> None:
     case, step, expected = prepared(form)
@@ -132,9 +142,7 @@ def test_no_step_waits_for_the_gpu(form: str) -> None:
 @each_form
 def test_steps_on_another_stream(form: str) -> None:
     case, step, expected = prepared(form)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with another_stream():
         for _ in range(7):
             torch.cuda._sleep(1_000_000)  # whatever ran on the default stream would come too early
             step()
@@ -145,12 +153,9 @@ def test_steps_on_another_stream(form: str) -> None:
 @each_form
 def test_a_graph_of_a_step_replays_it(form: str) -> None:
     case, step, expected = prepared(form)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with another_stream():
         for _ in range(3):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

@@ -56,6 +56,17 @@ def test_a_head_is_what_the_backbone_is() -> None:
     assert model.heads[0].weight.shape == (2, 4)
 
 
+def test_a_seed_gives_the_same_head_whatever_the_default_device_is() -> None:
+    found = []
+    for default in ("cpu", "meta"):
+        model = models.MultiHead(nn.Linear(3, 4), width=4)
+        torch.manual_seed(0)
+        with torch.device(default):
+            model.add_head(2)
+        found.append(model.heads[0].weight)
+    assert torch.equal(found[0], found[1])
+
+
 def test_heads_that_cannot_be() -> None:
     model = models.mlp((3,), hidden=(4,))
     with pytest.raises(ValueError, match="the model has no head yet: call add_head first"):
