@@ -86,7 +86,8 @@ def check(use: Use, square: bool, compiled: bool) -> None:
 SIZES = {
     "one": Sizes(1, 1, 1, 1, 1, 1, 1),
     "ragged tiles": Sizes(3, 19, 7, 1, 33, 3, 11),
-    "whole tiles": Sizes(2, 16, 16, 1, 32, 2, 16),
+    "whole tiles": Sizes(2, 16, 16, 1, 32, 2, 32),
+    "whole vectors, ragged tiles": Sizes(3, 19, 7, 2, 24, 3, 40),
     "groups": Sizes(5, 7, 9, 3, 5, 2, 4),
     "depthwise": Sizes(9, 5, 6, 67, 1, 3, 1),
     "one channel": Sizes(2, 20, 30, 1, 6, 9, 1),
@@ -296,6 +297,15 @@ BAD_USES: dict[str, tuple[Callable[[Use], Use], str]] = {
     "strided rows": (
         lambda u: u._replace(rows=torch.zeros(7, 2, dtype=torch.int32).t()),
         "rows: got .*strides .1, 2.",
+    ),
+    "too many positions": (
+        lambda u: Use(
+            torch.zeros(1, 1, 1, 1),
+            torch.zeros(1, 1, 1).expand(1, 1 << 30, 1),
+            torch.zeros(1, 1, 1).expand(1, 1 << 30, 1),
+            None,
+        ),
+        "grad: got 1 samples of 1073741824 positions and 1 taps of 1 channels, expected less than",
     ),
     "row below": (lambda u: with_row(u, -2), "rows: got numbers from -2 to 0, expected -1 to 8"),
     "row above": (lambda u: with_row(u, 9), "rows: got numbers from 0 to 9, expected -1 to 8"),

@@ -1,24 +1,10 @@
 // Sums over samples of abs, or of the square, of each sample's gradient of a weight. That gradient
 // is a product of matrices, whose elements go from registers into the sum. Twin of
 // cpu/per_sample.cpp.
-#include "launch.h"
+#include "tile_product.h"
 
 namespace mas::cuda {
 namespace {
-
-constexpr int square_root(int n) {
-  int root = 0;
-  while ((root + 1) * (root + 1) <= n) ++root;
-  return root;
-}
-
-// A block owns a square tile of the product, outputs by flattened (tap, channel) columns; a thread
-// kOwn x kOwn of its elements, kSide apart so that neighbours read neighbouring shared memory.
-constexpr int kSide = square_root(kThreads);
-constexpr int kOwn = 4;
-constexpr int kTile = kSide * kOwn;
-constexpr int kDepth = 16;  // positions in shared memory at a time
-static_assert(kSide * kSide == kThreads && kThreads % kTile == 0);
 
 // Blocks (or threads) beyond the largest grid take their turn in a loop.
 void launch_for(std::int64_t blocks, void (*kernel)(PerSample), PerSample use, void* stream) {
@@ -31,14 +17,9 @@ struct Tiles {
 };
 
 MAS_FN Tiles tiles_of(const PerSample& use) {
-  const std::int64_t rows = quotient_up(use.outputs, kTile);
-  const std::int64_t columns = quotient_up(use.taps * use.channels, kTile);
+  const std::int64_t rows = quotient_up(use.outputs, kTileRows);
+  const std::int64_t columns = quotient_up(use.taps * use.channels, kTileColumns);
   return {rows, columns, use.groups * rows * columns};
-}
-
-template <class C>
-MAS_DEVICE C magnitude(C m, bool square) {
-  return square ? m * m : std::abs(m);
 }
 
 // Where a split's sum is added: omega itself if there is only one.
@@ -66,62 +47,189 @@ MAS_DEVICE compute_t<T> gradient(const PerSample& use, std::int64_t sample, std:
       use.grad)[sample * use.grad_sample + position * use.grad_position + output]);
 }
 
-template <class C, class T>
-__global__ void add_tiles(PerSample use) {
-  __shared__ C left[kDepth][kTile];
-  __shared__ C right[kDepth][kTile];
+// A number of rows, as whole samples and what is left.
+struct Stride {
+  int samples, rows;
+};
+
+MAS_DEVICE Stride stride_of(int rows, int padded) { return {rows / padded, rows % padded}; }
+
+// One of the product's factors: a thread goes through every so manieth of its rows (position of a
+// sample, in turn), and brings N features of each to shared memory.
+template <class T>
+struct Walk {
+  const T* sample;
+  int samples;  // that are left
+  int position;
+
+  // In a sample there are rows of zeros behind its positions, `padded` rows in all.
+  __device__ __forceinline__ void advance(Stride stride, int padded, std::int64_t sample_stride) {
+    position += stride.rows;
+    const int passed = stride.samples + (position >= padded ? 1 : 0);
+    if (position >= padded) position -= padded;
+    sample += passed * sample_stride;
+    samples -= passed;
+  }
+
+  __device__ __forceinline__ bool inside(int positions) const {
+    return samples > 0 && position < positions;
+  }
+};
+
+// Output `first` and the N - 1 behind it, as far as they are there.
+template <class T, int N, bool kWhole>
+MAS_DEVICE Pack<T, N> outputs_of(const PerSample& use, const Walk<T>& walk, std::int64_t group,
+                                 std::int64_t first) {
+  Pack<T, N> found{};
+  if (!walk.inside(static_cast<int>(use.positions)) || first >= use.outputs) return found;
+  const T* from = walk.sample + walk.position * use.grad_position + group * use.outputs + first;
+  if constexpr (kWhole) {
+    found = read<N>(from);
+  } else {
+    for (int i = 0; i < N; ++i) {
+      if (first + i < use.outputs) found.lane[i] = from[i];
+    }
+  }
+  return found;
+}
+
+// N columns of the product, (tap, channel): where their rows are in the table, and their channels
+// among those of all groups. -1: behind the last one.
+template <int N>
+struct Columns {
+  int table[N];
+  int channel[N];
+};
+
+template <int N>
+MAS_DEVICE Columns<N> columns_from(const PerSample& use, std::int64_t group, std::int64_t first) {
+  Columns<N> found;
+  for (int i = 0; i < N; ++i) {
+    const std::int64_t column = first + i;
+    const bool there = column < use.taps * use.channels;
+    found.table[i] = there ? static_cast<int>(column / use.channels * use.positions) : 0;
+    found.channel[i] = there ? static_cast<int>(group * use.channels + column % use.channels) : -1;
+  }
+  return found;
+}
+
+template <class T, int N, bool kWhole>
+MAS_DEVICE Pack<T, N> inputs_of(const PerSample& use, const Walk<T>& walk,
+                                const Columns<kWhole ? 1 : N>& columns) {
+  Pack<T, N> found{};
+  if (!walk.inside(static_cast<int>(use.positions))) return found;
+  for (int i = 0; i < (kWhole ? 1 : N); ++i) {
+    if (columns.channel[i] < 0) continue;
+    const int row =
+        use.rows == nullptr ? walk.position : use.rows[columns.table[i] + walk.position];
+    if (row < 0) continue;
+    const T* from = walk.sample + row * use.input_row + columns.channel[i];
+    if constexpr (kWhole) {
+      found = read<N>(from);
+    } else {
+      found.lane[i] = *from;
+    }
+  }
+  return found;
+}
+
+// kWhole: N features lie behind one another, at an address that is a multiple of their size.
+template <class T, int N, bool kWhole>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) add_tiles(PerSample use) {
+  using C = compute_t<T>;
+  using P = Product<T>;
+  constexpr int depth = kDepth<T>;
+  // So many rows are brought at a time.
+  constexpr int left_step = kThreads / (kTileRows / N);
+  constexpr int right_step = kThreads / (kTileColumns / N);
+  static_assert(depth % left_step == 0 && depth % right_step == 0);
+  __shared__ typename P::Factors panel;
   const Tiles tiles = tiles_of(use);
   const std::int64_t columns = use.taps * use.channels;
-  const int x = threadIdx.x % kSide;
-  const int y = threadIdx.x / kSide;
-  const int lane = threadIdx.x % kTile;
+  const auto padded = static_cast<int>(quotient_up(use.positions, P::kStep) * P::kStep);
+  const Stride left_stride = stride_of(left_step, padded);
+  const Stride right_stride = stride_of(right_step, padded);
+  const int left_row = threadIdx.x / (kTileRows / N);
+  const int left_lane = threadIdx.x % (kTileRows / N) * N;
+  const int right_row = threadIdx.x / (kTileColumns / N);
+  const int right_lane = threadIdx.x % (kTileColumns / N) * N;
   for (std::int64_t i = blockIdx.x; i < tiles.count * use.splits; i += gridDim.x) {
     const std::int64_t split = i / tiles.count;
     const std::int64_t group = i / (tiles.rows * tiles.columns) % use.groups;
-    const std::int64_t first_output = i / tiles.columns % tiles.rows * kTile;
-    const std::int64_t first_column = i % tiles.columns * kTile;
-    // The output and the column that this thread brings into shared memory.
-    const std::int64_t output = first_output + lane;
-    const std::int64_t column = first_column + lane;
-    const std::int64_t tap = column / use.channels;
-    const std::int64_t channel = group * use.channels + column % use.channels;
+    const std::int64_t first_output = i / tiles.columns % tiles.rows * kTileRows;
+    const std::int64_t first_column = i % tiles.columns * kTileColumns;
+    const std::int64_t first = first_sample(use, split);
+    const auto samples = static_cast<int>(first_sample(use, split + 1) - first);
+    Walk<T> grad = {static_cast<const T*>(use.grad) + first * use.grad_sample, samples, 0};
+    Walk<T> input = {static_cast<const T*>(use.input) + first * use.input_sample, samples, 0};
+    grad.advance(stride_of(left_row, padded), padded, use.grad_sample);
+    input.advance(stride_of(right_row, padded), padded, use.input_sample);
+    const auto own = columns_from<kWhole ? 1 : N>(use, group, first_column + right_lane);
 
-    C sum[kOwn][kOwn] = {};
-    for (std::int64_t b = first_sample(use, split); b < first_sample(use, split + 1); ++b) {
-      C m[kOwn][kOwn] = {};
-      for (std::int64_t start = 0; start < use.positions; start += kDepth) {
-        for (int k = threadIdx.x / kTile; k < kDepth; k += kThreads / kTile) {
-          const std::int64_t p = start + k;
-          const bool inside = p < use.positions;
-          left[k][lane] = inside && output < use.outputs
-                              ? gradient<T>(use, b, p, group * use.outputs + output)
-                              : C(0);
-          right[k][lane] = inside && column < columns ? seen<T>(use, b, tap, p, channel) : C(0);
-        }
-        __syncthreads();
-        for (int k = 0; k < kDepth; ++k) {
-          for (int r = 0; r < kOwn; ++r) {
-            for (int c = 0; c < kOwn; ++c) {
-              m[r][c] = std::fma(left[k][y + r * kSide], right[k][x + c * kSide], m[r][c]);
-            }
-          }
-        }
-        __syncthreads();  // before the next positions overwrite these
+    Pack<T, N> left[depth / left_step];
+    Pack<T, N> right[depth / right_step];
+    const auto fetch = [&] {
+      for (auto& pack : left) {
+        pack = outputs_of<T, N, kWhole>(use, grad, group, first_output + left_lane);
+        grad.advance(left_stride, padded, use.grad_sample);
       }
-      for (int r = 0; r < kOwn; ++r) {
-        for (int c = 0; c < kOwn; ++c) sum[r][c] += magnitude(m[r][c], use.square);
+      for (auto& pack : right) {
+        pack = inputs_of<T, N, kWhole>(use, input, own);
+        input.advance(right_stride, padded, use.input_sample);
+      }
+    };
+    P product;
+    int unfinished = padded;  // of the sample
+    fetch();
+    for (std::int64_t left_over = std::int64_t{samples} * padded; left_over > 0;
+         left_over -= depth) {
+      __syncthreads();  // nobody reads the last factors any more
+      for (int k = 0; k < depth / left_step; ++k) {
+        write(&panel.left[k * left_step + left_row][left_lane], P::factors(left[k]));
+      }
+      for (int k = 0; k < depth / right_step; ++k) {
+        write(&panel.right[k * right_step + right_row][right_lane], P::factors(right[k]));
+      }
+      __syncthreads();
+      fetch();  // the next ones arrive while these are multiplied
+      for (int k = 0; k < depth;) {
+        const int stop = unfinished < depth - k ? k + unfinished : depth;
+        unfinished -= stop - k;
+        if (stop - k == depth) {
+          MAS_UNROLL
+          for (int all = 0; all < depth; all += P::kStep) product.add(panel, all);
+          k = depth;
+        } else {
+          MAS_NO_UNROLL
+          for (; k < stop; k += P::kStep) product.add(panel, k);
+        }
+        if (unfinished == 0) {
+          product.finish(use.square);
+          unfinished = padded;
+        }
       }
     }
-    for (int r = 0; r < kOwn; ++r) {
-      for (int c = 0; c < kOwn; ++c) {
-        const std::int64_t row = first_output + y + r * kSide;
-        const std::int64_t at = first_column + x + c * kSide;
-        if (row < use.outputs && at < columns) {
-          destination<C>(use, split)[(group * use.outputs + row) * columns + at] += sum[r][c];
-        }
-      }
-    }
+    C* to = destination<C>(use, split) + group * use.outputs * columns;
+    product.for_each([&](int r, int c, C sum) {
+      const std::int64_t row = first_output + r;
+      const std::int64_t at = first_column + c;
+      if (row < use.outputs && at < columns) to[row * columns + at] += sum;
+    });
   }
+}
+
+template <class T>
+constexpr int kVector = 16 / sizeof(T);
+
+template <class T>
+bool in_whole_vectors(const PerSample& use) {
+  std::uintptr_t all = reinterpret_cast<std::uintptr_t>(use.grad) / sizeof(T) |
+                       reinterpret_cast<std::uintptr_t>(use.input) / sizeof(T);
+  for (const std::int64_t n : {use.outputs, use.channels, use.grad_sample, use.grad_position,
+                               use.input_sample, use.input_row}) {
+    all |= static_cast<std::uintptr_t>(n);
+  }
+  return all % kVector<T> == 0;
 }
 
 // One output and one channel a group: a thread for each tap of a group, neighbours in neighbouring
@@ -173,7 +281,9 @@ void per_sample(PerSample use, DType dtype, void* stream) {
       launch_for(quotient_up(size_of(use) * use.splits, kThreads), add_depthwise<C, T>, use,
                  stream);
     } else {
-      launch_for(tiles_of(use).count * use.splits, add_tiles<C, T>, use, stream);
+      const auto add =
+          in_whole_vectors<T>(use) ? add_tiles<T, kVector<T>, true> : add_tiles<T, kPack, false>;
+      launch_for(tiles_of(use).count * use.splits, add, use, stream);
     }
     if (use.splits > 1) {
       launch_for(quotient_up(size_of(use), kThreads), add_splits<C>, use, stream);

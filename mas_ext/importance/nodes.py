@@ -68,18 +68,19 @@ class LayerNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        weight_spot, bias_spot = ctx.spots
-        seen = ctx.tape.witnessed(ctx.spots, grad)
-        if seen is None and weight_spot is not None:
-            ctx.tape.note(weight_spot, ctx.layer.weight_use(grad, x, weight_spot.fold))
-        if seen is None and bias_spot is not None:
-            use = bias_use(ctx.layer, grad, bias_spot.slot.tensor, bias_spot.fold)
-            ctx.tape.note(bias_spot, use)
-        grad = grad if seen is None else seen
-        gradient = None
-        if ctx.needs_input_grad[3]:
-            gradient = ctx.layer.input_gradient(grad, x, weight).to(ctx.input_dtype)
+        x, weight = ctx.saved_tensors  # checkpointed parts run again here, seen by the tape
+        with torch._C.DisableTorchFunction():
+            weight_spot, bias_spot = ctx.spots
+            seen = ctx.tape.witnessed(ctx.spots, grad)
+            if seen is None and weight_spot is not None:
+                ctx.tape.note(weight_spot, ctx.layer.weight_use(grad, x, weight_spot.fold))
+            if seen is None and bias_spot is not None:
+                use = bias_use(ctx.layer, grad, bias_spot.slot.tensor, bias_spot.fold)
+                ctx.tape.note(bias_spot, use)
+            grad = grad if seen is None else seen
+            gradient = None
+            if ctx.needs_input_grad[3]:
+                gradient = ctx.layer.input_gradient(grad, x, weight).to(ctx.input_dtype)
         return None, None, None, gradient, None, None
 
 
@@ -100,9 +101,10 @@ class SpreadNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        if ctx.tape.witnessed([ctx.spot], grad) is None:
-            g = ctx.spot.fold.spread_over(grad, ctx.shape)
-            ctx.tape.note(ctx.spot, Rows(g.reshape(-1, *ctx.spot.slot.tensor.shape)))
+        with torch._C.DisableTorchFunction():
+            if ctx.tape.witnessed([ctx.spot], grad) is None:
+                g = ctx.spot.fold.spread_over(grad, ctx.shape)
+                ctx.tape.note(ctx.spot, Rows(g.reshape(-1, *ctx.spot.slot.tensor.shape)))
         return None, None, None, None, None
 
 

@@ -42,17 +42,37 @@ def _default_forward(model: nn.Module, batch: Any) -> Tensor:
     return output
 
 
+class _Kept:
+    """Buffers of one dtype and device as they were, in one tensor: a single wait tells whether one changed."""
+
+    def __init__(self, buffers: Sequence[Tensor]) -> None:
+        self._buffers = buffers
+        self._before = self._now()
+
+    def _now(self) -> Tensor:
+        return torch.cat([b.flatten() for b in self._buffers])
+
+    def restore(self) -> None:
+        """Write back those that changed."""
+        if torch.equal(self._now(), self._before):
+            return
+        parts = self._before.split([b.numel() for b in self._buffers])
+        for buffer, part in zip(self._buffers, parts, strict=True):
+            if not torch.equal(buffer, part.view_as(buffer)):
+                buffer.copy_(part.view_as(buffer))
+
+
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     """eval() with gradients on; modes and random state are put back, whatever happens."""
     modes = {module: module.training for module in model.modules()}
     # A forward pass may put a normalisation back to training, and is then refused.
-    statistics = [
-        (b, b.clone())
-        for module in modes
-        if isinstance(module, nn.modules.batchnorm._NormBase)
-        for b in module.buffers(recurse=False)
-    ]
+    buffers: dict[Any, list[Tensor]] = {}
+    for module in modes:
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            for b in module.buffers(recurse=False):
+                buffers.setdefault((b.dtype, b.device), []).append(b)
+    statistics = [_Kept(same) for same in buffers.values()]
     # What runs a model in parallel would wait for other ranks, whose passes have other lengths.
     parallel = [module for module in modes if isinstance(module, PARALLEL)]
     devices = [device] if device.type == "cuda" else []
@@ -92,9 +112,8 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
             torch.set_autocast_cache_enabled(cached)
             for module, training in modes.items():
                 module.training = training
-            for buffer, before in statistics:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+            for kept in statistics:
+                kept.restore()
 
 
 def _refuse_interacting(model: nn.Module) -> None:

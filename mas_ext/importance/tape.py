@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from mas_ext.importance.alone import Totals, gradient
 from mas_ext.importance.layers import Fold, Layer, Layout
 from mas_ext.importance.nodes import LayerNode, Slot, Spot, SpreadNode
-from mas_ext.importance.uses import Use, add_uses
+from mas_ext.importance.uses import Use, total_of
 from mas_ext.kernels.reference import compute_dtype
 
 # Stands for a function: (tape, function, *its arguments) -> its result, or NotImplemented.
@@ -287,9 +287,9 @@ class Tape(TorchFunctionMode):
     def _add(self, key: int) -> None:
         uses = self._held.pop(key)
         tensor = self._slots[key].tensor
-        total = torch.zeros(tensor.shape, dtype=compute_dtype(tensor.dtype), device=tensor.device)
-        add_uses(uses, total, self.square, self.native)
-        self._totals[key] = total
+        dtype = compute_dtype(tensor.dtype)
+        like = tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
+        self._totals[key] = total_of(uses, like, self.square, self.native)
 
     @torch.no_grad()
     def backward(self, values: Tensor) -> Totals:

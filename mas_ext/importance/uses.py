@@ -1,8 +1,7 @@
 """A parameter's per-sample gradients, in the forms in which layers give them, summed without B x P numbers.
 
-Each form stands for numbers g of shape (samples, *parameter): dense(i, j) writes some samples out,
-add_to(total) adds sum_k abs(g_k), or sum_k g_k^2, to a contiguous float32 or float64 tensor of the
-parameter's shape.
+Each form stands for numbers g of shape (samples, *parameter): dense(i, j) writes some samples out, total() is
+sum_k abs(g_k), or sum_k g_k^2, in a contiguous float32 or float64 tensor of the parameter's shape.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ class Use(Protocol):
     def dense(self, start: int, stop: int, like: Tensor) -> Tensor:
         """g of the samples from start to stop, in the dtype and shape of `like`."""
 
-    def add_to(self, total: Tensor, square: bool, native: bool) -> None:
-        """total += sum_k f(g_k), f = abs or square."""
+    def total(self, like: Tensor, square: bool, native: bool) -> Tensor:
+        """sum_k f(g_k), f = abs or square; contiguous, in the dtype and shape of `like`."""
 
     def may_count(self, like: Tensor) -> bool:
         """False where g is zero, which is not always found out where g is large."""
@@ -46,8 +45,8 @@ def measure(g: Tensor, square: bool) -> Tensor:
     return g.square() if square else g.abs()
 
 
-def add_uses(uses: Sequence[Use], total: Tensor, square: bool, native: bool) -> None:
-    """total += sum_k f(sum over uses of g_k): uses of one sample add up before the abs."""
+def total_of(uses: Sequence[Use], like: Tensor, square: bool, native: bool) -> Tensor:
+    """sum_k f(sum over uses of g_k): uses of one sample add up before the abs."""
     rest = list(uses)
     together: list[Use] = []
     while rest:
@@ -60,13 +59,14 @@ def add_uses(uses: Sequence[Use], total: Tensor, square: bool, native: bool) -> 
             joined[-1:] = [joint] if joint is not None else [*joined[-1:], use]
         together += joined
     if len(together) == 1:
-        together[0].add_to(total, square, native)
-        return
+        return together[0].total(like, square, native)
+    total = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     step = max(1, CHUNK // max(1, total.numel()))
     for start in range(0, together[0].samples, step):
         stop = min(start + step, together[0].samples)
         g = reduce(torch.add, (use.dense(start, stop, total) for use in together))
         total += measure(g, square).sum(0)
+    return total
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class Rows:
         g = self.g[start:stop].to(like.dtype)
         return g.reshape(len(g), *like.shape)
 
-    def add_to(self, total: Tensor, square: bool, native: bool) -> None:
+    def total(self, like: Tensor, square: bool, native: bool) -> Tensor:
         """See Use."""
-        total += measure(self.dense(0, self.samples, total), square).sum(0)
+        return measure(self.dense(0, self.samples, like), square).sum(0)
 
     def may_count(self, like: Tensor) -> bool:
         """See Use."""
@@ -136,15 +136,13 @@ class Product:
         right = right.reshape(*right.shape[:3], channels * taps)
         return torch.matmul(left, right).view(len(left), *like.shape)
 
-    def add_to(self, total: Tensor, square: bool, native: bool) -> None:
+    def total(self, like: Tensor, square: bool, native: bool) -> Tensor:
         """See Use."""
-        groups, outputs, taps, channels = shape = self._kernel_shape
-        if taps == 1:
-            self._run(total.view(shape), square, native)
-        else:
-            by_tap = total.new_zeros(shape)
-            self._run(by_tap, square, native)
-            total.view(groups, outputs, channels, taps).add_(by_tap.transpose(2, 3))
+        omega = torch.zeros(self._kernel_shape, dtype=like.dtype, device=like.device)
+        self._run(omega, square, native)
+        if omega.shape[2] > 1:
+            omega = omega.transpose(2, 3).contiguous()
+        return omega.view(like.shape)
 
     def _run(self, omega: Tensor, square: bool, native: bool) -> None:
         left, right = self.left, self.right
@@ -200,13 +198,15 @@ class Lookup:
         table[key] = g
         return table.view(stop - start, rows, width)[:, 1:]
 
-    def add_to(self, total: Tensor, square: bool, native: bool) -> None:
+    def total(self, like: Tensor, square: bool, native: bool) -> Tensor:
         """See Use."""
-        rows = total.shape[0] + 1
-        key, g = self._by_sample(0, self.samples, rows, total.dtype)
+        rows = like.shape[0] + 1
+        key, g = self._by_sample(0, self.samples, rows, like.dtype)
         row, added = _summed(key % rows, measure(g, square))
+        total = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
         counted = row > 0
-        total[row[counted] - 1] += added[counted]
+        total[row[counted] - 1] = added[counted]
+        return total
 
     def _by_sample(
         self, start: int, stop: int, rows: int, dtype: torch.dtype

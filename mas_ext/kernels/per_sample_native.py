@@ -14,9 +14,13 @@ from mas_ext.kernels import native, reference
 from mas_ext.kernels.reference import compute_dtype
 
 # A small omega is no work for a whole machine: the batch is then split, and each part summed into a
-# tensor of its own. Splits depend on shapes alone, so that the number of threads changes no bit.
-_ELEMENTS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 21}
+# tensor of its own, which is worth it for so many samples (on a GPU: rows) a part. Splits depend on shapes
+# alone, so that the number of threads changes no bit.
+_ELEMENTS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 22}
 _SAMPLES_A_SPLIT = 4
+_ROWS_A_SPLIT = 256
+# The kernels number samples, positions and the rows table's entries in 32 bits.
+_MOST = 1 << 30
 
 
 class _Seen(NamedTuple):
@@ -77,6 +81,11 @@ def _check(omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None) -> N
     _check_operand("grad", grad, groups * outputs, grad)
     _check_operand("input", input, groups * channels, grad)
     batch, positions = grad.shape[:2]
+    if max(batch, taps * positions, groups * channels) >= _MOST:
+        raise ValueError(
+            f"grad: got {batch} samples of {positions} positions and {taps} taps of {groups * channels} "
+            f"channels, expected less than {_MOST} samples, channels, and taps times positions"
+        )
     if input.shape[0] != batch:
         raise ValueError(f"input: got {input.shape[0]} samples, expected {batch} like grad")
     if rows is None:
@@ -106,6 +115,13 @@ def _check(omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None) -> N
         )
 
 
+def _splits(device: str, size: int, batch: int, positions: int) -> int:
+    wanted = -(-_ELEMENTS_AT_ONCE[device] // size)
+    if device == "cuda":
+        return max(1, min(wanted, batch, batch * positions // _ROWS_A_SPLIT))
+    return max(1, min(wanted, batch // _SAMPLES_A_SPLIT))
+
+
 def per_sample_(
     omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None, square: bool
 ) -> None:
@@ -121,8 +137,7 @@ def per_sample_(
     if one_position and grad.device.type == "cuda":
         reference.per_sample_(omega, grad, input, rows, square)  # one product of matrices
         return
-    wanted = -(-_ELEMENTS_AT_ONCE[grad.device.type] // omega.numel())
-    splits = 1 if one_position else max(1, min(wanted, batch // _SAMPLES_A_SPLIT))
+    splits = 1 if one_position else _splits(grad.device.type, omega.numel(), batch, positions)
     partial = omega.new_zeros(splits * omega.numel() if splits > 1 else 0)
     kernels, where, context = native._device_kernels(grad.device)
     with context:

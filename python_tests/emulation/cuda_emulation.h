@@ -8,6 +8,10 @@
 #include <algorithm>
 #include <array>
 #include <barrier>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
 #include <deque>
 #include <mutex>
 #include <thread>
@@ -17,7 +21,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __shared__ static    // one block runs at a time
+#define __shared__ static  // one block runs at a time
+#define __launch_bounds__(...)
 #define __grid_constant__ &  // as on the GPU: every thread reads the same copy of the argument
 
 struct Index {
@@ -34,8 +39,8 @@ struct Warp {
   explicit Warp(unsigned threads) : barrier(threads) {}
 
   std::barrier<> barrier;
-  // Two sets of slots in turn: a thread can be one shuffle ahead of another, never two.
-  std::array<std::array<double, kWarp>, 2> slots{};
+  // Two sets of slots in turn: a thread can be one exchange ahead of another, never two.
+  std::array<std::array<std::array<std::byte, 32>, kWarp>, 2> slots{};
 };
 
 struct Block {
@@ -48,8 +53,21 @@ struct Block {
 };
 
 inline Block* block;
-inline thread_local unsigned shuffles;
+inline thread_local unsigned exchanges;
 inline std::mutex one_launch_at_a_time;
+
+// What every lane of this thread's warp brings.
+template <class X>
+std::array<X, kWarp> exchanged(X own) {
+  static_assert(sizeof(X) <= 32);
+  Warp& warp = block->warps[threadIdx.x / kWarp];
+  auto& slots = warp.slots[exchanges++ % 2];
+  std::memcpy(&slots[threadIdx.x % kWarp], &own, sizeof(X));
+  warp.barrier.arrive_and_wait();
+  std::array<X, kWarp> all;
+  for (unsigned lane = 0; lane < kWarp; ++lane) std::memcpy(&all[lane], &slots[lane], sizeof(X));
+  return all;
+}
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, void* /*stream*/,
@@ -77,6 +95,7 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, vo
 #define MAS_LAUNCH(kernel, blocks, threads, stream, ...) \
   cuda_emulation::launch(kernel, blocks, threads, stream, __VA_ARGS__)
 #define MAS_NO_UNROLL
+#define MAS_UNROLL
 #ifndef MAS_THREADS
 #define MAS_THREADS 64  // two warps take every path that eight take, and a quarter of the time
 #endif
@@ -85,13 +104,52 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, vo
 inline void __syncthreads() { cuda_emulation::block->barrier.arrive_and_wait(); }
 
 inline double __shfl_down_sync(unsigned /*mask*/, double value, unsigned delta) {
-  cuda_emulation::Warp& warp = cuda_emulation::block->warps[threadIdx.x / cuda_emulation::kWarp];
   const unsigned lane = threadIdx.x % cuda_emulation::kWarp;
-  const unsigned source = lane + delta < cuda_emulation::kWarp ? lane + delta : lane;
-  auto& slots = warp.slots[cuda_emulation::shuffles++ % 2];
-  slots[lane] = value;
-  warp.barrier.arrive_and_wait();
-  return slots[source];
+  const auto values = cuda_emulation::exchanged(value);
+  return values[lane + delta < cuda_emulation::kWarp ? lane + delta : lane];
+}
+
+// What csrc/cuda/tile_product.h has of tensor cores.
+inline void load_transposed(unsigned (&to)[4], const void* row) {
+  const auto rows = cuda_emulation::exchanged(row);
+  const unsigned lane = threadIdx.x % cuda_emulation::kWarp;
+  for (unsigned i = 0; i < 4; ++i) {
+    std::array<std::uint16_t, 2> pair;
+    for (unsigned half = 0; half < 2; ++half) {
+      const unsigned r = lane % 4 * 2 + half;
+      pair[half] = static_cast<const std::uint16_t*>(rows[8 * i + r])[lane / 4];
+    }
+    to[i] = std::bit_cast<unsigned>(pair);
+  }
+}
+
+// c += a b, a of 16 x 16 and b of 16 x 8 numbers, which number(16 bits) reads.
+template <class F>
+void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, F number) {
+  struct Held {
+    unsigned a[4], b[2];
+  };
+  const auto held = cuda_emulation::exchanged(Held{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const unsigned lane = threadIdx.x % cuda_emulation::kWarp;
+  for (unsigned e = 0; e < 4; ++e) {
+    const unsigned row = lane / 4 + e / 2 * 8;
+    const unsigned column = lane % 4 * 2 + e % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned left = held[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
+      const unsigned right = held[column * 4 + k % 8 / 2].b[k / 8];
+      c[e] += number(left >> (k % 2 * 16)) * number(right >> (k % 2 * 16));
+    }
+  }
+}
+
+inline void mma_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  multiply_add(c, a, b0, b1, [](unsigned bits) {
+    return static_cast<float>(std::bit_cast<_Float16>(static_cast<std::uint16_t>(bits)));
+  });
+}
+
+inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  multiply_add(c, a, b0, b1, [](unsigned bits) { return std::bit_cast<float>(bits << 16); });
 }
 
 using cudaStream_t = void*;
