@@ -97,7 +97,8 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     ):
         try:
             torch.set_autocast_cache_enabled(False)
-            model.eval()
+            if any(modes.values()):
+                model.eval()
             for layer, _ in recurrent:
                 layer.training = True
                 layer.dropout = 0.0
@@ -111,7 +112,8 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
                 layer.dropout = dropout
             torch.set_autocast_cache_enabled(cached)
             for module, training in modes.items():
-                module.training = training
+                if module.training != training:  # modules take long to set attributes
+                    module.training = training
             for kept in statistics:
                 kept.restore()
 
