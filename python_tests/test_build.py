@@ -12,9 +12,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from backends import FOLDER
 
 ROOT = Path(__file__).parent.parent
 KERNELS = {source.stem for source in (ROOT / "csrc" / "cpu").glob("*.cpp")} - {"dispatch"}
+# What is built only to see that it can be is not optimised, which takes a minute for each instruction set.
+QUICK = {
+    "SKBUILD_CMAKE_BUILD_TYPE": "Debug",
+    "SKBUILD_CMAKE_DEFINE": "CMAKE_CUDA_ARCHITECTURES=75",
+    "MAS_EXT_REQUIRE_NATIVE": "1",
+}
 NO_NVCC = {"CUDACXX": "/nonexistent/nvcc"}
 NO_COMPILER = {"CXX": "/nonexistent/g++"}
 
@@ -59,8 +66,7 @@ def nvcc_is_here() -> bool:
 
 
 def test_as_it_is(tmp_path: Path) -> None:
-    one_architecture = {"SKBUILD_CMAKE_DEFINE": "CMAKE_CUDA_ARCHITECTURES=75"}
-    install(tmp_path, MAS_EXT_REQUIRE_NATIVE="1", **one_architecture)
+    install(tmp_path, **QUICK)
     check(tmp_path, f"from mas_ext import _C; assert hasattr(_C, 'cuda') == {nvcc_is_here()}")
     (module,) = tmp_path.glob("site/mas_ext/_C.*.so")
     needed = run("readelf", "--dynamic", module, cwd=tmp_path).stdout
@@ -69,21 +75,15 @@ def test_as_it_is(tmp_path: Path) -> None:
     assert "torch" not in needed, "one build must serve every torch"
 
 
-@pytest.fixture(scope="module")
-def without_nvcc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def test_without_nvcc(tmp_path: Path) -> None:
     """Built from a source distribution, which must therefore be complete."""
-    tmp = tmp_path_factory.mktemp("without_nvcc")
-    sdist = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp)!r})"
+    sdist = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp_path)!r})"
     done = run(sys.executable, "-c", sdist, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    (archive,) = tmp.glob("*.tar.gz")
-    install(tmp, source=archive, MAS_EXT_REQUIRE_NATIVE="1", **NO_NVCC)
-    return tmp
-
-
-def test_without_nvcc(without_nvcc: Path) -> None:
+    (archive,) = tmp_path.glob("*.tar.gz")
+    install(tmp_path, source=archive, **QUICK, **NO_NVCC)
     check(
-        without_nvcc,
+        tmp_path,
         """
 import mas_ext
 from mas_ext import _C
@@ -98,13 +98,13 @@ assert "no nvcc" in info["why_not"][0], info
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
-def test_instruction_sets_share_no_code(without_nvcc: Path, level: str) -> None:
+def test_instruction_sets_share_no_code(level: str) -> None:
     """Of a function that several objects define the linker keeps one copy: perhaps the one that an
     older processor can't run.
     """
-    objects = [*(without_nvcc / "build").glob(f"CMakeFiles/cpu_{level}.dir/**/*.o")]
+    objects = [*FOLDER.glob(f"CMakeFiles/cpu_{level}.dir/**/*.o")]
     assert {o.name.split(".")[0] for o in objects} == KERNELS
-    listed = run("nm", "--defined-only", "--extern-only", "--demangle", *objects, cwd=without_nvcc)
+    listed = run("nm", "--defined-only", "--extern-only", "--demangle", *objects, cwd=FOLDER)
     symbols = [line for line in listed.stdout.splitlines() if line and not line.endswith(":")]
     assert len(symbols) >= len(KERNELS)
     assert all(f" T mas::cpu::{level}::" in symbol for symbol in symbols), symbols
