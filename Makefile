@@ -21,7 +21,7 @@ test: lint tests
 
 tests: emulated
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 MAS_EXT_EMULATED=build/sanitized \
+	  ASAN_OPTIONS=detect_leaks=0 MAS_EXT_EMULATED=build/sanitized OMP_NUM_THREADS=1 \
 	  $(BIN)/pytest -n auto -m "not cuda" python_tests/test_kernels.py python_tests/test_per_sample.py
 	OMP_NUM_THREADS=1 MAS_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest -n auto --dist loadfile
 

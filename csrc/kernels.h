@@ -121,7 +121,8 @@ struct Entering {
 //   grad[b, p, g * outputs + o] * input[b, rows[t, p], g * channels + c],
 // omega[g, o, t, c] grows by the sum over samples b of abs(M), or of its square. A row of -1 counts
 // as zeros; without rows, position p sees row p. omega is contiguous, float64 for float64 operands,
-// else float32; rows and columns of the operands lie as their strides (in elements) say.
+// else float32; rows and columns of the operands lie as their strides (in elements) say. On a GPU,
+// samples, channels, and taps times positions are less than 2^30.
 struct PerSample {
   void* omega;
   const void* grad;

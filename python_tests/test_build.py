@@ -102,8 +102,9 @@ def test_instruction_sets_share_no_code(level: str) -> None:
     """Of a function that several objects define the linker keeps one copy: perhaps the one that an
     older processor can't run.
     """
-    objects = [*FOLDER.glob(f"CMakeFiles/cpu_{level}.dir/**/*.o")]
-    assert {o.name.split(".")[0] for o in objects} == KERNELS
+    found = [*FOLDER.glob(f"CMakeFiles/cpu_{level}.dir/**/*.o")]
+    objects = [o for o in found if o.name.split(".")[0] in KERNELS]
+    assert len(objects) == len(KERNELS)
     listed = run("nm", "--defined-only", "--extern-only", "--demangle", *objects, cwd=FOLDER)
     symbols = [line for line in listed.stdout.splitlines() if line and not line.endswith(":")]
     assert len(symbols) >= len(KERNELS)

@@ -280,6 +280,29 @@ def test_bfloat16_models(name: str) -> None:
     assert_close(omega, expected(name, "l2")[0], 0.05)
 
 
+@pytest.mark.parametrize(("inner", "outer"), [(1e-3, 0.01), (300.0, 30.0)])
+def test_batchnorm_of_a_float16_model_has_float32s_range(inner: float, outer: float) -> None:
+    norm, last = nn.BatchNorm2d(8, momentum=1.0), nn.Linear(8 * 36, 4)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Flatten(), last)
+    with torch.no_grad():
+        for p in model[0].parameters():
+            p *= inner
+        last.weight *= outer
+        x = torch.randn(6, 3, 8, 8).half()
+        model(x.float())  # its running statistics
+    model.eval().half()
+    omega = estimate_importance(model, [x])
+    precise = copy.deepcopy(model).double()
+    wanted = {name: torch.zeros_like(p) for name, p in precise.named_parameters()}
+    for sample in x.double():
+        grads = torch.autograd.grad(precise(sample[None]).square().sum(), [*precise.parameters()])
+        for total, g in zip(wanted.values(), grads, strict=True):
+            total += g.abs() / len(x)
+    for name, expected_omega in wanted.items():
+        error = (omega[name] - expected_omega).norm() / expected_omega.norm()
+        assert error < 3e-3, (name, error)
+
+
 def test_public_function_is_the_same() -> None:
     model, batches = prepared("gpt2")
     with generic_way():

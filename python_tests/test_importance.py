@@ -476,6 +476,20 @@ def test_dropout_is_off_and_batchnorm_uses_and_keeps_its_running_statistics() ->
     assert int(before["features.1.num_batches_tracked"]) == 1
 
 
+def test_statistics_that_a_forward_pass_changed_are_put_back() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model[3].register_buffer("empty", torch.zeros(0))
+    before = {name: b.clone() for name, b in model.named_buffers()}
+
+    def forward(model: Any, x: Tensor) -> Tensor:
+        model[3].train()
+        output: Tensor = model(x)
+        return output
+
+    estimate_importance(model, [torch.randn(5, 4)], "batch", forward=forward)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
 def test_modes_are_put_back_module_by_module_also_after_an_error(error: Any) -> None:
     model = ConvNet()

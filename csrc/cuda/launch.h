@@ -13,10 +13,10 @@
 #include <cuda_runtime.h>
 #define MAS_LAUNCH(kernel, blocks, threads, stream, ...) \
   kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
+#define MAS_UNROLL _Pragma("unroll")
 // For loops over packs and tasks: many threads hide their latency already, and unrolled copies
 // would only take registers from those threads.
 #define MAS_NO_UNROLL _Pragma("unroll 1")
-#define MAS_UNROLL _Pragma("unroll")
 #define MAS_THREADS 256
 #define MAS_MOST_BLOCKS 2147483647
 #endif

@@ -6,6 +6,9 @@
 namespace mas::cuda {
 namespace {
 
+// These are counted in 32 bits: samples, channels, taps times positions.
+constexpr std::int64_t kMost = 1 << 30;
+
 // Blocks (or threads) beyond the largest grid take their turn in a loop.
 void launch_for(std::int64_t blocks, void (*kernel)(PerSample), PerSample use, void* stream) {
   launch(kernel, std::min<std::int64_t>(blocks, MAS_MOST_BLOCKS), stream, use);
@@ -54,8 +57,8 @@ struct Stride {
 
 MAS_DEVICE Stride stride_of(int rows, int padded) { return {rows / padded, rows % padded}; }
 
-// One of the product's factors: a thread goes through every so manieth of its rows (position of a
-// sample, in turn), and brings N features of each to shared memory.
+// One of the product's factors, whose rows are the positions of one sample after another: a thread
+// brings N features of every n-th row to shared memory.
 template <class T>
 struct Walk {
   const T* sample;
@@ -181,8 +184,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) add_tiles(Pe
     P product;
     int unfinished = padded;  // of the sample
     fetch();
-    for (std::int64_t left_over = std::int64_t{samples} * padded; left_over > 0;
-         left_over -= depth) {
+    for (std::int64_t rows = std::int64_t{samples} * padded; rows > 0; rows -= depth) {
       __syncthreads();  // nobody reads the last factors any more
       for (int k = 0; k < depth / left_step; ++k) {
         write(&panel.left[k * left_step + left_row][left_lane], P::factors(left[k]));
@@ -274,6 +276,10 @@ __global__ void add_splits(PerSample use) {
 
 void per_sample(PerSample use, DType dtype, void* stream) {
   if (use.batch == 0 || use.positions == 0 || size_of(use) == 0) return;
+  if (std::max({use.batch, use.taps * use.positions, use.groups * use.channels}) >= kMost) {
+    throw std::invalid_argument("grad, input: expected less than " + std::to_string(kMost) +
+                                " samples, channels, and taps times positions on a GPU");
+  }
   with_float(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     using C = compute_t<T>;

@@ -1,6 +1,7 @@
 // A block's tile of a product of matrices, sum over k of left[k]^T right[k], from shared memory
 // into registers; and of many such products, one for each sample, the sum of their magnitudes.
-// Element by element, or by tensor cores, which multiply 16-bit factors exactly.
+// Element by element, or by tensor cores, which multiply 16-bit factors exactly,
+// and add in float32.
 #pragma once
 
 #include "launch.h"
@@ -14,7 +15,6 @@ constexpr int square_root(int n) {
   return root;
 }
 
-// Threads form a square; each owns a pack of rows and two packs of columns.
 constexpr int kSide = square_root(kThreads);
 constexpr int kTileRows = kSide * kPack;
 constexpr int kTileColumns = 2 * kSide * kPack;
@@ -22,11 +22,11 @@ static_assert(kSide * kSide == kThreads && kThreads % kTileRows == 0);
 
 // The factors of some k. Rows are padded, so that tensor cores find neighbouring ones in other
 // banks.
-template <class Factor, int kDepth>
+template <class Factor, int kRows>
 struct alignas(16) Panel {
   static constexpr int kPad = 16 / sizeof(Factor);
-  Factor left[kDepth][kTileRows + kPad];
-  Factor right[kDepth][kTileColumns + kPad];
+  Factor left[kRows][kTileRows + kPad];
+  Factor right[kRows][kTileColumns + kPad];
 };
 
 template <class C>
@@ -40,6 +40,7 @@ constexpr int kDepth = sizeof(T) == 2 ? 32 : 16;
 
 // Both kinds of product have: add(panel, k), with kStep factors from k on; finish(), which ends a
 // sample; for_each(f), f(row, column, sum) for every element of the tile.
+// Threads form a square; each owns a pack of rows and two packs of columns.
 template <class T>
 class Elementwise {
  public:
@@ -100,8 +101,8 @@ class Elementwise {
 #ifndef MAS_EMULATE_CUDA  // else python_tests/emulation/cuda_emulation.h has these, too
 
 // Four 8 x 8 matrices of 16-bit numbers in shared memory, of which each lane points to a row: lane
-// 8 i + r to row r of matrix i. A lane gets of each, transposed, what mma_* wants: column lane / 4,
-// rows 2 (lane % 4) and the next.
+// 8 i + r to row r of matrix i. A lane gets of each, transposed, what multiply_add wants: column
+// lane / 4, rows 2 (lane % 4) and the next.
 MAS_DEVICE void load_transposed(unsigned (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -109,16 +110,22 @@ MAS_DEVICE void load_transposed(unsigned (&to)[4], const void* row) {
                : "memory");
 }
 
-#define MAS_MMA(type)                                                                           \
-  MAS_DEVICE void mma_##type(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." #type "." #type                       \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"         \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));               \
+// c += a b, of 16 x 16 and 16 x 8 numbers of type T. The quarters of a are rows 0 to 7 and 8 to 15
+// of columns 0 to 7, then of 8 to 15; the halves of b its rows 0 to 7 and 8 to 15.
+template <class T>
+MAS_DEVICE void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+#define MAS_MMA(type)                                                        \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (std::is_same_v<T, float16>) {
+    MAS_MMA("f16");
+  } else {
+    MAS_MMA("bf16");
   }
-MAS_MMA(f16)
-MAS_MMA(bf16)
 #undef MAS_MMA
+}
 
 #endif
 
@@ -135,11 +142,13 @@ class TensorCores {
   }
 
   __device__ __forceinline__ void add(const Factors& panel, int k) {
+    // Of four matrices in turn, the left ones go on along the tile's rows first, the right ones
+    // along k.
     const int r = lane() % 8;
     const int first = lane() / 8 % 2 * 8;
     const int second = lane() / 16 * 8;
     unsigned left[2][4];
-    unsigned right[2][4];
+    unsigned right[2][4];  // of two products each
     for (int i = 0; i < 2; ++i) {
       load_transposed(left[i], &panel.left[k + second + r][row() + 16 * i + first]);
       load_transposed(right[i], &panel.right[k + first + r][column() + 16 * i + second]);
@@ -147,11 +156,7 @@ class TensorCores {
     for (int i = 0; i < 2; ++i) {
       for (int j = 0; j < 4; ++j) {
         const unsigned* b = &right[j / 2][j % 2 * 2];
-        if constexpr (std::is_same_v<T, float16>) {
-          mma_f16(m_[i][j], left[i], b[0], b[1]);
-        } else {
-          mma_bf16(m_[i][j], left[i], b[0], b[1]);
-        }
+        multiply_add<T>(m_[i][j], left[i], b[0], b[1]);
       }
     }
   }

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mas_ext.importance.uses import Lookup, Product, Rows, Use
+from mas_ext.kernels.reference import compute_dtype
 
 Layout = Literal["leading", "inner", "trailing", "none"]
 
@@ -273,7 +274,7 @@ class Standardised:
     """y = (x - mean) / sqrt(var + eps) weight + bias by channel: BatchNorm on its running statistics.
 
     x is all that is kept of the way forward: what the weight multiplies is computed again, element by element,
-    as batch_norm itself takes long to start on a GPU.
+    as batch_norm itself takes long to start on a GPU; in float32 at least, for 16 bits have not the range.
     """
 
     mean: Tensor
@@ -295,12 +296,13 @@ class Standardised:
     def weight_use(self, grad: Tensor, x: Tensor, fold: Fold) -> Use:
         """See Layer."""
         shape = channels(x)
-        g = fold.spread_over((x - self.mean.view(shape)).mul_(grad), shape)
+        mean = self.mean.to(compute_dtype(self.mean.dtype)).view(shape)
+        g = fold.spread_over((x - mean).mul_(grad), shape)
         assert g is not None, "a norm's weight does not differ along the samples"
         return Rows(g * self._scale().view(shape))
 
     def _scale(self) -> Tensor:
-        return torch.rsqrt(self.var + self.eps)
+        return torch.rsqrt(self.var.to(compute_dtype(self.var.dtype)) + self.eps)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ class LayerNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors  # checkpointed parts run again here, seen by the tape
+        # What follows is ours, and need not go through the tape. Tensors with a __torch_function__ of their own
+        # that means something differ from a sample alone, and take the generic way.
         with torch._C.DisableTorchFunction():
             weight_spot, bias_spot = ctx.spots
             seen = ctx.tape.witnessed(ctx.spots, grad)

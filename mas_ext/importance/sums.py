@@ -67,7 +67,7 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     """eval() with gradients on; modes and random state are put back, whatever happens."""
     modes = {module: module.training for module in model.modules()}
     # A forward pass may put a normalisation back to training, and is then refused.
-    buffers: dict[Any, list[Tensor]] = {}
+    buffers: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for module in modes:
         if isinstance(module, nn.modules.batchnorm._NormBase):
             for b in module.buffers(recurse=False):
@@ -97,7 +97,7 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     ):
         try:
             torch.set_autocast_cache_enabled(False)
-            if any(modes.values()):
+            if any(modes.values()):  # modules take long to set attributes
                 model.eval()
             for layer, _ in recurrent:
                 layer.training = True
@@ -112,7 +112,7 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
                 layer.dropout = dropout
             torch.set_autocast_cache_enabled(cached)
             for module, training in modes.items():
-                if module.training != training:  # modules take long to set attributes
+                if module.training != training:
                     module.training = training
             for kept in statistics:
                 kept.restore()

@@ -288,7 +288,7 @@ class Tape(TorchFunctionMode):
         uses = self._held.pop(key)
         tensor = self._slots[key].tensor
         dtype = compute_dtype(tensor.dtype)
-        like = tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
+        like = torch.empty((), dtype=dtype, device=tensor.device).expand(tensor.shape)
         self._totals[key] = total_of(uses, like, self.square, self.native)
 
     @torch.no_grad()

@@ -14,13 +14,11 @@ from mas_ext.kernels import native, reference
 from mas_ext.kernels.reference import compute_dtype
 
 # A small omega is no work for a whole machine: the batch is then split, and each part summed into a
-# tensor of its own, which is worth it for so many samples (on a GPU: rows) a part. Splits depend on shapes
-# alone, so that the number of threads changes no bit.
+# tensor of its own. Splits depend on shapes alone, so that the number of threads changes no bit.
 _ELEMENTS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 22}
+# Fewer in a part are not worth its tensor: samples on a CPU, samples times positions on a GPU.
 _SAMPLES_A_SPLIT = 4
-_ROWS_A_SPLIT = 256
-# The kernels number samples, positions and the rows table's entries in 32 bits.
-_MOST = 1 << 30
+_POSITIONS_A_SPLIT = 256
 
 
 class _Seen(NamedTuple):
@@ -81,11 +79,6 @@ def _check(omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None) -> N
     _check_operand("grad", grad, groups * outputs, grad)
     _check_operand("input", input, groups * channels, grad)
     batch, positions = grad.shape[:2]
-    if max(batch, taps * positions, groups * channels) >= _MOST:
-        raise ValueError(
-            f"grad: got {batch} samples of {positions} positions and {taps} taps of {groups * channels} "
-            f"channels, expected less than {_MOST} samples, channels, and taps times positions"
-        )
     if input.shape[0] != batch:
         raise ValueError(f"input: got {input.shape[0]} samples, expected {batch} like grad")
     if rows is None:
@@ -118,7 +111,7 @@ def _check(omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None) -> N
 def _splits(device: str, size: int, batch: int, positions: int) -> int:
     wanted = -(-_ELEMENTS_AT_ONCE[device] // size)
     if device == "cuda":
-        return max(1, min(wanted, batch, batch * positions // _ROWS_A_SPLIT))
+        return max(1, min(wanted, batch, batch * positions // _POSITIONS_A_SPLIT))
     return max(1, min(wanted, batch // _SAMPLES_A_SPLIT))
 
 

@@ -123,33 +123,25 @@ inline void load_transposed(unsigned (&to)[4], const void* row) {
   }
 }
 
-// c += a b, a of 16 x 16 and b of 16 x 8 numbers, which number(16 bits) reads.
-template <class F>
-void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, F number) {
+template <class T>
+void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   struct Held {
     unsigned a[4], b[2];
   };
   const auto held = cuda_emulation::exchanged(Held{{a[0], a[1], a[2], a[3]}, {b0, b1}});
   const unsigned lane = threadIdx.x % cuda_emulation::kWarp;
+  const auto number = [](unsigned pair, unsigned half) {
+    return load(T{static_cast<std::uint16_t>(pair >> (half * 16))});
+  };
   for (unsigned e = 0; e < 4; ++e) {
     const unsigned row = lane / 4 + e / 2 * 8;
     const unsigned column = lane % 4 * 2 + e % 2;
     for (unsigned k = 0; k < 16; ++k) {
       const unsigned left = held[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
       const unsigned right = held[column * 4 + k % 8 / 2].b[k / 8];
-      c[e] += number(left >> (k % 2 * 16)) * number(right >> (k % 2 * 16));
+      c[e] += number(left, k % 2) * number(right, k % 2);
     }
   }
-}
-
-inline void mma_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  multiply_add(c, a, b0, b1, [](unsigned bits) {
-    return static_cast<float>(std::bit_cast<_Float16>(static_cast<std::uint16_t>(bits)));
-  });
-}
-
-inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  multiply_add(c, a, b0, b1, [](unsigned bits) { return std::bit_cast<float>(bits << 16); });
 }
 
 using cudaStream_t = void*;
