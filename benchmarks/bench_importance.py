@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import OTHER, OWN, bars, machine, place, write
+from common import OTHER, OWN, bars, machine, place, times, write
 from matplotlib import pyplot as plt
 
 from mas_ext.benchmarks import gradients, importance
@@ -26,7 +26,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         left,
         [row["name"] for row in rows],
         [{key: 1e3 * value for key, value in row["seconds"].items()} for row in rows],
-        [f"{row['to_batch']['median']:.2g}x" for row in rows],
+        [times(row["to_batch"]["median"]) for row in rows],
         _colors(rows),
     )
     left.set_xlabel("milliseconds a batch, and times the batch approximation")
@@ -34,7 +34,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         right,
         [row["name"] for row in measured],
         [{"median": row["memory"] / 1e6} for row in measured],
-        [f"{row['memory_to_training']:.2g}x" for row in measured],
+        [times(row["memory_to_training"]) for row in measured],
         _colors(measured),
     )
     right.set_xlabel("megabytes at the peak, and times forward + backward")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import OTHER, OWN, bars, machine, place, write
+from common import OTHER, OWN, bars, machine, place, times, write
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -40,7 +40,7 @@ def _plot_forms(axes: Axes, result: Mapping[str, Any]) -> None:
         axes,
         [row["name"] for row in rows],
         [{key: 1e3 * value for key, value in row["seconds"].items()} for row in rows],
-        [f"{row['ratio']['median']:.2g}x" for row in rows],
+        [times(row["ratio"]["median"]) for row in rows],
         [OWN if row["moved"] else OTHER for row in rows],
     )
     axes.set_xlabel("milliseconds a call, and times add_grad_")

@@ -73,6 +73,11 @@ def bars(
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def times(ratio: float) -> str:
+    """A ratio as a label."""
+    return f"{ratio:.2g}x" if ratio < 100 else f"{ratio:.0f}x"
+
+
 def save(result: Mapping[str, Any], what: str, path: Path | None) -> Path:
     """Write a result as JSON, by default as benchmarks/results/WHAT_MODEL_DEVICE.json."""
     name = f"{what}_{result['model']}_{result['device'].replace(':', '')}.json"
