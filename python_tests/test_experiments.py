@@ -702,6 +702,12 @@ def test_facts(tmp_path: Path) -> None:
     last = found["variants"][-1]
     cells = [*last["kept"]["relations"], last["new"]]
     assert f"| relations | 0.1 | {' | '.join(f'{100 * x:.2f}' for x in cells)} | 1 |" in words
+    other = found["variants"][1]
+    more = np.subtract(cells, [*other["kept"]["relations"], other["new"]])
+    assert (
+        f"| relations, minus all | 0.1 | {' | '.join(f'{100 * x:.2f}' for x in more)} | 1 |"
+        in words
+    )
     (kind,) = {cell["seed"] for cell, _ in results.where(purpose="choose")}
     assert kind not in {cell["seed"] for cell, _ in results.where(purpose="final")}
 

@@ -264,19 +264,27 @@ class Facts(InOwnLoop):
         return Page("\n\n".join([*text, "![mAP by task](facts.png)"]), {"facts.png": figure})
 
     def _adapted(self, results: Results) -> list[str]:
-        """A table for each part: before, and by source of importance."""
+        """A table for each part: before, by source of importance, and the part's minus all, paired by seed."""
         text = []
         founds = [found for _, found in results.where(purpose="adaptivity")]
         for part in PARTS if founds else ():
             before = [percent([f["before"][part][k] for f in founds]) for k in (0, 1)]
             rows = [("before", "", *before, "", str(len(founds)))]
+            by_source: dict[Any, list[list[float]]] = {}
             for i, (source, lam) in enumerate(self.held()):
                 if source in (None, "all", part):
                     each = [f["variants"][i] for f in founds]
                     columns = [[f["kept"][part][k] for f in each] for k in (0, 1)]
                     columns.append([f["new"] for f in each])
+                    by_source[source, lam] = columns
                     name = source or "none"
                     rows.append((name, number(lam), *(percent(c) for c in columns), str(len(each))))
+            for lam in self.lams:
+                more = [
+                    percent([a - b for a, b in zip(own, other, strict=True)])
+                    for own, other in zip(by_source[part, lam], by_source["all", lam], strict=True)
+                ]
+                rows.append((f"{part}, minus all", number(lam), *more, str(len(founds))))
             titles = ("importance from", "lam", "part, %", "rest, %", "later tasks, %", "seeds")
             text += [f"**Adaptivity: {part}**", table(titles, rows)]
         return text
