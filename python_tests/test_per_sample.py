@@ -350,6 +350,18 @@ def test_rows_are_looked_at_again_only_when_they_changed(monkeypatch: pytest.Mon
             ops.per_sample_(*use[:3], rows, False, True)
 
 
+def test_a_batch_is_split_where_omega_is_small_and_there_is_enough_for_each_part() -> None:
+    splits = per_sample_native._splits
+    # 4,194,304 elements at once on a GPU, 262,144 on a CPU, over the 36,864 of a 3 x 3 convolution by 64.
+    assert splits("cuda", 36_864, 128, 256) == 114
+    assert splits("cpu", 36_864, 128, 256) == 8
+    # At least 256 positions in a part on a GPU, four samples on a CPU, and never less than a sample.
+    assert splits("cuda", 10, 100, 8) == 3
+    assert splits("cuda", 10, 5, 100_000) == 5
+    assert splits("cpu", 10, 100, 8) == 25
+    assert splits("cuda", 1 << 30, 100, 8) == splits("cpu", 10, 3, 8) == 1
+
+
 def test_tables_are_forgotten_with_their_tensors() -> None:
     use = make(SIZES["groups"])
     ops.per_sample_(*use, False, True)
