@@ -22,7 +22,7 @@ test: lint tests
 tests: emulated
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 MAS_EXT_EMULATED=build/sanitized OMP_NUM_THREADS=1 \
-	  $(BIN)/pytest -n auto -m "not cuda" python_tests/test_kernels.py python_tests/test_per_sample.py
+	  $(BIN)/pytest -n auto -m "not cuda" python_tests/kernels/test_kernels.py python_tests/kernels/test_per_sample.py
 	OMP_NUM_THREADS=1 MAS_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest -n auto --dist loadfile
 
 # The adapters, against the libraries that they are for.
@@ -34,7 +34,7 @@ bench: .venv/demo.stamp
 
 reproduce: .venv/demo.stamp
 	$(BIN)/mas-ext reproduce
-	$(BIN)/python benchmarks/results_page.py
+	$(BIN)/python -m benchmarks.results_page
 
 docs: .venv/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean --quiet

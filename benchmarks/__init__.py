@@ -1,1 +1,1 @@
-"""Measurements: of the penalty, of importance, of whole training steps."""
+"""Speed and memory of the library beside other ways to do the same; results and the pages made from them."""

@@ -1,6 +1,6 @@
 """Runs all benchmarks of time, and makes the pages from them: most of an hour on two quiet cores.
 
-python benchmarks/all.py [--anew]
+python -m benchmarks.all [--anew]
 
 A result that is there already stays: a run that was stopped goes on when it is started again, and --anew
 measures everything again. Accuracy over lam (bench_lam.py) depends on no clock and is learned only where it is
@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
-from common import RESULTS
+from benchmarks.common import RESULTS
 
-HERE = Path(__file__).parent
 # Seconds after which no further repeat begins; numbers of tasks, as 100 would take large networks minutes.
 STEPS = {
     "mlp": (12, [1, 10, 100]),
@@ -40,16 +39,16 @@ def jobs(device: str, quick: bool) -> Iterator[tuple[str, list[str]]]:
     where = device.replace(":", "")
     few = ["--repeats", "3"]
     for model, options in PENALTIES.items():
-        command = ["bench_penalty.py", "--model", model, "--device", device, *options]
+        command = ["bench_penalty", "--model", model, "--device", device, *options]
         yield f"penalty_{model}_{where}", [*command, *(few if quick else [])]
     for model in ("mlp", "cnn", "transformer", "resnet18"):
-        command = ["bench_importance.py", "--model", model, "--device", device]
+        command = ["bench_importance", "--model", model, "--device", device]
         command += _samples(device, "importance", model)
         yield f"importance_{model}_{where}", [*command, "--repeats", "3" if quick else "7"]
     for model, (limit, tasks) in STEPS.items():
         for optimizer in ("sgd", "adamw"):
             for dtype in ("float32", "bfloat16"):
-                command = ["bench_step.py", "--model", model, "--device", device]
+                command = ["bench_step", "--model", model, "--device", device]
                 command += ["--optimizer", optimizer, "--dtype", dtype]
                 command += _samples(device, "step", model)
                 command += ["--tasks", *map(str, tasks[:1] if quick else tasks)]
@@ -85,7 +84,7 @@ def main() -> None:
             failed.append(name)
     if arguments.out == RESULTS:
         data = ["--data", arguments.data] if arguments.data else []
-        pages = [["bench_lam.py", *data], ["performance.py"], ["readme.py"]]
+        pages = [["bench_lam", *data], ["performance"], ["readme"]]
         failed += [command[0] for command in pages if not _ran(command)]
     print(
         f"\n{perf_counter() - begin:.0f} s; not measured or written: {', '.join(failed) or 'nothing'}"
@@ -94,7 +93,10 @@ def main() -> None:
 
 
 def _ran(command: list[str]) -> bool:
-    return subprocess.run([sys.executable, HERE / command[0], *command[1:]]).returncode == 0
+    return (
+        subprocess.run([sys.executable, "-m", f"benchmarks.{command[0]}", *command[1:]]).returncode
+        == 0
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Exact importance against other ways to per-sample gradients: prints a table, writes JSON and a plot.
 
-python benchmarks/bench_importance.py --model transformer
+python -m benchmarks.bench_importance --model transformer
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import OTHER, OWN, bars, machine, place, times, write
 from matplotlib import pyplot as plt
 
-from mas_ext.benchmarks import gradients, importance
-from mas_ext.benchmarks.networks import NETWORKS
+from benchmarks import gradients, importance
+from benchmarks.common import OTHER, OWN, bars, machine, place, times, write
+from benchmarks.networks import NETWORKS
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:

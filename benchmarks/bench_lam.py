@@ -1,6 +1,6 @@
 """Accuracy over lam, gradient and proximal form, SGD and Adam, on split MNIST: writes JSON.
 
-python benchmarks/bench_lam.py
+python -m benchmarks.bench_lam
 
 Goes on where it was stopped. MNIST is looked for in $MAS_EXT_DATA, ./data and ~/data.
 """
@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, machine
 
-from mas_ext import Trainer, catalogue, models
-from mas_ext.learning import Epoch, Result
+from benchmarks.common import RESULTS, machine
+from mas_ext import Trainer, models
 from mas_ext.methods import MAS
 from mas_ext.scenarios import Scenario
+from mas_ext.scenarios import named as catalogue
+from mas_ext.training.run import Epoch, Result
 
 MODES = ("gradient", "proximal")
 # Momentum 0.9 with SGD, see settings.OPTIMIZERS.

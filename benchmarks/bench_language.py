@@ -1,6 +1,6 @@
 """Which output of a language model keeps its first corpus best: JSON, and the table on docs/how-to/language.md.
 
-python benchmarks/bench_language.py
+python -m benchmarks.bench_language
 
 Needs the libraries of examples/language.py, whose models and corpora it takes. At every strength lam times the
 mean importance is the same for all outputs.
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, fill, machine, measured_on
 
+from benchmarks.common import RESULTS, fill, machine, measured_on
+from experiments.tables import table
 from mas_ext import FusedMASPenalty
-from mas_ext.experiments.tables import table
 from mas_ext.metrics import interval_text
 
 ROOT = Path(__file__).parents[1]

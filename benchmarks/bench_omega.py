@@ -1,8 +1,8 @@
 """What an omega of fewer bits loses: errors over 1 to 1000 entries, and accuracy on split MNIST and CIFAR-100.
 
-python benchmarks/bench_omega.py errors
-python benchmarks/bench_omega.py split-mnist --seeds 8
-python benchmarks/bench_omega.py split-cifar100 --seeds 8
+python -m benchmarks.bench_omega errors
+python -m benchmarks.bench_omega split-mnist --seeds 8
+python -m benchmarks.bench_omega split-cifar100 --seeds 8
 
 Each adds to results/omega_cpu.json, the accuracies seed by seed. Data are looked for in $MAS_EXT_DATA, ./data
 and ~/data.
@@ -15,12 +15,13 @@ import json
 from typing import Any
 
 import torch
-from common import RESULTS, machine
 from torch import Tensor, nn
 
-from mas_ext import FusedMASPenalty, Trainer, catalogue, models
+from benchmarks.common import RESULTS, machine
+from mas_ext import FusedMASPenalty, Trainer, models
 from mas_ext.methods.mas import MAS
 from mas_ext.scenarios import Scenario
+from mas_ext.scenarios import named as catalogue
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
 ENTRIES = (1, 10, 100, 1000)

@@ -1,6 +1,6 @@
 """The penalty against other ways to compute it: prints a table, writes JSON and a plot.
 
-python benchmarks/bench_penalty.py --model resnet18
+python -m benchmarks.bench_penalty --model resnet18
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import OTHER, OWN, bars, machine, place, times, write
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from mas_ext.benchmarks import penalty
-from mas_ext.benchmarks.forms import MODELS
+from benchmarks import penalty
+from benchmarks.common import OTHER, OWN, bars, machine, place, times, write
+from benchmarks.forms import MODELS
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:

@@ -1,6 +1,6 @@
 """Whole training steps with and without the penalty: prints a table, writes JSON.
 
-python benchmarks/bench_step.py --model resnet18 --optimizer adamw --dtype bfloat16
+python -m benchmarks.bench_step --model resnet18 --optimizer adamw --dtype bfloat16
 
 ResNet-50, ViT-B/16 and GPT-2 need transformers; Avalanche's plugin takes part where avalanche-lib is installed.
 """
@@ -11,11 +11,10 @@ import argparse
 import math
 from pathlib import Path
 
-from common import machine, save
-
-from mas_ext.benchmarks import step
-from mas_ext.benchmarks.workloads import WORKLOADS
-from mas_ext.settings import OPTIMIZERS
+from benchmarks import step
+from benchmarks.common import machine, save
+from benchmarks.workloads import WORKLOADS
+from mas_ext.training.settings import OPTIMIZERS
 
 
 def main() -> None:

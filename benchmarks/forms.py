@@ -14,11 +14,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mas_ext.consolidation import Consolidation
 from mas_ext.importance import ImportanceSum
-from mas_ext.parameters import named_parameters
+from mas_ext.parameters.names import named_parameters
 from mas_ext.penalty import FusedMASPenalty
-from mas_ext.rules import Rule
+from mas_ext.state.merge_rules import Rule
+from mas_ext.state.quadratic import Consolidation
 
 Shape = tuple[int, ...]
 Tensors = list[Tensor]

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext.benchmarks import memory as allocator
-from mas_ext.benchmarks.gradients import APPROXIMATION, FORMS, OWN, TRAINING, Call, loop
-from mas_ext.benchmarks.networks import NETWORKS, build
-from mas_ext.benchmarks.timing import SAMPLE_SECONDS, check_device, in_turns, median, seconds
+from benchmarks import memory as allocator
+from benchmarks.gradients import APPROXIMATION, FORMS, OWN, TRAINING, Call, loop
+from benchmarks.networks import NETWORKS, build
+from benchmarks.timing import SAMPLE_SECONDS, check_device, in_turns, median, seconds
 from mas_ext.metrics import rank_correlation
 
 Omega = dict[str, Tensor]

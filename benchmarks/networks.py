@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mas_ext import models, resnet
+from mas_ext import models
+from mas_ext.models import residual as resnet
 
 
 def _with_ten_outputs(model: models.MultiHead) -> nn.Module:

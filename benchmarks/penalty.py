@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext.benchmarks.copies import plain_copies
-from mas_ext.benchmarks.forms import (
+from benchmarks.copies import plain_copies
+from benchmarks.forms import (
     MODELS,
     Case,
     Form,
@@ -25,7 +25,7 @@ from mas_ext.benchmarks.forms import (
     other_forms,
     own_forms,
 )
-from mas_ext.benchmarks.timing import SAMPLE_SECONDS, check_device, in_turns, median
+from benchmarks.timing import SAMPLE_SECONDS, check_device, in_turns, median
 
 # What the work between two cold calls reads and writes: more than caches hold.
 OTHER_BYTES = 1 << 28

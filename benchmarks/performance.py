@@ -1,6 +1,6 @@
 """Writes the tables and pictures of docs/PERFORMANCE.md from what the benchmarks measured.
 
-python benchmarks/performance.py
+python -m benchmarks.performance
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import bench_lam
-import pictures
-from common import RESULTS, fill, measured_on
-
-from mas_ext.benchmarks.forms import GRAPH
-from mas_ext.benchmarks.step import AVALANCHE, DTYPES, EAGER, FUSED, FUSED_FORMS, PLAIN
-from mas_ext.experiments.tables import table
-from mas_ext.settings import OPTIMIZERS
+from benchmarks import bench_lam, pictures
+from benchmarks.common import RESULTS, fill, measured_on
+from benchmarks.forms import GRAPH
+from benchmarks.step import AVALANCHE, DTYPES, EAGER, FUSED, FUSED_FORMS, PLAIN
+from experiments.tables import table
+from mas_ext.training.settings import OPTIMIZERS
 
 PAGE = Path(__file__).parents[1] / "docs" / "PERFORMANCE.md"
 PICTURES = PAGE.parent / "performance"

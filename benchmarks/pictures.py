@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import OTHER, OWN
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from mas_ext.benchmarks.forms import GRAPH
-from mas_ext.benchmarks.step import AVALANCHE, DTYPES, EAGER
+from benchmarks.common import OTHER, OWN
+from benchmarks.forms import GRAPH
+from benchmarks.step import AVALANCHE, DTYPES, EAGER
 
 MODES = {"gradient": "#d0722c", "proximal": OWN}
 

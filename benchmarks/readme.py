@@ -1,6 +1,6 @@
 """Writes the README's tables: runs the demo, and reads what the benchmarks measured.
 
-python benchmarks/readme.py
+python -m benchmarks.readme
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, fill, machine, measured_on
-
-from mas_ext.benchmarks.forms import GRAPH
-from mas_ext.demo import run_demo
-from mas_ext.experiments import Results
-from mas_ext.experiments.split_mnist import SplitMNIST
-from mas_ext.experiments.tables import number, table
+from benchmarks.common import RESULTS, fill, machine, measured_on
+from benchmarks.forms import GRAPH
+from experiments import Results
+from experiments.split_mnist import SplitMNIST
+from experiments.tables import number, table
+from mas_ext.compare.demo import run_demo
 from mas_ext.metrics import mean_interval
 
 ROOT = Path(__file__).parents[1]

@@ -1,15 +1,14 @@
 """Writes the tables and pictures of docs/RESULTS.md from what the experiments found so far.
 
-python benchmarks/results_page.py
+python -m benchmarks.results_page
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from common import fill
-
-from mas_ext.experiments import EXPERIMENTS, Results, draw
+from benchmarks.common import fill
+from experiments import EXPERIMENTS, Results, draw
 
 ROOT = Path(__file__).parents[1]
 FOUND = ROOT / "experiments" / "results"

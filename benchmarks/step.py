@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks import memory
+from benchmarks.copies import plain_copies
+from benchmarks.forms import eager_fits, held_bytes, state_bytes
+from benchmarks.timing import SAMPLE_SECONDS, check_device, in_turns, median
+from benchmarks.workloads import WORKLOADS, Workload, build
 from mas_ext import optim
-from mas_ext.attach import Mode
-from mas_ext.benchmarks import memory
-from mas_ext.benchmarks.copies import plain_copies
-from mas_ext.benchmarks.forms import eager_fits, held_bytes, state_bytes
-from mas_ext.benchmarks.timing import SAMPLE_SECONDS, check_device, in_turns, median
-from mas_ext.benchmarks.workloads import WORKLOADS, Workload, build
-from mas_ext.parameters import named_parameters
+from mas_ext.optim.hooks import Mode
+from mas_ext.parameters.names import named_parameters
 from mas_ext.penalty import FusedMASPenalty
-from mas_ext.settings import OPTIMIZERS
+from mas_ext.training.settings import OPTIMIZERS
 
 PLAIN, EAGER, AVALANCHE = "no penalty", "eager autograd", "Avalanche's MASPlugin"
 DTYPES = ("float32", "bfloat16")

@@ -16,7 +16,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from mas_ext import FusedMASPenalty, data, load_distributed
+from mas_ext import FusedMASPenalty, load_distributed
+from mas_ext.scenarios import datasets as data
 
 EPOCHS, BATCH, HIDDEN = 8, 64, 200
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from mas_ext.experiments.adaptivity import Adaptivity
-from mas_ext.experiments.consistency import Consistency
-from mas_ext.experiments.cost import Cost
-from mas_ext.experiments.datasets import Datasets
-from mas_ext.experiments.exactness import Exactness
-from mas_ext.experiments.experiment import Experiment, Page, Results, draw, reproduce
-from mas_ext.experiments.facts import Facts
-from mas_ext.experiments.official_demo import OfficialDemo
-from mas_ext.experiments.on_pretrained import OnPretrained
-from mas_ext.experiments.permuted_mnist import PermutedMNIST
-from mas_ext.experiments.properties import Properties
-from mas_ext.experiments.regression import Regression
-from mas_ext.experiments.split_mnist import SplitMNIST
+from experiments.adaptivity import Adaptivity
+from experiments.consistency import Consistency
+from experiments.cost import Cost
+from experiments.datasets import Datasets
+from experiments.exactness import Exactness
+from experiments.experiment import Experiment, Page, Results, draw, reproduce
+from experiments.facts import Facts
+from experiments.official_demo import OfficialDemo
+from experiments.on_pretrained import OnPretrained
+from experiments.permuted_mnist import PermutedMNIST
+from experiments.properties import Properties
+from experiments.regression import Regression
+from experiments.split_mnist import SplitMNIST
 
 __all__ = ["EXPERIMENTS", "Experiment", "Page", "Results", "draw", "reproduce"]
 

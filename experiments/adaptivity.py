@@ -10,18 +10,19 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from mas_ext import config, data
-from mas_ext.catalogue import permuted
-from mas_ext.charts import canvas, look
-from mas_ext.config import Config
-from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
-from mas_ext.experiments.tables import percent, table
+from experiments.experiment import Cell, Experiment, Found, Page, Results
+from experiments.tables import percent, table
+from mas_ext.compare import options as config
+from mas_ext.compare.charts import canvas, look
+from mas_ext.compare.options import Config
 from mas_ext.importance import estimate_importance
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import Training
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
+from mas_ext.scenarios import datasets as data
+from mas_ext.scenarios.named import permuted
 from mas_ext.trainer import Trainer
 
 BASE = config.read({"hidden": [100, 100], "epochs": 3, "methods": ["mas"]})

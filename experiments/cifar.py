@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mas_ext import data, models
-from mas_ext.data_files import images
+from mas_ext import models
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, Tensors, split
-from mas_ext.transforms import Standardisation
+from mas_ext.scenarios import datasets as data
+from mas_ext.scenarios.files import images
+from mas_ext.scenarios.transforms import Standardisation
 
 # What the network's images were standardised with.
 SEEN = Standardisation(torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))

@@ -6,18 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
-from mas_ext.charts import canvas, legend, look
-from mas_ext.config import Config
-from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
-from mas_ext.experiments.learned import (
-    CHOOSING_SEED,
-    GRID,
-    choose,
-    chosen,
-    measured,
-    scenario_of,
-)
-from mas_ext.experiments.tables import number, percent, table
+from experiments.experiment import Cell, Experiment, Found, Page, Results
+from experiments.learned import CHOOSING_SEED, GRID, choose, chosen, measured, scenario_of
+from experiments.tables import number, percent, table
+from mas_ext.compare.charts import canvas, legend, look
+from mas_ext.compare.options import Config
 from mas_ext.methods import Setting, create, options
 from mas_ext.scenarios import Scenario
 

@@ -11,20 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mas_ext import config, models
-from mas_ext.charts import canvas, look
-from mas_ext.experiments.cifar import features
-from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
-from mas_ext.experiments.learned import matrix, measured, scenario_of
-from mas_ext.experiments.tables import percent, table
+from experiments.cifar import features
+from experiments.experiment import Cell, Experiment, Found, Page, Results
+from experiments.learned import matrix, measured, scenario_of
+from experiments.tables import percent, table
+from mas_ext import models
+from mas_ext.compare import options as config
+from mas_ext.compare.charts import canvas, look
 from mas_ext.importance import estimate_importance
 from mas_ext.methods import create
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.mas import MAS
 from mas_ext.metrics import interval_text
 from mas_ext.penalty import FusedMASPenalty
-from mas_ext.rules import Merge
 from mas_ext.scenarios import Scenario
+from mas_ext.state.merge_rules import Merge
 
 METHODS: dict[str, Merge] = {"mas": "latest", "mas-alpha": "consistent"}
 

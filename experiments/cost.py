@@ -9,17 +9,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from mas_ext import config
-from mas_ext.catalogue import build
-from mas_ext.charts import canvas, legend, look
-from mas_ext.config import Config
-from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
-from mas_ext.experiments.learned import fewer
-from mas_ext.experiments.tables import table
-from mas_ext.learning import Epoch, Result
+from experiments.experiment import Cell, Experiment, Found, Page, Results
+from experiments.learned import fewer
+from experiments.tables import table
+from mas_ext.compare import options as config
+from mas_ext.compare.charts import canvas, legend, look
+from mas_ext.compare.options import Config
+from mas_ext.compare.sweep import learn
 from mas_ext.methods import METHODS, create
-from mas_ext.runs import learn
 from mas_ext.scenarios import Scenario
+from mas_ext.scenarios.named import build
+from mas_ext.training.run import Epoch, Result
 
 BASE = config.read(
     {"scenario": "permuted-mnist", "hidden": [100, 100], "epochs": 3, "methods": ["mas"]}

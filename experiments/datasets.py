@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from mas_ext import config
-from mas_ext.config import FIRST_WEIGHTS, Config
-from mas_ext.experiments.comparison import Comparison, Variant
-from mas_ext.experiments.experiment import Found
-from mas_ext.experiments.learned import fewer, matrix, scenario_of
+from experiments.comparison import Comparison, Variant
+from experiments.experiment import Found
+from experiments.learned import fewer, matrix, scenario_of
+from mas_ext.compare import options as config
+from mas_ext.compare.options import FIRST_WEIGHTS, Config
 from mas_ext.methods import Setting
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mas_ext.experiments.adaptivity import Held
-from mas_ext.experiments.compositions import Fact
-from mas_ext.experiments.loops import Network, SquaredGradients, Variant
+from experiments.adaptivity import Held
+from experiments.compositions import Fact
+from experiments.loops import Network, SquaredGradients, Variant
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import Method, Training

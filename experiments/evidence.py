@@ -11,16 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mas_ext import data
-from mas_ext.catalogue import build, permuted, standardised
-from mas_ext.experiments.experiment import Found
-from mas_ext.experiments.regression import VARIANTS, Regression
-from mas_ext.experiments.tables import percent
+from experiments.experiment import Found
+from experiments.regression import VARIANTS, Regression
+from experiments.tables import percent
 from mas_ext.methods import Method, Training, create
 from mas_ext.methods.finetune import Finetune
 from mas_ext.metrics import interval_text, mean_interval
 from mas_ext.models import MultiHead, mlp
 from mas_ext.scenarios import Scenario, Tensors
+from mas_ext.scenarios import datasets as data
+from mas_ext.scenarios.named import build, permuted, standardised
 from mas_ext.trainer import Trainer
 
 BATCH = 32

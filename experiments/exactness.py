@@ -11,11 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from mas_ext import config
-from mas_ext.charts import canvas, look
-from mas_ext.config import Config
-from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
-from mas_ext.experiments.learned import (
+from experiments.experiment import Cell, Experiment, Found, Page, Results
+from experiments.learned import (
     CHOOSING_SEED,
     GRID,
     choose,
@@ -24,7 +21,10 @@ from mas_ext.experiments.learned import (
     measured,
     scenario_of,
 )
-from mas_ext.experiments.tables import number, percent, table
+from experiments.tables import number, percent, table
+from mas_ext.compare import options as config
+from mas_ext.compare.charts import canvas, look
+from mas_ext.compare.options import Config
 from mas_ext.importance import estimate_importance
 from mas_ext.methods import create
 from mas_ext.methods.finetune import Finetune

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from mas_ext import record
+from mas_ext.compare import directory as record
 
 # One thing to measure, such as a method with a seed: names and JSON values, which nothing else decides.
 Cell = dict[str, Any]
@@ -118,7 +118,7 @@ def _key(cell: Cell) -> str:
 class Experiment(ABC):
     """A claim, measured. Subclasses are dataclasses whose fields say how much is measured.
 
-    data: folder of the data sets, see mas_ext.data.load.
+    data: folder of the data sets, see mas_ext.scenarios.datasets.load.
     seeds: how often everything is measured.
     """
 

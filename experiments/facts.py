@@ -13,17 +13,18 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from mas_ext import data, metrics
-from mas_ext.charts import canvas, legend, look
-from mas_ext.experiments.adaptivity import total
-from mas_ext.experiments.compositions import Fact, batches_of_facts, paint, shrunk
-from mas_ext.experiments.embedding import VARIANTS, Embedding, Finetuning, HeldFacts, ranks
-from mas_ext.experiments.experiment import Cell, Found, Page, Results
-from mas_ext.experiments.learned import GRID
-from mas_ext.experiments.loops import Batch, InOwnLoop, Variant, learn_task
-from mas_ext.experiments.tables import number, percent, table
+from experiments.adaptivity import total
+from experiments.compositions import Fact, batches_of_facts, paint, shrunk
+from experiments.embedding import VARIANTS, Embedding, Finetuning, HeldFacts, ranks
+from experiments.experiment import Cell, Found, Page, Results
+from experiments.learned import GRID
+from experiments.loops import Batch, InOwnLoop, Variant, learn_task
+from experiments.tables import number, percent, table
+from mas_ext import metrics
+from mas_ext.compare.charts import canvas, legend, look
 from mas_ext.importance import estimate_importance
 from mas_ext.methods.method import Method, Training
+from mas_ext.scenarios import datasets as data
 
 # Batches of facts.
 TASKS = 4

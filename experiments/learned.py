@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mas_ext import catalogue
-from mas_ext.config import Config, Purpose
-from mas_ext.experiments.experiment import Cell, Found, Results
+from experiments.experiment import Cell, Found, Results
+from mas_ext.compare.options import Config, Purpose
+from mas_ext.compare.sweep import Diverged, learn
+from mas_ext.compare.tables import summary
 from mas_ext.methods import Method
-from mas_ext.runs import Diverged, learn
 from mas_ext.scenarios import Scenario, Tensors
-from mas_ext.summary import summary
+from mas_ext.scenarios import named as catalogue
 
 # Where every method's lam is looked for.
 GRID = (1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
@@ -56,7 +56,7 @@ _built = functools.lru_cache(maxsize=2)(catalogue.build)
 def measured(
     protocol: Config, scenario: Scenario, method: Method, seed: int, purpose: Purpose
 ) -> Found:
-    """The scenario learned once: `mas_ext.summary.summary` and accuracy, (T, T), or diverged and why."""
+    """The scenario learned once: `mas_ext.compare.tables.summary` and accuracy, (T, T), or diverged and why."""
     try:
         result = learn(protocol, scenario, method, seed, purpose)
     except Diverged as error:

@@ -9,11 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from mas_ext.experiments.experiment import Cell, Experiment, Found, Results
-from mas_ext.experiments.learned import CHOOSING_SEED, GRID, choose, chosen
+from experiments.experiment import Cell, Experiment, Found, Results
+from experiments.learned import CHOOSING_SEED, GRID, choose, chosen
 from mas_ext.methods.method import Method, Training
 from mas_ext.methods.quadratic import Quadratic
-from mas_ext.parameters import named_parameters
+from mas_ext.parameters.names import named_parameters
 
 # The head that is trained, x and y.
 Batch = tuple[int | None, Tensor, Tensor]

@@ -8,17 +8,18 @@ from typing import Any, ClassVar
 
 import torch
 
-from mas_ext import config, data
-from mas_ext.config import Config
-from mas_ext.experiments import cifar
-from mas_ext.experiments.comparison import HELD, PROXIMAL, TAUGHT, Comparison, Variant
-from mas_ext.experiments.experiment import Found
-from mas_ext.experiments.learned import matrix
-from mas_ext.experiments.tables import percent
+from experiments import cifar
+from experiments.comparison import HELD, PROXIMAL, TAUGHT, Comparison, Variant
+from experiments.experiment import Found
+from experiments.learned import matrix
+from experiments.tables import percent
+from mas_ext.compare import options as config
+from mas_ext.compare.options import Config
 from mas_ext.methods import Setting
 from mas_ext.methods.finetune import Finetune
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, from_datasets, split
+from mas_ext.scenarios import datasets as data
 from mas_ext.trainer import Trainer
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from mas_ext import config
-from mas_ext.config import Config
-from mas_ext.experiments.comparison import HELD, MERGED, PLAIN, TAUGHT, Comparison, Variant
+from experiments.comparison import HELD, MERGED, PLAIN, TAUGHT, Comparison, Variant
+from mas_ext.compare import options as config
+from mas_ext.compare.options import Config
 from mas_ext.methods import Setting
 
 # Zenke et al. 2017, Continual learning through synaptic intelligence: MLP 784-2000-2000, 20 epochs, c = 0.1.

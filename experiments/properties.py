@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, ClassVar
 
-from mas_ext.experiments.evidence import BATCH, HIDDEN, PROPERTIES, Property
-from mas_ext.experiments.experiment import Cell, Experiment, Found, Page, Results
-from mas_ext.experiments.tables import table
+from experiments.evidence import BATCH, HIDDEN, PROPERTIES, Property
+from experiments.experiment import Cell, Experiment, Found, Page, Results
+from experiments.tables import table
 from mas_ext.methods import options
 
 # What the document says, in the order of PROPERTIES.

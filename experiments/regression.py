@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mas_ext import models
-from mas_ext.charts import canvas, legend, look
-from mas_ext.experiments.experiment import Cell, Found, Page, Results
-from mas_ext.experiments.learned import GRID
-from mas_ext.experiments.loops import (
+from experiments.experiment import Cell, Found, Page, Results
+from experiments.learned import GRID
+from experiments.loops import (
     Batch,
     InOwnLoop,
     Network,
@@ -24,7 +22,9 @@ from mas_ext.experiments.loops import (
     Variant,
     learn_task,
 )
-from mas_ext.experiments.tables import number, percent, table
+from experiments.tables import number, percent, table
+from mas_ext import models
+from mas_ext.compare.charts import canvas, legend, look
 from mas_ext.methods.ebll import EBLL
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.imm import IMM, MeanIMM

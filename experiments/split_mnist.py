@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from mas_ext import config
-from mas_ext.config import Config
-from mas_ext.experiments.comparison import (
+from experiments.comparison import (
     HELD,
     MERGED,
     PLAIN,
@@ -17,6 +15,8 @@ from mas_ext.experiments.comparison import (
     Comparison,
     Variant,
 )
+from mas_ext.compare import options as config
+from mas_ext.compare.options import Config
 from mas_ext.methods import Setting
 
 OTHERS = tuple(Variant(name, {}, name) for name in ("mas-batch", "mas-vector", "local-mas"))

@@ -7,7 +7,7 @@ measures how important they are, without labels; `info` tells which kernels do t
 from mas_ext.importance import FisherSum, estimate_fisher, estimate_importance
 from mas_ext.info import info
 from mas_ext.penalty import FusedMASPenalty
-from mas_ext.sharded_checkpoint import load_distributed
+from mas_ext.state.sharded_files import load_distributed
 from mas_ext.trainer import Trainer
 
 __all__ = [

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mas_ext import config
-from mas_ext.data import DATASETS
-from mas_ext.names import hint
+from mas_ext._hints import hint
+from mas_ext.compare import options as config
+from mas_ext.scenarios.datasets import DATASETS
 
 COMMANDS = {
     "demo": "learn five tasks of handwritten digits with and without MAS, and draw the accuracies",
@@ -209,7 +209,8 @@ def parse_key(name: str, text: str) -> Any:
 
 def run_run(arguments: argparse.Namespace) -> None:
     """Progress on stderr, then the table and the directory."""
-    from mas_ext import record, runs
+    from mas_ext.compare import directory as record
+    from mas_ext.compare import sweep as runs
 
     out = Path(arguments.out)
     values = record.load_config(out).values() if arguments.resume else {}
@@ -230,14 +231,14 @@ def run_run(arguments: argparse.Namespace) -> None:
 
 def run_report(arguments: argparse.Namespace) -> None:
     """The page's path."""
-    from mas_ext.report import report
+    from mas_ext.compare.report import report
 
     print(f"report: {report(arguments.directory, arguments.out)}")
 
 
 def add_reproduce(parser: Parser) -> None:
     """The options of `reproduce`."""
-    from mas_ext.experiments import EXPERIMENTS
+    from experiments import EXPERIMENTS
 
     parser.set_defaults(run=run_reproduce)
     parser.description = "Measure what is missing in DIR/NAME.json, and show what was found."
@@ -254,7 +255,7 @@ def add_reproduce(parser: Parser) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> None:
     """Progress on stderr, then the table and the figure's path."""
-    from mas_ext import demo
+    from mas_ext.compare import demo
 
     result = demo.run_demo(
         arguments.dataset, arguments.data, arguments.out, arguments.seed, arguments.epochs
@@ -264,7 +265,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 def run_reproduce(arguments: argparse.Namespace) -> None:
     """Progress on stderr, then what was found, experiment by experiment."""
-    from mas_ext.experiments import EXPERIMENTS, reproduce
+    from experiments import EXPERIMENTS, reproduce
 
     default = "out/reproduce" if arguments.quick else "experiments/results"
     out = Path(arguments.out or default)
@@ -288,7 +289,7 @@ def run_info(arguments: argparse.Namespace) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> None:
     """A table of the times."""
-    from mas_ext.benchmarks import penalty
+    from benchmarks import penalty
 
     result = penalty.run(
         model=arguments.model,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext.importance import Forward, ImportanceSum, objectives
+from mas_ext.importance.accumulator import evaluating
 from mas_ext.importance.objectives import Objective
-from mas_ext.importance.sums import evaluating
 from mas_ext.kernels.native import Backend
 from mas_ext.penalty import FusedMASPenalty
 

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mas_ext import checkpoint
-from mas_ext.attach import Handle, Mode, attach
-from mas_ext.consolidation import FORMAT, Consolidation, check_format
-from mas_ext.distributed import Ranks, Together, refuse_unused
-from mas_ext.held import Bound, HeldModel
 from mas_ext.importance import METHODS, Forward, ImportanceSum, Method, gather
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.native import Backend
-from mas_ext.memory import Group
-from mas_ext.optim import Fused
-from mas_ext.parameters import check_patterns
-from mas_ext.rules import AlphaSum, Merge, Rule, StateDevice, Store, check_lam
-from mas_ext.sharded import whole, whole_tensor
+from mas_ext.optim.fused import Fused
+from mas_ext.optim.hooks import Handle, Mode, attach
+from mas_ext.parameters.fsdp import whole, whole_tensor
+from mas_ext.parameters.names import check_patterns
+from mas_ext.parameters.ranks import Ranks, Together, refuse_unused
+from mas_ext.parameters.tracked_model import Bound, HeldModel
+from mas_ext.state import files as checkpoint
+from mas_ext.state.buffers import Group
+from mas_ext.state.merge_rules import AlphaSum, Merge, Rule, StateDevice, Store, check_lam
+from mas_ext.state.quadratic import FORMAT, Consolidation, check_format
 
 if TYPE_CHECKING:  # torch may be built without it
     from torch.distributed import ProcessGroup
@@ -221,8 +221,8 @@ class FusedMASPenalty(nn.Module):
     ) -> Handle:
         """Apply the penalty at every optimizer.step() from now on, instead of penalty() in the loss.
 
-        See mas_ext.attach.attach; with mas_ext.optim.SGD and AdamW it is part of the step itself, unless the
-        state is streamed from the CPU or eta is given.
+        See mas_ext.optim.hooks.attach; with mas_ext.optim.SGD and AdamW it is part of the step itself,
+        unless the state is streamed from the CPU or eta is given.
 
         Args:
             optimizer: any torch optimizer but LBFGS; only its own parameters are touched.
@@ -233,7 +233,7 @@ class FusedMASPenalty(nn.Module):
             A handle; handle.remove() ends it.
 
         Raises:
-            TypeError: no torch optimizer, or see mas_ext.attach.attach.
+            TypeError: no torch optimizer, or see mas_ext.optim.hooks.attach.
             ValueError: none of the model's parameters is among the optimizer's; or see there.
             RuntimeError: this penalty, or any one with those of mas_ext.optim, is attached already.
         """

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from mas_ext import checkpoint as files
-from mas_ext.learning import Epoch, Learning, Result
+from mas_ext._hints import hint
 from mas_ext.methods import Method, create
 from mas_ext.models import MultiHead
-from mas_ext.names import hint
 from mas_ext.scenarios import Scenario
-from mas_ext.settings import Settings
+from mas_ext.state import files
+from mas_ext.training.run import Epoch, Learning, Result
+from mas_ext.training.settings import Settings
 
 # Called with an Epoch at its end, and at the end of a task with what was found so far.
 Callback = Callable[[Epoch | Result], object]

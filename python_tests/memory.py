@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mas_ext.benchmarks.memory import changes
+from benchmarks.memory import changes
 
 
 def largest_allocation(act: Callable[[], object]) -> int:

@@ -6,12 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_data import idx
+from image_files import idx
 
+import benchmarks
 import mas_ext
-from mas_ext import benchmarks, config
+from experiments import EXPERIMENTS, Results
 from mas_ext.cli import COMMANDS, main
-from mas_ext.experiments import EXPERIMENTS, Results
+from mas_ext.compare import options as config
 from mas_ext.methods import METHODS
 
 
@@ -80,7 +81,7 @@ def test_bench_passes_its_arguments_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = SimpleNamespace(run=lambda **given: given, table=lambda given: f"table of {given}")
-    monkeypatch.setitem(sys.modules, "mas_ext.benchmarks.penalty", fake)
+    monkeypatch.setitem(sys.modules, "benchmarks.penalty", fake)
     monkeypatch.setattr(benchmarks, "penalty", fake, raising=False)
     assert main(["bench", "--model", "gpt2", "--tasks", "3", "5", "--repeats", "7"]) == 0
     given = {"model": "gpt2", "device": "cpu", "dtype": "float32", "tasks": [3, 5], "repeats": 7}
@@ -134,7 +135,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         raise KeyboardInterrupt
 
     fake = SimpleNamespace(run=interrupt)
-    monkeypatch.setitem(sys.modules, "mas_ext.benchmarks.penalty", fake)
+    monkeypatch.setitem(sys.modules, "benchmarks.penalty", fake)
     monkeypatch.setattr(benchmarks, "penalty", fake, raising=False)
     assert main(["bench"]) == 130
     assert capsys.readouterr().err == "mas-ext: interrupted\n"

@@ -6,12 +6,12 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import naive
 import numpy as np
 import pytest
 import torch
 from memory import largest_allocation
-from product import Array, Product, array, held
+from oracles import naive
+from oracles.product import Array, Product, array, held
 from torch import Tensor, nn
 from torch.optim import SGD
 

@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import memory
-import naive_training
 import numpy as np
 import pytest
-import test_exact
 import test_pages
 import torch
-from product import SETTINGS, Array, Held, array, held, train
-from test_mixed_precision import plain_path, scaled_path
-from test_optim import CASES, fused
+from importance import test_exact
+from optim.test_fused import CASES, fused
+from optim.test_mixed_precision import plain_path, scaled_path
+from oracles import naive_training
+from oracles.product import SETTINGS, Array, Held, array, held, train
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from benchmarks import networks
 from mas_ext import FusedMASPenalty, estimate_importance, methods, optim
-from mas_ext.benchmarks import networks
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("one_thread")]
 

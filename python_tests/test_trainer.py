@@ -9,24 +9,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import naive_training as naive
 import pytest
 import torch
+from oracles import naive_training as naive
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import mas_ext
-from mas_ext import learning as learning_module
 from mas_ext import metrics
-from mas_ext.learning import Epoch, Learning, OtherRun, Result
 from mas_ext.methods import Method, Training, create
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.joint import Joint
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
-from mas_ext.settings import Settings
 from mas_ext.trainer import Callback, Trainer
+from mas_ext.training import run as learning_module
+from mas_ext.training.run import Epoch, Learning, OtherRun, Result
+from mas_ext.training.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

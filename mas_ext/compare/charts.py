@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from mas_ext.data import import_extra
-from mas_ext.findings import Findings, Learned, over_seeds, shares
+from mas_ext.compare.results import Findings, Learned, over_seeds, shares
+from mas_ext.scenarios.datasets import import_extra
 
 # Okabe and Ito's, told apart by colour-blind people, without yellow, which is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mas_ext import data, metrics
-from mas_ext.learning import Epoch
+from mas_ext import metrics
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import Method
 from mas_ext.models import mlp
 from mas_ext.scenarios import Scenario, split
+from mas_ext.scenarios import datasets as data
 from mas_ext.trainer import Trainer
+from mas_ext.training.run import Epoch
 
 HIDDEN = (100, 100)
 LEARNING_RATE = 0.02  # of SGD with momentum 0.9
@@ -71,8 +72,8 @@ def run_demo(
 ) -> DemoResult:
     """Learn the five tasks with every method, showing progress, and draw the accuracies to ``out``.
 
-    ``dataset``, ``folder``: as in `mas_ext.data.load`. ``out``: a PNG file, overwritten. ``seed``:
-    fixes the initial weights and the order of the samples, the same for all methods. ``epochs``:
+    ``dataset``, ``folder``: as in `mas_ext.scenarios.datasets.load`. ``out``: a PNG file, overwritten.
+    ``seed``: fixes the initial weights and the order of the samples, the same for all methods. ``epochs``:
     per task; None: what suits the data set. Raises ValueError for an argument that cannot be used.
     """
     out = Path(out)

@@ -8,7 +8,7 @@
     METHOD-seedN/
         accuracy.csv            accuracy[t, k], a row a task, empty where nothing was measured
         checkpoint.safetensors  that of the Trainer: the model, and the state of the method
-        result.json             written last: what `mas_ext.summary.summary` returns, or diverged and why
+        result.json             written last: what `mas_ext.compare.tables.summary` returns, or diverged and why
     choosing/           the same for the runs that lam was chosen with, without their checkpoints
     tensorboard/        events, where asked for
     table.md            what was printed at the end: a row a method
@@ -39,8 +39,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext import config
-from mas_ext.config import Config
+from mas_ext.compare import options as config
+from mas_ext.compare.options import Config
 from mas_ext.info import info
 
 CONFIG, ENVIRONMENT, METRICS, LAM = "config.toml", "environment.json", "metrics.jsonl", "lam.json"

@@ -13,12 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from mas_ext import catalogue, models
+from mas_ext import models
+from mas_ext._hints import hint
 from mas_ext.methods import METHODS, Method, create, options
 from mas_ext.models import MultiHead
-from mas_ext.names import hint
 from mas_ext.scenarios import Scenario
-from mas_ext.settings import Settings
+from mas_ext.scenarios import named as catalogue
+from mas_ext.training.settings import Settings
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from mas_ext.learning import Epoch
+from mas_ext.training.run import Epoch
 
 
 class Progress:

@@ -9,8 +9,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from mas_ext import charts, findings, metrics, record
-from mas_ext.findings import Findings
+from mas_ext import metrics
+from mas_ext.compare import charts
+from mas_ext.compare import directory as record
+from mas_ext.compare import results as findings
+from mas_ext.compare.results import Findings
 
 PAGE = "report.html"
 
@@ -51,7 +54,7 @@ CAPTIONS = {
     ),
 }
 
-# By what `mas_ext.summary.summary` calls them: titles, and what they mean.
+# By what `mas_ext.compare.tables.summary` calls them: titles, and what they mean.
 METRICS = {
     "average_accuracy": (
         "average accuracy, %",
@@ -130,7 +133,7 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
     """Write report.html and its pictures, also of a run that is not finished.
 
     Args:
-        run: the directory of a run, see `mas_ext.record`.
+        run: the directory of a run, see `mas_ext.compare.directory`.
         out: where to write, made if it is not there; None for the run's directory.
 
     Returns:

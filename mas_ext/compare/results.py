@@ -15,10 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mas_ext import checkpoint, config, metrics, record
-from mas_ext.config import Config
-from mas_ext.runs import Job
-from mas_ext.summary import Found
+from mas_ext import metrics
+from mas_ext.compare import directory as record
+from mas_ext.compare import options as config
+from mas_ext.compare.options import Config
+from mas_ext.compare.sweep import Job
+from mas_ext.compare.tables import Found
+from mas_ext.state import files as checkpoint
 
 Layers = dict[str, tuple[float, int]]  # by layer the sum of omega, and of how many parameters
 
@@ -48,7 +51,7 @@ class Learned:
     """What is known of a method and seed, NaN where it did not get to. T tasks.
 
     accuracy: see Result, (T, T). step_seconds, held_bytes: see Result, (T,).
-    found: see `mas_ext.summary.summary`, or diverged and why; None as long as it is not finished.
+    found: see `mas_ext.compare.tables.summary`, or diverged and why; None as long as it is not finished.
     layers: importance by layer; empty for a method without.
     """
 

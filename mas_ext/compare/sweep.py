@@ -16,20 +16,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from mas_ext import checkpoint, record
-from mas_ext.config import Config, Purpose
-from mas_ext.learning import Epoch, Learning, OtherRun, Result
+from mas_ext.compare import directory as record
+from mas_ext.compare.options import Config, Purpose
+from mas_ext.compare.progress import Progress
+from mas_ext.compare.tables import Found, summary, table, task_line
 from mas_ext.methods import Method, options
-from mas_ext.progress import Progress
 from mas_ext.scenarios import Scenario
-from mas_ext.summary import Found, summary, table, task_line
+from mas_ext.state import files as checkpoint
 from mas_ext.trainer import Trainer
+from mas_ext.training.run import Epoch, Learning, OtherRun, Result
 
 
 def run(
     comparison: Config, out: str | Path, *, resume: bool = False, tensorboard: bool = False
 ) -> str:
-    """Compare the methods, with progress on stderr; `mas_ext.record` says what is written.
+    """Compare the methods, with progress on stderr; `mas_ext.compare.directory` says what is written.
 
     Where a method has several lam to choose from, it learns everything with each of them and seeds of its own,
     and the one of the largest average accuracy on validation data is taken, of equal ones the first. A training

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mas_ext import metrics
-from mas_ext.learning import Result
+from mas_ext.training.run import Result
 
 # What `summary` returns, or {"diverged": why}; as it is in a file.
 Found = dict[str, Any]

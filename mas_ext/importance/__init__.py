@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mas_ext.importance.alone import Forward
+from mas_ext.importance.accumulator import METHODS, ImportanceSum, Method, gather
 from mas_ext.importance.fisher import FisherSum, estimate_fisher
 from mas_ext.importance.objectives import Objective
-from mas_ext.importance.sums import METHODS, ImportanceSum, Method, gather
+from mas_ext.importance.single_samples import Forward
 from mas_ext.kernels.native import Backend
-from mas_ext.parameters import check_patterns
+from mas_ext.parameters.names import check_patterns
 
 __all__ = [
     "METHODS",

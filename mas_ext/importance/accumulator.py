@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance import objectives
-from mas_ext.importance.alone import Evaluate, Forward, Totals, Values, accumulate
 from mas_ext.importance.batch import Batch
-from mas_ext.importance.exact import Exact
+from mas_ext.importance.exact.driver import Exact
 from mas_ext.importance.local import Local
 from mas_ext.importance.objectives import Objective
+from mas_ext.importance.single_samples import Evaluate, Forward, Totals, Values, accumulate
 from mas_ext.kernels.native import Backend
 from mas_ext.kernels.reference import compute_dtype
-from mas_ext.parameters import PARALLEL, check_supported, named_parameters
-from mas_ext.sharded import whole
+from mas_ext.parameters.fsdp import whole
+from mas_ext.parameters.names import PARALLEL, check_supported, named_parameters
 
 Method = Literal["exact", "batch", "local"]
 # (evaluate, batch, samples, parameters by name) -> sums over samples by name, and the objectives.

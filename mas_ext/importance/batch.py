@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mas_ext.importance.alone import Evaluate, Totals, accumulate_gradients, zeros
+from mas_ext.importance.single_samples import Evaluate, Totals, accumulate_gradients, zeros
 from mas_ext.kernels.native import Backend
 
 

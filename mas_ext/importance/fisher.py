@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext.importance import batches as batch_of
-from mas_ext.importance.alone import Forward
-from mas_ext.importance.exact import Exact
-from mas_ext.importance.sums import ImportanceSum, evaluating, gather
+from mas_ext.importance.accumulator import ImportanceSum, evaluating, gather
+from mas_ext.importance.exact.driver import Exact
+from mas_ext.importance.single_samples import Forward
 from mas_ext.kernels.native import Backend
-from mas_ext.parameters import check_patterns
+from mas_ext.parameters.names import check_patterns
 
 Labels = Literal["true", "predicted", "sampled", "all"]
 LABELS = ("true", "predicted", "sampled", "all")

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mas_ext.importance.alone import Evaluate, Totals, zeros
-from mas_ext.importance.exact import Exact
-from mas_ext.importance.functions import RULES
-from mas_ext.importance.layers import Layer, bias_use
-from mas_ext.importance.nodes import Spot
-from mas_ext.importance.tape import Tape
+from mas_ext.importance.exact.driver import Exact
+from mas_ext.importance.exact.layers import Layer, bias_use
+from mas_ext.importance.exact.nodes import Spot
+from mas_ext.importance.exact.rules import RULES
+from mas_ext.importance.exact.tracing import Tape
+from mas_ext.importance.single_samples import Evaluate, Totals, zeros
 from mas_ext.kernels import native
 from mas_ext.kernels.native import Backend
 

@@ -22,7 +22,6 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mas_ext.attach import Handle, Mode, check_mode
 from mas_ext.compat import AveragedFromFirst, BatchMeans
 from mas_ext.importance import FisherSum, ImportanceSum
 from mas_ext.importance import Method as Importance
@@ -30,9 +29,10 @@ from mas_ext.importance.fisher import Labels
 from mas_ext.importance.objectives import Objective
 from mas_ext.integrations.loading import own_part
 from mas_ext.methods.si import Path, Steps
-from mas_ext.parameters import named_parameters
+from mas_ext.optim.hooks import Handle, Mode, check_mode
+from mas_ext.parameters.names import named_parameters
 from mas_ext.penalty import FusedMASPenalty
-from mas_ext.rules import Merge, check_share
+from mas_ext.state.merge_rules import Merge, check_share
 
 
 class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]

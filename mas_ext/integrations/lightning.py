@@ -22,8 +22,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from mas_ext.attach import Handle, Mode, check_mode
 from mas_ext.integrations.loading import check_batches, once
+from mas_ext.optim.hooks import Handle, Mode, check_mode
 from mas_ext.penalty import FusedMASPenalty
 
 Batches = Callable[[Trainer], Iterable[Any]]

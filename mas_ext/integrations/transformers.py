@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from mas_ext import checkpoint
-from mas_ext.attach import Handle, Mode, check_mode
 from mas_ext.importance import Forward
 from mas_ext.integrations.loading import check_batches, once
+from mas_ext.optim.hooks import Handle, Mode, check_mode
 from mas_ext.penalty import FusedMASPenalty
+from mas_ext.state import files as checkpoint
 
 FILE = "mas_penalty.safetensors"
 Of = Literal["tokens", "logits", "hidden"]

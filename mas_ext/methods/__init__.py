@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from mas_ext._hints import hint
 from mas_ext.methods.ebll import EBLL
 from mas_ext.methods.ewc import EWC, OnlineEWC
 from mas_ext.methods.finetune import Finetune
@@ -16,7 +17,6 @@ from mas_ext.methods.lwf import LwF
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import SETTINGS, Method, Setting, Training
 from mas_ext.methods.si import SI
-from mas_ext.names import hint
 
 __all__ = ["MAS", "METHODS", "SETTINGS", "Method", "Setting", "Training", "create", "options"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mas_ext.attach import Mode
 from mas_ext.importance import FisherSum
 from mas_ext.importance.fisher import Labels
 from mas_ext.methods.quadratic import Estimated
+from mas_ext.optim.hooks import Mode
 
 
 class Fisher(Estimated):

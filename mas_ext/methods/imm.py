@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mas_ext.attach import Mode
 from mas_ext.importance.fisher import Labels
 from mas_ext.methods.ewc import Fisher
 from mas_ext.methods.method import Method, Training
 from mas_ext.methods.quadratic import Quadratic
 from mas_ext.models import MultiHead
-from mas_ext.parameters import named_parameters
+from mas_ext.optim.hooks import Mode
+from mas_ext.parameters.names import named_parameters
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 

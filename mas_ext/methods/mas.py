@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mas_ext.attach import Mode
 from mas_ext.importance import ImportanceSum
 from mas_ext.importance import Method as Importance
 from mas_ext.importance.objectives import Objective
 from mas_ext.methods.quadratic import Estimated
-from mas_ext.rules import AlphaSum, Merge
+from mas_ext.optim.hooks import Mode
+from mas_ext.state.merge_rules import AlphaSum, Merge
 
 
 class MAS(Estimated):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mas_ext.attach import Mode
 from mas_ext.importance import ImportanceSum
 from mas_ext.methods.method import Method, Training
 from mas_ext.models import MultiHead
+from mas_ext.optim.hooks import Mode
 from mas_ext.penalty import FusedMASPenalty
 
 

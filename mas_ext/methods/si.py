@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mas_ext.attach import Mode
 from mas_ext.kernels.reference import compute_dtype
 from mas_ext.methods.method import Training
 from mas_ext.methods.quadratic import Quadratic
 from mas_ext.models import MultiHead
-from mas_ext.parameters import named_parameters
+from mas_ext.optim.hooks import Mode
+from mas_ext.parameters.names import named_parameters
 
 
 class SI(Quadratic):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mas_ext import resnet
-from mas_ext.names import hint
+from mas_ext._hints import hint
+from mas_ext.models import residual as resnet
 
 
 class MultiHead(nn.Module):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mas_ext.attach import (
+from mas_ext.kernels import native, ops
+from mas_ext.optim.hooks import (
     STEPS,
     Handle,
     Mode,
@@ -25,9 +26,8 @@ from mas_ext.attach import (
     sgd_eta,
     sgd_steps,
 )
-from mas_ext.kernels import native, ops
-from mas_ext.memory import Group
-from mas_ext.parameters import is_sharded
+from mas_ext.parameters.names import is_sharded
+from mas_ext.state.buffers import Group
 
 # What torch's optimizers can do besides, and these can't.
 _REFUSED = ("foreach", "maximize", "differentiable")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mas_ext.parameters import Binding, check_whole, is_sharded, named_parameters
+from mas_ext.parameters.names import Binding, check_whole, is_sharded, named_parameters
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from mas_ext.consolidation import Consolidation
-from mas_ext.memory import Group
-from mas_ext.parameters import Binding, layouts
-from mas_ext.sharded import ShardedBinding, Sharding, local, present_parameters
+from mas_ext.parameters.fsdp import ShardedBinding, Sharding, local, present_parameters
+from mas_ext.parameters.names import Binding, layouts
+from mas_ext.state.buffers import Group
+from mas_ext.state.quadratic import Consolidation
 
 Bound = list[tuple[Group, list[Tensor]]]
 

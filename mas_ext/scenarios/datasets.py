@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mas_ext.data_files import images, read_idx_folder, read_npz
-from mas_ext.names import hint
-from mas_ext.scenarios import Tensors
+from mas_ext._hints import hint
+from mas_ext.scenarios.files import images, read_idx_folder, read_npz
+from mas_ext.scenarios.tasks import Tensors
 
 Pair = tuple[Tensors, Tensors]  # to train and to test on
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mas_ext.scenarios import Tensors
+from mas_ext.scenarios.tasks import Tensors
 
 
 def images(path: Path, pixels: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Tensors:

@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from mas_ext import data
-from mas_ext.names import hint
-from mas_ext.scenarios import Scenario, Task, Tensors, from_datasets, split
-from mas_ext.transforms import Canvas, Permutation, Rotation, Standardisation
+from mas_ext._hints import hint
+from mas_ext.scenarios import datasets as data
+from mas_ext.scenarios.tasks import Scenario, Task, Tensors, from_datasets, split
+from mas_ext.scenarios.transforms import Canvas, Permutation, Rotation, Standardisation
 
 Folder = str | Path | None
 
@@ -28,15 +28,15 @@ def build(
 ) -> Scenario:
     """The scenario called ``name``, one of `SCENARIOS`.
 
-    ``folder``: where its data are, as in `mas_ext.data.load`. ``tasks``: how many; None for as many
-    as is usual. ``order``: in which the tasks are learned, as their positions; None as they are
+    ``folder``: where its data are, as in `mas_ext.scenarios.datasets.load`. ``tasks``: how many; None for
+    as many as is usual. ``order``: in which the tasks are learned, as their positions; None as they are
     listed, ``"random"`` by the seed, which also decides the permutations of permuted-mnist.
 
     Images are standardised: each channel has mean 0 and standard deviation 1 over the training images
     of a data set.
 
     Raises ValueError for an unknown name, or a number or order of tasks that cannot be, and what
-    `mas_ext.data.load` raises.
+    `mas_ext.scenarios.datasets.load` raises.
     """
     if name not in SCENARIOS:
         raise ValueError(f"name: unknown scenario {name!r}, {hint(name, SCENARIOS)}")

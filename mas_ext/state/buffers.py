@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mas_ext import streaming
 from mas_ext.kernels import native, ops
 from mas_ext.kernels.reference import LARGEST_CODED, compute_dtype, decode, encode, part
-from mas_ext.parameters import Layout, check_supported, layouts
-from mas_ext.rules import Entry, Rule
+from mas_ext.parameters.names import Layout, check_supported, layouts
+from mas_ext.state import offloading as streaming
+from mas_ext.state.merge_rules import Entry, Rule
 
 # Every tensor's part of the flat state starts at a multiple of this many elements: 16-byte loads.
 _ALIGNMENT = 64

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext import checkpoint
 from mas_ext.kernels import ops
 from mas_ext.kernels.reference import part
-from mas_ext.memory import Group, Memory, Part, pack
-from mas_ext.parameters import check_supported
-from mas_ext.rules import Entry, Rule, check_lam, check_weight
-from mas_ext.sharded import Sharding
+from mas_ext.parameters.fsdp import Sharding
+from mas_ext.parameters.names import check_supported
+from mas_ext.state import files as checkpoint
+from mas_ext.state.buffers import Group, Memory, Part, pack
+from mas_ext.state.merge_rules import Entry, Rule, check_lam, check_weight
 
 FORMAT = 1
 

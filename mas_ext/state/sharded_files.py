@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext.parameters import is_sharded
+from mas_ext.parameters.fsdp import present_parameters
+from mas_ext.parameters.names import is_sharded
 from mas_ext.penalty import FusedMASPenalty
-from mas_ext.sharded import present_parameters
 
 
 def load_distributed(

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mas_ext import checkpoint, metrics
+from mas_ext import metrics
 from mas_ext.methods.method import Method, Training
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
-from mas_ext.settings import PRECISIONS, Settings
-from mas_ext.stream import Part, Stream, split
+from mas_ext.state import files as checkpoint
+from mas_ext.training.samples import Part, Stream, split
+from mas_ext.training.settings import PRECISIONS, Settings
 
 EVALUATION_BATCH = 512
 

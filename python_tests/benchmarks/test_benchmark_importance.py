@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mas_ext.benchmarks import gradients, importance, networks, timing
-from mas_ext.benchmarks.gradients import FORMS, Call
+from benchmarks import gradients, importance, networks, timing
+from benchmarks.gradients import FORMS, Call
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 

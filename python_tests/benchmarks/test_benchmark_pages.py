@@ -11,16 +11,11 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-# The benchmarks' scripts are no package.
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks import all as everything
+from benchmarks import bench_language, performance, pictures, readme
+from benchmarks.common import fill
 
-import all as everything  # noqa: E402
-import bench_language  # noqa: E402
-import performance  # noqa: E402
-import pictures  # noqa: E402
-import readme  # noqa: E402
-from common import fill  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 LAM = json.loads(performance.LAM.read_text(encoding="utf-8"))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mas_ext.benchmarks import forms, penalty
+from benchmarks import forms, penalty
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mas_ext.benchmarks import step
-from mas_ext.benchmarks.workloads import Workload, build
+from benchmarks import step
+from benchmarks.workloads import Workload, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

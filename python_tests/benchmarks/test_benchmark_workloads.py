@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from mas_ext.benchmarks.workloads import WORKLOADS, build
+from benchmarks.workloads import WORKLOADS, build
 
 PUBLISHED = {
     "mlp": 478_410,

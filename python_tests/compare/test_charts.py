@@ -9,11 +9,14 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+from compare.test_results import ACCURACY, make, result
 from matplotlib.collections import LineCollection
-from test_findings import ACCURACY, make, result
 
-from mas_ext import charts, config, findings, record
-from mas_ext.findings import Findings
+from mas_ext.compare import charts
+from mas_ext.compare import directory as record
+from mas_ext.compare import options as config
+from mas_ext.compare import results as findings
+from mas_ext.compare.results import Findings
 from mas_ext.methods import METHODS
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mas_ext import metrics
-from mas_ext.data import load
-from mas_ext.demo import METHODS, DemoResult, learn, run_demo
+from mas_ext.compare.demo import METHODS, DemoResult, learn, run_demo
 from mas_ext.scenarios import split
+from mas_ext.scenarios.datasets import load
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import mas_ext
-from mas_ext import record
-from mas_ext.config import Config, load, read
+from mas_ext.compare import directory as record
+from mas_ext.compare.options import Config, load, read
 
 
 def line(task: int, epoch: int | None, **more: Any) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mas_ext import config
-from mas_ext.config import KEYS, Config, differences, dump, load, merge, read
-from mas_ext.settings import Settings
+from mas_ext.compare import options as config
+from mas_ext.compare.options import KEYS, Config, differences, dump, load, merge, read
+from mas_ext.training.settings import Settings
 
 EVERYTHING: dict[str, Any] = {
     "scenario": "permuted-mnist",

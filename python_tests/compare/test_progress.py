@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from mas_ext.learning import Epoch
-from mas_ext.progress import Progress
+from mas_ext.compare.progress import Progress
+from mas_ext.training.run import Epoch
 
 
 @pytest.fixture

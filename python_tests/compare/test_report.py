@@ -7,11 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_findings import WHY, make
+from compare.test_results import WHY, make
 
-from mas_ext import config, findings, record
 from mas_ext.cli import main
-from mas_ext.report import report, results
+from mas_ext.compare import directory as record
+from mas_ext.compare import options as config
+from mas_ext.compare import results as findings
+from mas_ext.compare.report import report, results
 
 
 class Page(HTMLParser):

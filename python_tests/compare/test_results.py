@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from mas_ext import checkpoint, config, findings, record
+from mas_ext.compare import directory as record
+from mas_ext.compare import options as config
+from mas_ext.compare import results as findings
+from mas_ext.state import files as checkpoint
 
 # accuracy[t, k] by method and seed, None where nothing was measured. mas diverged with seed 1 in task 1 and
 # is on its way with seed 2; joint has not begun with seed 1.

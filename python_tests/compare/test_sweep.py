@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from mas_ext import checkpoint, config, data, models, runs
-from mas_ext.config import Config
+from mas_ext import models
+from mas_ext.compare import options as config
+from mas_ext.compare import sweep as runs
+from mas_ext.compare.options import Config
 from mas_ext.methods import METHODS
 from mas_ext.methods.method import Method, Training
+from mas_ext.scenarios import datasets as data
+from mas_ext.state import files as checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from image_files import write_npz
 
+from experiments import EXPERIMENTS, Results, cifar, reproduce
+from experiments.comparison import Variant
+from experiments.learned import fewer
 from mas_ext import models
-from mas_ext.experiments import EXPERIMENTS, Results, cifar, reproduce
-from mas_ext.experiments.comparison import Variant
-from mas_ext.experiments.learned import fewer
 from mas_ext.scenarios import Scenario, Task, Tensors
 
 
@@ -92,8 +92,8 @@ def test_importance_is_taken_from_as_many_samples_as_told(monkeypatch: pytest.Mo
     def create(name: str, **given: Any) -> None:
         made[name] = given
 
-    monkeypatch.setattr("mas_ext.experiments.comparison.create", create)
-    monkeypatch.setattr("mas_ext.experiments.comparison.measured", lambda *given: {})
+    monkeypatch.setattr("experiments.comparison.create", create)
+    monkeypatch.setattr("experiments.comparison.measured", lambda *given: {})
     experiment = replace(small("datasets"), max_samples=7)
     for variant in (Variant("mas", {"mode": "proximal"}), Variant("si"), Variant("finetune")):
         experiment.measure(

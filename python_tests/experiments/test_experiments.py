@@ -15,10 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mas_ext import models
-from mas_ext.experiments import EXPERIMENTS, Experiment, Page, Results, reproduce
-from mas_ext.experiments.adaptivity import PARTS
-from mas_ext.experiments.compositions import (
+from experiments import EXPERIMENTS, Experiment, Page, Results, reproduce
+from experiments.adaptivity import PARTS
+from experiments.compositions import (
     ATTRIBUTES,
     GLYPH,
     RELATIONS,
@@ -26,17 +25,18 @@ from mas_ext.experiments.compositions import (
     batches_of_facts,
     paint,
 )
-from mas_ext.experiments.consistency import toy
-from mas_ext.experiments.embedding import Embedding, RankingEWC, ranks, rivals, shortfall
-from mas_ext.experiments.experiment import Cell, Found
-from mas_ext.experiments.facts import glyphs as glyphs_of
-from mas_ext.experiments.facts import scores
-from mas_ext.experiments.learned import GRID, choose, chosen
-from mas_ext.experiments.official_demo import Reestimated
-from mas_ext.experiments.regression import VARIANTS, Arm, GaussianEWC
+from experiments.consistency import toy
+from experiments.embedding import Embedding, RankingEWC, ranks, rivals, shortfall
+from experiments.experiment import Cell, Found
+from experiments.facts import glyphs as glyphs_of
+from experiments.facts import scores
+from experiments.learned import GRID, choose, chosen
+from experiments.official_demo import Reestimated
+from experiments.regression import VARIANTS, Arm, GaussianEWC
+from mas_ext import models
 from mas_ext.methods.method import Training
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)

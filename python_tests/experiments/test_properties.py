@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from experiments import EXPERIMENTS, Results
+from experiments.evidence import PROPERTIES, flat, take_from
 from mas_ext import models
-from mas_ext.experiments import EXPERIMENTS, Results
-from mas_ext.experiments.evidence import PROPERTIES, flat, take_from
 from mas_ext.methods import Method, create
 from mas_ext.methods.method import Training
 

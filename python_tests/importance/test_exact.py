@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import ANY, CASES, Case, Wired
 
+from benchmarks.memory import peak
 from mas_ext import estimate_importance
-from mas_ext.benchmarks.memory import peak
 from mas_ext.importance import ImportanceSum
-from mas_ext.importance.alone import PRECISIONS, differ, lowest_precision
+from mas_ext.importance.single_samples import PRECISIONS, differ, lowest_precision
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

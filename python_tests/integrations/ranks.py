@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import written
+from integrations import written
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -18,14 +18,16 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 def both(library: str, folder: Path) -> list[dict[str, Any]]:
     """The state of the model, and omega, of each rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*command, __file__, library, folder], check=True, timeout=300)
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*command, __file__, library, str(folder)]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, **path})
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 def avalanche(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
-    import conftest  # noqa: F401  # imports it without its warnings
     from avalanche.distributed import DistributedHelper
-    from test_avalanche import ours, plain, strategy, stream
+    from integrations import conftest  # noqa: F401  # imports it without its warnings
+    from integrations.test_avalanche import ours, plain, strategy, stream
 
     dist.init_process_group("gloo")
     torch.set_default_dtype(torch.float64)
@@ -37,7 +39,15 @@ def avalanche(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def transformers(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
-    from test_transformers import LAM, InOrder, MASCallback, ModelOutput, arguments, corpus, network
+    from integrations.test_transformers import (
+        LAM,
+        InOrder,
+        MASCallback,
+        ModelOutput,
+        arguments,
+        corpus,
+        network,
+    )
 
     torch.set_default_dtype(torch.float64)
     model, ranks = network(), {"ddp_backend": "gloo"}
@@ -53,8 +63,8 @@ def transformers(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def lightning(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
+    from integrations.test_lightning import Module, mas
     from lightning.pytorch import Trainer
-    from test_lightning import Module, mas
 
     from mas_ext.integrations.loading import once
 

@@ -18,7 +18,7 @@ from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.models import IncrementalClassifier, MTSimpleMLP
 from avalanche.training import Naive
 from avalanche.training import plugins as theirs
-from ranks import both
+from integrations.ranks import both
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 

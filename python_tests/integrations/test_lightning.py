@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import written
+from integrations import written
+from integrations.ranks import both
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
-from ranks import both
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 

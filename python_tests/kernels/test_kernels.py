@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import naive
 import numpy as np
 import pytest
 import torch
 from backends import EMULATED, FOLDER, SANITIZED, Backend, load_emulated, refuse_other_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracles import naive
 from torch import Tensor
 
 from mas_ext.kernels import native, ops

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import naive
 import numpy as np
 import pytest
 import torch
 from backends import Backend, refuse_other_bits
-from test_kernels import Case, array, close, each_dtype, each_rows, flat_array, make
+from kernels.test_kernels import Case, array, close, each_dtype, each_rows, flat_array, make
+from oracles import naive
 from torch import Tensor
 
 from mas_ext.kernels import native, ops, optim_native

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import backends
-import naive
 import numpy as np
 import pytest
 import torch
 from backends import EMULATED, SANITIZED, Backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracles import naive
 from torch import Tensor
 
 from mas_ext.kernels import ops, per_sample_native, reference

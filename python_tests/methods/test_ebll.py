@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import naive_distillation as naive
 import pytest
 import torch
+from oracles import naive_distillation as naive
 
-from mas_ext.checkpoint import pack
 from mas_ext.methods import SETTINGS, Setting, create
 from mas_ext.methods.ebll import EBLL
+from mas_ext.state.files import pack
 
 ENCODING = naive.Encoding(alpha=3.0, code=2, reconstruction=0.4, epochs=6, lr=0.8)
 TOGETHER = {"lam": 0.7, "temperature": 3.0, "warm_up": 2}

@@ -8,14 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from naive_training import SETTINGS, Naive, Weights, assert_close, learn, resumed, start, weights
+from oracles.naive_training import (
+    SETTINGS,
+    Naive,
+    Weights,
+    assert_close,
+    learn,
+    resumed,
+    start,
+    weights,
+)
 from torch import Tensor, nn
 
 from mas_ext import methods
-from mas_ext.attach import Mode
 from mas_ext.methods.imm import IMM, MeanIMM, ModeIMM
 from mas_ext.methods.method import Training
 from mas_ext.models import MultiHead
+from mas_ext.optim.hooks import Mode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import naive_distillation as naive
 import pytest
 import torch
+from oracles import naive_distillation as naive
 from torch import nn
 
-from mas_ext.checkpoint import pack
-from mas_ext.learning import Learning
 from mas_ext.methods import SETTINGS, Setting, create
 from mas_ext.methods.lwf import LwF, distillation
 from mas_ext.models import MultiHead
+from mas_ext.state.files import pack
+from mas_ext.training.run import Learning
 
 
 def second_task(method: LwF, setting: Setting, learner: MultiHead, **settings: Any) -> Learning:

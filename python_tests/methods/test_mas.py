@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from naive_training import SETTINGS, Naive, Weights, assert_close, learn, resumed
+from oracles.naive_training import SETTINGS, Naive, Weights, assert_close, learn, resumed
 from torch import Tensor
 
 from mas_ext import methods

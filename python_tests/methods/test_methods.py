@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import naive_training
 import pytest
 import torch
+from oracles import naive_training
 
-from mas_ext import catalogue, methods, models
+from mas_ext import methods, models
+from mas_ext.scenarios import named as catalogue
 from mas_ext.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,7 +50,7 @@ def test_joint_training_is_the_upper_bound() -> None:
 
 
 def test_the_example_of_how_to_add_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     file, line = re.findall(
         r"```python\n(.*?)```", text.partition("<!-- example -->")[2], re.DOTALL
     )

@@ -7,13 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from naive_training import SETTINGS, Batch, Naive, Weights, assert_close, learn, resumed, weights
+from oracles.naive_training import (
+    SETTINGS,
+    Batch,
+    Naive,
+    Weights,
+    assert_close,
+    learn,
+    resumed,
+    weights,
+)
 from torch import Tensor
 
-from mas_ext.attach import Mode
 from mas_ext.methods import Training
 from mas_ext.methods.si import SI
 from mas_ext.models import MultiHead
+from mas_ext.optim.hooks import Mode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

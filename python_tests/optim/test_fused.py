@@ -6,13 +6,13 @@ import copy
 from collections.abc import Callable, Collection
 from typing import Any
 
-import naive
 import numpy as np
 import pytest
 import torch
 from memory import largest_allocation
-from product import LAM, SETTINGS, Array, Held, Settings, array, held, train, twin
-from test_mixed_precision import NoReading, plain_path, pull, scaled_path
+from optim.test_mixed_precision import NoReading, plain_path, pull, scaled_path
+from oracles import naive
+from oracles.product import LAM, SETTINGS, Array, Held, Settings, array, held, train, twin
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 

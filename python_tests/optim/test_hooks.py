@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import naive
 import numpy as np
 import pytest
 import torch
 from memory import largest_allocation
-from product import LAM, SETTINGS, Array, Held, Settings, array, held, train, twin
+from oracles import naive
+from oracles.product import LAM, SETTINGS, Array, Held, Settings, array, held, train, twin
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import OneCycleLR

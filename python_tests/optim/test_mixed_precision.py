@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-import naive
 import numpy as np
 import pytest
 import torch
-from product import LAM, SETTINGS, Array, Held, Settings, array, held, twin
+from oracles import naive
+from oracles.product import LAM, SETTINGS, Array, Held, Settings, array, held, twin
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam, AdamW, Optimizer

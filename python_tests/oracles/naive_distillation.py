@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mas_ext.checkpoint import pack, unpack
-from mas_ext.learning import Learning
 from mas_ext.methods import Method, Setting
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
+from mas_ext.state.files import pack, unpack
 from mas_ext.trainer import Trainer
+from mas_ext.training.run import Learning
 
 INPUTS, WIDTH, LR, EPOCHS, SEED = 3, 6, 0.3, 4, 5
 Pair = tuple[Tensor, Tensor]

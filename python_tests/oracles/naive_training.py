@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mas_ext import checkpoint
-from mas_ext.attach import Mode
-from mas_ext.learning import Learning
 from mas_ext.methods import Method, Training
 from mas_ext.models import MultiHead
+from mas_ext.optim.hooks import Mode
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
-from mas_ext.settings import Settings
+from mas_ext.state import files as checkpoint
+from mas_ext.training.run import Learning
+from mas_ext.training.settings import Settings
 
 Weights = dict[str, Tensor]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import naive
 import numpy as np
 import torch
+from oracles import naive
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 

@@ -399,7 +399,7 @@ def test_several_processes_train_as_one(tmp_path: Path) -> None:
 def test_example(ranks: int, tmp_path: Path) -> None:
     if not PASSES:
         return
-    example = Path(__file__).parents[1] / "examples" / "fsdp.py"
+    example = Path(__file__).parents[2] / "examples" / "fsdp.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*command, f"--nproc-per-node={ranks}", str(example), str(tmp_path / "kept")],

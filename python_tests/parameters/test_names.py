@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from mas_ext import FusedMASPenalty, estimate_importance
-from mas_ext.parameters import (
+from mas_ext.parameters.names import (
     Binding,
     check_patterns,
     check_supported,

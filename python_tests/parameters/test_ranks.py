@@ -166,7 +166,7 @@ def test_several_processes_train_as_one(ranks: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.cuda)])
 def test_example(ranks: int) -> None:
-    example = Path(__file__).parents[1] / "examples" / "ddp.py"
+    example = Path(__file__).parents[2] / "examples" / "ddp.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*command, f"--nproc-per-node={ranks}", str(example)],

@@ -10,7 +10,7 @@ import pytest
 import torch
 from image_files import SHARED, idx, write_idx_folder, write_npz
 
-from mas_ext import data
+from mas_ext.scenarios import datasets as data
 
 
 @pytest.mark.parametrize(

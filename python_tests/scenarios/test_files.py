@@ -11,7 +11,7 @@ import pytest
 import torch
 from image_files import SHARED, idx, write_idx_folder, write_npz
 
-from mas_ext import data_files
+from mas_ext.scenarios import files as data_files
 
 IMAGES = idx(bytes(range(24)), 2, 3, 4)
 

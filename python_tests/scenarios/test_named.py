@@ -7,9 +7,10 @@ import pytest
 import torch
 from image_files import SHARED, write_idx_folder, write_npz
 
-from mas_ext import catalogue, data
 from mas_ext.scenarios import Tensors
-from mas_ext.transforms import Rotation
+from mas_ext.scenarios import datasets as data
+from mas_ext.scenarios import named as catalogue
+from mas_ext.scenarios.transforms import Rotation
 
 
 @pytest.fixture(scope="module")

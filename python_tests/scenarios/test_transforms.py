@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mas_ext.transforms import Canvas, Permutation, Rotation
+from mas_ext.scenarios.transforms import Canvas, Permutation, Rotation
 
 
 def test_permutation_moves_pixels_of_all_channels_alike() -> None:

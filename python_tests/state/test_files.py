@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mas_ext import FusedMASPenalty, checkpoint
+from mas_ext import FusedMASPenalty
+from mas_ext.state import files as checkpoint
 
 Tensors = dict[str, Tensor]
 

@@ -6,15 +6,16 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import naive
 import numpy as np
 import pytest
 import torch
 from memory import largest_allocation, waiting_is_an_error
+from oracles import naive
 from torch import Tensor, nn
 
-from mas_ext import FusedMASPenalty, streaming
+from mas_ext import FusedMASPenalty
 from mas_ext.kernels import ops
+from mas_ext.state import offloading as streaming
 
 LAM = 0.7
 ALPHA = np.full(2, LAM)

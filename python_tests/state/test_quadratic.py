@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-import naive
 import numpy as np
 import pytest
 import torch
+from oracles import naive
 from torch import Tensor
 
-from mas_ext import consolidation
-from mas_ext.consolidation import Consolidation
 from mas_ext.kernels import ops
 from mas_ext.kernels.native import Backend
-from mas_ext.rules import Merge, Rule, Store
+from mas_ext.state import quadratic as consolidation
+from mas_ext.state.merge_rules import Merge, Rule, Store
+from mas_ext.state.quadratic import Consolidation
 
 SHAPES = {"w": (7, 5), "b": (7,), "s": (), "empty": (0, 3)}
 

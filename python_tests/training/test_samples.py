@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from mas_ext.scenarios import Task, Tensors
-from mas_ext.stream import Part, Stream, split
+from mas_ext.training.samples import Part, Stream, split
 
 CLASSES = ((3, 10), (-7, 4, 100))
 TAKEN = (torch.tensor([5, 0, 3]), torch.tensor([1, 6, 2, 0]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mas_ext.settings import Settings
+from mas_ext.training.settings import Settings
 
 
 @pytest.mark.parametrize(

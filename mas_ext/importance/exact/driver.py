@@ -1,10 +1,11 @@
 """`exact`: the sum over samples of abs(per-sample gradient), as MAS defines it, at the speed of a batch.
 
-The uses of parameters that have a rule are followed through one forward and backward pass (tape.py). How the
+The uses of parameters that have a rule are followed through one forward and backward pass (tracing.py). How the
 samples lie in a model's tensors is found out, never guessed: on the first batch, and whenever a model
 takes another path, a few samples are run alone too. Where a parameter's sums then differ, another layout
-is tried, and if none is right it takes the generic way, which runs samples alone (alone.py, generic.py).
-That all samples lie so is then proven, for all batches or, where data decide, for every single one (proof.py).
+is tried, and if none is right it takes the generic way, which runs samples alone (single_samples.py,
+fallback.py). That all samples lie so is then proven, for all batches or, where data decide, for every single
+one (layout_proof.py).
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from mas_ext.importance import batches, proof
-from mas_ext.importance.alone import (
+from mas_ext.importance import batches
+from mas_ext.importance.exact import layout_proof as proof
+from mas_ext.importance.exact.fallback import Generic
+from mas_ext.importance.exact.layers import Layout
+from mas_ext.importance.exact.rules import RULES
+from mas_ext.importance.exact.tracing import Path, Tape
+from mas_ext.importance.single_samples import (
     Evaluate,
     Precision,
     Totals,
@@ -26,10 +32,6 @@ from mas_ext.importance.alone import (
     one_by_one,
     zeros,
 )
-from mas_ext.importance.functions import RULES
-from mas_ext.importance.generic import Generic
-from mas_ext.importance.layers import Layout
-from mas_ext.importance.tape import Path, Tape
 from mas_ext.kernels import native
 from mas_ext.kernels.native import Backend
 

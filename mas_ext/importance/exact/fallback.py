@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext.importance import batches
-from mas_ext.importance.alone import Evaluate, Totals, differ, lowest_precision, one_by_one, zeros
-from mas_ext.importance.uses import CHUNK, measure
+from mas_ext.importance.exact.gradient_forms import CHUNK, measure
+from mas_ext.importance.single_samples import (
+    Evaluate,
+    Totals,
+    differ,
+    lowest_precision,
+    one_by_one,
+    zeros,
+)
 from mas_ext.kernels.native import Backend
 
 # More samples at once gain little.

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mas_ext.importance.alone import Evaluate, Precision
-from mas_ext.importance.nodes import NODES, Spot
-from mas_ext.importance.tape import Tape
+from mas_ext.importance.exact.nodes import NODES, Spot
+from mas_ext.importance.exact.tracing import Tape
+from mas_ext.importance.single_samples import Evaluate, Precision
 
 # How many random numbers are drawn; a tensor has them again and again. A prime, so that its rows differ.
 _DRAWN = 4099

@@ -1,4 +1,4 @@
-"""Nodes of autograd's graph that note uses of parameters on the way back (tape.py)."""
+"""Nodes of autograd's graph that note uses of parameters on the way back (tracing.py)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mas_ext.importance.layers import Fold, Layer, bias_use
-from mas_ext.importance.uses import Rows, Use
+from mas_ext.importance.exact.gradient_forms import Rows, Use
+from mas_ext.importance.exact.layers import Fold, Layer, bias_use
 
 
 class Slot(NamedTuple):

@@ -13,8 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mas_ext.importance.layers import Affine, Convolution, Embedding, Linear, Standardised, channels
-from mas_ext.importance.tape import Rule, Tape
+from mas_ext.importance.exact.layers import (
+    Affine,
+    Convolution,
+    Embedding,
+    Linear,
+    Standardised,
+    channels,
+)
+from mas_ext.importance.exact.tracing import Rule, Tape
 
 RULES: dict[Callable[..., Any], Rule] = {}
 

@@ -1,9 +1,9 @@
 """Follows a forward pass, and finds where and how parameters are used.
 
 A TorchFunctionMode sees every call of a torch function. Where one uses a parameter in a way that has a rule
-(functions.py), an autograd Function takes its place whose backward gives the input's gradient and notes the
-parameter's per-sample gradients (uses.py); the parameter's own gradient is never formed. Whatever else
-happens to a parameter is left to autograd, which then reports a gradient for it: a sign that the uses
+(rules.py), an autograd Function takes its place whose backward gives the input's gradient and notes the
+parameter's per-sample gradients (gradient_forms.py); the parameter's own gradient is never formed. Whatever
+else happens to a parameter is left to autograd, which then reports a gradient for it: a sign that the uses
 noted are not all.
 """
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mas_ext.importance.alone import Totals, gradient
-from mas_ext.importance.layers import Fold, Layer, Layout
-from mas_ext.importance.nodes import LayerNode, Slot, Spot, SpreadNode
-from mas_ext.importance.uses import Use, total_of
+from mas_ext.importance.exact.gradient_forms import Use, total_of
+from mas_ext.importance.exact.layers import Fold, Layer, Layout
+from mas_ext.importance.exact.nodes import LayerNode, Slot, Spot, SpreadNode
+from mas_ext.importance.single_samples import Totals, gradient
 from mas_ext.kernels.reference import compute_dtype
 
 # Stands for a function: (tape, function, *its arguments) -> its result, or NotImplemented.
@@ -58,7 +58,7 @@ class Tape(TorchFunctionMode):
         native: bool,
     ) -> None:
         """theta: parameters by name; layouts: how the samples lie where each is used; rules: what stands
-        for which function (functions.py).
+        for which function (rules.py).
         """
         super().__init__()
         self.samples, self.square, self.native = samples, square, native

@@ -1,0 +1,1 @@
+"""Which parameters are consolidated, under which names, and how they are found, on one rank or many."""

@@ -1,0 +1,1 @@
+"""Training on the tasks of a scenario: a run step by step, its settings, its samples."""
