@@ -35,21 +35,21 @@ def style(findings: Findings, method: str) -> dict[str, Any]:
     return look(list(findings.learned).index(method))
 
 
-def draw(findings: Findings) -> dict[str, bytes]:
-    """PNGs by name, of what there is something to show of.
+def pictures(findings: Findings) -> dict[str, bytes]:
+    """PNGs by name; without those that have nothing to show yet.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
     import_extra("matplotlib")
-    pictures = {}
-    for make in (accuracy, matrices, forgetting, cost, importance, lam):
-        figure = make(findings)
+    drawn = {}
+    for name, draw in CHARTS.items():
+        figure = draw(findings)
         if figure is not None:
             file = io.BytesIO()
             figure.savefig(file, dpi=150, format="png")
-            pictures[make.__name__] = file.getvalue()
-    return pictures
+            drawn[name] = file.getvalue()
+    return drawn
 
 
 def canvas(count: int, columns: int, height: float, **how: Any) -> tuple[Any, list[Any]]:
@@ -96,7 +96,7 @@ def _limits(values: Any) -> tuple[float, float]:
     return low - room, high + room
 
 
-def accuracy(findings: Findings) -> Any:
+def accuracy_chart(findings: Findings) -> Any:
     """A panel a task, and one for the mean of the tasks so far: accuracy after each task."""
     methods, count = begun(findings), len(findings.tasks)
     if not methods:
@@ -128,7 +128,7 @@ def accuracy(findings: Findings) -> Any:
     return figure
 
 
-def matrices(findings: Findings) -> Any:
+def matrices_chart(findings: Findings) -> Any:
     """A panel a method: accuracy[t, k] as colours, and as numbers where there is room for them."""
     methods, count = begun(findings), len(findings.tasks)
     if not methods:
@@ -154,7 +154,7 @@ def matrices(findings: Findings) -> Any:
     return figure
 
 
-def forgetting(findings: Findings) -> Any:
+def forgetting_chart(findings: Findings) -> Any:
     """Forgetting against average accuracy: a small point a seed, a large one the mean."""
     results = {
         method: [each.found for each in seeds if each.found]
@@ -181,7 +181,7 @@ def forgetting(findings: Findings) -> Any:
     return figure
 
 
-def cost(findings: Findings) -> Any:
+def cost_chart(findings: Findings) -> Any:
     """Time of a step and what is held, by task."""
     methods, count = begun(findings), len(findings.tasks)
     if not methods:
@@ -204,7 +204,7 @@ def cost(findings: Findings) -> Any:
     return figure
 
 
-def importance(findings: Findings) -> Any:
+def importance_chart(findings: Findings) -> Any:
     """By layer the share of all importance, and the mean a parameter over that of all parameters."""
     found = {m: s for m, seeds in findings.learned.items() if (s := shares(seeds))}
     if not found:
@@ -235,7 +235,7 @@ def importance(findings: Findings) -> Any:
     return figure
 
 
-def lam(findings: Findings) -> Any:
+def lam_chart(findings: Findings) -> Any:
     """Average accuracy on validation data over lam; what was chosen has a ring."""
     if not findings.grid:
         return None
@@ -261,3 +261,13 @@ def lam(findings: Findings) -> Any:
     panel.grid(alpha=0.3)
     legend(figure, panel)
     return figure
+
+
+CHARTS = {
+    "accuracy": accuracy_chart,
+    "matrices": matrices_chart,
+    "forgetting": forgetting_chart,
+    "cost": cost_chart,
+    "importance": importance_chart,
+    "lam": lam_chart,
+}

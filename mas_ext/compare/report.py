@@ -10,9 +10,8 @@ from string import Template
 from typing import Any
 
 from mas_ext import metrics
-from mas_ext.compare import charts
-from mas_ext.compare import directory as record
-from mas_ext.compare import results as findings
+from mas_ext.compare.charts import pictures
+from mas_ext.compare.directory import write
 from mas_ext.compare.results import Findings
 
 PAGE = "report.html"
@@ -144,29 +143,29 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
         ValueError: a file of it is damaged.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    found = findings.read(run)
-    pictures = charts.draw(found)
+    found = Findings.read(run)
+    drawn = pictures(found)
     folder = Path(run if out is None else out)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        record.write(folder / f"{name}.png", picture)
-    record.write(folder / PAGE, page(found, pictures))
+    for name, picture in drawn.items():
+        write(folder / f"{name}.png", picture)
+    write(folder / PAGE, page(found, drawn))
     return folder / PAGE
 
 
-def page(found: Findings, pictures: Mapping[str, bytes]) -> str:
+def page(found: Findings, drawn: Mapping[str, bytes]) -> str:
     """The page in HTML, with these PNGs in it."""
-    comparison = found.comparison
-    title = f"{comparison.scenario}, {comparison.settings.setting}-incremental"
+    config = found.config
+    title = f"{config.scenario}, {config.settings.setting}-incremental"
     body = [
-        f"<p>{escape(', '.join(comparison.methods))}; seeds: {comparison.seeds}.</p>",
+        f"<p>{escape(', '.join(config.methods))}; seeds: {config.seeds}.</p>",
         "<h2>Results</h2>",
         _table("numbers", results(found)),
     ]
     body += [f"<p>{escape(note)}</p>" for note in notes(found)]
     for name, (heading, caption) in CAPTIONS.items():
-        if name in pictures:
-            image = base64.b64encode(pictures[name]).decode()
+        if name in drawn:
+            image = base64.b64encode(drawn[name]).decode()
             body += [
                 f"<h2>{escape(heading)}</h2>",
                 f'<figure><div class="wide"><img alt="{escape(heading)}" '
@@ -177,7 +176,7 @@ def page(found: Findings, pictures: Mapping[str, bytes]) -> str:
     body += ["<h2>What the numbers mean</h2>", "<dl>"]
     body += [f"<dt>{escape(t)}</dt><dd>{escape(d)}</dd>" for t, d in meanings.items()]
     body += ["</dl>", "<h2>What was compared</h2>", _table("facts", compared(found))]
-    body += ["<h2>Where and when</h2>", _table("facts", environment(found.starts))]
+    body += ["<h2>Where and when</h2>", _table("facts", starts(found))]
     return TEMPLATE.substitute(title=escape(title), body="\n".join(body))
 
 
@@ -235,7 +234,7 @@ def notes(found: Findings) -> list[str]:
 
 def compared(found: Findings) -> list[list[str]]:
     """What was compared and how it was trained: names and values."""
-    values = {**found.comparison.values(), "device": found.device}
+    values = {**found.config.values(), "device": found.device}
     methods = values.pop("methods")
     rows = [[name, _text(value)] for name, value in values.items()]
     for name, given in methods.items():
@@ -244,10 +243,10 @@ def compared(found: Findings) -> list[list[str]]:
     return rows
 
 
-def environment(starts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Names and values; several where a run that went on found others."""
-    names = dict.fromkeys(name for start in starts for name in start)
-    each = {n: dict.fromkeys(_text(start.get(n)) for start in starts) for n in names}
+def starts(found: Findings) -> list[list[str]]:
+    """Where and when the run was started: names and values, several where a later start found others."""
+    names = dict.fromkeys(name for start in found.starts for name in start)
+    each = {n: dict.fromkeys(_text(start.get(n)) for start in found.starts) for n in names}
     return [[name, "; ".join(values)] for name, values in each.items()]
 
 
