@@ -10,10 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.experiment import Cell, Experiment, Found, Page, Results
+from experiments.experiment import Experiment, Page, Results
 from experiments.tables import percent, table
-from mas_ext.compare import options as config
-from mas_ext.compare.charts import canvas, look
+from mas_ext.compare.cells import Cell, Found
+from mas_ext.compare.charts import canvas, legend, look
 from mas_ext.compare.options import Config
 from mas_ext.importance import estimate_importance
 from mas_ext.methods.finetune import Finetune
@@ -25,7 +25,7 @@ from mas_ext.scenarios import datasets as data
 from mas_ext.scenarios.named import permuted
 from mas_ext.trainer import Trainer
 
-BASE = config.read({"hidden": [100, 100], "epochs": 3, "methods": ["mas"]})
+BASE = Config.read({"hidden": [100, 100], "epochs": 3, "methods": ["mas"]})
 
 SOURCES = {
     "training data": "labelled training data, without the labels",
@@ -81,7 +81,6 @@ class Held(MAS):
         self.given = importance
 
     def begin_task(self, training: Training) -> None:
-        """See Method.begin_task."""
         if training.task == 0:
             self.penalty = self.build(training.model, training.own_parameters)
             self.penalty.consolidate(importance=self.given)
@@ -110,8 +109,10 @@ class Adaptivity(Experiment):
         """The digits of scikit-learn, one strength and seed."""
         return replace(self, digits=True, lams=(1.0,), seeds=1, data=None)
 
+    def data_sets(self) -> tuple[str, ...]:
+        return ("digits",) if self.digits else ("mnist", "fashion-mnist")
+
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         values = self.base.values()
         told = {
             name: values[name] for name in ("hidden", "optimizer", "lr", "epochs", "batch_size")
@@ -251,8 +252,7 @@ class Adaptivity(Experiment):
             panel.axline((0, 0), slope=1, color="grey", linewidth=0.8)
             panel.set_title(part, fontsize="medium")
             panel.grid(alpha=0.3)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+        legend(figure, panels[0], 3)
         figure.supxlabel("lost on the rest, % points", fontsize="medium")
         figure.supylabel("lost on the part, % points", fontsize="medium")
         return figure

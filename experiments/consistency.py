@@ -1,4 +1,4 @@
-"""Consistency: whether some tasks are favoured, by MAS and by MAS-alpha at equal total strength."""
+"""Consistency: whether MAS and MAS-alpha favour some tasks, at equal total strength."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.cifar import features
-from experiments.experiment import Cell, Experiment, Found, Page, Results
-from experiments.learned import matrix, measured, scenario_of
+from experiments.experiment import Experiment, Page, Results
+from experiments.learned import lam_option, matrix, scenario_of, trained
 from experiments.tables import percent, table
 from mas_ext import models
-from mas_ext.compare import options as config
-from mas_ext.compare.charts import canvas, look
+from mas_ext.compare.cells import Cell, Found
+from mas_ext.compare.charts import canvas, legend, look
+from mas_ext.compare.options import Config
 from mas_ext.importance import estimate_importance
 from mas_ext.methods import create
 from mas_ext.methods.finetune import Finetune
@@ -32,11 +33,11 @@ METHODS: dict[str, Merge] = {"mas": "latest", "mas-alpha": "consistent"}
 ORDERS = {"small first": (1.0, 10.0, 1.0), "large first": (10.0, 1.0, 1.0)}
 
 PROTOCOLS = {
-    "split-mnist": config.read(
+    "split-mnist": Config.read(
         {"scenario": "split-mnist", "hidden": [100, 100], "epochs": 2, "methods": ["mas"]}
     ),
     # Features of a network that knows CIFAR-10, so that a processor can do it.
-    "cifar100-features": config.read(
+    "cifar100-features": Config.read(
         {"scenario": "split-cifar100", "hidden": [256, 256], "epochs": 10, "methods": ["mas"]}
     ),
 }
@@ -62,8 +63,10 @@ class Consistency(Experiment):
         small = replace(self, digits=True, protocols=("split-mnist",), strengths=(1.0,), seeds=2)
         return replace(small, lams=(1e-1, 1e1), toy_steps=100, data=None)
 
+    def data_sets(self) -> tuple[str, ...]:
+        return ("digits",) if self.digits else ("mnist", "cifar100", "resnet20")
+
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         told = {
             name: {k: v for k, v in PROTOCOLS[name].values().items() if k != "methods"}
             for name in PROTOCOLS
@@ -85,20 +88,18 @@ class Consistency(Experiment):
                         yield {"protocol": name, "method": method, "lam": lam, "seed": seed}
 
     def measure(self, cell: Cell) -> Found:
-        """See Experiment.measure."""
         seed = cell["seed"]
         if "toy" in cell:
             return toy(ORDERS[cell["toy"]], cell["method"], cell["lam"], seed, self.toy_steps)
-        comparison, scenario = PROTOCOLS[cell["protocol"]], self.scenario(cell["protocol"])
+        config, scenario = PROTOCOLS[cell["protocol"]], self.scenario(cell["protocol"])
         order = torch.randperm(len(scenario.tasks), generator=torch.Generator().manual_seed(seed))
         scenario = scenario.reordered(order.tolist())
         if cell["method"] == "alone":
             each = [Scenario((task,)) for task in scenario.tasks]
-            found = [measured(comparison, task, Finetune(), seed, "final") for task in each]
+            found = [trained(config, task, Finetune(), seed) for task in each]
             return {"order": order, "alone": [one["average_accuracy"] for one in found]}
-        lam = {} if cell["lam"] is None else {"lam": cell["lam"]}
-        method = create(cell["method"], **lam)
-        result = {"order": order, **measured(comparison, scenario, method, seed, "final")}
+        method = create(cell["method"], **lam_option(cell["lam"]))
+        result = {"order": order, **trained(config, scenario, method, seed)}
         if cell["method"] == "mas-alpha":
             assert isinstance(method, MAS)
             assert method.penalty is not None
@@ -158,8 +159,7 @@ class Consistency(Experiment):
             panel.set_yscale("log")
             panel.set_title(order, fontsize="medium")
             panel.grid(alpha=0.3)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+        legend(figure, panels[0], 2)
         figure.supxlabel("lam", fontsize="medium")
         figure.supylabel("squared error / variance, after the third task", fontsize="medium")
         return figure
@@ -249,8 +249,7 @@ class Consistency(Experiment):
             panel.set_xlabel("position of the task in the order")
             panel.set_ylabel("forgetting in % points")
             panel.grid(alpha=0.3)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+        legend(figure, panels[0], 2)
         return figure
 
 

@@ -1,4 +1,4 @@
-"""What a method holds and how long a step takes as tasks come."""
+"""What a method holds, and how long a step takes, over many tasks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Any, ClassVar
 
 import torch
 
-from experiments.experiment import Cell, Experiment, Found, Page, Results
-from experiments.learned import fewer
+from experiments.experiment import Experiment, Page, Results
+from experiments.learned import DATA_SETS, fewer, trained
 from experiments.tables import table
-from mas_ext.compare import options as config
+from mas_ext.compare.cells import Cell, Found
 from mas_ext.compare.charts import canvas, legend, look
 from mas_ext.compare.options import Config
-from mas_ext.compare.sweep import learn
 from mas_ext.methods import METHODS, create
 from mas_ext.scenarios import Scenario
 from mas_ext.scenarios.named import build
 from mas_ext.training.run import Epoch, Result
 
-BASE = config.read(
+BASE = Config.read(
     {"scenario": "permuted-mnist", "hidden": [100, 100], "epochs": 3, "methods": ["mas"]}
 )
 
@@ -44,8 +43,10 @@ class Cost(Experiment):
         base = replace(self.base, scenario="split-digits")
         return replace(self, base=base, tasks=5, samples=200, data=None)
 
+    def data_sets(self) -> tuple[str, ...]:
+        return DATA_SETS[self.base.scenario]
+
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         values = {k: v for k, v in self.base.values().items() if k != "methods"}
         return {**values, "tasks": self.tasks, "samples": self.samples}
 
@@ -56,7 +57,6 @@ class Cost(Experiment):
                 yield {"method": method, "seed": seed}
 
     def measure(self, cell: Cell) -> Found:
-        """See Experiment.measure."""
         scenario = self.scenario(cell["seed"])
         seconds: list[list[float]] = [[] for _ in scenario.tasks]
         before = 0.0
@@ -73,13 +73,12 @@ class Cost(Experiment):
                     )
                 before = time.process_time()
 
-        result = learn(
-            self.base, scenario, create(cell["method"]), cell["seed"], "final", callbacks=[follow]
-        )
+        method = create(cell["method"])
+        found = trained(self.base, scenario, method, cell["seed"], callbacks=[follow])
         return {
-            "held_bytes": result.held_bytes,
+            "held_bytes": found["held_bytes"],
             "step_seconds": [min(each) for each in seconds],
-            "border_seconds": result.border_seconds,
+            "border_seconds": found["border_seconds"],
         }
 
     def scenario(self, seed: int) -> Scenario:

@@ -1,4 +1,4 @@
-"""Exact importance beside what stands in for it: how alike they are, and whether learning notices."""
+"""Exact importance and its approximations: how similar they are, and whether learning notices."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.experiment import Cell, Experiment, Found, Page, Results
+from experiments.experiment import Page, Results
 from experiments.learned import (
     CHOOSING_SEED,
+    DATA_SETS,
     GRID,
-    choose,
-    chosen,
+    Tuned,
     fewer,
-    measured,
+    lam_option,
     scenario_of,
+    trained,
 )
 from experiments.tables import number, percent, table
-from mas_ext.compare import options as config
+from mas_ext.compare.cells import Cell, Found, chosen
 from mas_ext.compare.charts import canvas, look
 from mas_ext.compare.options import Config
 from mas_ext.importance import estimate_importance
@@ -65,7 +66,7 @@ REFERENCES = ("fine-tuning", "joint")
 # Compared at every strength: at the same lam, less importance is a weaker penalty.
 AT_EACH_STRENGTH = ("exact", "batch")
 
-BASE = config.read(
+BASE = Config.read(
     {
         "scenario": "permuted-mnist",
         "setting": "domain",
@@ -78,11 +79,11 @@ BASE = config.read(
 
 
 @dataclass(frozen=True)
-class Exactness(Experiment):
-    """Likeness with exact importance, and what each keeps of five tasks.
+class Exactness(Tuned):
+    """Similarity to exact importance, and what is kept of five tasks by each importance.
 
-    base: how it is learned. samples: of a task, to train on. measured: samples that importance is taken from.
-    networks: that the estimators are compared on, and how many seeds of each at most. strengths: lam of the
+    base: scenario and training. samples: of a task, to train on. measured: samples that importance is computed
+    from. networks: the estimators are compared on these, each with at most so many seeds. strengths: lam of the
     comparison of exact and batch importance.
     """
 
@@ -91,7 +92,6 @@ class Exactness(Experiment):
     samples: int = 10_000
     measured: int = 2_000
     networks: tuple[tuple[str, int], ...] = (("mlp", 10), ("cnn", 3))
-    grid: tuple[float, ...] = GRID
     strengths: tuple[float, ...] = (0.003, 0.01, 0.02, 0.03)
 
     def quick(self) -> Exactness:
@@ -100,18 +100,22 @@ class Exactness(Experiment):
         few = replace(self, base=base, seeds=1, data=None, samples=500, measured=100)
         return replace(few, networks=(("mlp", 1),), grid=GRID[1:6], strengths=(0.1,))
 
+    def data_sets(self) -> tuple[str, ...]:
+        return DATA_SETS[self.base.scenario]
+
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         values = {k: v for k, v in self.base.values().items() if k != "methods"}
         return {**values, "samples": self.samples, "measured": self.measured}
 
-    def choosing(self, name: str) -> Cell:
-        """What chooses the lam of an importance, but for the lam."""
+    def choosing(self, name: str) -> Cell | None:
+        """The training that the lam of an importance is tried in."""
+        if name in REFERENCES:
+            return None
         return {"part": "learning", "importance": name, "seed": CHOOSING_SEED, "purpose": "choose"}
 
     def lam(self, results: Results, name: str) -> float | None:
-        """The one that was chosen, None where there is none."""
-        return None if name in REFERENCES else chosen(results, self.choosing(name), self.grid)
+        """The lam that was chosen, None where there is none."""
+        return chosen(results, self.choice(results, self.choosing(name)))
 
     def plan(self, results: Results) -> Iterator[Cell]:
         """Each seed's estimates and trainings."""
@@ -120,33 +124,31 @@ class Exactness(Experiment):
                 if seed < seeds:
                     yield {"part": "estimates", "network": network, "seed": seed}
             for name in LEARNED:
-                lam = None
-                if name not in REFERENCES:
-                    lam = yield from choose(results, self.choosing(name), self.grid)
+                lam = yield from self.choice(results, self.choosing(name))
                 yield self.final(name, seed, lam)
             for lam in self.strengths:
                 for name in AT_EACH_STRENGTH:
                     yield self.final(name, seed, lam)
 
     def final(self, name: str, seed: int, lam: float | None) -> Cell:
-        """A training that is tested."""
-        return {**self.choosing(name), "seed": seed, "purpose": "final", "lam": lam}
+        """A training that counts."""
+        part = {"part": "learning", "importance": name}
+        return {**part, "seed": seed, "purpose": "final", "lam": lam}
 
     def measure(self, cell: Cell) -> Found:
-        """See Experiment.measure."""
         if cell["part"] == "estimates":
             return self._estimates(cell["network"], cell["seed"])
         name, options = LEARNED[cell["importance"]]
-        lam = {} if cell["lam"] is None else {"lam": cell["lam"]}
-        method, scenario = create(name, **options, **lam), self.scenario(cell["seed"])
-        return measured(self.base, scenario, method, cell["seed"], cell["purpose"])
+        method = create(name, **options, **lam_option(cell["lam"]))
+        scenario = self.scenario(cell["seed"])
+        return trained(self.base, scenario, method, cell["seed"], cell["purpose"])
 
     def scenario(self, seed: int) -> Scenario:
         """The tasks, with some of their samples to train on."""
         return fewer(scenario_of(self.base, self.data, seed), self.samples, seed=seed)
 
     def _estimates(self, network: str, seed: int) -> Found:
-        """By estimator: likeness with exact importance after the first task, and time."""
+        """By estimator: similarity to exact importance after the first task, and time."""
         scenario = Scenario(self.scenario(seed).tasks[:1])
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
@@ -165,9 +167,8 @@ class Exactness(Experiment):
         half = x[: len(x) // 2]
         exact, rows = omega(Estimator(), half), {}
         for name, estimator in ESTIMATORS.items():
-            omega(
-                estimator, half[: 2 * estimator.batch_size]
-            )  # what is done once a model is not timed
+            # What is done once per model is not timed.
+            omega(estimator, half[: 2 * estimator.batch_size])
             start = time.perf_counter()
             own = omega(estimator, x[len(x) // 2 :] if name == "exact, other samples" else half)
             rows[name] = {

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from experiments.experiment import Cell, Experiment, Found, Page, Results
-from experiments.learned import matrix, measured
+from experiments.experiment import Experiment, Page, Results
+from experiments.learned import matrix, trained
 from experiments.tables import percent, table
-from mas_ext.compare import options as config
+from mas_ext.compare.cells import Cell, Found
 from mas_ext.compare.charts import canvas, look
 from mas_ext.compare.options import Config
 from mas_ext.importance import estimate_importance
@@ -41,7 +41,7 @@ VARIANTS = (
     ("none", None, 1e-2),
     ("none", None, 1e-3),
 )
-BASE = config.read(
+BASE = Config.read(
     {
         "hidden": [256, 256],
         "optimizer": "sgd",
@@ -59,13 +59,12 @@ class Paced(Method):
     later_lr: float
 
     def begin_task(self, training: Training) -> None:
-        """See Method.begin_task."""
         super().begin_task(training)
         for group in training.optimizer.param_groups if training.task else ():
             group["lr"] = self.later_lr
 
 
-class Tuned(Paced, Finetune):
+class PacedFinetune(Paced, Finetune):
     """Fine-tuning."""
 
 
@@ -77,7 +76,6 @@ class Reestimated(Accumulated):
     """W is estimated anew after every task, at the present weights, on the data of all tasks so far."""
 
     def begin_task(self, training: Training) -> None:
-        """See Method.begin_task."""
         super().begin_task(training)
         if training.task == 0:
             self._kept: list[tuple[int | None, list[tuple[Tensor, Tensor]]]] = []
@@ -100,7 +98,7 @@ class Reestimated(Accumulated):
 OMEGA: dict[str, type[Paced]] = {
     "re-estimated": Reestimated,
     "accumulated": Accumulated,
-    "none": Tuned,
+    "none": PacedFinetune,
 }
 
 
@@ -121,8 +119,10 @@ class OfficialDemo(Experiment):
         base = replace(self.base, settings=settings)
         return replace(self, base=base, dataset="digits", seeds=1, data=None)
 
+    def data_sets(self) -> tuple[str, ...]:
+        return (self.dataset,)
+
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         names = ("hidden", "optimizer", "epochs", "batch_size")
         values = self.base.values()
         return {"dataset": self.dataset, **{name: values[name] for name in names}}
@@ -134,11 +134,10 @@ class OfficialDemo(Experiment):
                 yield {"omega": omega, "importance": importance, "later_lr": lr, "seed": seed}
 
     def measure(self, cell: Cell) -> Found:
-        """See Experiment.measure."""
         options = {} if cell["importance"] is None else {"importance": cell["importance"]}
         method = OMEGA[cell["omega"]](**options)
         method.later_lr = cell["later_lr"]
-        return measured(self.base, self.scenario(), method, cell["seed"], "final")
+        return trained(self.base, self.scenario(), method, cell["seed"])
 
     def scenario(self) -> Scenario:
         """The digits in the authors' pairs."""

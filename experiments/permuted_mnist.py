@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from experiments.comparison import HELD, MERGED, PLAIN, TAUGHT, Comparison, Variant
-from mas_ext.compare import options as config
 from mas_ext.compare.options import Config
 from mas_ext.methods import Setting
 
 # Zenke et al. 2017, Continual learning through synaptic intelligence: MLP 784-2000-2000, 20 epochs, c = 0.1.
 PUBLISHED = {"finetune": (57.4,), "si": (96.9,)}
 
-BASE = config.read(
+BASE = Config.read(
     {
         "scenario": "permuted-mnist",
         "tasks": 10,

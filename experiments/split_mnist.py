@@ -6,16 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from experiments.comparison import (
-    HELD,
-    MERGED,
-    PLAIN,
-    PROXIMAL,
-    TAUGHT,
-    Comparison,
-    Variant,
-)
-from mas_ext.compare import options as config
+from experiments.comparison import HELD, MERGED, PLAIN, PROXIMAL, TAUGHT, Comparison, Variant
 from mas_ext.compare.options import Config
 from mas_ext.methods import Setting
 
@@ -32,7 +23,7 @@ PUBLISHED = {
     "joint": (99.52, 98.59, 97.53),
 }
 
-BASE = config.read(
+BASE = Config.read(
     {
         "scenario": "split-mnist",
         "hidden": [400, 400],

@@ -65,10 +65,10 @@ def canvas(count: int, columns: int, height: float, **how: Any) -> tuple[Any, li
     return figure, grid[:count]
 
 
-def legend(figure: Any, panel: Any) -> None:
-    """What a panel's lines are, above all panels."""
+def legend(figure: Any, panel: Any, columns: int = 5) -> None:
+    """The legend of a panel's lines, above all panels."""
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def begun(findings: Findings) -> dict[str, list[Learned]]:

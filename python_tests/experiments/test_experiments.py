@@ -27,13 +27,13 @@ from experiments.compositions import (
 )
 from experiments.consistency import toy
 from experiments.embedding import Embedding, RankingEWC, ranks, rivals, shortfall
-from experiments.experiment import Cell, Found
 from experiments.facts import glyphs as glyphs_of
 from experiments.facts import scores
-from experiments.learned import GRID, choose, chosen
+from experiments.learned import GRID
 from experiments.official_demo import Reestimated
 from experiments.regression import VARIANTS, Arm, GaussianEWC
 from mas_ext import models
+from mas_ext.compare.cells import Cell, Found, choose, chosen, decades
 from mas_ext.methods.method import Training
 
 ROOT = Path(__file__).parents[2]
@@ -144,25 +144,25 @@ def test_lam_is_the_best_on_validation_data(
     """With a peak at one value, of equal ones the one tried first; those that diverge never."""
     results, cell = Results(tmp_path / "x.json", {}), {"method": "mas"}
     asked = []
-    for needed in choose(results, cell):
+    for needed in choose(results, [cell], decades(GRID)):
         if needed not in results:
-            assert chosen(results, cell) is None
+            assert chosen(results, choose(results, [cell], decades(GRID))) is None
             asked.append(needed["lam"])
             steps = abs(math.log10(needed["lam"] / best))
             found = {"diverged": "nan"} if steps > 7.5 else {"validation_accuracy": 1 - steps / 10}
             results.add(needed, found, 0.0)
     assert asked == tried
-    assert chosen(results, cell) == best
+    assert chosen(results, choose(results, [cell], decades(GRID))) == best
     assert needed["method"] == "mas"
 
 
 def test_lam_where_all_diverge(tmp_path: Path) -> None:
     results = Results(tmp_path / "x.json", {})
-    for needed in choose(results, {}, grid=GRID[:4]):
+    for needed in choose(results, [{}], decades(GRID[:4])):
         if needed not in results:
             results.add(needed, {"diverged": "nan"}, 0.0)
     assert len(results.entries) == 4
-    assert chosen(results, {}, GRID[:4]) is None
+    assert chosen(results, choose(results, [{}], decades(GRID[:4]))) is None
 
 
 @pytest.mark.usefixtures("one_thread")
