@@ -185,7 +185,6 @@ class Comparison(Tuned):
                 if theirs is not None:
                     panel.plot(theirs, y, "x", color=look(1)["color"])
             panel.set_title(NAMES[setting].lower(), fontsize="medium")
-            panel.grid(alpha=0.3)
             panel.set_yticks(range(len(known)), list(map(str, known)), fontsize="small")
         panels[0].set_ylim(len(known) - 0.5, -0.5)
         cross = "; cross: published" * bool(self.published)
@@ -209,7 +208,6 @@ class Comparison(Tuned):
                 panel.plot(x, y, label=name, **look(i))
             panel.set_xscale("log")
             panel.set_title(NAMES[setting].lower(), fontsize="medium")
-            panel.grid(alpha=0.3)
         legend(figure, panels[0])
         figure.supxlabel("lam", fontsize="medium")
         figure.supylabel("validation accuracy in %", fontsize="medium")

@@ -14,7 +14,7 @@ from torch import Tensor
 from experiments.cifar import features
 from experiments.experiment import Experiment, Page, Results
 from experiments.learned import lam_option, matrix, scenario_of, trained
-from experiments.tables import percent, table
+from experiments.tables import percent, table, titled
 from mas_ext import models
 from mas_ext.compare.cells import Cell, Found
 from mas_ext.compare.charts import canvas, legend, look
@@ -47,7 +47,7 @@ PROTOCOLS = {
 class Consistency(Experiment):
     """A toy whose tasks have outputs of scale 1 and 10, and real tasks in random orders.
 
-    protocols: what is learned in random orders. strengths: lam; sum of alpha = lam T for T tasks.
+    protocols: the real tasks. strengths: their lam; the sum of alpha is lam T for T tasks.
     lams, toy_steps: of the toy. digits: scikit-learn's instead of MNIST.
     """
 
@@ -126,8 +126,8 @@ class Consistency(Experiment):
 
     def _toy(self, results: Results, order: str, method: str, lam: float) -> Tensor | None:
         """Error over variance of the tasks with small and with large outputs, and of the third: (seeds, 3)."""
-        founds = results.where(toy=order, method=method, lam=lam)
-        last = [found["error"][-1] for _, found in founds]
+        found = results.by_seed(toy=order, method=method, lam=lam)
+        last = [each["error"][-1] for each in found.values()]
         by_scale = [0, 1, 2] if order == "small first" else [1, 0, 2]
         return torch.tensor(last)[:, by_scale] if last else None
 
@@ -155,10 +155,8 @@ class Consistency(Experiment):
                     how = {**look(k), "linestyle": ("-", "--")[j]}
                     y = [error[k] for _, error in known]
                     panel.plot([lam for lam, _ in known], y, label=f"{method}: {kind}", **how)
-            panel.set_xscale("log")
-            panel.set_yscale("log")
+            panel.set(xscale="log", yscale="log")
             panel.set_title(order, fontsize="medium")
-            panel.grid(alpha=0.3)
         legend(figure, panels[0], 2)
         figure.supxlabel("lam", fontsize="medium")
         figure.supylabel("squared error / variance, after the third task", fontsize="medium")
@@ -168,14 +166,11 @@ class Consistency(Experiment):
         self, results: Results, name: str, method: str, lam: float | None
     ) -> list[tuple[Tensor, Tensor, Found]]:
         """By order: accuracy[t, k], accuracy of a network that learned task k alone, all that was found."""
-        alone = {
-            cell["seed"]: found["alone"]
-            for cell, found in results.where(protocol=name, method="alone")
-        }
+        alone = results.by_seed(protocol=name, method="alone")
         return [
-            (matrix(found), torch.tensor(alone[cell["seed"]], dtype=torch.float64), found)
-            for cell, found in results.where(protocol=name, method=method, lam=lam)
-            if "diverged" not in found and cell["seed"] in alone
+            (matrix(found), torch.tensor(alone[seed]["alone"], dtype=torch.float64), found)
+            for seed, found in results.by_seed(protocol=name, method=method, lam=lam).items()
+            if seed in alone
         ]
 
     def _table(self, results: Results, name: str) -> str:
@@ -189,43 +184,30 @@ class Consistency(Experiment):
             lost = [100 * forgotten(m) for m, _, _ in runs]
             alphas = [a for _, _, found in runs for a in found.get("alpha", ())]
             spread = f"{torch.stack(accuracy).std():.2f}" if len(runs) > 1 else ""
+            ahead = self._ahead(results, name, lam) if method == "mas-alpha" else ""
             rows.append(
-                (
-                    f"`{method}`" + ("" if lam is None else f", lam {lam:g}"),
-                    interval_text([float(a) for a in accuracy], 2),
-                    self._ahead(results, name, lam) if method == "mas-alpha" else "",
-                    spread,
-                    interval_text([float(g) for g in gap], 3),
-                    interval_text([float(x.mean()) for x in lost], 2),
-                    interval_text([float(x.std()) for x in lost], 2),
-                    f"{min(alphas):.2g} to {max(alphas):.2g}" if alphas else "",
-                    str(len(runs)),
-                )
+                {
+                    "method": f"`{method}`" + ("" if lam is None else f", lam {lam:g}"),
+                    "accuracy, %": interval_text([float(a) for a in accuracy], 2),
+                    "minus that of `mas`": ahead,
+                    "its deviation over orders": spread,
+                    "single-task gap, %": interval_text([float(g) for g in gap], 3),
+                    "forgetting, % points": interval_text([float(x.mean()) for x in lost], 2),
+                    "its deviation over tasks": interval_text([float(x.std()) for x in lost], 2),
+                    "alpha": f"{min(alphas):.2g} to {max(alphas):.2g}" if alphas else "",
+                    "orders": str(len(runs)),
+                }
             )
-        titles = (
-            "method",
-            "accuracy, %",
-            "minus that of `mas`",
-            "its deviation over orders",
-            "single-task gap, %",
-            "forgetting, % points",
-            "its deviation over tasks",
-            "alpha",
-            "orders",
-        )
-        return table(titles, rows)
+        return titled(rows)
 
     def _ahead(self, results: Results, name: str, lam: float | None) -> str:
         """By how much MAS-alpha is more accurate than MAS, in the same orders."""
         own, other = (
-            {
-                cell["seed"]: found["average_accuracy"]
-                for cell, found in results.where(protocol=name, method=method, lam=lam)
-                if "diverged" not in found
-            }
+            results.by_seed(protocol=name, method=method, lam=lam)
             for method in ("mas-alpha", "mas")
         )
-        return percent([own[seed] - other[seed] for seed in own.keys() & other.keys()])
+        key, both = "average_accuracy", own.keys() & other.keys()
+        return percent([own[seed][key] - other[seed][key] for seed in both])
 
     def _variants(self) -> Sequence[tuple[str, float | None]]:
         return [
@@ -246,9 +228,7 @@ class Consistency(Experiment):
                     panel.errorbar(x, lost.mean(0), spread, label=label, **look(i))
                     panel.set_xticks(range(1, lost.shape[1] + 1))
             panel.set_title(name, fontsize="medium")
-            panel.set_xlabel("position of the task in the order")
-            panel.set_ylabel("forgetting in % points")
-            panel.grid(alpha=0.3)
+            panel.set(xlabel="position of the task in the order", ylabel="forgetting in % points")
         legend(figure, panels[0], 2)
         return figure
 

@@ -29,7 +29,7 @@ BASE = Config.read(
 class Cost(Experiment):
     """Bytes held beside the model, and processor time of a step, by task.
 
-    base: how it is learned. tasks: how many. samples: of a task, to train on; a fifth as many to test on.
+    base: scenario and training. tasks: how many. samples: of a task, to train on; a fifth as many to test on.
     """
 
     title: ClassVar[str] = "Memory and time over many tasks"
@@ -62,7 +62,7 @@ class Cost(Experiment):
         before = 0.0
 
         def follow(news: Epoch | Result) -> None:
-            """From one epoch to the next of the same task there is nothing but steps."""
+            """Time an epoch: from one to the next of the same task there is nothing but steps."""
             nonlocal before
             now = time.process_time()
             if isinstance(news, Epoch):
@@ -87,13 +87,13 @@ class Cost(Experiment):
         return fewer(whole, self.samples, self.samples // 5, seed)
 
     def curves(self, results: Results, method: str) -> dict[str, torch.Tensor]:
-        """Mean over seeds by task: MB held, ms a step; empty if nothing was measured."""
-        founds = [found for _, found in results.where(method=method)]
+        """MB held and ms per step by task, means over seeds; empty if nothing was measured."""
+        found = results.by_seed(method=method).values()
         units = {"held_bytes": 1e-6, "step_seconds": 1e3}
         return {
-            key: unit * torch.tensor([f[key] for f in founds], dtype=torch.float64).mean(0)
+            key: unit * torch.tensor([each[key] for each in found], dtype=torch.float64).mean(0)
             for key, unit in units.items()
-            if founds
+            if found
         }
 
     def show(self, results: Results) -> Page:
@@ -113,10 +113,7 @@ class Cost(Experiment):
                 panels[0].plot(x, held, label=method, **{**look(i), "markevery": 0.2})
                 panels[1].plot(x, step, **{**look(i), "markevery": 0.2})
         for panel, words in zip(panels, ("MB held beside the model", "ms a step"), strict=True):
-            panel.set_yscale("log")
-            panel.set_xlabel("tasks")
-            panel.set_ylabel(words)
-            panel.grid(alpha=0.3)
+            panel.set(yscale="log", xlabel="tasks", ylabel=words)
         legend(figure, panels[0])
         titles = ("method", *(f"MB, {t}" for t in at), *(f"ms a step, {a} to {b}" for a, b in tens))
         text = [table(titles, rows), results.place(), "![memory and time over tasks](cost.png)"]

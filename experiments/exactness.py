@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,7 +21,7 @@ from experiments.learned import (
     scenario_of,
     trained,
 )
-from experiments.tables import number, percent, table
+from experiments.tables import number, percent, table, titled
 from mas_ext.compare.cells import Cell, Found, chosen
 from mas_ext.compare.charts import canvas, look
 from mas_ext.compare.options import Config
@@ -183,75 +182,65 @@ class Exactness(Tuned):
         """Tables of both parts, and a picture of what is lost as the batch grows."""
         text = []
         for network, _ in self.networks:
-            founds = [f["estimators"] for _, f in results.where(part="estimates", network=network)]
-            if not founds:
-                continue
-            rows = []
-            for name in ESTIMATORS:
-                cells = {k: [found[name][k] for found in founds] for k in founds[0][name]}
-                comparable = name.startswith(("batch", "exact"))
-                rows.append(
-                    (
-                        name,
-                        interval_text(cells["rank_correlation"], 3),
-                        interval_text(cells["cosine"], 3),
-                        percent(cells["kept"], 1) if comparable else "",
-                        f"{1e3 * sum(cells['seconds']) / len(founds):,.0f}",
-                    )
-                )
-            titles = ("importance", "rank correlation", "cosine", "of exact, %", "ms")
-            text += [f"**Likeness with exact importance, {network}**, {len(founds)} seeds"]
-            text += [table(titles, rows)]
+            if found := results.by_seed(part="estimates", network=network):
+                text += [f"**Likeness with exact importance, {network}**, {len(found)} seeds"]
+                text += [self._likeness([each["estimators"] for each in found.values()])]
         text += ["**Learning**", self._learning(results)]
         text += ["**At every strength**, average accuracy, %", self._by_strength(results)]
-        text += [results.place()]
-        text += ["![likeness over the size of batches](exactness.png)"]
+        text += [results.place(), "![likeness over the size of batches](exactness.png)"]
         return Page("\n\n".join(text), {"exactness.png": self._over_sizes(results)})
+
+    def _likeness(self, found: Sequence[Found]) -> str:
+        rows = []
+        for name in ESTIMATORS:
+            each = [estimators[name] for estimators in found]
+            kept = percent([one["kept"] for one in each], 1)
+            rows.append(
+                {
+                    "importance": name,
+                    "rank correlation": interval_text([e["rank_correlation"] for e in each], 3),
+                    "cosine": interval_text([e["cosine"] for e in each], 3),
+                    "of exact, %": kept if name.startswith(("batch", "exact")) else "",
+                    "ms": f"{1e3 * sum(e['seconds'] for e in each) / len(each):,.0f}",
+                }
+            )
+        return titled(rows)
 
     def _learning(self, results: Results) -> str:
         rows = []
         for name in LEARNED:
             lam = self.lam(results, name)
-            where = {"part": "learning", "importance": name, "purpose": "final", "lam": lam}
-            founds = [found for _, found in results.where(**where) if "diverged" not in found]
-            if founds:
-                borders = sum(sum(found["border_seconds"]) for found in founds) / len(founds)
+            if found := list(self._finals(results, name, lam).values()):
+                borders = sum(sum(each["border_seconds"]) for each in found) / len(found)
                 rows.append(
-                    (
-                        name,
-                        percent([found["average_accuracy"] for found in founds]),
-                        percent([found["forgetting"] for found in founds]),
-                        number(lam),
-                        "" if name in REFERENCES else f"{borders:.2g}",
-                        str(len(founds)),
-                    )
+                    {
+                        "importance": name,
+                        "accuracy, %": percent([each["average_accuracy"] for each in found]),
+                        "forgetting, % points": percent([each["forgetting"] for each in found]),
+                        "lam": number(lam),
+                        "s for importance": "" if name in REFERENCES else f"{borders:.2g}",
+                        "seeds": str(len(found)),
+                    }
                 )
-        titles = (
-            "importance",
-            "accuracy, %",
-            "forgetting, % points",
-            "lam",
-            "s for importance",
-            "seeds",
-        )
-        return table(titles, rows)
+        return titled(rows)
 
     def _by_strength(self, results: Results) -> str:
         """With the difference, paired by seed."""
         rows = []
         for lam in self.strengths:
+            found = [self._finals(results, name, lam) for name in AT_EACH_STRENGTH]
             pairs = [
-                [results[cell]["average_accuracy"] for cell in cells]
-                for cells in (
-                    [self.final(name, seed, lam) for name in AT_EACH_STRENGTH]
-                    for seed in range(self.seeds)
-                )
-                if all(cell in results and "diverged" not in results[cell] for cell in cells)
+                [each[seed]["average_accuracy"] for each in found]
+                for seed in range(self.seeds)
+                if all(seed in each for each in found)
             ]
             exact, batch = ([pair[i] for pair in pairs] for i in (0, 1))
             both = [a - b for a, b in pairs]
             rows.append((number(lam), *map(percent, (exact, batch, both)), str(len(both))))
         return table(("lam", *AT_EACH_STRENGTH, "exact - batch", "seeds"), rows)
+
+    def _finals(self, results: Results, name: str, lam: float | None) -> dict[int, Found]:
+        return results.by_seed(part="learning", importance=name, purpose="final", lam=lam)
 
     def _over_sizes(self, results: Results) -> Any:
         figure, panels = canvas(2, 2, 3.0)
@@ -260,20 +249,13 @@ class Exactness(Tuned):
             "kept": "share of all importance",
         }
         for i, (network, _) in enumerate(self.networks):
-            founds = [f["estimators"] for _, f in results.where(part="estimates", network=network)]
+            found = results.by_seed(part="estimates", network=network).values()
             for panel, key in zip(panels, labels, strict=True):
-                y = [
-                    sum(found[f"batch of {n}"][key] for found in founds) / max(len(founds), 1)
-                    for n in SIZES
-                ]
-                panel.plot(
-                    SIZES, y if founds else [math.nan] * len(SIZES), label=network, **look(i)
-                )
+                by_size = [[e["estimators"][f"batch of {n}"][key] for n in SIZES] for e in found]
+                if by_size:
+                    mean = torch.tensor(by_size, dtype=torch.float64).mean(0)
+                    panel.plot(SIZES, mean, label=network, **look(i))
         for panel, label in zip(panels, labels.values(), strict=True):
-            panel.set_xscale("log")
-            panel.set_ylim(0, 1.05)
-            panel.set_xlabel("samples in a batch")
-            panel.set_ylabel(label)
-            panel.grid(alpha=0.3)
+            panel.set(xscale="log", ylim=(0, 1.05), xlabel="samples in a batch", ylabel=label)
         panels[0].legend(frameon=False)
         return figure

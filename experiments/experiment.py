@@ -64,12 +64,17 @@ class Results:
         return found
 
     def where(self, **values: Any) -> list[tuple[Cell, Found]]:
-        """The cells that have these values, with what was found."""
+        """The cells that have these values, and what was found."""
         return [
             (entry["cell"], entry["found"])
             for entry in self.entries
             if all(name in entry["cell"] and entry["cell"][name] == values[name] for name in values)
         ]
+
+    def by_seed(self, **values: Any) -> dict[int, Found]:
+        """What was found of the cells that have these values, but for trainings that diverged."""
+        where = self.where(**values)
+        return {cell["seed"]: found for cell, found in where if "diverged" not in found}
 
     def add(self, cell: Cell, found: Found, seconds: float) -> None:
         """Keep what was found here and now, in `seconds`, and write the file."""

@@ -66,11 +66,6 @@ class Learned:
         return None if self.found is None else self.found.get("diverged")
 
     @property
-    def finished(self) -> bool:
-        """Whether there is a result that counts."""
-        return self.found is not None and self.diverged is None
-
-    @property
     def tasks(self) -> int:
         """The number of tasks that are over."""
         return int((~self.held_bytes.isnan()).sum())
@@ -142,8 +137,8 @@ class Findings:
         for name in (name for name, choice in grid.items() if choice.lam is None):
             lost = {"diverged": "with every lam"}
             learned[name] = [replace(each, found=lost) for each in learned[name]]
-        every = [each for seeds in learned.values() for each in seeds]
-        names = [each.found["tasks"] for each in every if each.finished and each.found]
+        every = [each.found or {} for seeds in learned.values() for each in seeds]
+        names = [found["tasks"] for found in every if "tasks" in found]
         device = str(values.get("device", config.device))
         return cls(config, device, starts, grid, [*names, [""] * count][0], learned)
 
@@ -153,6 +148,21 @@ class Findings:
             return self.grid[method].lam
         lams = self.config.lams(method)
         return lams[0] if len(lams) == 1 else None
+
+    def finished(self, method: str) -> list[Found]:
+        """What was found with the seeds that count."""
+        found = [each.found for each in self.learned[method] if each.diverged is None]
+        return [each for each in found if each is not None]
+
+    def diverged(self, method: str) -> int:
+        """The number of seeds that diverged."""
+        return sum(each.diverged is not None for each in self.learned[method])
+
+    def reasons(self) -> Iterator[tuple[str, str]]:
+        """Methods, and why they diverged; each reason once."""
+        for name, learned in self.learned.items():
+            for reason in sorted({each.diverged for each in learned if each.diverged is not None}):
+                yield name, reason
 
 
 def _over(path: Path) -> tuple[dict[tuple[str, int, int], Any], int]:

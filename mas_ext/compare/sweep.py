@@ -23,7 +23,7 @@ from mas_ext.compare.directory import Directory, Journal
 from mas_ext.compare.options import Config
 from mas_ext.compare.progress import ProgressBar
 from mas_ext.compare.results import Findings
-from mas_ext.compare.tables import table
+from mas_ext.compare.tables import summary
 from mas_ext.methods import Method, options
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
@@ -77,7 +77,7 @@ def run(config: Config, out: str | Path, *, resume: bool = False, tensorboard: b
             progress.say(f"no lam, so the list is not for them: {', '.join(without)}")
         sweep = Sweep(config, directory, make_scenario, epochs, journal, progress, tools)
         fill(directory, sweep.shown(sweep.plan()), sweep.measure)
-    text = table(Findings.read(directory.path))
+    text = summary(Findings.read(directory.path))
     files.write(directory.path / files.TABLE, text)
     return text
 

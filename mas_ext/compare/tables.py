@@ -1,22 +1,45 @@
-"""The table of a run: one row per method."""
+"""Tables of what a run found: one row per method, and notes on what has no numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
 
+from mas_ext.compare.cells import Found
 from mas_ext.compare.results import Findings
 from mas_ext.metrics import interval_text
 
-TITLES = ("method", "lam", "average accuracy, %", "forgetting, %", "ms per step", "MB held")
+# Columns of the report by their keys in result.json; those that are not defined for any method are left out.
+SCORES = {
+    "average_accuracy": "average accuracy, %",
+    "forgetting": "forgetting, % points",
+    "backward_transfer": "backward transfer, % points",
+    "forward_transfer": "forward transfer, % points",
+    "intransigence": "intransigence, % points",
+}
 
 
-def table(findings: Findings) -> str:
+def summary(findings: Findings) -> str:
     """Markdown: mean and 95 % interval over seeds, how lam was chosen, and why trainings diverged.
 
-    A method that diverged with some seed has no means, which would tell of the lucky ones alone.
+    A method that diverged with some seed has no means, which would tell of the lucky seeds alone.
     """
-    rows = [TITLES, *(_row(findings, name) for name in findings.learned)]
+    rows: list[tuple[str, ...]] = [
+        ("method", "lam", "average accuracy, %", "forgetting, %", "ms per step", "MB held")
+    ]
+    for name, learned in findings.learned.items():
+        if lost := findings.diverged(name):
+            cells = (f"diverged, {lost} of {len(learned)} seeds", "-", "-", "-")
+        else:
+            found = findings.finished(name)
+            steps = f"{1000 * fmean(map(_step_seconds, found)):.3g}"
+            cells = (
+                _mean(found, "average_accuracy"),
+                _mean(found, "forgetting"),
+                steps,
+                _held(found),
+            )
+        rows.append((name, _lam(findings, name), *cells))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, tuple("-" * width for width in widths))
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
@@ -31,22 +54,64 @@ def table(findings: Findings) -> str:
         lines.append(
             f"{name}: lam was chosen on validation data (average accuracy, %) from {scores}."
         )
-    for name, learned in findings.learned.items():
-        reasons = {each.diverged for each in learned if each.diverged is not None}
-        lines += [f"{name} diverged: {reason}" for reason in sorted(reasons)]
+    lines += [f"{name} diverged: {reason}" for name, reason in findings.reasons()]
     return "\n".join(lines) + "\n"
 
 
-def _row(findings: Findings, name: str) -> Sequence[str]:
-    lam, learned = findings.lam(name), findings.learned[name]
-    first = (name, "-" if lam is None else f"{lam:g}")
-    if lost := sum(each.diverged is not None for each in learned):
-        return (*first, f"diverged, {lost} of {len(learned)} seeds", "-", "-", "-")
-    found = [each.found for each in learned if each.found is not None]
-    return (
-        *first,
-        interval_text([100 * each["average_accuracy"] for each in found], 2),
-        interval_text([100 * each["forgetting"] for each in found], 2),
-        f"{1000 * fmean(fmean(each['step_seconds']) for each in found):.3g}",
-        f"{fmean(each['held_bytes'][-1] for each in found) / 1e6:.3g}",
-    )
+def results(findings: Findings) -> list[list[str]]:
+    """Titles, and one row per method, over the seeds that are finished.
+
+    A method that diverged with some seed has no means, as in `summary`.
+    """
+    every = [found for name in findings.learned for found in findings.finished(name)]
+    defined = [key for key in SCORES if any(found[key] is not None for found in every)]
+    titles = [SCORES[key] for key in defined]
+    rows = [["method", "lam", *titles, "ms per step", "MB held", "seeds"]]
+    for name, learned in findings.learned.items():
+        found, lost = findings.finished(name), findings.diverged(name)
+        cells, count = ["-"] * (len(defined) + 2), f"{len(found)} of {len(learned)}"
+        if lost:
+            count = f"diverged, {lost} of {len(learned)}"
+        elif found:
+            steps = interval_text([1000 * _step_seconds(each) for each in found], 2)
+            cells = [*(_mean(found, key) for key in defined), steps, _held(found)]
+        if len(found) == len(learned):
+            count = str(len(found))
+        rows.append([name, _lam(findings, name), *cells, count])
+    return rows
+
+
+def notes(findings: Findings) -> list[str]:
+    """Why methods diverged, and what is not finished."""
+    told = [f"{name} diverged: {reason}." for name, reason in findings.reasons()]
+    for name, learned in findings.learned.items():
+        left = [
+            f"seed {each.seed} after {each.tasks} of {len(findings.tasks)} tasks"
+            if each.tasks
+            else f"seed {each.seed} before the end of its first task"
+            for each in learned
+            if each.found is None
+        ]
+        if left:
+            told.append(f"{name} is not finished: {', '.join(left)}.")
+    return told
+
+
+def _lam(findings: Findings, name: str) -> str:
+    lam = findings.lam(name)
+    return "-" if lam is None else f"{lam:g}"
+
+
+def _mean(found: Sequence[Found], key: str) -> str:
+    """Mean and interval in %; - where it is not defined."""
+    if found[0][key] is None:
+        return "-"
+    return interval_text([100 * each[key] for each in found], 2)
+
+
+def _step_seconds(found: Found) -> float:
+    return fmean(found["step_seconds"])
+
+
+def _held(found: Sequence[Found]) -> str:
+    return f"{fmean(each['held_bytes'][-1] for each in found) / 1e6:.3g}"

@@ -52,7 +52,9 @@ def test_a_changed_file(data: Path) -> None:
     content = bytearray(FILES["MNIST/raw/train"])
     content[2] ^= 1
     (data / "MNIST/raw/train").write_bytes(content)
-    with pytest.raises(DataError, match=r"data/MNIST/raw/train: got content of SHA-256 \w{64}, exp"):
+    with pytest.raises(
+        DataError, match=r"data/MNIST/raw/train: got content of SHA-256 \w{64}, exp"
+    ):
         check_data(["mnist"], str(data))
 
 
