@@ -16,11 +16,14 @@ from mas_ext._hints import hint
 
 
 class MultiHead(nn.Module):
-    """A backbone and its heads: x -> backbone -> (N, width) -> one linear head a task, (N, classes).
+    """A backbone and its heads: x -> backbone -> (N, width) -> one linear head per task, (N, classes).
 
-    Parameters are called ``backbone.*`` and ``heads.0.weight``, ``heads.0.bias``, ... It has no head
-    until `add_head`. ``keep_statistics``: BatchNorm stays in eval mode when all else is trained, so
-    that tasks to come do not change the running statistics of those before.
+    Parameters are called `backbone.*` and `heads.0.weight`, `heads.0.bias`, ... There is no head until
+    `add_head` is called.
+
+    Attributes:
+        keep_statistics: BatchNorm stays in eval mode while everything else is trained, so that later tasks
+            do not change the running statistics of earlier ones.
     """
 
     def __init__(self, backbone: nn.Module, width: int) -> None:
@@ -36,9 +39,9 @@ class MultiHead(nn.Module):
         return [len(head.weight) for head in self.heads]  # type: ignore[arg-type]
 
     def add_head(self, classes: int) -> None:
-        """One more head, for ``classes`` classes, on the device and of the dtype of the backbone."""
+        """Append a head with `classes` outputs, on the device and of the dtype of the backbone."""
         if classes < 1:
-            raise ValueError(f"classes must be at least 1, got {classes}")
+            raise ValueError(f"classes: got {classes}, expected at least 1")
         weights = (p for p in self.backbone.parameters() if p.is_floating_point())
         like = next(weights, torch.empty(0))
         # Drawn on the CPU: a seed gives the same head on every device.
@@ -46,7 +49,7 @@ class MultiHead(nn.Module):
         self.heads.append(head.to(like.device))
 
     def train(self, mode: bool = True) -> MultiHead:
-        """See nn.Module.train, and ``keep_statistics``."""
+        """Training mode for everything but what `keep_statistics` holds."""
         super().train(mode)
         if self.keep_statistics:
             for module in self.modules():
@@ -55,13 +58,13 @@ class MultiHead(nn.Module):
         return self
 
     def forward(self, x: Tensor, head: int | None = None) -> Tensor:
-        """The logits of one head, or (None) of all of them side by side, in the order of the tasks."""
+        """The logits of one head, or of all heads side by side, in the order of the tasks (None)."""
         if not self.heads:
-            raise ValueError("the model has no head yet: call add_head first")
+            raise ValueError("model: got no head, expected at least one: call add_head")
         return self.classify(self.backbone(x), head)
 
     def classify(self, features: Tensor, head: int | None = None) -> Tensor:
-        """The logits of one head, or (None) of all of them, for what the backbone gave, (N, width)."""
+        """The logits of one head, or of all heads (None), for the backbone's features, (N, width)."""
         if head is None:
             return torch.cat([each(features) for each in self.heads], dim=1)
         logits: Tensor = self.heads[head](features)
@@ -69,10 +72,12 @@ class MultiHead(nn.Module):
 
 
 def with_heads(module: nn.Module, head: str = "fc") -> MultiHead:
-    """Any network as a backbone: its last layer, the nn.Linear called ``head``, is taken out.
+    """Any network as a backbone: its last layer, the nn.Linear called `head`, is taken out.
 
-    ``module`` itself is changed: it returns the features from now on. Raises ValueError, before
-    anything changes, if there is no such layer or it is of another kind.
+    The module itself is changed: from now on it returns the features.
+
+    Raises:
+        ValueError: no layer of that name, or one that is no nn.Linear; nothing has changed then.
     """
     found = dict(module.named_modules()).get(head) if head else None
     if not isinstance(found, nn.Linear):
@@ -81,7 +86,7 @@ def with_heads(module: nn.Module, head: str = "fc") -> MultiHead:
             "nothing of that name" if found is None else f"a layer of type {type(found).__name__}"
         )
         raise ValueError(
-            f"head must be the name of an nn.Linear, got {head!r}, {kind}"
+            f"head: got {head!r}, {kind}, expected the name of an nn.Linear"
             + (f"; {hint(head, linear)}" if linear else "; the module has no nn.Linear")
         )
     parent, _, name = head.rpartition(".")
@@ -90,14 +95,20 @@ def with_heads(module: nn.Module, head: str = "fc") -> MultiHead:
 
 
 def load_backbone(model: MultiHead, path: str | Path) -> list[str]:
-    """Put weights from a file into the backbone; returns the names of the old head's, left out.
+    """Read the backbone's weights from a file.
 
-    The file is safetensors if it is called so, else what torch.save wrote, of which only tensors are
-    ever read: a state dict, or a dict with one as ``state_dict`` or ``model``. Names may begin with
-    ``module.`` or ``_orig_mod.``, and be those of the backbone or of a whole `MultiHead`.
+    Args:
+        model: takes the weights.
+        path: a safetensors file if it ends so, else what torch.save wrote, of which only tensors are ever
+            read: a state dict, or a dict with one as `state_dict` or `model`. Names may begin with
+            `module.` or `_orig_mod.`, and be those of the backbone or of a whole `MultiHead`.
 
-    Raises ValueError, before anything changes, unless the file has every weight of the backbone in its
-    shape and beyond them those of a single layer, the head, or of a `MultiHead`'s heads.
+    Returns:
+        The names of the file's head, which is left out.
+
+    Raises:
+        ValueError: unless the file has every weight of the backbone in its shape, and beyond them those of
+            a single layer, the head, or of a MultiHead's heads; nothing has changed then.
     """
     path = Path(path)
     found, wanted = _unwrapped(_read(path)), model.backbone.state_dict()
@@ -105,22 +116,22 @@ def load_backbone(model: MultiHead, path: str | Path) -> list[str]:
     missing = [n for n in wanted if n not in found and not n.endswith(".num_batches_tracked")]
     if missing:
         raise ValueError(
-            f"{path}: expected all {len(wanted)} weights of the backbone, got no {missing[0]!r} "
-            f"(and {len(missing) - 1} others missing)"
+            f"{path}: got no {missing[0]!r} (and {len(missing) - 1} others missing), expected all "
+            f"{len(wanted)} weights of the backbone"
         )
     for name in wanted.keys() & found.keys():
         old, new = wanted[name], found[name]
         if old.shape != new.shape or old.is_floating_point() != new.is_floating_point():
             raise ValueError(
-                f"{path}: expected {name!r} as {old.dtype} of shape {tuple(old.shape)}, "
-                f"got {new.dtype} of shape {tuple(new.shape)}"
+                f"{path}: got {name!r} as {new.dtype} of shape {tuple(new.shape)}, "
+                f"expected {old.dtype} of shape {tuple(old.shape)}"
             )
     left = sorted(found.keys() - wanted.keys())
     layers = {name.rpartition(".")[0] for name in left if not name.startswith("heads.")}
     if len(layers) > 1:
         raise ValueError(
-            f"{path}: expected one layer more than the backbone has, the head, "
-            f"got {len(layers)}: {', '.join(sorted(layers)[:4])}"
+            f"{path}: got {len(layers)} layers that the backbone lacks, {', '.join(sorted(layers)[:4])}, "
+            "expected one, the head"
         )
     with torch.no_grad():
         for name in wanted.keys() & found.keys():
@@ -138,7 +149,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     except Exception as error:  # a broken file may raise anything
         first = str(error).partition("\n")[0]
         raise ValueError(
-            f"{path}: expected a whole file of weights, and no code: {first}"
+            f"{path}: got a damaged file, or one with code, expected weights alone ({first})"
         ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -147,13 +158,13 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"{path}: expected a dict of tensors, got {type(value).__name__} as {name!r}"
+                f"{path}: got {type(value).__name__} as {name!r}, expected a dict of tensors"
             )
     return values
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what wrappers put in front of all names."""
+    """The state without the prefixes that wrappers put in front of all names."""
     for prefix in ("module.", "_orig_mod.", "backbone."):
         if all(name.startswith((prefix, "heads.")) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}

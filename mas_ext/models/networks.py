@@ -67,7 +67,7 @@ def resnet20(shape: Sequence[int]) -> MultiHead:
 
 
 def resnet32(shape: Sequence[int]) -> MultiHead:
-    """As `resnet20`, with n = 5."""
+    """He et al. 2016, section 4.2, with n = 5: for CIFAR, shortcuts without parameters (option A)."""
     return MultiHead(resnet.small(_image(shape)[0], (16, 32, 64), 5, resnet.Padded), 64)
 
 
@@ -82,17 +82,16 @@ MODELS: dict[str, Callable[[Sequence[int]], MultiHead]] = {
 
 
 def build(name: str, shape: Sequence[int]) -> MultiHead:
-    """The network called ``name``, one of `MODELS`, for inputs of this shape, without a head."""
+    """The network called `name`, one of `MODELS`, for inputs of this shape, without a head."""
     if name not in MODELS:
-        raise ValueError(f"name: unknown model {name!r}, {hint(name, MODELS)}")
+        raise ValueError(f"name: got {name!r}, {hint(name, MODELS)}")
     return MODELS[name](shape)
 
 
 def _image(shape: Sequence[int], least: int = 1) -> tuple[int, int, int]:
-    """Channels, height and width; ValueError unless it is an image with sides of ``least`` or more."""
+    """Channels, height and width; a ValueError unless it is an image with sides of at least `least`."""
     if len(shape) != 3 or min(shape[1:]) < least:
         raise ValueError(
-            f"shape must be (channels, height, width) with sides of {least} or more, "
-            f"got {tuple(shape)}"
+            f"shape: got {tuple(shape)}, expected (channels, height, width) with sides of at least {least}"
         )
     return shape[0], shape[1], shape[2]
