@@ -25,7 +25,7 @@ FORMS += [(merge, "per_task") for merge in ("consistent", "sum")]
 # A comparison in which lam is chosen: `mas-ext run` with --out.
 RUN = [
     *("run", "--scenario", "split-digits", "--tasks", "2", "--hidden", "8", "--epochs", "2"),
-    *("--methods", "finetune,mas", "--lam", "0.1,10"),
+    *("--lr", "0.01", "--batch-size", "32", "--methods", "finetune,mas", "--lam", "1,100"),
 ]
 
 
@@ -43,7 +43,7 @@ def scenario(setting: str = "task") -> Scenario:
 
 
 def trainer(method: Method | str, setting: str = "task", **arguments: Any) -> Trainer:
-    """Three epochs of three steps a task, on a network of one small hidden layer."""
+    """Three epochs of three steps per task, on a network with one small hidden layer."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = models.mlp((INPUTS,), (6,))
@@ -63,6 +63,15 @@ def interrupt(
     made = trainer(method, setting, checkpoint=checkpoint, callbacks=[follow], **arguments)
     with suppress(KeyboardInterrupt):
         made.fit(scenario(setting))
+
+
+def parameters() -> nn.ParameterDict:
+    """A model that is nothing but parameters: of three dtypes, 0-dim and of no elements."""
+    shapes = {"wide": (3, 2), "plain": (7,), "brain": (2, 3), "single": (), "empty": (0, 2)}
+    dtypes = {"wide": torch.float64, "brain": torch.bfloat16}
+    return nn.ParameterDict(
+        {n: torch.zeros(shape, dtype=dtypes.get(n)) for n, shape in shapes.items()}
+    )
 
 
 def consolidated(model: nn.Module, **settings: Any) -> FusedMASPenalty:
