@@ -23,8 +23,8 @@ import tiny
 import torch
 from torch import nn
 
+from experiments import Results
 from mas_ext import FusedMASPenalty, cli
-from mas_ext.experiments import Results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 import mas_ext
+from experiments import Results
 from mas_ext import cli, methods
-from mas_ext.experiments import Results
 
 PACKAGE = Path(mas_ext.__file__).parent
 STORED = Path(__file__).with_name("surface.txt")
@@ -54,7 +54,6 @@ NAMES = {
         *("mlp", "cnn", "alexnet", "resnet18", "resnet20", "resnet32"),
     ),
     "mas_ext.scenarios": ("Tensors", "Task", "Scenario", "from_datasets", "split", "labels"),
-    "mas_ext.data": ("load",),
     "mas_ext.metrics": (
         *("accuracy", "average_accuracy", "forgetting", "backward_transfer", "forward_transfer"),
         *("intransigence", "single_task_gap", "mean_interval", "interval_text"),
