@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 
 from experiments.experiment import Cell, Found, Results
 from mas_ext.compare.options import Config, Purpose
-from mas_ext.compare.sweep import Diverged, learn
+from mas_ext.compare.sweep import learn
 from mas_ext.compare.tables import summary
+from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import Method
 from mas_ext.scenarios import Scenario, Tensors
 from mas_ext.scenarios import named as catalogue
@@ -59,7 +60,7 @@ def measured(
     """The scenario learned once: `mas_ext.compare.tables.summary` and accuracy, (T, T), or diverged and why."""
     try:
         result = learn(protocol, scenario, method, seed, purpose)
-    except Diverged as error:
+    except (Diverged, Vanished) as error:
         return {"diverged": str(error)}
     found = summary(result, [task.name for task in scenario.tasks], None)
     return {**found, "accuracy": result.accuracy}

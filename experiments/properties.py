@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from experiments.evidence import BATCH, HIDDEN, PROPERTIES, Property
 from experiments.experiment import Cell, Experiment, Found, Page, Results
 from experiments.tables import table
+from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import options
 
 # What the document says, in the order of PROPERTIES.
@@ -56,7 +57,7 @@ class Properties(Experiment):
         each = PROPERTIES[cell["property"]]
         try:
             return each.measure(lambda: each.make(cell["method"], cell["lam"]), cell["seed"])
-        except (FloatingPointError, ValueError) as error:
+        except (Diverged, Vanished) as error:
             return {"diverged": str(error)}
 
     def best(self, results: Results, key: str, name: str) -> list[Found]:

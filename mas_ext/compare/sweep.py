@@ -20,11 +20,11 @@ from mas_ext.compare import directory as record
 from mas_ext.compare.options import Config, Purpose
 from mas_ext.compare.progress import Progress
 from mas_ext.compare.tables import Found, summary, table, task_line
+from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import Method, options
 from mas_ext.scenarios import Scenario
-from mas_ext.state import files as checkpoint
 from mas_ext.trainer import Trainer
-from mas_ext.training.run import Epoch, Learning, OtherRun, Result
+from mas_ext.training.run import Epoch, Learning, Result
 
 
 def run(
@@ -34,7 +34,8 @@ def run(
 
     Where a method has several lam to choose from, it learns everything with each of them and seeds of its own,
     and the one of the largest average accuracy on validation data is taken, of equal ones the first. A training
-    that diverges is reported as that; a lam with which one did is not taken.
+    that diverges or collapses is reported as diverged; a lam with which one did is not taken. Any other error
+    ends the run.
 
     Args:
         comparison: what to do.
@@ -73,10 +74,6 @@ def _summary_writer() -> Callable[[str], Any]:
     return make
 
 
-class Diverged(Exception):
-    """A training that did not end in finite numbers."""
-
-
 def learn(
     comparison: Config,
     scenario: Scenario,
@@ -88,17 +85,13 @@ def learn(
     """The scenario learned once, as the comparison says; trainer: further arguments of Trainer.
 
     Raises:
-        Diverged: the training did.
-        OtherRun: the checkpoint is that of another run.
+        Diverged: the loss or the importance of a task is not finite any more.
+        Vanished: a task's importance is at the level of rounding.
+        ValueError: the checkpoint is damaged or that of another run.
     """
     network, settings = comparison.network(scenario, seed), comparison.training(seed, purpose)
     made = Trainer(network, method, device=comparison.device, **trainer, **vars(settings))
-    try:
-        return made.fit(scenario)
-    except OtherRun:
-        raise
-    except (FloatingPointError, ValueError) as error:
-        raise Diverged(str(error)) from error
+    return made.fit(scenario)
 
 
 @dataclass(frozen=True)
@@ -244,8 +237,6 @@ class Comparison:
 
     def _learn(self, job: Job, folder: Path) -> Found:
         scenario, path = self.scenario(job.seed), folder / record.CHECKPOINT
-        if path.exists():
-            checkpoint.load(path)  # A damaged file is not a training that diverged.
         method = self.config.create(job.method, job.lam)
         with self._events(job) as events:
             follow = [self._follow(job, folder, events)]
@@ -259,7 +250,7 @@ class Comparison:
                     checkpoint=path,
                     callbacks=follow,
                 )
-            except Diverged as error:
+            except (Diverged, Vanished) as error:
                 return {"diverged": str(error)}
         return summary(result, [task.name for task in scenario.tasks], self._joint(job))
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mas_ext.failures import Diverged, Vanished
 from mas_ext.kernels import ops
 from mas_ext.kernels.reference import part
 from mas_ext.parameters.fsdp import Sharding
@@ -110,7 +111,9 @@ class Consolidation:
                 and importance are whole, so that every rank finds the same S_t, and the same mistakes.
 
         Raises:
-            ValueError: importance that is negative, not finite, of another shape or vanishing.
+            Diverged: parameters or importance that are not finite.
+            Vanished: importance at the level of rounding, under "consistent".
+            ValueError: importance that is negative or of another shape.
             TypeError: importance that is no tensor.
         """
         weight = check_weight(weight)
@@ -197,27 +200,29 @@ class Consolidation:
                     f"{tuple(theta[name].shape)}"
                 )
             if not torch.isfinite(theta[name]).all():
-                raise ValueError(
+                raise Diverged(
                     f"parameter {name!r}: got NaN or Inf, expected finite values; where training diverged, a "
                     "smaller lam or the proximal form helps"
                 )
             sums.append(omega.sum(dtype=torch.float64).cpu())
-            smallest = float(omega.min()) if omega.numel() else 0.0
-            lowest = float("-inf") if self.rule.merge == "latest" else 0.0
-            if not (smallest >= lowest and torch.isfinite(sums[-1])):
+            if not torch.isfinite(sums[-1]):
+                raise Diverged(
+                    f"importance of {name!r}: got a sum of {float(sums[-1])}, expected finite values"
+                )
+            if self.rule.merge != "latest" and (omega < 0).any():
                 raise ValueError(
-                    f"importance of {name!r}: got values with minimum {smallest} and sum "
-                    f"{float(sums[-1])}, expected finite values{' from 0 up' if lowest == 0 else ''}"
+                    f"importance of {name!r}: got values with minimum {float(omega.min())}, expected "
+                    "values from 0 up"
                 )
         total = float(torch.stack(sums).sum())
         if self.rule.merge == "consistent":
             known = [entry.total for entry in self.memory.entries]
             if total <= 1e-6 * (statistics.median(known) if known else 0.0):
-                raise ValueError(
+                raise Vanished(
                     f"importance: got a sum of {total:.3g}, expected one above rounding level"
                     f"{f' ({statistics.median(known):.3g} is the median so far)' if known else ''}; "
-                    "the usual cause is an output of constant norm, such as a normalised embedding: "
-                    "choose another objective"
+                    "the usual causes are an output of constant norm, such as a normalised embedding "
+                    "(choose another objective), or a training that collapsed (choose a smaller lr)"
                 )
             if known and total < 1e-3 * statistics.median(known):
                 warnings.warn(
