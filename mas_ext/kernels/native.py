@@ -5,7 +5,6 @@ goes down, so that no caller can make the extension touch memory that is not its
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -14,6 +13,7 @@ import torch  # before _C: one OpenMP runtime, torch's, then serves both
 from torch import Tensor
 
 from mas_ext.kernels.reference import compute_dtype
+from mas_ext.kernels.warning import warn
 
 try:
     import mas_ext._C as _C  # not "from mas_ext": its error would speak of a circular import
@@ -74,11 +74,10 @@ def _announce_fallback(reason: str) -> None:
     global _announced
     if not _announced:
         _announced = True
-        warnings.warn(
+        warn(
             f"mas_ext uses plain PyTorch, slower and with more memory: {reason}; `mas-ext info` "
             "tells more",
             RuntimeWarning,
-            stacklevel=2,
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.kernels import ops
 from mas_ext.kernels.reference import part
+from mas_ext.kernels.warning import warn
 from mas_ext.parameters.fsdp import Sharding
 from mas_ext.parameters.names import check_supported
 from mas_ext.state import files as checkpoint
@@ -119,10 +119,9 @@ class Consolidation:
         weight = check_weight(weight)
         total = self._check_importance(theta, importance)
         if total is None:
-            warnings.warn(
+            warn(
                 "consolidate: no parameter requires a gradient, nothing is consolidated",
                 RuntimeWarning,
-                stacklevel=4,
             )
             return
         if sharding is not None:
@@ -132,12 +131,11 @@ class Consolidation:
         old = self.memory.parts()
         gone = sorted(name for name in old if name not in theta)
         if gone:
-            warnings.warn(
+            warn(
                 f"consolidate: the model has no parameter {', '.join(map(repr, gone[:4]))}"
                 f"{', ...' if len(gone) > 4 else ''} any more; what was remembered of it is dropped "
                 "(rename() keeps it)",
                 RuntimeWarning,
-                stacklevel=4,
             )
         names = [name for name in theta if name in old or name in importance]
         known = {name: theta[name].detach() for name in names}
@@ -225,12 +223,11 @@ class Consolidation:
                     "(choose another objective), or a training that collapsed (choose a smaller lr)"
                 )
             if known and total < 1e-3 * statistics.median(known):
-                warnings.warn(
+                warn(
                     f"importance: its sum {total:.3g} is under a thousandth of the median so far, "
                     f"{statistics.median(known):.3g}; this task weighs on all parameters by "
                     "rounding noise more than the others",
                     RuntimeWarning,
-                    stacklevel=5,
                 )
         return total
 
