@@ -1,4 +1,4 @@
-"""The document's table of properties: every cell decided by a measurement, on data that everyone has."""
+"""Which method has which property, decided by measurements on data that everyone has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments.tables import table
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import options
 
-# What the document says, in the order of PROPERTIES.
+# What the document says that MAS-alpha comes from, in the order of PROPERTIES.
 DOCUMENT = {
     "lwf": (True, False, True, False, False, False),
     "ebll": (False, False, False, False, False, False),
