@@ -31,7 +31,10 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 _ANCHOR_RULES = {"mean": 0, "move": 1, "keep": 2}
 _NO_GRADIENT, _WRITE, _ADD = 0, 1, 2
 
-if WHY_NOT is not None and os.environ.get("MAS_EXT_REQUIRE_NATIVE") == "1":
+_REQUIRED = os.environ.get("MAS_EXT_REQUIRE_NATIVE", "")
+if _REQUIRED not in ("", "0", "1"):
+    raise ValueError(f"MAS_EXT_REQUIRE_NATIVE: got {_REQUIRED!r}, expected '0' or '1'")
+if WHY_NOT is not None and _REQUIRED == "1":
     raise ImportError(f"MAS_EXT_REQUIRE_NATIVE is 1, but {WHY_NOT}")
 _announced = False
 
