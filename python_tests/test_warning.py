@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from mas_ext.consolidation import Consolidation
-from mas_ext.rules import Rule
 from torch import Tensor, nn
 
 from mas_ext import FusedMASPenalty, Trainer, estimate_importance, models
@@ -17,6 +15,8 @@ from mas_ext.kernels import native
 from mas_ext.kernels.warning import warn
 from mas_ext.methods.mas import MAS
 from mas_ext.scenarios import Tensors, from_datasets
+from mas_ext.state.merge_rules import Rule
+from mas_ext.state.quadratic import Consolidation
 
 
 def line_of(category: type[Warning], message: str, call: Callable[[], object]) -> str:
