@@ -7,7 +7,7 @@ import functools
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     name = next((word for word in words if not word.startswith("-")), None)
-    parser = build_parser(name)
+    parser = build_parser([name] if name else [])
     if name == "reproduce":
         parser.error("reproduce is now `python -m experiments`, in a clone of the repository")
     if name is not None and name not in COMMANDS:
@@ -79,8 +79,8 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
 
-def build_parser(command: str | None) -> Parser:
-    """The parser of all commands, with the options of this one: those of others would import what they need."""
+def build_parser(complete: Collection[str] | None = None) -> Parser:
+    """The parser of all commands, with the options of these, by default of all: they import what they name."""
     debug = Parser(add_help=False)
     debug.add_argument(
         "--debug",
@@ -104,7 +104,7 @@ def build_parser(command: str | None) -> Parser:
     for name, (add_options, text) in COMMANDS.items():
         description = text[0].upper() + text[1:] + "."
         own = commands.add_parser(name, help=text, description=description, **shared)
-        if name == command:
+        if complete is None or name in complete:
             add_options(own)
     return parser
 

@@ -1,8 +1,8 @@
 """Accuracy, rank correlation, summaries of accuracy[t, k], and how sure one is of a mean over seeds.
 
-accuracy[t, k] is that on task k after training task t, a (T, T) matrix. Its entries above the diagonal (tasks
-not yet trained) may be NaN and are read by `forward_transfer` alone. Another shape, or NaN where a summary
-reads, raises ValueError.
+accuracy[t, k] is the accuracy on task k after training task t, a (T, T) matrix. Its entries above the diagonal
+(tasks not yet trained) may be NaN and are read by `forward_transfer` alone. Another shape, or NaN where a
+summary reads, raises a ValueError.
 
 Sources: Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017, section 2 (average accuracy, both
 transfers); Chaudhry et al., Riemannian Walk, ECCV 2018 (forgetting, intransigence); the consistency extension
@@ -19,12 +19,12 @@ from torch import Tensor
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of the samples whose largest logit is the label's: (N, C), (N,) -> [0, 1]."""
+    """Share of the samples whose largest logit is that of their label: (N, C), (N,) -> [0, 1]."""
     return float((logits.argmax(dim=1) == labels).double().mean())
 
 
 def average_accuracy(matrix: Tensor) -> float:
-    """1/T sum_k accuracy[T, k]: over all tasks, after the last one."""
+    """1/T sum_k accuracy[T, k]: the mean over all tasks after the last one."""
     return float(_checked(matrix)[-1].mean())
 
 
@@ -55,22 +55,28 @@ def backward_transfer(matrix: Tensor) -> float:
 def forward_transfer(matrix: Tensor, initial: Tensor) -> float:
     """1/(T-1) sum_{k>1} (accuracy[k-1, k] - initial[k]); 0 for a single task.
 
-    What the earlier tasks bring to a task before it is trained. ``initial``: accuracy on each task
-    of the network before any training, (T,); that on the first task is not read.
+    How much the earlier tasks help a task before it is trained.
+
+    Args:
+        matrix: accuracy[t, k], (T, T).
+        initial: accuracy of the untrained network on each task, (T,); the first is not read.
     """
     _checked(matrix)
     before, untrained = matrix.diagonal(1), _reference("initial", initial, len(matrix), first=1)
     if before.isnan().any():
-        raise ValueError("matrix must not have NaN just above its diagonal, got some")
+        raise ValueError("matrix: got NaN just above its diagonal, expected accuracies")
     return float((before - untrained).mean()) if len(matrix) > 1 else 0.0
 
 
 def intransigence(matrix: Tensor, reference: Tensor) -> float:
     """1/T sum_k (reference[k] - accuracy[k, k]).
 
-    How much less of a task is learned, when its turn comes, than by a network that need not keep
-    anything. ``reference``: accuracy on task k of one that is trained on the tasks up to k at once,
-    (T,). Negative where learning in turn is better.
+    How much less of a task is learned, when its turn comes, than by a network that has nothing to preserve.
+    Negative where learning in sequence is better.
+
+    Args:
+        matrix: accuracy[t, k], (T, T).
+        reference: accuracy on task k of a network trained jointly on the tasks up to k, (T,).
     """
     learned = _checked(matrix).diagonal()
     return float((_reference("reference", reference, len(matrix)) - learned).mean())
@@ -79,7 +85,11 @@ def intransigence(matrix: Tensor, reference: Tensor) -> float:
 def single_task_gap(matrix: Tensor, single: Tensor) -> float:
     """1/T sum_k (single[k] - accuracy[T, k]).
 
-    ``single``: accuracy on task k of a network that is trained on task k alone, (T,).
+    How much is lost by learning all tasks in one network.
+
+    Args:
+        matrix: accuracy[t, k], (T, T).
+        single: accuracy on task k of a network that is trained on task k alone, (T,).
     """
     last = _checked(matrix)[-1]
     return float((_reference("single", single, len(matrix)) - last).mean())
@@ -89,14 +99,16 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     """Mean of n runs, and h: with that confidence, the true mean is in [mean - h, mean + h].
 
     h = q s / sqrt(n), with the standard deviation s (n - 1 in its denominator) and Student's
-    quantile q for n - 1 degrees of freedom; for normally distributed values. Of a single run
-    nothing is known: h is NaN. Raises ValueError for no values, NaN, or a confidence not in (0, 1).
+    quantile q for n - 1 degrees of freedom; for normally distributed values. For a single run h is NaN.
+
+    Raises:
+        ValueError: no values, NaN among them, or a confidence not in (0, 1).
     """
     runs = torch.as_tensor(values, dtype=torch.float64)
     if runs.ndim != 1 or len(runs) == 0 or runs.isnan().any():
-        raise ValueError(f"values must be one or more numbers without NaN, got {values}")
+        raise ValueError(f"values: got {values}, expected one or more numbers without NaN")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+        raise ValueError(f"confidence: got {confidence}, expected a number between 0 and 1")
     mean = float(runs.mean())
     if len(runs) == 1:
         return mean, math.nan
@@ -105,7 +117,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
 
 
 def interval_text(values: Sequence[float], digits: int) -> str:
-    """`mean_interval` in words, such as "97.45 ± 2.20"; of a single run the value alone."""
+    """`mean_interval` as text, such as "97.45 ± 2.20"; for a single run the value alone."""
     mean, half = mean_interval(values)
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
@@ -113,7 +125,7 @@ def interval_text(values: Sequence[float], digits: int) -> str:
 def student_quantile(confidence: float, degrees: int) -> float:
     """q such that Student's t with this many degrees of freedom is in [-q, q] with that probability.
 
-    Found by halving an interval of angles atan(q / sqrt(degrees)).
+    Found by bisection over the angle atan(q / sqrt(degrees)).
     """
     low, high = 0.0, math.pi / 2
     for _ in range(100):
@@ -138,7 +150,7 @@ def _student(angle: float, degrees: int) -> float:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's: the correlation of ranks. Equal numbers share their mean rank; a constant gives NaN."""
+    """Spearman's correlation of ranks. Equal numbers share their mean rank; a constant gives NaN."""
     return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
 
 
@@ -149,19 +161,19 @@ def _ranks(x: Tensor) -> Tensor:
 
 
 def _reference(name: str, values: Tensor, tasks: int, first: int = 0) -> Tensor:
-    """An accuracy for each task, from the ``first`` on."""
+    """One accuracy per task, from the task `first` on."""
     if values.shape != (tasks,):
-        raise ValueError(f"{name} must be of shape ({tasks},), got {tuple(values.shape)}")
+        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected ({tasks},)")
     if values[first:].isnan().any():
-        raise ValueError(f"{name} must not have NaN, got some")
+        raise ValueError(f"{name}: got NaN, expected accuracies")
     return values[first:]
 
 
 def _checked(matrix: Tensor) -> Tensor:
-    """The matrix with -inf above the diagonal, where no maximum will find it."""
+    """The matrix with -inf above the diagonal, which no maximum takes."""
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) == 0:
-        raise ValueError(f"matrix must be of shape (T, T), T > 0, got {tuple(matrix.shape)}")
+        raise ValueError(f"matrix: got shape {tuple(matrix.shape)}, expected (T, T) with T > 0")
     trained = torch.ones_like(matrix, dtype=torch.bool).tril()
     if matrix[trained].isnan().any():
-        raise ValueError("matrix must not have NaN on or below its diagonal, got some")
+        raise ValueError("matrix: got NaN on or below its diagonal, expected accuracies")
     return matrix.masked_fill(~trained, -torch.inf)

@@ -280,7 +280,9 @@ class FusedMASPenalty(nn.Module):
 
         Raises:
             RuntimeError: not exactly one of observed batches, `batches` and `importance`.
-            ValueError: see estimate_importance; importance that is not finite or vanishes.
+            ValueError: see estimate_importance; importance that is negative or of another shape. Subclasses:
+                Diverged, a FloatingPointError, too: parameters, outputs or importance that are not finite;
+                Vanished: importance at the level of rounding, under merge "consistent".
         """
         if importance is not None and batches is None and not self._pending.samples:
             given = importance

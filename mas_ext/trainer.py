@@ -82,7 +82,8 @@ class Trainer:
         Raises:
             ValueError: a scenario that does not fit the settings or the model's heads; a damaged checkpoint, or
                 that of another run.
-            FloatingPointError: the training diverged.
+            Diverged: the loss or the importance of a task is not finite any more; a FloatingPointError.
+            Vanished: a task whose importance is at the level of rounding, under merge "consistent".
             KeyboardInterrupt: Ctrl-C; the checkpoint, where there is one, holds the last step.
         """
         with _reproducible(self.settings, self.device), _ctrl_c(self.checkpoint) as stop:

@@ -68,16 +68,16 @@ def test_comparisons_read_no_more_than_they_need() -> None:
     ],
 )
 def test_comparisons_that_cannot_be_made(summary, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name} must be of shape \(2,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=rf"{name}: got shape \(3,\), expected \(2,\)"):
         summary(torch.zeros(2, 2), torch.zeros(3))
-    with pytest.raises(ValueError, match=f"{name} must not have NaN"):
+    with pytest.raises(ValueError, match=f"{name}: got NaN"):
         summary(torch.zeros(2, 2), torch.tensor([0.0, NAN]))
-    with pytest.raises(ValueError, match="matrix must not have NaN on or below its diagonal"):
+    with pytest.raises(ValueError, match="matrix: got NaN on or below its diagonal"):
         summary(torch.full((2, 2), NAN), torch.zeros(2))
 
 
 def test_forward_transfer_needs_accuracies_ahead() -> None:
-    with pytest.raises(ValueError, match="matrix must not have NaN just above its diagonal"):
+    with pytest.raises(ValueError, match="matrix: got NaN just above its diagonal"):
         metrics.forward_transfer(BY_HAND, torch.zeros(3))
 
 
@@ -128,11 +128,13 @@ def test_the_interval_has_the_mean_as_often_as_it_says() -> None:
 
 def test_runs_that_have_no_mean() -> None:
     for values in ([], [0.5, NAN], [[0.5]]):
-        with pytest.raises(ValueError, match="values must be one or more numbers without NaN"):
+        with pytest.raises(
+            ValueError, match=r"values: got .*, expected one or more numbers without NaN"
+        ):
             metrics.mean_interval(values)
     for confidence in (0, 1, 95, NAN):
         with pytest.raises(
-            ValueError, match=f"confidence must be between 0 and 1, got {confidence}"
+            ValueError, match=f"confidence: got {confidence}, expected a number between 0 and 1"
         ):
             metrics.mean_interval([0.5, 0.6], confidence)
 
@@ -155,7 +157,7 @@ def test_a_single_task_forgets_nothing() -> None:
 )
 def test_a_matrix_that_is_none_is_refused(summary) -> None:
     for shape in [(2, 3), (4,), (0, 0)]:
-        with pytest.raises(ValueError, match=r"matrix must be of shape \(T, T\)"):
+        with pytest.raises(ValueError, match=r"matrix: got shape .*, expected \(T, T\)"):
             summary(torch.zeros(shape))
     with pytest.raises(ValueError, match="NaN"):
         summary(torch.tensor([[0.9, NAN], [NAN, 0.8]]))

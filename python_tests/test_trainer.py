@@ -18,14 +18,16 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 import mas_ext
 from mas_ext import metrics
-from mas_ext.methods import Method, Training, create
+from mas_ext.failures import Diverged
+from mas_ext.methods import METHODS, Method, Training, create
+from mas_ext.methods.ewc import EWC
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.joint import Joint
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
 from mas_ext.trainer import Callback, Trainer
 from mas_ext.training import run as learning_module
-from mas_ext.training.run import Epoch, Learning, OtherRun, Result
+from mas_ext.training.run import Epoch, Learning, Result
 from mas_ext.training.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -560,7 +562,7 @@ def test_a_checkpoint_of_another_run_changes_nothing(tmp_path: Path) -> None:
     before = {name: t.clone() for name, t in model.state_dict().items()}
     *most, last = naive.scenario("task").tasks
     fewer = Scenario((*most, replace(last, test=Subset(last.test, range(19)))))
-    with pytest.raises(OtherRun, match=r"checkpoint: got a run with lr 0\.001, expected 0\.5"):
+    with pytest.raises(ValueError, match=r"checkpoint: got a run with lr 0\.001, expected 0\.5"):
         fit(Stopped(2), model, checkpoint=path, lr=0.5)
     with pytest.raises(ValueError, match="got a run with method Stopped, expected MAS"):
         fit("mas", model, checkpoint=path)
@@ -661,10 +663,25 @@ def test_what_does_not_fit_together() -> None:
 
 
 def test_a_training_that_diverges_is_an_error() -> None:
-    with pytest.raises(
-        FloatingPointError, match=r"loss: got \w+ in epoch \d of task 0, expected a fin"
-    ):
+    with pytest.raises(Diverged, match=r"loss: got \w+ in epoch \d of task 0, expected a finite"):
         fit("finetune", lr=1e200, optimizer="sgd", epochs=3)
+    assert issubclass(Diverged, FloatingPointError)
+
+
+@pytest.mark.parametrize("method", [*METHODS, EWC(labels="sampled"), EWC(labels="all")])
+@pytest.mark.parametrize("task", [0, 1])
+def test_a_last_step_that_diverges_is_found_out(method: Any, task: int) -> None:
+    """The loss of the last epoch is still finite: importance is not, or the next task's loss."""
+    model = small()
+
+    def spoil(news: Epoch | Result) -> None:
+        if isinstance(news, Epoch) and news.task == task:
+            with torch.no_grad():
+                for parameter in model.backbone.parameters():
+                    parameter.fill_(torch.nan)
+
+    with pytest.raises(Diverged, match=r"expected (a )?finite"):
+        fit(method, model, spoil, epochs=1)
 
 
 def test_public_names() -> None:

@@ -24,13 +24,13 @@ from mas_ext.compare.options import Config
 from mas_ext.compare.progress import ProgressBar
 from mas_ext.compare.results import Findings
 from mas_ext.compare.tables import summary
+from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import Method, options
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 from mas_ext.scenarios.datasets import import_extra
-from mas_ext.state import files as checkpoint
 from mas_ext.trainer import Trainer
-from mas_ext.training.run import Epoch, Learning, OtherRun, Result
+from mas_ext.training.run import Epoch, Learning, Result
 from mas_ext.training.settings import Settings
 
 
@@ -39,7 +39,7 @@ def run(config: Config, out: str | Path, *, resume: bool = False, tensorboard: b
 
     A method with several lam to choose from learns everything with each of them, with seeds of their own, and
     takes the one with the largest average accuracy on validation data, of equal ones the first. A training that
-    diverges is reported as diverged; a lam with which one did is not taken.
+    diverges or collapses is reported as diverged, and its lam is not taken. Any other error ends the run.
 
     Args:
         config: what to compare, and how.
@@ -154,8 +154,6 @@ class Sweep:
         folder.mkdir(parents=True, exist_ok=True)
         files.clear(folder)
         scenario, path = self.make_scenario(seed), folder / files.CHECKPOINT
-        if path.exists():
-            checkpoint.load(path)  # A damaged file is not a training that diverged.
         with self._writer(folder) as writer:
             found = train(
                 self.config.network(scenario, seed),
@@ -267,9 +265,7 @@ def train(
     """
     try:
         result = Trainer(model, method, **trainer, **vars(settings)).fit(scenario)
-    except OtherRun:
-        raise
-    except (FloatingPointError, ValueError) as error:
+    except (Diverged, Vanished) as error:
         return {"diverged": str(error)}
     accuracy, validation = result.accuracy, result.validation
     known_before = not result.initial.isnan().any()

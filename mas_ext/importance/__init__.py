@@ -71,7 +71,8 @@ def estimate_importance(
         float64 parameters, else float32.
 
     Raises:
-        ValueError: no samples, wrong shapes, or samples that can't be told apart.
+        ValueError: no samples, wrong shapes, or samples that can't be told apart. Its subclass Diverged,
+            a FloatingPointError, too: outputs that are not finite.
         TypeError: an output that is no tensor, or a parameter of an unsupported kind.
     """
     check_patterns(model, exclude)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mas_ext.failures import Diverged, Vanished
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance import objectives
 from mas_ext.importance.batch import Batch
@@ -197,7 +198,7 @@ class ImportanceSum:
         if not math.isfinite(added):
             bad = [name for name, t in found.items() if not t.isfinite().all()]
             what = f"importance of {bad[0]!r}: got values" if bad else "objective: got a sum"
-            raise ValueError(
+            raise Diverged(
                 f"{what} from a batch with objective {added}, expected finite ones; where training "
                 'diverged, a smaller lam or attach(optimizer, mode="proximal") helps'
             )
@@ -264,10 +265,11 @@ class ImportanceSum:
         level = torch.finfo(torch.float64 if wide else torch.float32).eps ** 0.5
         # What is not finite is refused by name later.
         if change <= level * objective < float("inf"):
-            raise ValueError(
+            raise Vanished(
                 f"importance: got a relative sensitivity of {change / max(objective, 1e-300):.3g}, expected "
-                f"more than {level:.3g}, the level of rounding; the usual cause is an output of constant "
-                "norm, such as a normalised embedding: choose another objective"
+                f"more than {level:.3g}, the level of rounding; the usual causes are an output of constant "
+                "norm, such as a normalised embedding (choose another objective), or a training that collapsed "
+                "(choose a smaller lr)"
             )
 
     def mean(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mas_ext.failures import Diverged
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance.accumulator import ImportanceSum, evaluating, gather
 from mas_ext.importance.exact.driver import Exact
@@ -87,6 +88,11 @@ class FisherSum(ImportanceSum):
             p = _log_probabilities(output).exp()
         if self.labels == "predicted":
             return p.argmax(-1)
+        if not p.isfinite().all():
+            raise Diverged(
+                "output: got NaN or Inf, expected finite logits to draw labels from; where training diverged, "
+                "a smaller lr or lam helps"
+            )
         generator = torch.Generator(p.device).manual_seed(self.seed + self.samples)
         drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator)
         return drawn.view(p.shape[:-1])

@@ -42,7 +42,8 @@ class Local:
             self._exact(evaluate, batch, samples, theta)
             tape, values = self._run(evaluate, batch, samples, theta)
         outside = sorted(tape.misfits | self._exact.generic)
-        if outside:
+        # What is not finite is no proof of a misfit; it is refused for that, later.
+        if outside and values.isfinite().all():
             raise ValueError(
                 f'importance of {", ".join(outside)}: "local" is that of layers, and the model uses this '
                 "in another way; exclude it, or choose another method"

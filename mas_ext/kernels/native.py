@@ -5,7 +5,6 @@ goes down, so that no caller can make the extension touch memory that is not its
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -14,6 +13,7 @@ import torch  # before _C: one OpenMP runtime, torch's, then serves both
 from torch import Tensor
 
 from mas_ext.kernels.reference import compute_dtype
+from mas_ext.kernels.warning import warn
 
 try:
     import mas_ext._C as _C  # not "from mas_ext": its error would speak of a circular import
@@ -31,7 +31,10 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 _ANCHOR_RULES = {"mean": 0, "move": 1, "keep": 2}
 _NO_GRADIENT, _WRITE, _ADD = 0, 1, 2
 
-if WHY_NOT is not None and os.environ.get("MAS_EXT_REQUIRE_NATIVE") == "1":
+_REQUIRED = os.environ.get("MAS_EXT_REQUIRE_NATIVE", "")
+if _REQUIRED not in ("", "0", "1"):
+    raise ValueError(f"MAS_EXT_REQUIRE_NATIVE: got {_REQUIRED!r}, expected '0' or '1'")
+if WHY_NOT is not None and _REQUIRED == "1":
     raise ImportError(f"MAS_EXT_REQUIRE_NATIVE is 1, but {WHY_NOT}")
 _announced = False
 
@@ -74,11 +77,10 @@ def _announce_fallback(reason: str) -> None:
     global _announced
     if not _announced:
         _announced = True
-        warnings.warn(
+        warn(
             f"mas_ext uses plain PyTorch, slower and with more memory: {reason}; `mas-ext info` "
             "tells more",
             RuntimeWarning,
-            stacklevel=2,
         )
 
 

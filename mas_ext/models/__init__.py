@@ -1,17 +1,15 @@
 """Networks whose heads are added task by task: one with heads from any module, and networks by name."""
 
+from mas_ext.models.heads import MultiHead, load_backbone, with_heads
 from mas_ext.models.networks import (
     MODELS,
-    MultiHead,
     alexnet,
     build,
     cnn,
-    load_backbone,
     mlp,
     resnet18,
     resnet20,
     resnet32,
-    with_heads,
 )
 
 __all__ = [

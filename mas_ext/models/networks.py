@@ -1,166 +1,16 @@
-"""Networks: a backbone that all tasks share, and one head for each task, added when its turn comes."""
+"""Networks by name, without a head: MLP, CNN, AlexNet, ResNets for small images."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
-import safetensors.torch
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 from mas_ext._hints import hint
 from mas_ext.models import residual as resnet
-
-
-class MultiHead(nn.Module):
-    """A backbone and its heads: x -> backbone -> (N, width) -> one linear head a task, (N, classes).
-
-    Parameters are called ``backbone.*`` and ``heads.0.weight``, ``heads.0.bias``, ... It has no head
-    until `add_head`. ``keep_statistics``: BatchNorm stays in eval mode when all else is trained, so
-    that tasks to come do not change the running statistics of those before.
-    """
-
-    def __init__(self, backbone: nn.Module, width: int) -> None:
-        super().__init__()
-        self.keep_statistics = False
-        self.backbone = backbone
-        self.width = width
-        self.heads = nn.ModuleList()
-
-    @property
-    def outputs(self) -> list[int]:
-        """How many outputs each head has."""
-        return [len(head.weight) for head in self.heads]  # type: ignore[arg-type]
-
-    def add_head(self, classes: int) -> None:
-        """One more head, for ``classes`` classes, on the device and of the dtype of the backbone."""
-        if classes < 1:
-            raise ValueError(f"classes must be at least 1, got {classes}")
-        weights = (p for p in self.backbone.parameters() if p.is_floating_point())
-        like = next(weights, torch.empty(0))
-        # Drawn on the CPU: a seed gives the same head on every device.
-        head = nn.Linear(self.width, classes, device="cpu", dtype=like.dtype)
-        self.heads.append(head.to(like.device))
-
-    def train(self, mode: bool = True) -> MultiHead:
-        """See nn.Module.train, and ``keep_statistics``."""
-        super().train(mode)
-        if self.keep_statistics:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
-        return self
-
-    def forward(self, x: Tensor, head: int | None = None) -> Tensor:
-        """The logits of one head, or (None) of all of them side by side, in the order of the tasks."""
-        if not self.heads:
-            raise ValueError("the model has no head yet: call add_head first")
-        return self.classify(self.backbone(x), head)
-
-    def classify(self, features: Tensor, head: int | None = None) -> Tensor:
-        """The logits of one head, or (None) of all of them, for what the backbone gave, (N, width)."""
-        if head is None:
-            return torch.cat([each(features) for each in self.heads], dim=1)
-        logits: Tensor = self.heads[head](features)
-        return logits
-
-
-def with_heads(module: nn.Module, head: str = "fc") -> MultiHead:
-    """Any network as a backbone: its last layer, the nn.Linear called ``head``, is taken out.
-
-    ``module`` itself is changed: it returns the features from now on. Raises ValueError, before
-    anything changes, if there is no such layer or it is of another kind.
-    """
-    found = dict(module.named_modules()).get(head) if head else None
-    if not isinstance(found, nn.Linear):
-        linear = [name for name, each in module.named_modules() if name and type(each) is nn.Linear]
-        kind = (
-            "nothing of that name" if found is None else f"a layer of type {type(found).__name__}"
-        )
-        raise ValueError(
-            f"head must be the name of an nn.Linear, got {head!r}, {kind}"
-            + (f"; {hint(head, linear)}" if linear else "; the module has no nn.Linear")
-        )
-    parent, _, name = head.rpartition(".")
-    setattr(module.get_submodule(parent), name, nn.Identity())
-    return MultiHead(module, found.in_features)
-
-
-def load_backbone(model: MultiHead, path: str | Path) -> list[str]:
-    """Put weights from a file into the backbone; returns the names of the old head's, left out.
-
-    The file is safetensors if it is called so, else what torch.save wrote, of which only tensors are
-    ever read: a state dict, or a dict with one as ``state_dict`` or ``model``. Names may begin with
-    ``module.`` or ``_orig_mod.``, and be those of the backbone or of a whole `MultiHead`.
-
-    Raises ValueError, before anything changes, unless the file has every weight of the backbone in its
-    shape and beyond them those of a single layer, the head, or of a `MultiHead`'s heads.
-    """
-    path = Path(path)
-    found, wanted = _unwrapped(_read(path)), model.backbone.state_dict()
-    # Older versions of torch did not count BatchNorm's batches, and nearly nothing uses the number.
-    missing = [n for n in wanted if n not in found and not n.endswith(".num_batches_tracked")]
-    if missing:
-        raise ValueError(
-            f"{path}: expected all {len(wanted)} weights of the backbone, got no {missing[0]!r} "
-            f"(and {len(missing) - 1} others missing)"
-        )
-    for name in wanted.keys() & found.keys():
-        old, new = wanted[name], found[name]
-        if old.shape != new.shape or old.is_floating_point() != new.is_floating_point():
-            raise ValueError(
-                f"{path}: expected {name!r} as {old.dtype} of shape {tuple(old.shape)}, "
-                f"got {new.dtype} of shape {tuple(new.shape)}"
-            )
-    left = sorted(found.keys() - wanted.keys())
-    layers = {name.rpartition(".")[0] for name in left if not name.startswith("heads.")}
-    if len(layers) > 1:
-        raise ValueError(
-            f"{path}: expected one layer more than the backbone has, the head, "
-            f"got {len(layers)}: {', '.join(sorted(layers)[:4])}"
-        )
-    with torch.no_grad():
-        for name in wanted.keys() & found.keys():
-            wanted[name].copy_(found[name])
-    return left
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    content = path.read_bytes()
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load(content)
-        else:
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file may raise anything
-        first = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{path}: expected a whole file of weights, and no code: {first}"
-        ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    values = state if isinstance(state, Mapping) else {"the whole file": state}
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"{path}: expected a dict of tensors, got {type(value).__name__} as {name!r}"
-            )
-    return values
-
-
-def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what wrappers put in front of all names."""
-    for prefix in ("module.", "_orig_mod.", "backbone."):
-        if all(name.startswith((prefix, "heads.")) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return dict(state)
+from mas_ext.models.heads import MultiHead
 
 
 def mlp(shape: Sequence[int], hidden: Sequence[int] = (400, 400)) -> MultiHead:
@@ -217,7 +67,7 @@ def resnet20(shape: Sequence[int]) -> MultiHead:
 
 
 def resnet32(shape: Sequence[int]) -> MultiHead:
-    """As `resnet20`, with n = 5."""
+    """He et al. 2016, section 4.2, with n = 5: for CIFAR, shortcuts without parameters (option A)."""
     return MultiHead(resnet.small(_image(shape)[0], (16, 32, 64), 5, resnet.Padded), 64)
 
 
@@ -232,17 +82,16 @@ MODELS: dict[str, Callable[[Sequence[int]], MultiHead]] = {
 
 
 def build(name: str, shape: Sequence[int]) -> MultiHead:
-    """The network called ``name``, one of `MODELS`, for inputs of this shape, without a head."""
+    """The network called `name`, one of `MODELS`, for inputs of this shape, without a head."""
     if name not in MODELS:
-        raise ValueError(f"name: unknown model {name!r}, {hint(name, MODELS)}")
+        raise ValueError(f"name: got {name!r}, {hint(name, MODELS)}")
     return MODELS[name](shape)
 
 
 def _image(shape: Sequence[int], least: int = 1) -> tuple[int, int, int]:
-    """Channels, height and width; ValueError unless it is an image with sides of ``least`` or more."""
+    """Channels, height and width; a ValueError unless it is an image with sides of at least `least`."""
     if len(shape) != 3 or min(shape[1:]) < least:
         raise ValueError(
-            f"shape must be (channels, height, width) with sides of {least} or more, "
-            f"got {tuple(shape)}"
+            f"shape: got {tuple(shape)}, expected (channels, height, width) with sides of at least {least}"
         )
     return shape[0], shape[1], shape[2]

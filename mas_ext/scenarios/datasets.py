@@ -22,7 +22,7 @@ Pair = tuple[Tensors, Tensors]  # to train and to test on
 
 
 class Source(NamedTuple):
-    """A file or folder that a data set may be in, how it is read, and what it is or is got from."""
+    """A file or folder that may hold a data set, how it is read, and what it holds or where to get it."""
 
     path: str
     read: Callable[[Path], Pair]
@@ -30,16 +30,20 @@ class Source(NamedTuple):
 
 
 def load(dataset: str, folder: str | Path | None = None) -> Pair:
-    """Read the data set called ``dataset``, one of `DATASETS`: samples to train and to test on.
+    """Read a data set: samples to train and to test on.
 
-    Only ``folder`` is searched if it is given, else ``$MAS_EXT_DATA``, ``./data`` and ``~/data``, in
-    each of them for everything that `SOURCES` lists, in that order. The digits need no folder.
+    Args:
+        dataset: one of `DATASETS`.
+        folder: searched alone if it is given, else $MAS_EXT_DATA, ./data and ~/data, in each of them for
+            everything that `SOURCES` lists, in that order. The digits need no folder.
 
-    Raises ValueError for an unknown name or a broken file, FileNotFoundError saying where to get
-    the files, ModuleNotFoundError if a package is needed and not installed.
+    Raises:
+        ValueError: an unknown name, or a damaged file.
+        FileNotFoundError: no files; it says where to get them.
+        ModuleNotFoundError: a package that is needed is not installed.
     """
     if dataset not in DATASETS:
-        raise ValueError(f"dataset: unknown name {dataset!r}, {hint(dataset, DATASETS)}")
+        raise ValueError(f"dataset: got {dataset!r}, {hint(dataset, DATASETS)}")
     if dataset == "digits":
         return _digits(folder)
     places = folders(folder)
@@ -65,20 +69,26 @@ def torchvision_dataset(
 ) -> tuple[Dataset[Any], Dataset[Any]]:
     """A classification data set of torchvision, to train and to test on, as images (3, size, size).
 
-    Images are read when they are asked for: as colours in [0, 1], the shorter side scaled to
-    ``size``, and the middle cut out. ``name``: the class in ``torchvision.datasets``, such as
-    ``"Flowers102"``, ``"FGVCAircraft"`` or ``"SVHN"``. ``folder``: given to it as it is; nothing is
-    downloaded. ``splits``: what it calls the two parts, for those that take names of parts.
+    Images are read when they are asked for: as colours in [0, 1], the shorter side scaled to `size`, and the
+    centre cut out.
 
-    Raises ValueError for an unknown name, or one that comes in a single part (then: a
-    `torch.utils.data.random_split` and `mas_ext.scenarios.from_datasets`), FileNotFoundError if the
-    data are not in the folder, ModuleNotFoundError if torchvision is not installed.
+    Args:
+        name: the class in `torchvision.datasets`, such as "Flowers102", "FGVCAircraft" or "SVHN".
+        folder: given to it as it is; nothing is downloaded.
+        size: height and width in pixels.
+        splits: what it calls the two parts, for classes that take names of parts.
+
+    Raises:
+        ValueError: an unknown name, or a data set of a single part (divide that by
+            `torch.utils.data.random_split`, and give it to `mas_ext.scenarios.from_datasets`).
+        FileNotFoundError: the data are not in the folder.
+        ModuleNotFoundError: torchvision is not installed.
     """
     datasets = import_extra("torchvision.datasets", install="torchvision")
     transforms = import_extra("torchvision.transforms", install="torchvision")
     names = [each for each in vars(datasets) if inspect.isclass(getattr(datasets, each))]
     if name not in names:
-        raise ValueError(f"name: torchvision has no {name!r}, {hint(name, names)}")
+        raise ValueError(f"name: got {name!r}, which torchvision lacks, {hint(name, names)}")
     make = getattr(datasets, name)
     accepted = inspect.signature(make).parameters
     if "train" in accepted:
@@ -87,7 +97,7 @@ def torchvision_dataset(
         parts = [{"split": split} for split in splits]
     else:
         raise ValueError(
-            f"name must be of a data set with parts to train and to test on, got {name!r}"
+            f"name: got {name!r}, expected a data set with parts to train and to test on"
         )
     transform = transforms.Compose(
         [_colours, transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]
@@ -110,11 +120,11 @@ def import_extra(module: str, install: str = "'mas-ext[demo]'") -> ModuleType:
 
 
 def _digits(folder: str | Path | None) -> Pair:
-    """The 1,797 digits of 8 x 8 pixels bundled with scikit-learn; always the same quarter tests."""
+    """The 1,797 digits of 8 x 8 pixels bundled with scikit-learn; a fixed quarter of them to test on."""
     if folder is not None:
         raise ValueError(
-            "folder must not be given for the digits, which come with scikit-learn, "
-            f"got {str(folder)!r}; did you mean the data set mnist?"
+            f"folder: got {str(folder)!r} for the digits, expected none, since they come with scikit-learn; "
+            "did you mean the data set mnist?"
         )
     bundle = import_extra("sklearn.datasets").load_digits()
     shuffled = np.random.default_rng(0).permutation(len(bundle.target))  # neighbours share a writer
@@ -125,14 +135,16 @@ def _digits(folder: str | Path | None) -> Pair:
 
 
 def _cifar(name: str) -> Callable[[Path], Pair]:
-    """CIFAR's files are pickles: torchvision compares their checksums with those it knows first."""
+    """CIFAR, whose files are pickles: torchvision first compares their checksums with those it knows."""
 
     def read(path: Path) -> Pair:
         make = getattr(import_extra("torchvision.datasets", install="torchvision"), name)
         try:
             train, test = (make(path.parent, train=part) for part in (True, False))
         except RuntimeError as error:
-            raise ValueError(f"{path}: expected the files of {name}: {error}") from error
+            raise ValueError(
+                f"{path}: got other files, expected those of {name} ({error})"
+            ) from error
         return (
             images(path, train.data, np.asarray(train.targets)),
             images(path, test.data, np.asarray(test.targets)),
@@ -167,14 +179,24 @@ DATASETS = ("digits", *SOURCES)
 
 
 def folders(folder: str | Path | None) -> list[Path]:
-    """Where files are looked for: in this folder alone, or if it is None where `load` says."""
+    """Where files are looked for: this folder alone or, for None, $MAS_EXT_DATA, ./data and ~/data.
+
+    Raises:
+        FileNotFoundError: $MAS_EXT_DATA is to be searched and is no folder.
+    """
     if folder is not None:
         return [Path(folder)]
+    places = [Path("data"), Path("~/data").expanduser()]
     from_env = os.environ.get("MAS_EXT_DATA")
-    given = [Path(from_env)] if from_env else []
-    return [*given, Path("data"), Path("~/data").expanduser()]
+    if from_env:
+        if not Path(from_env).is_dir():
+            raise FileNotFoundError(
+                f"MAS_EXT_DATA: got {from_env!r}, expected a folder that exists"
+            )
+        places.insert(0, Path(from_env))
+    return places
 
 
 def _colours(image: Any) -> Any:
-    """A function of its own, so that the data set can be sent to other processes."""
+    """The image in RGB; no lambda, so that the data set can be sent to other processes."""
     return image.convert("RGB")

@@ -26,20 +26,23 @@ def build(
     order: Sequence[int] | Literal["random"] | None = None,
     seed: int = 0,
 ) -> Scenario:
-    """The scenario called ``name``, one of `SCENARIOS`.
+    """The scenario called `name`, with standardised images.
 
-    ``folder``: where its data are, as in `mas_ext.scenarios.datasets.load`. ``tasks``: how many; None for
-    as many as is usual. ``order``: in which the tasks are learned, as their positions; None as they are
-    listed, ``"random"`` by the seed, which also decides the permutations of permuted-mnist.
+    Each channel has mean 0 and standard deviation 1 over the training images of a data set.
 
-    Images are standardised: each channel has mean 0 and standard deviation 1 over the training images
-    of a data set.
+    Args:
+        name: one of `SCENARIOS`.
+        folder: where its data are, as for `mas_ext.scenarios.datasets.load`.
+        tasks: how many; None: as many as is usual.
+        order: positions of the tasks in the order in which they are learned; "random": drawn by the seed.
+        seed: of a random order, and of the permutations of permuted-mnist.
 
-    Raises ValueError for an unknown name, or a number or order of tasks that cannot be, and what
-    `mas_ext.scenarios.datasets.load` raises.
+    Raises:
+        ValueError: an unknown name, or a number or order of tasks that cannot be.
+        FileNotFoundError: data that are not there.
     """
     if name not in SCENARIOS:
-        raise ValueError(f"name: unknown scenario {name!r}, {hint(name, SCENARIOS)}")
+        raise ValueError(f"scenario: got {name!r}, {hint(name, SCENARIOS)}")
     entry = SCENARIOS[name]
     scenario = replace(entry.make(folder, entry.tasks if tasks is None else tasks, seed), name=name)
     if order is None:
@@ -50,10 +53,9 @@ def build(
 
 
 def permuted(train: Tensors, test: Tensors, tasks: int = 10, seed: int = 0) -> Scenario:
-    """The same data with their pixels in another random order in each task but the first.
+    """One data set with its pixels in a new random order in each task but the first (Goodfellow et al. 2013).
 
-    Goodfellow et al., An empirical investigation of catastrophic forgetting, 2013. Orders are drawn
-    one after another: those of fewer tasks are the first of more.
+    Orders are drawn one after another: those of fewer tasks are the first of more.
     """
     _at_least_one(tasks)
     generator, pixels = _generator(seed), math.prod(train[0][0].shape[1:])
@@ -63,9 +65,9 @@ def permuted(train: Tensors, test: Tensors, tasks: int = 10, seed: int = 0) -> S
 
 
 def rotated(train: Tensors, test: Tensors, tasks: int = 10, degrees: float = 180.0) -> Scenario:
-    """The same data turned by t / ``tasks`` of ``degrees`` in task t = 0, 1, ...; see `Rotation`.
+    """One data set rotated by t / tasks * degrees in task t = 0, 1, ...
 
-    Lopez-Paz and Ranzato, Gradient Episodic Memory, 2017, who draw each angle at random between
+    Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017, draw each angle at random between
     this one and the next.
     """
     _at_least_one(tasks)
@@ -75,15 +77,15 @@ def rotated(train: Tensors, test: Tensors, tasks: int = 10, degrees: float = 180
 
 
 def recognition(folder: Folder = None, tasks: int = 8) -> Scenario:
-    """Digits, clothes, Kuzushiji, letters, then groups of CIFAR-100's classes: as (3, 32, 32).
+    """MNIST, Fashion-MNIST, KMNIST, notMNIST, then groups of CIFAR-100's classes, all as (3, 32, 32).
 
-    In the spirit of the eight recognition tasks of Aljundi et al., Memory Aware Synapses, ECCV 2018,
-    at a size that needs no GPU. Grey images are framed in black, their channel repeated.
+    After the eight recognition tasks of Aljundi et al., Memory Aware Synapses, ECCV 2018, at a size that
+    needs no GPU. Grey images are framed in black, their channel repeated.
     """
     names = ("mnist", "fashion-mnist", "kmnist", "notmnist")
     if tasks <= len(names) or 100 % (tasks - len(names)):
         raise ValueError(
-            f"tasks must be {len(names)} and a number of groups that divides 100, got {tasks}"
+            f"tasks: got {tasks}, expected {len(names)} and a number of groups that divides 100"
         )
     canvas = Canvas((3, 32, 32))
     single: list[Task] = []
@@ -97,7 +99,7 @@ def recognition(folder: Folder = None, tasks: int = 8) -> Scenario:
 
 
 def standardised(scenario: Scenario) -> Scenario:
-    """The same tasks, seen through the `Standardisation` of all their training images as they are stored."""
+    """These tasks with images standardised by all their training images as they are stored."""
     stored = {id(part.x): part.x for task in scenario.tasks for part in [_in_memory(task.train)]}
     transform = Standardisation.of(list(stored.values()))
     seen = [
@@ -111,8 +113,8 @@ def standardised(scenario: Scenario) -> Scenario:
     return replace(scenario, tasks=tuple(seen))
 
 
-class Entry(NamedTuple):
-    """How a scenario is made of a folder, a number of tasks and a seed, and the usual number."""
+class Recipe(NamedTuple):
+    """How a scenario is made from a folder, a number of tasks and a seed, and the usual number of tasks."""
 
     make: Callable[[Folder, int, int], Scenario]
     tasks: int
@@ -123,17 +125,17 @@ def _split(dataset: str) -> Callable[[Folder, int, int], Scenario]:
 
 
 SCENARIOS = {
-    "split-digits": Entry(_split("digits"), 5),
-    "split-mnist": Entry(_split("mnist"), 5),
-    "split-fashion": Entry(_split("fashion-mnist"), 5),
-    "split-cifar100": Entry(_split("cifar100"), 10),
-    "permuted-mnist": Entry(
+    "split-digits": Recipe(_split("digits"), 5),
+    "split-mnist": Recipe(_split("mnist"), 5),
+    "split-fashion": Recipe(_split("fashion-mnist"), 5),
+    "split-cifar100": Recipe(_split("cifar100"), 10),
+    "permuted-mnist": Recipe(
         lambda f, tasks, seed: standardised(permuted(*data.load("mnist", f), tasks, seed)), 10
     ),
-    "rotated-mnist": Entry(
+    "rotated-mnist": Recipe(
         lambda f, tasks, seed: standardised(rotated(*data.load("mnist", f), tasks)), 10
     ),
-    "datasets": Entry(lambda f, tasks, seed: recognition(f, tasks), 8),
+    "datasets": Recipe(lambda f, tasks, seed: recognition(f, tasks), 8),
 }
 
 
@@ -144,7 +146,7 @@ def _in_memory(dataset: Dataset[Any]) -> Tensors:
 
 def _at_least_one(tasks: int) -> None:
     if tasks < 1:
-        raise ValueError(f"tasks must be at least 1, got {tasks}")
+        raise ValueError(f"tasks: got {tasks}, expected at least 1")
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -12,21 +12,25 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 
 class Tensors(Dataset[tuple[Tensor, Tensor]]):
-    """Data in memory, which can be had sample by sample or, much faster, whole batches at once.
+    """Data in memory, read sample by sample or, much faster, in whole batches.
 
-    ``x``: inputs (N, ...). ``y``: labels (N,), of any integer type, kept as int64. ``transform``:
-    is given inputs (n, ...) whenever they are read and returns as many, of whatever shape; None
-    leaves them as they are. Raises ValueError if the labels are none, or not as many as inputs.
+    Args:
+        x: inputs (N, ...).
+        y: labels (N,), of any integer type, kept as int64.
+        transform: maps inputs (n, ...) to as many of any shape, whenever they are read; None: as they are.
+
+    Raises:
+        ValueError: labels that are no integers (N,), or not as many as inputs.
     """
 
     def __init__(
         self, x: Tensor, y: Tensor, transform: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         if y.ndim != 1 or y.is_floating_point() or y.is_complex():
-            raise ValueError(f"y must be integers (N,), got {y.dtype} of shape {tuple(y.shape)}")
+            raise ValueError(f"y: got {y.dtype} of shape {tuple(y.shape)}, expected integers (N,)")
         if x.ndim == 0 or len(x) != len(y):
             raise ValueError(
-                f"x must have an input for each of the {len(y)} labels, got shape {tuple(x.shape)}"
+                f"x: got shape {tuple(x.shape)}, expected an input for each of the {len(y)} labels"
             )
         self.x, self.y, self.transform = x, y.long(), transform
 
@@ -38,25 +42,25 @@ class Tensors(Dataset[tuple[Tensor, Tensor]]):
         return (x if self.transform is None else self.transform(x))[0], self.y[i]
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The samples ``index``, (n,) int64: inputs (n, ...) and labels (n,)."""
+        """The samples `index`, (n,) int64: inputs (n, ...) and labels (n,)."""
         x = self.x[index]
         return x if self.transform is None else self.transform(x), self.y[index]
 
     def subset(self, index: Tensor) -> Tensors:
-        """The samples ``index``, (n,) int64 or (N,) bool, as data of their own."""
+        """The samples `index`, (n,) int64 or (N,) bool, as a data set."""
         return Tensors(self.x[index], self.y[index], self.transform)
 
     def transformed(self, transform: Callable[[Tensor], Tensor]) -> Tensors:
-        """The same samples, in the same memory, seen through one more transform."""
+        """These samples, in the same memory, seen through one more transform."""
         first = self.transform
         both = transform if first is None else lambda x: transform(first(x))
         return Tensors(self.x, self.y, both)
 
 
 def labels(dataset: Dataset[Any]) -> Tensor:
-    """The labels of all samples, (N,) int64, without reading the inputs where that can be avoided.
+    """The labels of all samples, (N,) int64.
 
-    It can for `Tensors`, TensorDataset, Subset and what has ``targets`` as torchvision's have.
+    Inputs are not read for `Tensors`, TensorDataset, Subset and data sets with `targets`, as torchvision's.
     """
     if isinstance(dataset, Tensors):
         return dataset.y
@@ -72,25 +76,30 @@ def labels(dataset: Dataset[Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """One learning unit: data to train and to test on, and the classes that are told apart in it."""
+    """A learning unit: data to train and to test on, and the classes that it distinguishes.
+
+    Attributes:
+        classes: the labels in the data sets, sorted.
+    """
 
     name: str
     train: Dataset[Any]
     test: Dataset[Any]
-    classes: tuple[int, ...]  # the labels as the data sets give them, sorted
+    classes: tuple[int, ...]
 
     def positions(self, labels: Tensor) -> Tensor:
-        """Where each of the labels, (N,), is in ``classes``: what a head is trained on, (N,) int64.
+        """The position of each label in `classes`, which a head is trained on: (N,) -> (N,) int64.
 
-        Raises ValueError naming a label that is not among them.
+        Raises:
+            ValueError: a label that is not among the classes.
         """
         classes = torch.tensor(self.classes, device=labels.device)
         positions = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
         foreign = labels[classes[positions] != labels]
         if len(foreign):
             raise ValueError(
-                f"labels must be among the classes {_some(self.classes)} of task {self.name!r}, "
-                f"got {foreign[0].item()}"
+                f"labels: got {foreign[0].item()}, expected one of the classes {_some(self.classes)} of task "
+                f"{self.name!r}"
             )
         return positions
 
@@ -99,7 +108,8 @@ class Task:
 class Scenario:
     """Tasks in the order in which they are learned, all with inputs of the same shape.
 
-    Raises ValueError if there is no task, or if an input is no tensor or has another shape.
+    Raises:
+        ValueError: no task, or a first input that is no tensor or has another shape.
     """
 
     tasks: tuple[Task, ...]
@@ -107,19 +117,19 @@ class Scenario:
 
     def __post_init__(self) -> None:
         if not self.tasks:
-            raise ValueError("tasks must be at least one, got none")
+            raise ValueError("tasks: got none, expected at least one")
         for task in self.tasks:
             for part, dataset in (("train", task.train), ("test", task.test)):
                 x = dataset[0][0]
                 if not isinstance(x, Tensor):
                     raise ValueError(
-                        f"tasks must have tensors as inputs, got {type(x).__name__} to {part} task "
-                        f"{task.name!r}: give its data set a transform that makes them"
+                        f"tasks: got {type(x).__name__} as input to {part} task {task.name!r}, expected a "
+                        "tensor: give its data set a transform that makes one"
                     )
                 if x.shape != self.shape:
                     raise ValueError(
-                        f"tasks must all have inputs of shape {self.shape} as the first has, "
-                        f"got {tuple(x.shape)} to {part} task {task.name!r}"
+                        f"tasks: got inputs of shape {tuple(x.shape)} to {part} task {task.name!r}, expected "
+                        f"{self.shape} as in the first task"
                     )
 
     @property
@@ -128,10 +138,10 @@ class Scenario:
         return tuple(self.tasks[0].train[0][0].shape)
 
     def reordered(self, order: Sequence[int]) -> Scenario:
-        """The same tasks, that at position ``order[0]`` first; ValueError unless each is in it once."""
+        """These tasks with that at position `order[0]` first; a ValueError unless each is in it once."""
         if sorted(order) != list(range(len(self.tasks))):
             raise ValueError(
-                f"order must have each of 0 to {len(self.tasks) - 1} once, got {list(order)}"
+                f"order: got {list(order)}, expected each of 0 to {len(self.tasks) - 1} once"
             )
         return Scenario(tuple(self.tasks[t] for t in order), self.name)
 
@@ -141,42 +151,55 @@ def from_datasets(
     names: Sequence[str] | None = None,
     name: str = "",
 ) -> Scenario:
-    """One task for each pair of data sets, to train and to test on, with the classes found in it.
+    """One task for each pair of data sets, with the classes found in it.
 
-    ``names``: of the tasks; None numbers them from 0. Raises ValueError if there are not as many
-    names as pairs, or if data are empty or have test labels that do not occur in training.
+    Args:
+        pairs: data to train and to test on.
+        names: of the tasks; None numbers them from 0.
+        name: of the scenario.
+
+    Raises:
+        ValueError: not as many names as pairs, no data, or test labels that do not occur in training.
     """
     names = [str(t) for t in range(len(pairs))] if names is None else names
     if len(names) != len(pairs):
-        raise ValueError(f"names must be one for each of the {len(pairs)} tasks, got {len(names)}")
+        raise ValueError(
+            f"names: got {len(names)}, expected one for each of the {len(pairs)} tasks"
+        )
     tasks = []
     for task, (train, test) in zip(names, pairs, strict=True):
         classes, tested = labels(train).unique().tolist(), labels(test).unique().tolist()
         if not classes or not tested:
-            raise ValueError(f"pairs: task {task!r} must have samples to train and to test on")
+            raise ValueError(
+                f"pairs: got no samples to train or to test task {task!r} on, expected some"
+            )
         if not set(tested) <= set(classes):
             raise ValueError(
-                f"pairs: test labels of task {task!r} must be among those in training, "
-                f"{_some(classes)}, got {min(set(tested) - set(classes))}"
+                f"pairs: got the test label {min(set(tested) - set(classes))} in task {task!r}, expected one "
+                f"of those in training, {_some(classes)}"
             )
         tasks.append(Task(task, train, test, tuple(classes)))
     return Scenario(tuple(tasks), name)
 
 
 def split(train: Dataset[Any], test: Dataset[Any], tasks: int = 5, name: str = "") -> Scenario:
-    """Share the classes out to ``tasks`` tasks of equal size, in the order of their labels.
+    """Divide the classes into tasks of equal size, in the order of their labels.
 
-    Tasks are named by their classes, as in ``"0/1"``, or more than four as in ``"0-9"``. Raises
-    ValueError if the classes cannot be shared out evenly, or if one of them has no test sample.
+    Tasks are named by their classes, as in "0/1", or "0-9" for more than four.
+
+    Raises:
+        ValueError: classes that cannot be divided evenly, or one without test samples.
     """
     to_train, to_test = labels(train), labels(test)
     classes = to_train.unique().tolist()
     if tasks < 1 or not classes or len(classes) % tasks:
-        raise ValueError(f"tasks must divide the number of classes, {len(classes)}, got {tasks}")
+        raise ValueError(
+            f"tasks: got {tasks}, expected a divisor of the number of classes, {len(classes)}"
+        )
     if to_test.unique().tolist() != classes:
         raise ValueError(
-            f"test must have labels of the classes {_some(classes)}, as in training, "
-            f"got {_some(to_test.unique().tolist())}"
+            f"test: got labels of the classes {_some(to_test.unique().tolist())}, expected "
+            f"{_some(classes)} as in training"
         )
     size = len(classes) // tasks
     made = []

@@ -1,4 +1,4 @@
-"""The same images seen another way: functions of a batch (N, C, H, W), applied when it is read."""
+"""Transforms of image batches (N, C, H, W), applied when a batch is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, eq=False)
 class Permutation:
-    """Pixel i of the result, counted row by row, is pixel ``order[i]``; in all channels alike."""
+    """Pixel i of the result, counted row by row, is pixel `order[i]` of the image, in every channel."""
 
     order: Tensor  # (H * W,) int64
 
@@ -23,7 +23,7 @@ class Permutation:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Counter-clockwise about the middle; between pixels bilinear, black from outside the image."""
+    """Rotation counter-clockwise about the centre, bilinear between pixels, black outside the image."""
 
     degrees: float
 
@@ -39,14 +39,16 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Canvas:
-    """Images put in the middle of a black one of another shape, a single channel repeated."""
+    """Images centred on a black one of another shape, a single channel repeated."""
 
     shape: tuple[int, int, int]  # (C, H, W)
 
     def __call__(self, x: Tensor) -> Tensor:
         channels, height, width = self.shape
         if x.shape[1] not in (1, channels) or x.shape[2] > height or x.shape[3] > width:
-            raise ValueError(f"x must fit into images {self.shape}, got {tuple(x.shape[1:])}")
+            raise ValueError(
+                f"x: got images {tuple(x.shape[1:])}, expected ones that fit into {self.shape}"
+            )
         down, right = height - x.shape[2], width - x.shape[3]
         padded = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
         return padded if x.shape[1] == channels else padded.repeat(1, channels, 1, 1)
@@ -54,14 +56,14 @@ class Canvas:
 
 @dataclass(frozen=True, eq=False)
 class Standardisation:
-    """Each channel minus its mean, divided by its standard deviation."""
+    """Each channel minus its mean, divided by its standard deviation, both (C,)."""
 
-    mean: Tensor  # (C,)
-    deviation: Tensor  # (C,)
+    mean: Tensor
+    deviation: Tensor
 
     @classmethod
     def of(cls, parts: Sequence[Tensor]) -> Standardisation:
-        """After which these images together, (N, C, H, W) each, have mean 0 and standard deviation 1."""
+        """The standardisation under which all these images, (N, C, H, W) each, have mean 0 and deviation 1."""
         pixels = sum(x[:, 0].numel() for x in parts)
         moments = [
             sum((x**power).sum((0, 2, 3), dtype=torch.float64) for x in parts) / pixels

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mas_ext.failures import Diverged, Vanished
 from mas_ext.kernels import ops
 from mas_ext.kernels.reference import part
+from mas_ext.kernels.warning import warn
 from mas_ext.parameters.fsdp import Sharding
 from mas_ext.parameters.names import check_supported
 from mas_ext.state import files as checkpoint
@@ -110,16 +111,17 @@ class Consolidation:
                 and importance are whole, so that every rank finds the same S_t, and the same mistakes.
 
         Raises:
-            ValueError: importance that is negative, not finite, of another shape or vanishing.
+            Diverged: parameters or importance that are not finite.
+            Vanished: importance at the level of rounding, under "consistent".
+            ValueError: importance that is negative or of another shape.
             TypeError: importance that is no tensor.
         """
         weight = check_weight(weight)
         total = self._check_importance(theta, importance)
         if total is None:
-            warnings.warn(
+            warn(
                 "consolidate: no parameter requires a gradient, nothing is consolidated",
                 RuntimeWarning,
-                stacklevel=4,
             )
             return
         if sharding is not None:
@@ -129,12 +131,11 @@ class Consolidation:
         old = self.memory.parts()
         gone = sorted(name for name in old if name not in theta)
         if gone:
-            warnings.warn(
+            warn(
                 f"consolidate: the model has no parameter {', '.join(map(repr, gone[:4]))}"
                 f"{', ...' if len(gone) > 4 else ''} any more; what was remembered of it is dropped "
                 "(rename() keeps it)",
                 RuntimeWarning,
-                stacklevel=4,
             )
         names = [name for name in theta if name in old or name in importance]
         known = {name: theta[name].detach() for name in names}
@@ -197,35 +198,36 @@ class Consolidation:
                     f"{tuple(theta[name].shape)}"
                 )
             if not torch.isfinite(theta[name]).all():
-                raise ValueError(
+                raise Diverged(
                     f"parameter {name!r}: got NaN or Inf, expected finite values; where training diverged, a "
                     "smaller lam or the proximal form helps"
                 )
             sums.append(omega.sum(dtype=torch.float64).cpu())
-            smallest = float(omega.min()) if omega.numel() else 0.0
-            lowest = float("-inf") if self.rule.merge == "latest" else 0.0
-            if not (smallest >= lowest and torch.isfinite(sums[-1])):
+            if not torch.isfinite(sums[-1]):
+                raise Diverged(
+                    f"importance of {name!r}: got a sum of {float(sums[-1])}, expected finite values"
+                )
+            if self.rule.merge != "latest" and (omega < 0).any():
                 raise ValueError(
-                    f"importance of {name!r}: got values with minimum {smallest} and sum "
-                    f"{float(sums[-1])}, expected finite values{' from 0 up' if lowest == 0 else ''}"
+                    f"importance of {name!r}: got values with minimum {float(omega.min())}, expected "
+                    "values from 0 up"
                 )
         total = float(torch.stack(sums).sum())
         if self.rule.merge == "consistent":
             known = [entry.total for entry in self.memory.entries]
             if total <= 1e-6 * (statistics.median(known) if known else 0.0):
-                raise ValueError(
+                raise Vanished(
                     f"importance: got a sum of {total:.3g}, expected one above rounding level"
                     f"{f' ({statistics.median(known):.3g} is the median so far)' if known else ''}; "
-                    "the usual cause is an output of constant norm, such as a normalised embedding: "
-                    "choose another objective"
+                    "the usual causes are an output of constant norm, such as a normalised embedding "
+                    "(choose another objective), or a training that collapsed (choose a smaller lr)"
                 )
             if known and total < 1e-3 * statistics.median(known):
-                warnings.warn(
+                warn(
                     f"importance: its sum {total:.3g} is under a thousandth of the median so far, "
                     f"{statistics.median(known):.3g}; this task weighs on all parameters by "
                     "rounding noise more than the others",
                     RuntimeWarning,
-                    stacklevel=5,
                 )
         return total
 

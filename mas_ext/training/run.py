@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext import metrics
+from mas_ext.failures import Diverged
 from mas_ext.methods.method import Method, Training
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
@@ -85,10 +86,6 @@ class Progress:
     steps: int = 0
     best: float = -1.0
     waited: int = 0
-
-
-class OtherRun(ValueError):
-    """A checkpoint that another run wrote."""
 
 
 class Learning:
@@ -208,12 +205,12 @@ class Learning:
         """Look at the validation data, and say how the epoch went.
 
         Raises:
-            FloatingPointError: the loss is not finite any more.
+            Diverged: the loss is not finite any more.
         """
         at = self.at
         loss = float(self._loss_sum) / at.step
         if not math.isfinite(loss):
-            raise FloatingPointError(
+            raise Diverged(
                 f"loss: got {loss} in epoch {at.epoch} of task {at.task}, expected a finite one; a smaller lr "
                 'or lam helps, or mode="proximal"'
             )
@@ -335,18 +332,18 @@ class Learning:
         """Go on from where `state_dict` was taken.
 
         Raises:
-            OtherRun: it comes from another run; nothing has changed then.
+            ValueError: it comes from another run; nothing has changed then.
         """
         for name, own in self._described().items():
             if state["run"].get(name) != own:
-                raise OtherRun(
+                raise ValueError(
                     f"checkpoint: got a run with {name} {state['run'].get(name)}, expected {own}"
                 )
         models = state["model"], self.model.state_dict()
         for name in models[0] | models[1]:
             got, own = (tuple(t[name].shape) if name in t else None for t in models)
             if got != own and not name.startswith("heads."):
-                raise OtherRun(f"checkpoint: got {name!r} of shape {got}, expected {own}")
+                raise ValueError(f"checkpoint: got {name!r} of shape {got}, expected {own}")
         self._add_heads(state["heads"])
         self.model.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"], self.model)

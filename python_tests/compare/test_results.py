@@ -121,10 +121,12 @@ def test_everything_is_read(run: Path) -> None:
         np.testing.assert_array_equal(one.step_seconds.numpy(), seconds)
         average = [whole[0, 0], whole[1].mean()]
         np.testing.assert_allclose(one.average.numpy(), average, rtol=1e-15)
-    states = [[(e.finished, e.diverged) for e in seeds] for seeds in found.learned.values()]
+    states = [
+        [(e.found is not None, e.diverged) for e in seeds] for seeds in found.learned.values()
+    ]
     assert states == [
         [(True, None)] * 3,
-        [(True, None), (False, WHY), (False, None)],
+        [(True, None), (True, WHY), (False, None)],
         [(True, None), (False, None), (False, None)],
     ]
     assert found.learned["joint"][1].tasks == 0

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from mas_ext import models
+from mas_ext import cli, models
 from mas_ext.compare.options import Config
 from mas_ext.compare.sweep import run
+from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import METHODS
 from mas_ext.methods.method import Method, Training
 from mas_ext.scenarios import datasets as data
@@ -214,18 +215,51 @@ def test_what_diverges_does_not_end_the_comparison(
     assert again == text
 
 
-class NotFinite(Method):
-    """Its importance is what a network that diverged gives."""
+def test_a_network_that_collapsed_does_not_end_the_comparison(tmp_path: Path) -> None:
+    """At this learning rate no hidden unit answers to any digit: importance is zero, exactly."""
+    values = {**SMALL, "methods": ["mas-alpha"], "optimizer": "adam", "lr": 5.0}
+    text = run(Config.read(values), tmp_path / "run")
+    assert "mas-alpha diverged: importance: got a relative sensitivity of 0, expected" in text
 
-    def end_task(self, training: Training) -> None:
-        raise ValueError("importance: got nan, expected finite values")
+
+def failing(error: Exception) -> type[Method]:
+    """A method that fails at the end of its first task."""
+
+    class Failing(Method):
+        def end_task(self, training: Training) -> None:
+            raise error
+
+    return Failing
 
 
-def test_consolidation_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "broken", NotFinite)
-    text = run(Config.read({**SMALL, "methods": ["broken", "joint"]}), tmp_path / "run")
-    assert "broken diverged: importance: got nan, expected finite values" in text
+@pytest.mark.parametrize("kind", [Diverged, Vanished])
+def test_consolidation_that_fails(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "failing", failing(kind("importance: got nan")))
+    text = run(Config.read({**SMALL, "methods": ["failing", "joint"]}), tmp_path / "run")
+    assert "failing diverged: importance: got nan" in text
     assert result(tmp_path / "run", "joint-seed0")["average_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("kind", [ValueError, FloatingPointError, RuntimeError])
+def test_a_bug_in_a_method_is_no_result(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "failing", failing(kind("labels: got 3, expected 2")))
+    with pytest.raises(kind, match="labels: got 3, expected 2"):
+        run(Config.read({**SMALL, "methods": ["failing"]}), tmp_path / "run")
+    assert not (tmp_path / "run" / "failing-seed0" / "result.json").exists()
+    assert not (tmp_path / "run" / "table.md").exists()
+
+
+def test_a_bug_in_a_method_is_an_exit_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(METHODS, "failing", failing(ValueError("labels: got 3, expected 2")))
+    words = ["--methods", "failing", "--tasks", "2", "--hidden", "16", "--epochs", "1"]
+    assert cli.main(["run", "--out", str(tmp_path / "run"), *words]) == 1
+    assert "mas-ext: error: labels: got 3, expected 2" in capsys.readouterr().err
 
 
 # -- before any work ---------------------------------------------------------------------------------------
@@ -244,13 +278,13 @@ class NeedsSgd(Method):
         ({"methods": {"mas": {"mode": "proximl"}}}, "mas: mode: .*proximl"),
         ({"methods": {"mas": {"merge": "som"}}}, "mas: merge: .*som"),
         ({"epochs": [1, 2, 3]}, "epochs: got 3 numbers, expected one for each of 2 tasks"),
-        ({"tasks": 3}, "tasks must divide the number of classes"),
-        ({"order": [0, 2]}, "order must have each of 0 to 1 once"),
+        ({"tasks": 3}, "tasks: got 3, expected a divisor of the number of classes, 10"),
+        ({"order": [0, 2]}, r"order: got \[0, 2\], expected each of 0 to 1 once"),
         (
             {"validation": 0.001},
             "validation: got 0.001 of the [0-9]+ samples of task '0-4', which is",
         ),
-        ({"model": "alexnet", "hidden": None}, "sides of 20 or more"),
+        ({"model": "alexnet", "hidden": None}, "with sides of at least 20"),
     ],
 )
 def test_refused_before_anything_is_written(

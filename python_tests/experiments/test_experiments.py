@@ -29,11 +29,14 @@ from experiments.consistency import toy
 from experiments.embedding import Embedding, RankingEWC, ranks, rivals, shortfall
 from experiments.facts import glyphs as glyphs_of
 from experiments.facts import scores
-from experiments.learned import GRID
+from experiments.learned import GRID, trained
 from experiments.official_demo import Reestimated
 from experiments.regression import VARIANTS, Arm, GaussianEWC
 from mas_ext import models
 from mas_ext.compare.cells import Cell, Found, choose, chosen, decades
+from mas_ext.compare.options import Config
+from mas_ext.failures import Diverged, Vanished
+from mas_ext.methods import Method
 from mas_ext.methods.method import Training
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +166,26 @@ def test_lam_where_all_diverge(tmp_path: Path) -> None:
             results.add(needed, {"diverged": "nan"}, 0.0)
     assert len(results.entries) == 4
     assert chosen(results, choose(results, [{}], decades(GRID[:4]))) is None
+
+
+class Failing(Method):
+    """Fails at the end of its first task."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def end_task(self, training: Training) -> None:
+        raise self.error
+
+
+def test_only_failed_trainings_are_results() -> None:
+    config = Config.read({"tasks": 2, "hidden": [4], "epochs": 1})
+    scenario = config.make_scenario(0)
+    for kind in (Diverged, Vanished):
+        found = trained(config, scenario, Failing(kind("importance: got nan")), 0)
+        assert found == {"diverged": "importance: got nan"}
+    with pytest.raises(ValueError, match="labels: got 3"):
+        trained(config, scenario, Failing(ValueError("labels: got 3")), 0)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -69,9 +69,9 @@ def test_a_seed_gives_the_same_head_whatever_the_default_device_is() -> None:
 
 def test_heads_that_cannot_be() -> None:
     model = models.mlp((3,), hidden=(4,))
-    with pytest.raises(ValueError, match="the model has no head yet: call add_head first"):
+    with pytest.raises(ValueError, match="model: got no head, expected at least one"):
         model(torch.randn(1, 3))
-    with pytest.raises(ValueError, match="classes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="classes: got 0, expected at least 1"):
         model.add_head(0)
 
 
@@ -120,14 +120,16 @@ def test_networks_take_images_of_any_shape(name: str, shape: tuple[int, ...]) ->
 
 
 def test_networks_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="unknown model 'resnet19', did you mean 'resnet18'"):
+    with pytest.raises(ValueError, match="name: got 'resnet19', did you mean 'resnet18'"):
         models.build("resnet19", (3, 32, 32))
     for name, shape, least in (
         ("cnn", (1, 7, 28), 8),
         ("alexnet", (3, 32, 19), 20),
         ("resnet20", (784,), 1),
     ):
-        with pytest.raises(ValueError, match=rf"with sides of {least} or more, got \({shape[0]}"):
+        with pytest.raises(
+            ValueError, match=rf"shape: got \({shape[0]}.*with sides of at least {least}$"
+        ):
             models.build(name, shape)
 
 
@@ -188,13 +190,19 @@ def test_layers_that_cannot_be_heads() -> None:
     network = user_network()
     before = str(network)
     for head, got in (
-        ("fc", "'fc', nothing of that name; choose from 0.1, 1.1"),
-        ("1.2", "'1.2', nothing of that name; did you mean '1.1'"),
+        (
+            "fc",
+            "'fc', nothing of that name, expected the name of an nn.Linear; choose from 0.1, 1.1",
+        ),
+        (
+            "1.2",
+            "'1.2', nothing of that name, expected the name of an nn.Linear; did you mean '1.1'",
+        ),
         ("1", "'1', a layer of type Sequential"),
         ("1.0", "'1.0', a layer of type Tanh"),
         ("", "'', nothing of that name"),
     ):
-        with pytest.raises(ValueError, match=f"the name of an nn.Linear, got {got}"):
+        with pytest.raises(ValueError, match=f"head: got {got}"):
             models.with_heads(network, head)
     assert str(network) == before
     with pytest.raises(ValueError, match=r"the module has no nn\.Linear"):
@@ -252,10 +260,19 @@ def test_counts_of_batches_may_be_missing(tmp_path: Path) -> None:
     ("changed", "expected"),
     [
         ({"bn1.bias": None, "conv1.weight": None}, r"got no 'conv1.weight' \(and 1 others missing"),
-        ({"bn1.bias": torch.ones(17)}, r"'bn1.bias' as torch.float32 of shape \(16,\), got"),
-        ({"bn1.bias": torch.ones(16, dtype=torch.int8)}, "'bn1.bias' as torch.float32.*got.*int8"),
-        ({"layer4.0.bn1.bias": torch.ones(1)}, "the head, got 2: layer4.0.bn1, linear"),
-        ({"epoch": 3}, "a dict of tensors, got int as 'epoch'"),
+        (
+            {"bn1.bias": torch.ones(17)},
+            r"got 'bn1.bias' .*, expected torch.float32 of shape \(16,\)",
+        ),
+        (
+            {"bn1.bias": torch.ones(16, dtype=torch.int8)},
+            "got 'bn1.bias' as torch.int8 .*expected torch.float32",
+        ),
+        (
+            {"layer4.0.bn1.bias": torch.ones(1)},
+            "got 2 layers .*, layer4.0.bn1, linear, expected one",
+        ),
+        ({"epoch": 3}, "got int as 'epoch', expected a dict of tensors"),
     ],
     ids=["missing", "shape", "dtype", "another network", "no tensor"],
 )
@@ -265,7 +282,7 @@ def test_weights_that_do_not_fit(tmp_path: Path, changed: dict, expected: str) -
     torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, path)
     model = models.resnet20((3, 8, 8))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=f"^{path}: expected .*{expected}"):
+    with pytest.raises(ValueError, match=f"^{path}: .*{expected}"):
         models.load_backbone(model, path)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
@@ -291,10 +308,12 @@ def test_broken_and_evil_files_of_weights(tmp_path: Path) -> None:
     ):
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"^{path}: expected a whole file of weights"):
+        with pytest.raises(ValueError, match=f"^{path}: got a damaged file, or one with code"):
             models.load_backbone(models.resnet20((3, 8, 8)), path)
     torch.save([1], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="a dict of tensors, got list as 'the whole file'"):
+    with pytest.raises(
+        ValueError, match="got list as 'the whole file', expected a dict of tensors"
+    ):
         models.load_backbone(models.resnet20((3, 8, 8)), tmp_path / "list.pt")
     with pytest.raises(FileNotFoundError):
         models.load_backbone(models.resnet20((3, 8, 8)), tmp_path / "missing.pt")

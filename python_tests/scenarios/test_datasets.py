@@ -61,6 +61,7 @@ def test_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("MAS_EXT_DATA", str(env))
+    env.mkdir()
 
     with pytest.raises(FileNotFoundError) as error:
         data.load("mnist")
@@ -78,6 +79,25 @@ def test_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         data.load("mnist", given)
 
 
+def test_a_folder_of_the_environment_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not passed over: data of another folder would be taken for it."""
+    monkeypatch.chdir(tmp_path)
+    write_idx_folder(tmp_path / "data" / "MNIST" / "raw")
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "dta", tmp_path / "file"):
+        monkeypatch.setenv("MAS_EXT_DATA", str(wrong))
+        with pytest.raises(
+            FileNotFoundError, match=f"^MAS_EXT_DATA: got '{wrong}', expected a fol"
+        ):
+            data.load("mnist")
+        assert data.load("mnist", tmp_path / "data")[0].x.shape == (6, 1, 2, 3)
+        data.load("digits")
+    monkeypatch.setenv("MAS_EXT_DATA", "")
+    assert data.load("mnist")[0].x.shape == (6, 1, 2, 3)
+
+
 def test_digits_are_all_there_and_always_the_same() -> None:
     (train, test), (again, _) = data.load("digits"), data.load("digits")
     assert train.x.shape == (1348, 1, 8, 8)
@@ -93,14 +113,14 @@ def test_digits_are_all_there_and_always_the_same() -> None:
 
 
 def test_digits_take_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="folder must not be given for the digits"):
+    with pytest.raises(ValueError, match=r"folder: got .* for the digits, expected none"):
         data.load("digits", tmp_path)
 
 
 def test_unknown_dataset() -> None:
-    with pytest.raises(ValueError, match="dataset: unknown name 'kmnits', did you mean 'kmnist'"):
+    with pytest.raises(ValueError, match="dataset: got 'kmnits', did you mean 'kmnist'"):
         data.load("kmnits")
-    with pytest.raises(ValueError, match="unknown name 'x', choose from digits, mnist, fashion-"):
+    with pytest.raises(ValueError, match="got 'x', choose from digits, mnist, fashion-"):
         data.load("x")
 
 
@@ -190,9 +210,11 @@ def test_parts_and_images_of_torchvision(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("torchvision")
 def test_what_torchvision_has_not(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no 'Flowers103', did you mean 'Flowers102'"):
+    with pytest.raises(
+        ValueError, match="got 'Flowers103', which torchvision lacks, did you mean 'Flowers102'"
+    ):
         data.torchvision_dataset("Flowers103", tmp_path, 64)
-    with pytest.raises(ValueError, match="with parts to train and to test on, got 'SUN397'"):
+    with pytest.raises(ValueError, match="got 'SUN397', expected a data set with parts"):
         data.torchvision_dataset("SUN397", tmp_path, 64)
     missing = tmp_path / "missing"
     with pytest.raises(FileNotFoundError, match=f"^Flowers102 is not whole in {missing}: Dataset"):

@@ -42,15 +42,18 @@ def test_read_idx_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "expected a header of 16 bytes, got 0 bytes"),
-        (IMAGES[:15], "expected a header of 16 bytes, got 15 bytes"),
-        (IMAGES[:-1], "expected 2 x 3 x 4 bytes after the header as it says, got 23"),
-        (IMAGES + b"\0", "expected 2 x 3 x 4 bytes after the header as it says, got 25"),
-        (idx(b"", 2**31, 2**31, 2**31), "expected 2147483648 x 2147483648 x 2147483648 bytes"),
-        (idx(bytes(24), 24), "expected magic number 0x0803, got 0x0801"),
-        (idx(bytes(24), 2, 3, 4, magic=0x0D03), "expected magic number 0x0803, got 0x0d03"),
-        (gzip.compress(IMAGES), "expected magic number 0x0803, got 0x1f8b08"),
-        (b"<!DOCTYPE html><html>", "expected magic number 0x0803, got 0x3c21444f"),
+        (b"", "got 0 bytes, expected a header of 16 bytes"),
+        (IMAGES[:15], "got 15 bytes, expected a header of 16 bytes"),
+        (IMAGES[:-1], "got 23 bytes after the header, expected 2 x 3 x 4 as"),
+        (IMAGES + b"\0", "got 25 bytes after the header, expected 2 x 3 x 4 as"),
+        (
+            idx(b"", 2**31, 2**31, 2**31),
+            "got 0 bytes .*expected 2147483648 x 2147483648 x 2147483648",
+        ),
+        (idx(bytes(24), 24), "got magic number 0x0801, expected 0x0803"),
+        (idx(bytes(24), 2, 3, 4, magic=0x0D03), "got magic number 0x0d03, expected 0x0803"),
+        (gzip.compress(IMAGES), "got magic number 0x1f8b08"),
+        (b"<!DOCTYPE html><html>", "got magic number 0x3c21444f"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -68,7 +71,7 @@ def test_broken_idx(tmp_path: Path, content: bytes, expected: str) -> None:
 def test_truncated_gzip(tmp_path: Path, length: int) -> None:
     path = tmp_path / "images.gz"
     path.write_bytes(gzip.compress(IMAGES)[:length])
-    with pytest.raises(ValueError, match=f"^{path}: expected a "):
+    with pytest.raises(ValueError, match=f"^{path}: got "):
         data_files.read_idx(path, dims=3)
 
 
@@ -88,7 +91,7 @@ def test_any_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
             assert pixels.flatten().tolist() == list(range(24))
     # Harmless at most: flags, time and system in gzip's header, and the last bits before its sum.
     assert len(messages) >= 8 * len(whole) - 8 * 7 - 7
-    assert all(message.startswith(f"{path}: expected a ") for message in messages)
+    assert all(message.startswith(f"{path}: got ") for message in messages)
 
 
 def test_as_many_labels_as_images(tmp_path: Path) -> None:
@@ -96,7 +99,9 @@ def test_as_many_labels_as_images(tmp_path: Path) -> None:
     write_idx_folder(raw)
     labels = raw / "t10k-labels-idx1-ubyte"
     labels.write_bytes(idx(bytes(3), 3))
-    with pytest.raises(ValueError, match=f"^{labels}: expected a label for each of the 4 images"):
+    with pytest.raises(
+        ValueError, match=f"^{labels}: got 3 labels, expected one for each of the 4 images"
+    ):
         data_files.read_idx_folder(raw)
 
 
@@ -120,26 +125,26 @@ def test_npz(tmp_path: Path, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"x_train": np.zeros((4, 2, 3))}, "images as bytes .*, got float64 of shape"),
-        ({"x_test": np.zeros((2, 6), np.uint8)}, "images as bytes .*, got uint8 of shape"),
-        ({"y_train": np.zeros(4)}, "labels as integers .*, got float64 of shape"),
-        ({"y_test": np.zeros((2, 1), int)}, "labels as integers .*, got int64 of shape"),
-        ({"y_test": np.zeros(3, int)}, "a label for each of the 2 images, got 3"),
-        ({"y_test": np.array([0, "a"], dtype=object)}, "an array 'y_test' of numbers"),
+        ({"x_train": np.zeros((4, 2, 3))}, "images as float64 of shape .*, expected bytes"),
+        ({"x_test": np.zeros((2, 6), np.uint8)}, "images as uint8 of shape .*, expected bytes"),
+        ({"y_train": np.zeros(4)}, "labels as float64 of shape .*, expected integers"),
+        ({"y_test": np.zeros((2, 1), int)}, "labels as int64 of shape .*, expected integers"),
+        ({"y_test": np.zeros(3, int)}, "3 labels, expected one for each of the 2 images"),
+        ({"y_test": np.array([0, "a"], dtype=object)}, "no array 'y_test' of numbers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_npz_of_something_else(tmp_path: Path, changed: dict, expected: str) -> None:
     path = tmp_path / "images.npz"
     write_npz(path, 2, 3, **changed)
-    with pytest.raises(ValueError, match=f"^{path}: expected {expected}"):
+    with pytest.raises(ValueError, match=f"^{path}: got {expected}"):
         data_files.read_npz(path)
 
 
 def test_a_missing_array_is_named(tmp_path: Path) -> None:
     path = tmp_path / "images.npz"
     np.savez(path, x_train=np.zeros((1, 2, 3), np.uint8))
-    with pytest.raises(ValueError, match=f"^{path}: expected an array 'y_train' of numbers"):
+    with pytest.raises(ValueError, match=f"^{path}: got no array 'y_train' of numbers"):
         data_files.read_npz(path)
 
 
@@ -157,11 +162,11 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.npz"
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("x_train.npy", member)
-        with pytest.raises(ValueError, match=f"^{path}: expected an array 'x_train' of numbers"):
+        with pytest.raises(ValueError, match=f"^{path}: got no array 'x_train' of numbers"):
             data_files.read_npz(path)
     path = tmp_path / "pickle.npz"
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match=f"^{path}: expected a whole npz file"):
+    with pytest.raises(ValueError, match=f"^{path}: got a damaged npz file"):
         data_files.read_npz(path)
 
 
@@ -188,7 +193,7 @@ def test_any_flipped_bit_or_cut_of_an_npz_is_found_or_harmless(tmp_path: Path) -
                 assert torch.equal(images.y, right.y)
     # Harmless: times, systems, versions and rights, which zip keeps for each of the four arrays.
     assert len(messages) > len(broken) / 2
-    assert all(message.startswith(f"{path}: expected ") for message in messages)
+    assert all(message.startswith(f"{path}: got ") for message in messages)
 
 
 # A real file, where it is at hand. Defined conditionally, so that no test is ever skipped.
@@ -197,5 +202,5 @@ if (SHARED / "broken-truncated-idx3-ubyte.gz").is_file():
 
     def test_real_truncated_file() -> None:
         path = SHARED / "broken-truncated-idx3-ubyte.gz"
-        with pytest.raises(ValueError, match=f"^{path}: expected a whole gzip file, got a broken"):
+        with pytest.raises(ValueError, match=f"^{path}: got a damaged gzip file"):
             data_files.read_idx(path, dims=3)

@@ -75,9 +75,21 @@ def test_a_transform_is_given_whole_batches_and_only_what_is_read() -> None:
 @pytest.mark.parametrize(
     ("x", "y", "expected"),
     [
-        (torch.ones(3, 2), torch.zeros(2, dtype=torch.int64), "each of the 2 labels, got shape"),
-        (torch.tensor(1.0), torch.zeros(1, dtype=torch.int64), r"each of the 1 labels.*\(\)"),
-        (torch.ones(3, 2), torch.zeros(3), r"y must be integers \(N,\), got torch.float32"),
+        (
+            torch.ones(3, 2),
+            torch.zeros(2, dtype=torch.int64),
+            "x: got shape .*, expected an input for each of the 2 labels",
+        ),
+        (
+            torch.tensor(1.0),
+            torch.zeros(1, dtype=torch.int64),
+            r"got shape \(\), expected an input for each of the 1 labels",
+        ),
+        (
+            torch.ones(3, 2),
+            torch.zeros(3),
+            r"y: got torch.float32 of shape .*, expected integers \(N,\)",
+        ),
         (torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.int64), r"of shape \(3, 1\)"),
     ],
 )
@@ -114,7 +126,8 @@ def test_positions_count_the_classes_of_the_task() -> None:
     assert task.positions(torch.tensor([], dtype=torch.int64)).tolist() == []
     for label in (-1, 4, 41):
         with pytest.raises(
-            ValueError, match=rf"classes \[3, 7, 40\] of task 'animals', got {label}$"
+            ValueError,
+            match=rf"labels: got {label}, expected one of the classes \[3, 7, 40\] of task 'animals'$",
         ):
             task.positions(torch.tensor([3, label, 7]))
 
@@ -135,20 +148,24 @@ def test_any_data_sets_are_tasks() -> None:
 
 def test_data_sets_that_are_no_tasks() -> None:
     good = (numbered([0, 1]), numbered([1]))
-    with pytest.raises(ValueError, match="one for each of the 1 tasks, got 2"):
+    with pytest.raises(ValueError, match="names: got 2, expected one for each of the 1 tasks"):
         from_datasets([good], names=["one", "two"])
-    with pytest.raises(ValueError, match="tasks must be at least one"):
+    with pytest.raises(ValueError, match="tasks: got none, expected at least one"):
         from_datasets([])
     for pair in ((numbered([]), numbered([])), (numbered([0]), numbered([]))):
-        with pytest.raises(ValueError, match="task '1' must have samples to train and to test on"):
+        with pytest.raises(
+            ValueError, match="pairs: got no samples to train or to test task '1' on"
+        ):
             from_datasets([good, pair])
-    with pytest.raises(ValueError, match=r"test labels of task '0'.*\[0, 1\], got 2$"):
+    with pytest.raises(ValueError, match=r"got the test label 2 in task '0', expected .*\[0, 1\]$"):
         from_datasets([(numbered([0, 1]), numbered([1, 2]))])
     for pair in (
         (Tensors(torch.ones(1, 5), torch.tensor([0])), numbered([0])),
         (numbered([0]), Tensors(torch.ones(1, 5), torch.tensor([0]))),
     ):
-        with pytest.raises(ValueError, match=r"shape \(1, 2, 2\) as the first has, got \(5,\)"):
+        with pytest.raises(
+            ValueError, match=r"got inputs of shape \(5,\) .*expected \(1, 2, 2\) as in the first"
+        ):
             from_datasets([good, pair])
 
 
@@ -204,18 +221,24 @@ def test_many_classes_have_a_short_name() -> None:
 
 @pytest.mark.parametrize("tasks", [0, -1, 3, 5])
 def test_classes_that_cannot_be_shared_out(tasks: int) -> None:
-    with pytest.raises(ValueError, match=f"number of classes, 4, got {tasks}$"):
+    with pytest.raises(
+        ValueError, match=f"tasks: got {tasks}, expected a divisor of the number of classes, 4$"
+    ):
         split(numbered([0, 1, 2, 3]), numbered([0, 1, 2, 3]), tasks)
 
 
 def test_no_images_at_all() -> None:
-    with pytest.raises(ValueError, match="number of classes, 0, got 5"):
+    with pytest.raises(
+        ValueError, match="tasks: got 5, expected a divisor of the number of classes, 0"
+    ):
         split(numbered([]), numbered([]))
 
 
 @pytest.mark.parametrize("y_test", [[0, 1, 2], [0, 1, 2, 3, 4]])
 def test_test_labels_differ_from_training(y_test: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"labels of the classes \[0, 1, 2, 3\], as in training"):
+    with pytest.raises(
+        ValueError, match=r"test: got labels of .*expected \[0, 1, 2, 3\] as in training"
+    ):
         split(numbered([0, 1, 2, 3]), numbered(y_test), tasks=2)
 
 
@@ -231,11 +254,13 @@ def test_tasks_in_another_order() -> None:
     assert [task.classes for task in turned.tasks] == [(2,), (0,), (1,)]
     assert turned.name == "three"
     for order in ([0, 1], [0, 1, 1], [1, 2, 3], []):
-        with pytest.raises(ValueError, match="order must have each of 0 to 2 once, got"):
+        with pytest.raises(ValueError, match=r"order: got .*, expected each of 0 to 2 once"):
             scenario.reordered(order)
 
 
 def test_inputs_that_are_no_tensors() -> None:
     pictures = [(bytes(4), 0)]
-    with pytest.raises(ValueError, match="got bytes to test task 'one': give its data set a"):
+    with pytest.raises(
+        ValueError, match="got bytes as input to test task 'one', expected a tensor"
+    ):
         Scenario((Task("one", numbered([0]), pictures, (0,)),))

@@ -69,7 +69,9 @@ def test_canvas_frames_and_repeats() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 4, 4), (3, 7, 6), (1, 6, 7)])
 def test_what_does_not_fit_on_a_canvas(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"x must fit into images \(3, 6, 6\), got"):
+    with pytest.raises(
+        ValueError, match=r"x: got images .*, expected ones that fit into \(3, 6, 6\)"
+    ):
         Canvas((3, 6, 6))(torch.rand(1, *shape))
 
 

@@ -11,6 +11,7 @@ import torch
 from oracles import naive
 from torch import Tensor
 
+from mas_ext.failures import Vanished
 from mas_ext.kernels import ops
 from mas_ext.kernels.native import Backend
 from mas_ext.state import quadratic as consolidation
@@ -518,12 +519,10 @@ def test_signed_importance_of_latest_is_clamped_in_its_total(backend: Backend) -
             lambda: {"w": torch.tensor([[1.0, -1e-9]], dtype=WIDE)},
             "importance of 'w': got values with minimum -[19]",
         ),
-        (lambda: {"w": row(1, float("nan"))}, "importance of 'w'"),
-        (lambda: {"w": row(1, float("inf"))}, "importance of 'w'"),
+        (lambda: {"w": row(1, float("nan"))}, "importance of 'w': got a sum of nan"),
+        (lambda: {"w": row(1, float("inf"))}, "importance of 'w': got a sum of inf"),
         (lambda: {"w": row(2, 1.0)}, r"importance of 'w': got shape \(2, 2\)"),
         (lambda: {"x": row(1, 1.0)}, "importance: got 'x'"),
-        (lambda: {"w": row(1, 0.0)}, "importance: got a sum of 0"),
-        (lambda: {"w": row(1, 1e-9)}, "above rounding level"),
     ],
 )
 def test_bad_importance_leaves_the_state_whole(
@@ -534,6 +533,18 @@ def test_bad_importance_leaves_the_state_whole(
     before = state.memory
     with pytest.raises((ValueError, KeyError), match=message):
         state.add_task({"w": row(1, 1.0)}, omega())
+    assert state.memory is before
+
+
+@pytest.mark.parametrize("total", [0.0, 1e-9])
+def test_importance_at_the_level_of_rounding_is_refused(total: float) -> None:
+    state = Consolidation(Rule(), 1.0)
+    state.add_task({"w": row(1, 1.0)}, {"w": row(1, 1.0)})
+    before = state.memory
+    with pytest.raises(
+        Vanished, match=f"got a sum of {total:g}, expected one above rounding level"
+    ):
+        state.add_task({"w": row(1, 1.0)}, {"w": row(1, total / 2)})
     assert state.memory is before
 
 

@@ -10,7 +10,6 @@ one (layout_proof.py).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -34,6 +33,7 @@ from mas_ext.importance.single_samples import (
 )
 from mas_ext.kernels import native
 from mas_ext.kernels.native import Backend
+from mas_ext.kernels.warning import warn
 
 # Samples that are run alone to check: an odd number, so that it divides few other sizes by chance.
 CHECKED = 3
@@ -236,10 +236,9 @@ class Exact:
         if new:
             told |= names
             shown = ", ".join(new[:8]) + (f" and {len(new) - 8} more" if len(new) > 8 else "")
-            warnings.warn(
+            warn(
                 f"importance of {shown}: takes the generic way, exact but slower, since {reason}",
                 UserWarning,
-                stacklevel=2,
             )
 
 

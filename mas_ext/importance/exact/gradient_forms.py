@@ -100,7 +100,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Product:
-    """g_k = left_k^T right_k over positions: linear layers and convolutions (DESIGN section 6).
+    """g_k = left_k^T right_k, a sum over positions: weights of linear layers and convolutions.
 
     g_k[group, o, t, c] = sum_p left[k, p, (group, o)] right[k, rows[t, p], (group, c)], where -1 in rows
     stands for zeros, and the parameter has the order (group, o, c, t). left: (samples, positions,
