@@ -33,10 +33,12 @@ class Variant(NamedTuple):
 
 # The proximal form minimises the same as the gradient form, and EBLL has LwF's distillation.
 PLAIN = tuple(Variant(name) for name in ("finetune", "joint"))
-HELD = tuple(Variant(name, {}, name) for name in ("mas", "mas-alpha", "ewc", "online-ewc", "si"))
-PROXIMAL = tuple(Variant(each.method, {"mode": "proximal"}, each.method) for each in HELD)
+PENALTIES = tuple(
+    Variant(name, {}, name) for name in ("mas", "mas-alpha", "ewc", "online-ewc", "si")
+)
+PROXIMAL = tuple(Variant(each.method, {"mode": "proximal"}, each.method) for each in PENALTIES)
 MERGED = tuple(Variant(name) for name in ("imm-mean", "imm-mode"))
-TAUGHT = (Variant("lwf", {}, "lwf"), Variant("ebll", {}, "lwf"))
+DISTILLED = (Variant("lwf", {}, "lwf"), Variant("ebll", {}, "lwf"))
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Comparison(Tuned):
     published: ClassVar[Mapping[str, Sequence[float]]] = {}
     base: Config = field(default_factory=Config)
     settings: tuple[Setting, ...] = ("task",)
-    variants: Sequence[Variant] = (*PLAIN, *HELD, *MERGED, *TAUGHT)
+    variants: Sequence[Variant] = (*PLAIN, *PENALTIES, *MERGED, *DISTILLED)
     max_samples: int | None = None
 
     def data_sets(self) -> tuple[str, ...]:

@@ -135,23 +135,23 @@ class Experiment(ABC):
 
     @abstractmethod
     def quick(self) -> Experiment:
-        """The same at a size that takes a minute or two."""
+        """A version of it that takes a minute or two."""
 
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
-        """What all cells have in common, as JSON: results of another protocol are not mixed with these."""
+        """What all cells have in common, as JSON: results of different protocols are not mixed."""
 
     @abstractmethod
     def plan(self, results: Results) -> Iterator[Cell]:
-        """What is to be measured, in this order: `results` has a cell when the next one is asked for."""
+        """The cells to measure, in order: `results` has each by the time the next one is asked for."""
 
     @abstractmethod
     def measure(self, cell: Cell) -> Found:
-        """Measure one cell. By the cell and the protocol alone."""
+        """Measure one cell, by nothing but the cell and the protocol."""
 
     @abstractmethod
     def show(self, results: Results) -> Page:
-        """What was found so far, of which there is something."""
+        """What was found so far; there is something."""
 
 
 def reproduce(experiment: Experiment, name: str, out: Path) -> Page:

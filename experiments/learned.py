@@ -39,7 +39,7 @@ class Tuned(Experiment):
     def choice(
         self, results: Results, training: Cell | None
     ) -> Generator[Cell, None, float | None]:
-        """Choose the lam of a training, which is told without it; None stands for a method without lam."""
+        """Choose the lam of a training, a cell without lam; a method without lam has no such cell."""
         if training is None:
             return None
         return (yield from choose(results, [training], decades(self.grid), self.score))
@@ -82,7 +82,7 @@ _built = functools.lru_cache(maxsize=2)(named.build)
 
 
 def fewer(scenario: Scenario, train: int, test: int | None = None, seed: int = 0) -> Scenario:
-    """The same tasks with at most so many random samples each, to train and (None: all) to test on."""
+    """A scenario with at most so many random samples of each task, to train and (None: all) to test on."""
     generator = torch.Generator().manual_seed(seed)
 
     def some(part: Dataset[Any], count: int | None) -> Dataset[Any]:

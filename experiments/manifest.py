@@ -49,7 +49,7 @@ def find(name: str, file: str, folder: str | None) -> Path | None:
     for place in places:
         sources = [each.path for each in SOURCES.get(name, ()) if (place / each.path).exists()]
         if sources and not file.startswith(sources[0]):
-            raise DataError(f"{place / sources[0]}: would be read first, expected {file} alone")
+            raise DataError(f"{place / sources[0]}: would be read first, expected only {file}")
         for path in (place / file, place / f"{file}.gz"):
             if path.exists():
                 return path

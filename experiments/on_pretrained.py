@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from experiments import cifar
-from experiments.comparison import HELD, PROXIMAL, TAUGHT, Comparison, Variant
+from experiments.comparison import DISTILLED, PENALTIES, PROXIMAL, Comparison, Variant
 from experiments.learned import matrix
 from experiments.tables import percent
 from mas_ext.compare.cells import Found
@@ -35,8 +35,8 @@ BASE = Config.read(
 
 VARIANTS = (
     Variant("finetune"),
-    *(each for each in HELD if each.method != "online-ewc"),
-    *TAUGHT,
+    *(each for each in PENALTIES if each.method != "online-ewc"),
+    *DISTILLED,
     *(each for each in PROXIMAL if each.method == "mas"),
 )
 

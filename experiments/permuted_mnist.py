@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from experiments.comparison import HELD, MERGED, PLAIN, TAUGHT, Comparison, Variant
+from experiments.comparison import DISTILLED, MERGED, PENALTIES, PLAIN, Comparison, Variant
 from mas_ext.compare.options import Config
 from mas_ext.methods import Setting
 
@@ -36,7 +36,7 @@ class PermutedMNIST(Comparison):
     published: ClassVar[Mapping[str, Sequence[float]]] = PUBLISHED
     base: Config = BASE
     settings: tuple[Setting, ...] = ("domain",)
-    variants: Sequence[Variant] = (*PLAIN, *HELD, *MERGED, *TAUGHT)
+    variants: Sequence[Variant] = (*PLAIN, *PENALTIES, *MERGED, *DISTILLED)
     seeds: int = 3
 
     def quick(self) -> PermutedMNIST:

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from experiments.comparison import HELD, MERGED, PLAIN, PROXIMAL, TAUGHT, Comparison, Variant
+from experiments.comparison import (
+    DISTILLED,
+    MERGED,
+    PENALTIES,
+    PLAIN,
+    PROXIMAL,
+    Comparison,
+    Variant,
+)
 from mas_ext.compare.options import Config
 from mas_ext.methods import Setting
 
@@ -45,7 +53,7 @@ class SplitMNIST(Comparison):
     published: ClassVar[Mapping[str, Sequence[float]]] = PUBLISHED
     base: Config = BASE
     settings: tuple[Setting, ...] = ("task", "domain", "class")
-    variants: Sequence[Variant] = (*PLAIN, *HELD, *MERGED, *TAUGHT, *PROXIMAL, *OTHERS)
+    variants: Sequence[Variant] = (*PLAIN, *PENALTIES, *MERGED, *DISTILLED, *PROXIMAL, *OTHERS)
 
     def quick(self) -> SplitMNIST:
         """The digits of scikit-learn, one seed, few methods."""

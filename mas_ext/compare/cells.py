@@ -15,7 +15,7 @@ Found = dict[str, Any]
 Candidates = Callable[[Mapping[float, float]], Sequence[float]]
 
 
-class Store(Protocol):
+class CellStore(Protocol):
     """Keeps what was found, by cell."""
 
     def __contains__(self, cell: Cell) -> bool:
@@ -28,7 +28,7 @@ class Store(Protocol):
         """Keep what was found now, in `seconds`."""
 
 
-def fill(store: Store, plan: Iterable[Cell], measure: Callable[[Cell], Found]) -> None:
+def fill(store: CellStore, plan: Iterable[Cell], measure: Callable[[Cell], Found]) -> None:
     """Measure every cell of a plan that is not in the store.
 
     A plan may depend on results: the store has each cell by the time the next one is asked for.
@@ -62,7 +62,7 @@ def decades(grid: Sequence[float]) -> Candidates:
 
 
 def choose(
-    store: Store,
+    store: CellStore,
     cells: Sequence[Cell],
     candidates: Candidates,
     key: str = "validation_accuracy",
@@ -91,7 +91,7 @@ def choose(
     return best if scores[best] > -math.inf else None
 
 
-def chosen(store: Store, asking: Generator[Cell, None, float | None]) -> float | None:
+def chosen(store: CellStore, asking: Generator[Cell, None, float | None]) -> float | None:
     """The lam that `choose` returns; None also where a training that it asks for is missing."""
     while True:
         try:

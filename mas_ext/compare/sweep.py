@@ -140,7 +140,7 @@ class Sweep:
                     yield {"method": method, "seed": seed, "lam": lam, "purpose": "final"}
 
     def shown(self, cells: Iterable[Cell]) -> Iterator[Cell]:
-        """The same cells; the progress bar moves with them."""
+        """Pass the cells on, and move the progress bar with them."""
         for cell in cells:
             self.progress.begin(_title(cell))
             yield cell

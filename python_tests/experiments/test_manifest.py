@@ -69,7 +69,9 @@ def test_what_is_packed_otherwise_has_the_same_content(data: Path) -> None:
 
 def test_other_data_that_would_be_read_first(data: Path) -> None:
     (data / "KMNIST/raw").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"KMNIST/raw: would be read first, expected kmnist10k.npz"):
+    with pytest.raises(
+        DataError, match=r"KMNIST/raw: would be read first, expected only kmnist10k.npz"
+    ):
         check_data(["kmnist"], str(data))
 
 
