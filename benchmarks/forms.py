@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mas_ext.importance import ImportanceSum
 from mas_ext.parameters.names import named_parameters
 from mas_ext.penalty import FusedMASPenalty
-from mas_ext.state.merge_rules import Rule
+from mas_ext.state.merge_rules import MergeRule
 from mas_ext.state.quadratic import Consolidation
 
 Shape = tuple[int, ...]
@@ -136,7 +136,7 @@ def build(model: str, device: str, dtype: torch.dtype, tasks: Sequence[int]) -> 
         p.grad = torch.zeros_like(p)
     theta: Tensors = [*names.values()]
     case = Case(noise, theta, [p.detach().clone() for p in theta], {}, [])
-    state = Consolidation(Rule(merge="sum"), LAM)
+    state = Consolidation(MergeRule(merge="sum"), LAM)
     for t in range(1, max(tasks) + 1):
         omega, anchor = case.task(t)
         state.add_task(dict(zip(names, anchor, strict=True)), dict(zip(names, omega, strict=True)))

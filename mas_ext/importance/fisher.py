@@ -13,7 +13,7 @@ from mas_ext.importance import batches as batch_of
 from mas_ext.importance.accumulator import ImportanceSum, evaluating, gather
 from mas_ext.importance.exact.driver import Exact
 from mas_ext.importance.single_samples import Forward
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels.backends import Backend
 from mas_ext.parameters.names import check_patterns
 
 Labels = Literal["true", "predicted", "sampled", "all"]

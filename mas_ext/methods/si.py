@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mas_ext.kernels.reference import compute_dtype
+from mas_ext.kernels.dtypes import compute_dtype
 from mas_ext.methods.method import Training
 from mas_ext.methods.quadratic import Quadratic
 from mas_ext.models import MultiHead

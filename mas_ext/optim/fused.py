@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mas_ext.kernels import native, ops
+from mas_ext.kernels import backends
+from mas_ext.kernels.flat_state import State
+from mas_ext.kernels.optim import adamw_, sgd_
 from mas_ext.optim.hooks import (
     STEPS,
     Handle,
@@ -50,16 +52,12 @@ class _Call(NamedTuple):
     offsets: list[int]
     group: Group | None
 
-    def part(self) -> tuple[Any, ...]:
-        """The operators' arguments for the state."""
-        g = self.group
-        return self.offsets, *((None, None, None) if g is None else (g.omega, g.anchor, g.alpha))
-
-    def native(self) -> bool:
-        """Whether the compiled kernels do it."""
+    def state(self) -> State:
+        """The kernels' argument for the state."""
         if self.group is not None:
-            return self.group.native
-        return native.serves(self.parameters[0].device, "auto")
+            return self.group.state._replace(offsets=self.offsets)
+        device = self.parameters[0].device
+        return State.empty(len(self.parameters), device, backends.serves(device, "auto"))
 
     def lists(self, state: Mapping[Tensor, Mapping[str, Tensor]], key: str) -> list[Tensor]:
         """What the optimizer keeps of each parameter under this name."""
@@ -140,7 +138,7 @@ class Fused(torch.optim.Optimizer):
         return {
             id(p): (g, offset)
             for g, theta in self._penalty.bound()
-            for p, offset in zip(theta, g.offsets, strict=True)
+            for p, offset in zip(theta, g.state.offsets, strict=True)
             if p.requires_grad
         }
 
@@ -261,11 +259,11 @@ class SGD(Fused, torch.optim.SGD):
             for p in parameters if first else ():
                 state[p]["momentum_buffer"] = torch.empty_like(p)
             buffers = call.lists(state, "momentum_buffer")
-        ops.sgd_(
+        sgd_(
             parameters,
             call.grads,
             buffers,
-            *call.part(),
+            call.state(),
             _number("lr", group["lr"]),
             group["momentum"],
             group["dampening"],
@@ -276,7 +274,6 @@ class SGD(Fused, torch.optim.SGD):
             proximal,
             scale,
             overflow,
-            call.native(),
         )
 
     def _lengths(self, group: dict[str, Any]) -> Iterator[Step]:
@@ -331,13 +328,14 @@ class AdamW(Fused, torch.optim.AdamW):
         proximal, scale, overflow = self._entering(parameters[0].device)
         beta1, beta2 = group["betas"]
         moments = [call.lists(state, key) for key in keys]
-        ops.adamw_(
+        adamw_(
             parameters,
             call.grads,
-            *moments[:2],
+            moments[0],
+            moments[1],
             moments[2] if group["amsgrad"] else [],
             call.lists(state, "step"),
-            *call.part(),
+            call.state(),
             _number("lr", group["lr"]),
             float(beta1),
             float(beta2),
@@ -346,7 +344,6 @@ class AdamW(Fused, torch.optim.AdamW):
             proximal,
             scale,
             overflow,
-            call.native(),
         )
 
     def _lengths(self, group: dict[str, Any]) -> Iterator[Step]:
