@@ -17,8 +17,8 @@ from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.penalty import add_grad_
 from mas_ext.kernels.proximal import proximal_
-from mas_ext.optim.fused import Fused
-from mas_ext.optim.hooks import Handle, Mode, attach
+from mas_ext.optim.fused import FusedOptimizer
+from mas_ext.optim.hooks import Handle, Mode, register_hook
 from mas_ext.parameters.fsdp import whole, whole_tensor
 from mas_ext.parameters.names import check_patterns
 from mas_ext.parameters.ranks import Ranks, Together, refuse_unused
@@ -212,23 +212,33 @@ class FusedMASPenalty(nn.Module):
     ) -> Handle:
         """Apply the penalty at every optimizer.step() from now on, instead of penalty() in the loss.
 
-        See mas_ext.optim.hooks.attach; with mas_ext.optim.SGD and AdamW it is part of the step itself,
-        unless the state is streamed from the CPU or eta is given.
+        "gradient": before every step, 2 alpha Omega (theta - A) is added into .grad, as if the penalty were
+        part of the loss. Clipping between backward() and step() does not clip it: there add_grad_ goes first.
+
+        "proximal": after every step, theta <- theta + c / (1 + c) (A - theta) with c = 2 eta scale W, stable
+        for every lam. eta is what the optimizer multiplies the gradient by: SGD lr (1 - dampening) /
+        (1 - momentum), Nesterov too; Adam and AdamW lr / (sqrt(v_hat) + eps) from their state. A parameter that
+        Adam has not stepped yet stays where it is.
+
+        With mas_ext.optim.SGD and AdamW it is part of the step itself, unless the state is on the CPU or eta is
+        given. Under a GradScaler a skipped step applies nothing, and the penalty's gradient is scaled as the
+        others are. Optimizers with fused=True have both on the device, where they are read.
 
         Args:
             optimizer: any torch optimizer but LBFGS; only its own parameters are touched.
-            mode: "gradient": add_grad_ before the step; "proximal": proximal_ after it.
-            eta: for "proximal": the step length, where the optimizer is neither SGD, Adam nor AdamW.
+            mode: "gradient" or "proximal".
+            eta: for "proximal": the step size, where the optimizer is neither SGD, Adam nor AdamW.
 
         Returns:
             A handle; handle.remove() ends it.
 
         Raises:
-            TypeError: no torch optimizer, or see mas_ext.optim.hooks.attach.
-            ValueError: none of the model's parameters is among the optimizer's; or see there.
+            TypeError: no torch optimizer, LBFGS, or one whose step size is unknown and no eta.
+            ValueError: none of the model's parameters is among the optimizer's; an unknown mode, a wrong eta,
+                maximize=True, or a momentum of 1.
             RuntimeError: this penalty, or any one with those of mas_ext.optim, is attached already.
         """
-        # One that wraps another, as accelerate's, is called an optimizer, too.
+        # Wrappers, as accelerate's, are called optimizers, too.
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             hint = ": attach to its .optimizer" if hasattr(optimizer, "optimizer") else ""
             raise TypeError(
@@ -240,13 +250,13 @@ class FusedMASPenalty(nn.Module):
                 "optimizer: got one with none of the model's parameters, expected one that was made from the "
                 "model as it is now"
             )
-        streamed = self._state.rule.state_device is not None
-        if isinstance(optimizer, Fused) and eta is None and not streamed:
-            return optimizer.join(self, mode)
-        return attach(self, optimizer, mode, eta)
+        offloaded = self._state.rule.state_device is not None
+        if isinstance(optimizer, FusedOptimizer) and eta is None and not offloaded:
+            return optimizer.attach(self, mode)
+        return register_hook(self, optimizer, mode, eta)
 
     def bound(self) -> Bound:
-        """The state with the parameters that it is of, as they are now; for mas_ext.optim."""
+        """Each group of the state with its parameters as they are now; for mas_ext.optim."""
         return self._held.bound(self._state)
 
     # -- tasks -------------------------------------------------------------------------------------
