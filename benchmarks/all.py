@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks.common import RESULTS
+from benchmarks.files import RESULTS
 
 # Seconds after which no further repeat begins; numbers of tasks, as 100 would take large networks minutes.
 STEPS = {

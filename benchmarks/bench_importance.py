@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 
 from benchmarks import gradients, importance
-from benchmarks.common import OTHER, OWN, bars, machine, place, times, write
+from benchmarks.files import OTHER, OWN, bars, machine, place, times, write
 from benchmarks.networks import NETWORKS
 
 

@@ -14,8 +14,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks import penalty
-from benchmarks.common import OTHER, OWN, bars, machine, place, times, write
-from benchmarks.forms import MODELS
+from benchmarks.files import OTHER, OWN, bars, machine, place, times, write
+from mas_ext.compare.bench import MODELS
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:

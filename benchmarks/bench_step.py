@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 from benchmarks import step
-from benchmarks.common import machine, save
+from benchmarks.files import machine, save
 from benchmarks.workloads import WORKLOADS
 from mas_ext.training.settings import OPTIMIZERS
 

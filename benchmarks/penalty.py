@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.copies import plain_copies
-from benchmarks.forms import (
+from benchmarks.timing import SAMPLE_SECONDS, check_device, in_turns, median
+from mas_ext.compare.bench import (
     MODELS,
     Case,
     Form,
@@ -25,7 +26,6 @@ from benchmarks.forms import (
     other_forms,
     own_forms,
 )
-from benchmarks.timing import SAMPLE_SECONDS, check_device, in_turns, median
 
 # What the work between two cold calls reads and writes: more than caches hold.
 OTHER_BYTES = 1 << 28

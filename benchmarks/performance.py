@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bench_lam, pictures
-from benchmarks.common import RESULTS, fill, measured_on
-from benchmarks.forms import GRAPH
+from benchmarks.files import RESULTS, fill, measured_on
 from benchmarks.step import AVALANCHE, DTYPES, EAGER, FUSED, FUSED_FORMS, PLAIN
 from experiments.tables import table
+from mas_ext.compare.bench import GRAPH
 from mas_ext.training.settings import OPTIMIZERS
 
 PAGE = Path(__file__).parents[1] / "docs" / "PERFORMANCE.md"

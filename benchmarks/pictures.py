@@ -13,9 +13,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from benchmarks.common import OTHER, OWN
-from benchmarks.forms import GRAPH
+from benchmarks.files import OTHER, OWN
 from benchmarks.step import AVALANCHE, DTYPES, EAGER
+from mas_ext.compare.bench import GRAPH
 
 MODES = {"gradient": "#d0722c", "proximal": OWN}
 

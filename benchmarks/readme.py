@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, fill, machine, measured_on
-from benchmarks.forms import GRAPH
+from benchmarks.files import RESULTS, fill, machine, measured_on
 from experiments import Results
 from experiments.split_mnist import SplitMNIST
 from experiments.tables import number, table
+from mas_ext.compare.bench import GRAPH
 from mas_ext.compare.demo import run_demo
 from mas_ext.metrics import mean_interval
 
@@ -49,7 +49,7 @@ GRADIENTS = {
     "Opacus GradSampleModule": "Opacus, `GradSampleModule`",
 }
 
-# The same for bench_omega.py.
+# The same for omega.py.
 SCENARIOS = {"split-mnist": "split MNIST", "split-cifar100": "split CIFAR-100"}
 
 SPLIT_MNIST = SplitMNIST()
@@ -244,7 +244,7 @@ def omega_table() -> str:
         "interval.",
         "",
         f"{measured_on(result['errors']['machine'], result['errors']['threads'])}. Protocol and every seed: "
-        "`benchmarks/bench_omega.py`, `benchmarks/results/omega_cpu.json`.",
+        "`benchmarks/omega.py`, `benchmarks/results/omega_cpu.json`.",
     ]
     return "\n".join(lines)
 

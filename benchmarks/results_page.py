@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.common import fill
+from benchmarks.files import fill
 from experiments import EXPERIMENTS, Results, draw
 
 ROOT = Path(__file__).parents[1]

@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 
 from benchmarks import memory
 from benchmarks.copies import plain_copies
-from benchmarks.forms import eager_fits, held_bytes, state_bytes
 from benchmarks.timing import SAMPLE_SECONDS, check_device, in_turns, median
 from benchmarks.workloads import WORKLOADS, Workload, build
 from mas_ext import optim
+from mas_ext.compare.bench import eager_fits, held_bytes, state_bytes
 from mas_ext.optim.hooks import Mode
 from mas_ext.parameters.names import named_parameters
 from mas_ext.penalty import FusedMASPenalty

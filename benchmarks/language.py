@@ -1,6 +1,6 @@
 """Which output of a language model keeps its first corpus best: JSON, and the table on docs/how-to/language.md.
 
-python -m benchmarks.bench_language
+python -m benchmarks.language
 
 Needs the libraries of examples/language.py, whose models and corpora it takes. At every strength lam times the
 mean importance is the same for all outputs.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, fill, machine, measured_on
+from benchmarks.files import RESULTS, fill, machine, measured_on
 from experiments.tables import table
 from mas_ext import FusedMASPenalty
 from mas_ext.metrics import interval_text
@@ -100,7 +100,7 @@ def page(result: Mapping[str, Any]) -> str:
             f"{len(seeds)} seeds, {result['steps']} steps a corpus, all parameters trained, AdamW. After the "
             f"first corpus alone: {cell([found[FIRST] for found in seeds])}; both without a penalty: "
             f"{cell([found[NONE] for found in seeds])}.",
-            f"{measured_on(result['machine'], result['threads'])}; `benchmarks/bench_language.py`.",
+            f"{measured_on(result['machine'], result['threads'])}; `benchmarks/language.py`.",
         ]
     )
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from benchmarks import all as everything
-from benchmarks import bench_language, performance, pictures, readme
-from benchmarks.common import fill
+from benchmarks import language, performance, pictures, readme
+from benchmarks.files import fill
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,9 +184,9 @@ def test_all_goes_on_where_it_was_stopped(
 
 
 def test_the_page_of_language_models_says_what_was_measured() -> None:
-    result = json.loads(bench_language.RESULT.read_text(encoding="utf-8"))
-    page = bench_language.PAGE.read_text(encoding="utf-8")
-    assert bench_language.page(result) in page
+    result = json.loads(language.RESULT.read_text(encoding="utf-8"))
+    page = language.PAGE.read_text(encoding="utf-8")
+    assert language.page(result) in page
     tokens = [found["tokens"]["0.1"] for found in result["seeds"]]
     means = [sum(each) / len(tokens) for each in zip(*tokens, strict=True)]
     row = next(line for line in page.splitlines() if line.startswith("| `tokens` |"))

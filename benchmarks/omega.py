@@ -1,8 +1,8 @@
 """What an omega of fewer bits loses: errors over 1 to 1000 entries, and accuracy on split MNIST and CIFAR-100.
 
-python -m benchmarks.bench_omega errors
-python -m benchmarks.bench_omega split-mnist --seeds 8
-python -m benchmarks.bench_omega split-cifar100 --seeds 8
+python -m benchmarks.omega errors
+python -m benchmarks.omega split-mnist --seeds 8
+python -m benchmarks.omega split-cifar100 --seeds 8
 
 Each adds to results/omega_cpu.json, the accuracies seed by seed. Data are looked for in $MAS_EXT_DATA, ./data
 and ~/data.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, machine
+from benchmarks.files import RESULTS, machine
 from mas_ext import FusedMASPenalty, Trainer, models
 from mas_ext.methods.mas import MAS
 from mas_ext.scenarios import Scenario

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import forms, penalty
+from benchmarks import penalty
+from mas_ext.compare import bench as forms
 
 
 @pytest.fixture(scope="module")
