@@ -140,6 +140,7 @@ def build_parser() -> Parser:
     add["info"].set_defaults(run=run_info)
 
     add["bench"].set_defaults(run=run_bench)
+    add["bench"].epilog = "More, as torch.compile: python -m benchmarks.penalty in the repository."
     bench = add["bench"].add_argument
     models = "mlp, resnet18, vit_b or gpt2"
     bench("--model", metavar="NAME", default="mlp", help=f"{models}; default: %(default)s")
@@ -289,13 +290,7 @@ def run_info(arguments: argparse.Namespace) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> None:
     """A table of the times."""
-    from benchmarks import penalty
+    from mas_ext.compare.bench import bench
 
-    result = penalty.run(
-        model=arguments.model,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        tasks=arguments.tasks,
-        repeats=arguments.repeats,
-    )
-    print(penalty.table(result))
+    given = arguments
+    print(bench(given.model, given.device, given.dtype, given.tasks, given.repeats))
