@@ -1,7 +1,11 @@
 // Chooses, once, the best instruction set that this processor has, and runs its kernels.
-// MAS_EXT_INSTRUCTION_SET may ask for less, to compare or to track down a fault.
+// MAS_EXT_INSTRUCTION_SET may ask for less, to compare or to track down a fault: the best one up to
+// the one named is chosen, so that it is no error to name one that this machine lacks. An unknown
+// name is an error, at the first call: at import it would look like a missing extension.
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
@@ -35,11 +39,16 @@ bool supported([[maybe_unused]] int level) {
 }
 
 int choose() {
-  const char* wish = std::getenv("MAS_EXT_INSTRUCTION_SET");
   int level = kAvx512;
-  while (!supported(level) || (wish != nullptr && std::strcmp(wish, kNames[level]) != 0)) {
-    if (level-- == kBaseline) return kBaseline;
+  const char* wish = std::getenv("MAS_EXT_INSTRUCTION_SET");
+  while (wish != nullptr && std::strcmp(wish, kNames[level]) != 0) {
+    if (level == kBaseline) {
+      throw std::invalid_argument("MAS_EXT_INSTRUCTION_SET: got '" + std::string(wish) +
+                                  "', expected one of baseline, avx2, avx512");
+    }
+    --level;
   }
+  while (!supported(level)) --level;
   return level;
 }
 
