@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import fill
+from benchmarks.files import fill
 from experiments import EXPERIMENTS, Results, draw, reproduce
 from experiments.manifest import DataError
 

@@ -247,6 +247,7 @@ def do_info(arguments: argparse.Namespace) -> None:
 def add_bench(parser: Parser) -> None:
     """The options of `bench`."""
     parser.set_defaults(run=do_bench)
+    parser.epilog = "More, as torch.compile: python -m benchmarks.penalty in the repository."
     add = parser.add_argument
     models = "mlp, resnet18, vit_b or gpt2"
     add("--model", metavar="NAME", default="mlp", help=f"{models}; default: %(default)s")
@@ -258,16 +259,10 @@ def add_bench(parser: Parser) -> None:
 
 def do_bench(arguments: argparse.Namespace) -> None:
     """A table of the times."""
-    from benchmarks import penalty
+    from mas_ext.compare.bench import bench
 
-    result = penalty.run(
-        model=arguments.model,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        tasks=arguments.tasks,
-        repeats=arguments.repeats,
-    )
-    print(penalty.table(result))
+    given = arguments
+    print(bench(given.model, given.device, given.dtype, given.tasks, given.repeats))
 
 
 # By command: what adds its options, and its help.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mas_ext.importance import Forward, ImportanceSum, objectives
 from mas_ext.importance.accumulator import evaluating
 from mas_ext.importance.objectives import Objective
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels.backends import Backend
 from mas_ext.penalty import FusedMASPenalty
 
 

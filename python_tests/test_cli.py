@@ -4,14 +4,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from image_files import idx
 
-import benchmarks
 import mas_ext
 from mas_ext.cli import COMMANDS, main
+from mas_ext.compare import bench
 from mas_ext.compare.options import Config, read_toml
 from mas_ext.methods import METHODS
 
@@ -80,12 +79,9 @@ def test_info_prints_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_passes_its_arguments_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake = SimpleNamespace(run=lambda **given: given, table=lambda given: f"table of {given}")
-    monkeypatch.setitem(sys.modules, "benchmarks.penalty", fake)
-    monkeypatch.setattr(benchmarks, "penalty", fake, raising=False)
+    monkeypatch.setattr(bench, "bench", lambda *given: f"table of {given}")
     assert main(["bench", "--model", "gpt2", "--tasks", "3", "5", "--repeats", "7"]) == 0
-    given = {"model": "gpt2", "device": "cpu", "dtype": "float32", "tasks": [3, 5], "repeats": 7}
-    assert capsys.readouterr().out == f"table of {given}\n"
+    assert capsys.readouterr().out == "table of ('gpt2', 'cpu', 'float32', [3, 5], 7)\n"
 
 
 def test_demo_on_idx_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,12 +127,10 @@ def test_errors_show_where_on_demand(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(**_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    fake = SimpleNamespace(run=interrupt)
-    monkeypatch.setitem(sys.modules, "benchmarks.penalty", fake)
-    monkeypatch.setattr(benchmarks, "penalty", fake, raising=False)
+    monkeypatch.setattr(bench, "bench", interrupt)
     assert main(["bench"]) == 130
     assert capsys.readouterr().err == "mas-ext: interrupted\n"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext import FusedMASPenalty, Trainer, estimate_importance, models
-from mas_ext.kernels import native
+from mas_ext.kernels import backends
 from mas_ext.kernels.warning import warn
 from mas_ext.methods.mas import MAS
 from mas_ext.scenarios import Tensors, from_datasets
@@ -74,8 +74,8 @@ def test_the_fallback_of_a_parameter() -> None:
 
 
 def test_the_fallback_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "WHY_NOT", "the compiled extension is missing")
-    monkeypatch.setattr(native, "_announced", False)
+    monkeypatch.setattr(backends, "WHY_NOT", "the compiled extension is missing")
+    monkeypatch.setattr(backends, "_announced", False)
     model, x = nn.Linear(2, 1), torch.randn(4, 2)
     line = line_of(RuntimeWarning, "plain PyTorch", lambda: estimate_importance(model, [x]))
     assert "estimate_importance(model, [x])" in line

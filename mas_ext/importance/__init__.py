@@ -11,7 +11,7 @@ from mas_ext.importance.accumulator import METHODS, ImportanceSum, Method, gathe
 from mas_ext.importance.fisher import FisherSum, estimate_fisher
 from mas_ext.importance.objectives import Objective
 from mas_ext.importance.single_samples import Forward
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels.backends import Backend
 from mas_ext.parameters.names import check_patterns
 
 __all__ = [

@@ -20,8 +20,8 @@ from mas_ext.importance.exact.driver import Exact
 from mas_ext.importance.local import Local
 from mas_ext.importance.objectives import Objective
 from mas_ext.importance.single_samples import Evaluate, Forward, Totals, Values, accumulate
-from mas_ext.kernels.native import Backend
-from mas_ext.kernels.reference import compute_dtype
+from mas_ext.kernels.backends import Backend
+from mas_ext.kernels.dtypes import compute_dtype
 from mas_ext.parameters.fsdp import whole
 from mas_ext.parameters.names import PARALLEL, check_supported, named_parameters
 
@@ -145,7 +145,7 @@ class ImportanceSum:
         max_outputs: int = 64,
         backend: Backend = "auto",
     ) -> None:
-        """See estimate_importance; backend: see kernels.native.serves."""
+        """See estimate_importance; backend: see kernels.backends.serves."""
         if method not in METHODS:
             raise ValueError(f"method: got {method!r}, expected one of {tuple(METHODS)}")
         objectives.check(objective)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mas_ext.importance.single_samples import Evaluate, Totals, accumulate_gradients, zeros
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels.backends import Backend
 
 
 class Batch:
@@ -18,7 +18,7 @@ class Batch:
     """
 
     def __init__(self, backend: Backend) -> None:
-        """backend: see kernels.native.serves."""
+        """backend: see kernels.backends.serves."""
         self.backend = backend
 
     def __call__(

@@ -13,11 +13,11 @@ from mas_ext.importance import batches as batch_of
 from mas_ext.importance.accumulator import ImportanceSum, evaluating, gather
 from mas_ext.importance.exact.driver import Exact
 from mas_ext.importance.single_samples import Forward
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels.backends import Backend
 from mas_ext.parameters.names import check_patterns
 
-Labels = Literal["true", "predicted", "sampled", "all"]
-LABELS = ("true", "predicted", "sampled", "all")
+Labels = Literal["true", "predicted", "sampled", "all", "normal"]
+LABELS = ("true", "predicted", "sampled", "all", "normal")
 IGNORED = -100  # positions without a label, as in torch.nn.functional.cross_entropy
 
 
@@ -60,7 +60,7 @@ class FisherSum(ImportanceSum):
         self.labels, self.seed = labels, seed
         self._model_forward = self.forward
         self.forward = lambda model, pair: self._model_forward(model, pair["batch"])
-        self._values = _of_all if labels == "all" else _of_labels
+        self._values = {"all": _of_all, "normal": _of_normal}.get(labels, _of_labels)
         self._estimator = Exact(backend, square=True)
 
     def empty(self) -> FisherSum:
@@ -74,7 +74,7 @@ class FisherSum(ImportanceSum):
         pair = {"batch": batch}
         if self.labels == "true":
             pair["labels"] = _true_labels(batch)
-        elif self.labels != "all" and batch_of.size(batch):
+        elif self.labels in ("predicted", "sampled") and batch_of.size(batch):
             pair["labels"] = self._own_labels(model, batch)
         super().add(model, pair)
 
@@ -127,6 +127,11 @@ def _of_all(output: Tensor, pair: Any, samples: int) -> Tensor:
     return log_p.detach().exp().sqrt() * log_p
 
 
+def _of_normal(output: Tensor, pair: Any, samples: int) -> Tensor:
+    """Every output f_c, shape (samples, outputs): the mean over y of (d log p)^2 is sum_c (d f_c)^2."""
+    return output.reshape(samples, -1)
+
+
 def estimate_fisher(
     model: nn.Module,
     batches: Iterable[Any],
@@ -148,7 +153,9 @@ def estimate_fisher(
         batches: see estimate_importance; for labels "true" the second item of each, or what a dict calls
             "labels", holds class indices, shape (samples, ...), -100 where there is none.
         labels: "true": the batch's own (the empirical Fisher); "predicted": the likeliest; "sampled": one drawn
-            from p per sample; "all": the mean over p of all classes, one backward pass each.
+            from p per sample; "all": the mean over p of all classes, one backward pass each. "normal": p is
+            normal instead, with the outputs f as means and variance 1, as in regression, and the mean is over
+            all y: 1/N sum_k sum_c (d f_c(x_k) / d theta_i)^2.
         forward: forward(model, batch) -> logits (samples, ..., classes); by default of the first item.
         max_samples: stop after this many.
         progress: show a progress bar.

@@ -15,8 +15,8 @@ from mas_ext.importance.exact.nodes import Spot
 from mas_ext.importance.exact.rules import RULES
 from mas_ext.importance.exact.tracing import Tape
 from mas_ext.importance.single_samples import Evaluate, Totals, zeros
-from mas_ext.kernels import native
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels import backends
+from mas_ext.kernels.backends import Backend
 
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 
@@ -29,7 +29,7 @@ class Local:
     """
 
     def __init__(self, backend: Backend) -> None:
-        """backend: see kernels.native.serves."""
+        """backend: see kernels.backends.serves."""
         self.backend = backend
         self._exact = Exact(backend)
 
@@ -53,7 +53,7 @@ class Local:
     def _run(
         self, evaluate: Evaluate, batch: Any, samples: int, theta: Mapping[str, Tensor]
     ) -> tuple[_LocalTape, Tensor]:
-        serves = native.serves(next(iter(theta.values())).device, self.backend)
+        serves = backends.serves(next(iter(theta.values())).device, self.backend)
         layouts = self._exact.layouts(theta)
         tape = _LocalTape(theta, layouts, samples, RULES, False, serves)
         with tape:

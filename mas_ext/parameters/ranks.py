@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mas_ext.importance import ImportanceSum
 from mas_ext.importance.single_samples import zeros
-from mas_ext.kernels.reference import compute_dtype
+from mas_ext.kernels.dtypes import compute_dtype
 from mas_ext.parameters.fsdp import group_of
 
 if TYPE_CHECKING:  # torch may be built without it

@@ -31,8 +31,8 @@ from mas_ext.importance.single_samples import (
     one_by_one,
     zeros,
 )
-from mas_ext.kernels import native
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels import backends
+from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.warning import warn
 
 # Samples that are run alone to check: an odd number, so that it divides few other sizes by chance.
@@ -76,7 +76,7 @@ class Exact:
     """
 
     def __init__(self, backend: Backend, square: bool = False) -> None:
-        """backend: see kernels.native.serves; square: for the Fisher information."""
+        """backend: see kernels.backends.serves; square: for the Fisher information."""
         self.backend, self.square = backend, square
         self._layouts: dict[str, Layout] = {}
         # Parameters that take the generic way.
@@ -193,7 +193,7 @@ class Exact:
 
     def _tape(self, samples: int, theta: Mapping[str, Tensor]) -> Tape:
         direct = {name: p for name, p in theta.items() if name not in self.generic}
-        native_serves = native.serves(next(iter(theta.values())).device, self.backend)
+        native_serves = backends.serves(next(iter(theta.values())).device, self.backend)
         layouts = self.layouts(direct)
         return Tape(direct, layouts, samples, RULES, self.square, native_serves)
 

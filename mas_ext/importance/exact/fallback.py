@@ -19,7 +19,7 @@ from mas_ext.importance.single_samples import (
     one_by_one,
     zeros,
 )
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels.backends import Backend
 
 # More samples at once gain little.
 MOST_AT_ONCE = 64
@@ -30,7 +30,7 @@ class Generic:
     """sum over samples of abs (or square) of the gradient, for any parameters of any model."""
 
     def __init__(self, backend: Backend, square: bool) -> None:
-        """backend: see kernels.native.serves."""
+        """backend: see kernels.backends.serves."""
         self.backend, self.square = backend, square
         self._vmap: bool | None = None
 

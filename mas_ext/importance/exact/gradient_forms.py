@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mas_ext.kernels import ops
+from mas_ext.kernels.per_sample import per_sample_
 
 # Numbers written out at once where a sample's gradient can't be avoided.
 CHUNK = 1 << 24
@@ -152,7 +152,7 @@ class Product:
             t if t.stride(2) == 1 else t.clone(memory_format=torch.contiguous_format)
             for t in (left, right)
         )
-        ops.per_sample_(omega, left, right, self.rows, square, native)
+        per_sample_(omega, left, right, self.rows, square, native)
 
     def may_count(self, like: Tensor) -> bool:
         """See Use."""

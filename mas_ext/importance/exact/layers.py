@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mas_ext.importance.exact.gradient_forms import Lookup, Product, Rows, Use
-from mas_ext.kernels.reference import compute_dtype
+from mas_ext.kernels.dtypes import compute_dtype
 
 Layout = Literal["leading", "inner", "trailing", "none"]
 

@@ -23,7 +23,7 @@ from mas_ext.importance.exact.gradient_forms import Use, total_of
 from mas_ext.importance.exact.layers import Fold, Layer, Layout
 from mas_ext.importance.exact.nodes import LayerNode, Slot, Spot, SpreadNode
 from mas_ext.importance.single_samples import Totals, gradient
-from mas_ext.kernels.reference import compute_dtype
+from mas_ext.kernels.dtypes import compute_dtype
 
 # Stands for a function: (tape, function, *its arguments) -> its result, or NotImplemented.
 Rule = Callable[..., Any]

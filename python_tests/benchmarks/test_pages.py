@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -12,12 +11,12 @@ from typing import Any
 import pytest
 
 from benchmarks import all as everything
-from benchmarks import bench_language, performance, pictures, readme
-from benchmarks.common import fill
+from benchmarks import language, performance, pictures, readme
+from benchmarks.files import fill, load, load_all
 
 ROOT = Path(__file__).parents[2]
 
-LAM = json.loads(performance.LAM.read_text(encoding="utf-8"))
+LAM = load(performance.LAM)
 
 
 def median(x: float) -> dict[str, float]:
@@ -149,11 +148,13 @@ def test_strengths() -> None:
 
 def test_pictures_can_be_drawn(tmp_path: Path) -> None:
     found = [steps(0.11), {**steps(0.12), "model": "gpt2"}, {**steps(0.11), "dtype": "bfloat16"}]
-    pictures.steps(found, performance.named, performance.FORMS, tmp_path / "steps.png")
-    pictures.tasks(found, performance.named, tmp_path / "tasks.png")
-    pictures.roofline(performance.results("penalty"), performance.named, tmp_path / "roofline.png")
+    pictures.steps(found, performance.FORMS, tmp_path / "steps.png")
+    pictures.tasks(found, tmp_path / "tasks.png")
+    pictures.roofline(load_all("penalty"), tmp_path / "roofline.png")
     pictures.lam(LAM, tmp_path / "lam.png")
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    pictures.penalty(load("penalty_mlp_cpu"), tmp_path / "penalty.png")
+    pictures.importance(load("importance_mlp_cpu"), tmp_path / "importance.png")
+    assert len(list(tmp_path.glob("*.png"))) == 6
 
 
 def test_all_goes_on_where_it_was_stopped(
@@ -184,9 +185,9 @@ def test_all_goes_on_where_it_was_stopped(
 
 
 def test_the_page_of_language_models_says_what_was_measured() -> None:
-    result = json.loads(bench_language.RESULT.read_text(encoding="utf-8"))
-    page = bench_language.PAGE.read_text(encoding="utf-8")
-    assert bench_language.page(result) in page
+    result = load("language_cpu")
+    page = language.PAGE.read_text(encoding="utf-8")
+    assert language.page(result) in page
     tokens = [found["tokens"]["0.1"] for found in result["seeds"]]
     means = [sum(each) / len(tokens) for each in zip(*tokens, strict=True)]
     row = next(line for line in page.splitlines() if line.startswith("| `tokens` |"))

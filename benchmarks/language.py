@@ -1,6 +1,6 @@
 """Which output of a language model keeps its first corpus best: JSON, and the table on docs/how-to/language.md.
 
-python -m benchmarks.bench_language
+python -m benchmarks.language
 
 Needs the libraries of examples/language.py, whose models and corpora it takes. At every strength lam times the
 mean importance is the same for all outputs.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Mapping
 from itertools import islice
@@ -19,12 +18,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, fill, machine, measured_on
+from benchmarks.files import RESULTS, ROOT, fill, machine, measured_on, save
 from experiments.tables import table
 from mas_ext import FusedMASPenalty
 from mas_ext.metrics import interval_text
 
-ROOT = Path(__file__).parents[1]
 RESULT, PAGE = RESULTS / "language_cpu.json", ROOT / "docs" / "how-to" / "language.md"
 OUTPUTS: Mapping[str, tuple[Any, int | None]] = {
     "tokens": ("tokens", None),
@@ -51,12 +49,12 @@ def measure(seed: int, steps: int) -> dict[str, Any]:
     def tested(model: torch.nn.Module) -> list[float]:
         return [language.perplexity(model, data[name][1]) for name in ("python", "torch")]
 
-    def continued(callbacks: list[Any]) -> list[float]:
+    def continued(callbacks: list[Any], lam: float = 0.0, state: Any = None) -> list[float]:
         own = copy.deepcopy(model)
-        if callbacks:
-            callbacks[0].penalty = FusedMASPenalty(own, **callbacks[0].options)
-            callbacks[0].penalty.load_state_dict(state)
-            callbacks[0].penalty.lam = strength / mean
+        for callback in callbacks:
+            callback.penalty = FusedMASPenalty(own, **callback.options)
+            callback.penalty.load_state_dict(state)
+            callback.penalty.lam = lam
         language.train(own, data["torch"][0], steps, 1e-3, callbacks, seed)
         return tested(own)
 
@@ -66,18 +64,15 @@ def measure(seed: int, steps: int) -> dict[str, Any]:
         penalty = FusedMASPenalty(model, forward=forward)
         loader = torch.utils.data.DataLoader(data["python"][0], batch_size=language.BATCH)
         penalty.consolidate(islice(once(loader), 20))
-        state, omega = penalty.state_dict(), penalty.omega.values()
-        mean = (
-            float(penalty.scale)
-            * sum(float(w.sum()) for w in omega)
-            / sum(w.numel() for w in omega)
-        )
+        omega = torch.cat([w.flatten() for w in penalty.omega.values()])
+        mean = float(penalty.scale) * float(omega.double().mean())
         found[name] = {}
         for strength in STRENGTHS:
             # One batch: the importance of the second corpus is not looked at.
             few = MASCallback(forward=forward, batches=lambda loader: islice(once(loader), 1))
-            found[name][str(strength)] = continued([few])
-            print(seed, name, strength, found[name][str(strength)], flush=True)
+            perplexities = continued([few], strength / mean, penalty.state_dict())
+            found[name][str(strength)] = perplexities
+            print(seed, name, strength, perplexities, flush=True)
     return found
 
 
@@ -100,22 +95,24 @@ def page(result: Mapping[str, Any]) -> str:
             f"{len(seeds)} seeds, {result['steps']} steps a corpus, all parameters trained, AdamW. After the "
             f"first corpus alone: {cell([found[FIRST] for found in seeds])}; both without a penalty: "
             f"{cell([found[NONE] for found in seeds])}.",
-            f"{measured_on(result['machine'], result['threads'])}; `benchmarks/bench_language.py`.",
+            f"{measured_on(result)}; `benchmarks/language.py`.",
         ]
     )
 
 
 def main() -> None:
-    """Measure, and write both."""
+    """Measure, write, and fill in the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--json", type=Path, default=RESULT, help="the page is of the default")
     options = parser.parse_args()
     about = {"machine": machine(), "threads": torch.get_num_threads(), "steps": options.steps}
     seeds = [measure(seed, options.steps) for seed in range(options.seeds)]
     result = {**about, "seeds": seeds}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    fill(PAGE, {"language": page(result)})
+    save(result, options.json)
+    if options.json == RESULT:
+        fill(PAGE, {"language": page(result)})
 
 
 if __name__ == "__main__":

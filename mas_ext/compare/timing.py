@@ -1,42 +1,33 @@
-"""How the benchmarks measure time: all calls take turns, and a median comes with its interval."""
+"""Time of calls that are compared: all take turns, and a median comes with its 95 % interval."""
 
 from __future__ import annotations
 
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 
 import torch
 
 # Fast calls are repeated this long per sample, so that the clock and a cold cache don't count.
 SAMPLE_SECONDS = 0.02
-LEAST_REPEATS = 3
-
-
-def check_device(device: str) -> None:
-    """Raise a ValueError for a device that is not there."""
-    if device not in (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)):
-        raise ValueError(
-            f"device: got {device!r}, expected cpu, or cuda where there is a GPU (of several, "
-            "CUDA_VISIBLE_DEVICES chooses)"
-        )
 
 
 def in_turns(
     calls: Sequence[Callable[[], object]],
     repeats: int,
     device: str,
-    before: Callable[[], None],
-    sample_seconds: float,
-    limit: float = math.inf,
+    before: Callable[[], object] = lambda: None,
+    sample_seconds: float = SAMPLE_SECONDS,
 ) -> list[list[float]]:
-    """Seconds of every call in every repeat, after `before`, called so long that samples last.
+    """Seconds of every call in every repeat, after `before`; called so often that a sample lasts.
 
-    After `limit` seconds no further repeat begins, once there are LEAST_REPEATS.
+    The order is another one in every repeat, as what ran before leaves its traces in caches and threads.
     """
-    numbers, begin = [], perf_counter()
+    if repeats < 1:
+        raise ValueError(f"repeats: got {repeats}, expected a number from 1 up")
+    numbers = []
     for call in calls:
         once = seconds(call, 1, device)
         if once < 10 * SAMPLE_SECONDS:  # else it is one call a sample in any case
@@ -44,10 +35,7 @@ def in_turns(
         numbers.append(max(1, round(sample_seconds / once)))
     samples: list[list[float]] = [[] for _ in calls]
     turns, order = list(zip(calls, numbers, samples, strict=True)), random.Random(0)
-    for repeat in range(repeats):
-        if repeat >= LEAST_REPEATS and perf_counter() - begin > limit:
-            break
-        # What ran before leaves its traces in caches and threads.
+    for _ in range(repeats):
         order.shuffle(turns)
         for call, number, taken in turns:
             before()
@@ -57,19 +45,13 @@ def in_turns(
 
 def seconds(call: Callable[[], object], number: int, device: str) -> float:
     """Seconds per call."""
-    if device == "cpu":
-        begin = perf_counter()
-        for _ in range(number):
-            call()
-        return (perf_counter() - begin) / number
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    start.record()
+    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    begin = perf_counter()
     for _ in range(number):
         call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3 / number
+    wait()
+    return (perf_counter() - begin) / number
 
 
 def median(samples: Sequence[float]) -> dict[str, float]:
@@ -78,3 +60,14 @@ def median(samples: Sequence[float]) -> dict[str, float]:
     rank = max(1, math.floor((n - 1.96 * math.sqrt(n)) / 2))
     middle = statistics.median(ordered)
     return {"median": middle, "low": ordered[rank - 1], "high": ordered[n - rank]}
+
+
+def paired(samples: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """The median of the ratio of two calls, repeat by repeat."""
+    return median([a / b for a, b in zip(samples, others, strict=True)])
+
+
+def spread(value: Mapping[str, float], digits: int, times: float = 1.0) -> str:
+    """A median and its interval in words."""
+    low, middle, high = (f"{times * value[key]:.{digits}f}" for key in ("low", "median", "high"))
+    return f"{middle} ({low} to {high})"

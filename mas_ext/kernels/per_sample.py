@@ -1,5 +1,6 @@
-"""The compiled kernel behind reference.per_sample_: as in native.py, everything is checked before an
-address goes down.
+"""Exact per-sample importance of one use of a weight: omega += sum_b abs(M_b), or its square.
+
+M_b, the weight's gradient of sample b, never reaches memory where the kernel is compiled.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mas_ext.kernels import native, reference
-from mas_ext.kernels.reference import compute_dtype
+from mas_ext.kernels.backends import launch
+from mas_ext.kernels.dtypes import DTYPES, compute_dtype
+from mas_ext.kernels.registry import operator
 
 # A small omega is no work for a whole machine: the batch is then split, and each part summed into a
 # tensor of its own. Splits depend on shapes alone, so that the number of threads changes no bit.
@@ -61,8 +63,8 @@ def _check_operand(name: str, t: Tensor, columns: int, like: Tensor) -> None:
 
 
 def _check(omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None) -> None:
-    if grad.dtype not in native.DTYPES:
-        raise TypeError(f"grad: got {grad.dtype}, expected one of {[*map(str, native.DTYPES)]}")
+    if grad.dtype not in DTYPES:
+        raise TypeError(f"grad: got {grad.dtype}, expected one of {[*map(str, DTYPES)]}")
     dtype = compute_dtype(grad.dtype)
     if (
         omega.dtype != dtype
@@ -115,35 +117,74 @@ def _splits(device: str, size: int, batch: int, positions: int) -> int:
     return max(1, min(wanted, batch // _SAMPLES_A_SPLIT))
 
 
+# Temporary tensors of the plain version, in bytes, unless a single sample needs more.
+_TEMPORARY = 64 << 20
+
+
+def _plain(omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None, square: bool) -> None:
+    groups, outputs, taps, channels = omega.shape
+    batch, positions = grad.shape[:2]
+    if positions == 1 and rows is None:  # |g^T x| = |g|^T |x|: one product of matrices
+        g, x = (t[:, 0].to(omega.dtype) for t in (grad, input))
+        g, x = (t.square() if square else t.abs() for t in (g, x))
+        g, x = g.view(batch, groups, outputs), x.view(batch, groups, channels)
+        omega[:, :, 0].baddbmm_(g.permute(1, 2, 0), x.transpose(0, 1))
+        return
+    # The operands are held twice, as gathered and as bmm wants them.
+    operands = positions * groups * (outputs + taps * channels) + input[:1].numel()
+    size = (2 * operands + 2 * omega.numel()) * omega.element_size()
+    step = max(1, _TEMPORARY // max(size, 1))
+    for start in range(0, batch, step):
+        g = grad[start : start + step].to(omega.dtype)
+        x = input[start : start + step].to(omega.dtype)
+        if rows is not None:
+            x = torch.cat([x, x.new_zeros(len(x), 1, x.shape[2])], 1)
+            x = x.index_select(1, rows.remainder(x.shape[1]).flatten())
+        g = g.reshape(len(g), positions, groups, outputs)
+        x = x.reshape(len(x), taps, positions, groups, channels)
+        m = torch.einsum("bpgo,btpgc->bgotc", g, x)
+        omega += (m.square_() if square else m.abs_()).sum(0)
+
+
+@operator(
+    "(Tensor(a!) omega, Tensor grad, Tensor input, Tensor? rows, bool square, bool native) -> ()"
+)
 def per_sample_(
-    omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None, square: bool
+    omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None, square: bool, native: bool
 ) -> None:
-    """As reference.per_sample_; the gradients of the samples never reach memory.
+    """One use of a weight by B samples: omega += sum_b abs(M_b), or of its square, M_b the gradient of b.
+
+    M_b[g, o, t, c] = sum_p grad[b, p, g * outputs + o] * input[b, rows[t, p], g * channels + c], where a
+    row of -1 counts as zeros, and position p sees row p if `rows` is None (with one tap). omega: (groups,
+    outputs, taps, channels), float64 for float64 operands, else float32; grad: (B, P, groups * outputs);
+    input: (B, R, groups * channels); rows: (taps, P).
 
     A table of rows is looked at once: keep it, rather than a new one for each call.
     """
+    if not native:
+        _plain(omega, grad, input, rows, square)
+        return
     _check(omega, grad, input, rows)
     batch, positions = grad.shape[:2]
     if 0 in (batch, positions, omega.numel()):
         return
     one_position = positions == 1 and rows is None
     if one_position and grad.device.type == "cuda":
-        reference.per_sample_(omega, grad, input, rows, square)  # one product of matrices
+        _plain(omega, grad, input, rows, square)  # one product of matrices
         return
     splits = 1 if one_position else _splits(grad.device.type, omega.numel(), batch, positions)
     partial = omega.new_zeros(splits * omega.numel() if splits > 1 else 0)
-    kernels, where, context = native._device_kernels(grad.device)
-    with context:
-        kernels.per_sample(
-            omega.data_ptr(),
-            grad.data_ptr(),
-            input.data_ptr(),
-            0 if rows is None else rows.data_ptr(),
-            partial.data_ptr(),
-            (*omega.shape, batch, positions),
-            (*grad.stride()[:2], *input.stride()[:2]),
-            native.DTYPES[grad.dtype],
-            splits,
-            square,
-            where,
-        )
+    launch(
+        "per_sample",
+        grad.device,
+        omega,
+        grad,
+        input,
+        0 if rows is None else rows,
+        partial,
+        (*omega.shape, batch, positions),
+        (*grad.stride()[:2], *input.stride()[:2]),
+        grad.dtype,
+        splits,
+        square,
+    )

@@ -1,8 +1,8 @@
 """What an omega of fewer bits loses: errors over 1 to 1000 entries, and accuracy on split MNIST and CIFAR-100.
 
-python -m benchmarks.bench_omega errors
-python -m benchmarks.bench_omega split-mnist --seeds 8
-python -m benchmarks.bench_omega split-cifar100 --seeds 8
+python -m benchmarks.omega errors
+python -m benchmarks.omega split-mnist --seeds 8
+python -m benchmarks.omega split-cifar100 --seeds 8
 
 Each adds to results/omega_cpu.json, the accuracies seed by seed. Data are looked for in $MAS_EXT_DATA, ./data
 and ~/data.
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, machine
+from benchmarks.files import RESULTS, machine, save
 from mas_ext import FusedMASPenalty, Trainer, models
 from mas_ext.methods.mas import MAS
 from mas_ext.scenarios import Scenario
@@ -28,10 +29,9 @@ ENTRIES = (1, 10, 100, 1000)
 PARAMETERS = 65536
 LAM = {"split-mnist": 0.01, "split-cifar100": 0.1}
 EPOCHS = {"split-mnist": 1, "split-cifar100": 2}
-RESULT = RESULTS / "omega_cpu.json"
 
 
-def errors(omega_dtype: torch.dtype) -> dict[str, dict[str, float]]:
+def relative_errors(omega_dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """Relative errors of W (root mean square over elements), of the value and of the gradient (L2), by entries.
 
     Importance: exp(2 n) of a normal n for each parameter, times exp(n) of another for each entry. Parameters
@@ -47,7 +47,7 @@ def errors(omega_dtype: torch.dtype) -> dict[str, dict[str, float]]:
     (theta,) = model.parameters()
     base, weight = torch.exp(2 * normal()), torch.zeros(PARAMETERS, dtype=torch.float64)
     first, second = torch.zeros_like(weight), torch.zeros_like(weight)
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for entry in range(1, ENTRIES[-1] + 1):
         with torch.no_grad():
             theta += 0.1 * normal()
@@ -78,7 +78,6 @@ class Rounded(MAS):
     """MAS with an omega of some dtype."""
 
     def __init__(self, lam: float, omega_dtype: torch.dtype, max_samples: int) -> None:
-        """See the class."""
         super().__init__(lam, max_samples=max_samples)
         self._arguments["omega_dtype"] = omega_dtype
 
@@ -92,33 +91,30 @@ def accuracy(name: str, scenario: Scenario, seed: int, omega_dtype: torch.dtype)
     return 100 * float(trainer.fit(scenario).average_accuracy)
 
 
-def add(result: dict[str, Any], name: str) -> None:
-    """Write what was found into the file that holds the rest."""
-    known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    known[name] = result
-    RESULT.write_text(json.dumps(known, indent=1) + "\n")
-
-
 def main() -> None:
-    """Measure one of them."""
+    """Measure one of them, and write it into the file that holds the rest."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("errors", *LAM))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=RESULTS / "omega_cpu.json")
     options = parser.parse_args()
-    about = {"machine": machine(), "threads": torch.get_num_threads()}
-    if options.what == "errors":
-        found = {name: errors(dtype) for name, dtype in DTYPES.items()}
-        add({**about, "parameters": PARAMETERS, "relative_error": found}, "errors")
-        print(json.dumps(found, indent=1))
+    what, path = options.what, options.json
+    known = json.loads(path.read_text()) if path.exists() else {}
+    about: dict[str, Any] = {"machine": machine(), "threads": torch.get_num_threads()}
+    if what == "errors":
+        errors = {name: relative_errors(dtype) for name, dtype in DTYPES.items()}
+        print(json.dumps(errors, indent=1))
+        found = {**about, "parameters": PARAMETERS, "relative_error": errors}
+        save({**known, what: found}, path)
         return
-    what, scenario = options.what, catalogue.build(options.what)
+    scenario = catalogue.build(what)
     by_dtype: dict[str, list[float]] = {"float32": [], "uint8": []}
-    protocol = {"lam": LAM[what], "epochs": EPOCHS[what], "samples_for_importance": 1000}
+    about |= {"lam": LAM[what], "epochs": EPOCHS[what], "samples_for_importance": 1000}
     for seed in range(options.seeds):
-        for name, found in by_dtype.items():
-            found.append(accuracy(what, scenario, seed, DTYPES[name]))
-            print(seed, name, found[-1], flush=True)
-        add({**about, **protocol, "average_accuracy": by_dtype}, what)
+        for name, accuracies in by_dtype.items():
+            accuracies.append(accuracy(what, scenario, seed, DTYPES[name]))
+            print(seed, name, accuracies[-1], flush=True)
+        save({**known, what: {**about, "average_accuracy": by_dtype}}, path)
 
 
 if __name__ == "__main__":
