@@ -40,6 +40,9 @@ class Properties(Experiment):
         """MAS and LwF, two seeds, one lam."""
         return replace(self, methods=("lwf", "mas"), seeds=2, lams=(1.0,), data=None)
 
+    def data_sets(self) -> tuple[str, ...]:
+        return ("digits",)
+
     def protocol(self) -> dict[str, Any]:
         """See Experiment.protocol."""
         return {"hidden": HIDDEN, "batch_size": BATCH}
