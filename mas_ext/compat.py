@@ -19,6 +19,7 @@ from mas_ext.importance import Forward, ImportanceSum, objectives
 from mas_ext.importance.accumulator import evaluating
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.native import Backend
+from mas_ext.parameters.names import ModelView
 from mas_ext.penalty import FusedMASPenalty
 
 
@@ -63,7 +64,7 @@ class BatchMeans(ImportanceSum):
             self.backend,
         )
 
-    def add(self, model: nn.Module, batch: Any) -> None:
+    def add(self, model: nn.Module | ModelView, batch: Any) -> None:
         """Add a batch, as ImportanceSum.add; in training mode buffers stay as the pass left them."""
         before = self.samples
         super().add(model, batch)
@@ -109,30 +110,11 @@ class Averaged(FusedMASPenalty):
 
 
 class AveragedFromFirst(FusedMASPenalty):
-    """As Averaged, but a parameter's first Omega_t is its W: at the first task, and where a head is new."""
+    """Averaged, but a parameter's first Omega_t is its W: at the first task, and where a head is new."""
 
-    def consolidate(
-        self,
-        batches: Iterable[Any] | None = None,
-        weight: float = 1.0,
-        progress: bool = False,
-        importance: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """See FusedMASPenalty.consolidate."""
-        if importance is None:
-            theta = self._held.parameters()
-            pending = self._pending
-
-            def gathered() -> ImportanceSum:
-                return pending if batches is None else self._gathered(batches, progress)
-
-            importance = self._ranks.sum(gathered, self.model, theta).mean()
-            self._pending = pending.empty()
-        known, share = self._state.memory.parts(), 1 - self._state.rule.gamma
-        mixed = {
-            name: omega * share if name in known else omega for name, omega in importance.items()
-        }
-        super().consolidate(weight=weight, importance=mixed)
+    def _merged(self, importance: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        known, share = self._consolidated(), 1 - self._state.rule.gamma
+        return {n: omega * share if n in known else omega for n, omega in importance.items()}
 
 
 def official(

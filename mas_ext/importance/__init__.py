@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mas_ext.importance.accumulator import METHODS, ImportanceSum, Method, gather
+from mas_ext.importance.accumulator import METHODS, ImportanceSum, Method, estimate, gather
 from mas_ext.importance.fisher import FisherSum, estimate_fisher
 from mas_ext.importance.objectives import Objective
 from mas_ext.importance.single_samples import Forward
@@ -76,5 +76,4 @@ def estimate_importance(
     """
     check_patterns(model, exclude)
     total = ImportanceSum(method, objective, forward, exclude, max_outputs, backend)
-    gather(total, model, batches, max_samples, progress)
-    return total.into_mean()
+    return estimate(total, model, batches, max_samples, progress)

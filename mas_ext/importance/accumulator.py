@@ -21,8 +21,9 @@ from mas_ext.importance.objectives import Objective
 from mas_ext.importance.single_samples import Evaluate, Forward, Totals, Values, accumulate
 from mas_ext.kernels.native import Backend
 from mas_ext.kernels.reference import compute_dtype
-from mas_ext.parameters.fsdp import whole
-from mas_ext.parameters.names import PARALLEL, check_supported, named_parameters
+from mas_ext.parameters.names import PARALLEL, ModelView, check_supported
+from mas_ext.parameters.ranks import SampleSums
+from mas_ext.parameters.tracked_model import whole_model
 
 Method = Literal["exact", "batch", "local"]
 # (evaluate, batch, samples, parameters by name) -> sums over samples by name, and the objectives.
@@ -166,15 +167,26 @@ class ImportanceSum:
         other._estimator = self._estimator  # and with what it found out about the model
         return other
 
-    def add(self, model: nn.Module, batch: Any) -> None:
+    def with_totals(self, totals: SampleSums) -> ImportanceSum:
+        """A sum of the same settings that has come to these totals."""
+        other = self.empty()
+        other.sums, other.samples, other.objective_sum = totals
+        return other
+
+    @property
+    def totals(self) -> SampleSums:
+        """What the sum has come to."""
+        return SampleSums(self.sums, self.samples, self.objective_sum)
+
+    def add(self, model: nn.Module | ModelView, batch: Any) -> None:
         """Add a batch: every sample counts the same, whatever the size of its batch.
 
         Every parameter that requires a gradient now takes part. The model's modes, gradients and
         statistics and the random state are left as they were; on an error, so are the sums.
         """
-        theta = {
-            name: p for name, p in named_parameters(model, self.exclude).items() if p.requires_grad
-        }
+        view = model if isinstance(model, ModelView) else ModelView(model, self.exclude)
+        model = view.model
+        theta = {name: p for name, p in view.parameters().items() if p.requires_grad}
         for name, p in theta.items():
             check_supported(name, p)
             old = self.sums.get(name)
@@ -291,7 +303,7 @@ class ImportanceSum:
 
 def gather(
     total: ImportanceSum,
-    model: nn.Module,
+    model: nn.Module | ModelView,
     batches: Iterable[Any],
     max_samples: int | None = None,
     progress: bool = False,
@@ -304,16 +316,30 @@ def gather(
         )
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples: got {max_samples}, expected at least 1")
+    view = model if isinstance(model, ModelView) else ModelView(model, total.exclude)
     start = total.samples
     # A loader draws its order while it is read.
-    with whole(model), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         for batch in _shown(batches, progress):
             left = None if max_samples is None else max_samples - (total.samples - start)
             if left is not None and left < batch_of.size(batch):
                 batch = batch_of.part(batch, 0, left)
-            total.add(model, batch)
+            total.add(view, batch)
             if max_samples is not None and total.samples - start >= max_samples:
                 break
+
+
+def estimate(
+    total: ImportanceSum,
+    model: nn.Module,
+    batches: Iterable[Any],
+    max_samples: int | None,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """The mean over the samples of these batches, by parameter name; under fully_shard all ranks call it."""
+    with whole_model(model, total.exclude) as view:
+        gather(total, view, batches, max_samples, progress)
+    return total.into_mean()
 
 
 def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext.importance import batches as batch_of
-from mas_ext.importance.accumulator import ImportanceSum, evaluating, gather
+from mas_ext.importance.accumulator import ImportanceSum, estimate, evaluating
 from mas_ext.importance.exact.driver import Exact
 from mas_ext.importance.single_samples import Forward
 from mas_ext.kernels.native import Backend
-from mas_ext.parameters.names import check_patterns
+from mas_ext.parameters.names import ModelView, check_patterns
 
 Labels = Literal["true", "predicted", "sampled", "all"]
 LABELS = ("true", "predicted", "sampled", "all")
@@ -68,13 +68,14 @@ class FisherSum(ImportanceSum):
         other._estimator = self._estimator
         return other
 
-    def add(self, model: nn.Module, batch: Any) -> None:
+    def add(self, model: nn.Module | ModelView, batch: Any) -> None:
         """Add a batch, as ImportanceSum.add; its labels are settled before its samples are told apart."""
         pair = {"batch": batch}
         if self.labels == "true":
             pair["labels"] = _true_labels(batch)
         elif self.labels != "all" and batch_of.size(batch):
-            pair["labels"] = self._own_labels(model, batch)
+            module = model.model if isinstance(model, ModelView) else model
+            pair["labels"] = self._own_labels(module, batch)
         super().add(model, pair)
 
     def refuse_rounding_noise(self, theta: Mapping[str, Tensor]) -> None:
@@ -160,5 +161,4 @@ def estimate_fisher(
     """
     check_patterns(model, exclude)
     total = FisherSum(labels, forward, exclude, seed, backend)
-    gather(total, model, batches, max_samples, progress)
-    return total.into_mean()
+    return estimate(total, model, batches, max_samples, progress)
