@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from mas_ext.importance import METHODS, Forward, ImportanceSum, Method, gather
+from mas_ext.importance import ESTIMATORS, EstimatorName, Forward, ImportanceSum, gather
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.native import Backend
 from mas_ext.optim.fused import Fused
@@ -80,7 +80,7 @@ class FusedMASPenalty(nn.Module):
         self,
         model: nn.Module,
         lam: float = 1.0,
-        importance: Method | ImportanceSum = "exact",
+        importance: EstimatorName | ImportanceSum = "exact",
         objective: Objective = "l2",
         forward: Forward | None = None,
         merge: Merge = "consistent",
@@ -101,10 +101,10 @@ class FusedMASPenalty(nn.Module):
                     f"exclude: got {tuple(exclude)}, expected {importance.exclude} as in importance"
                 )
             self._pending = importance.empty()
-        elif importance in METHODS:
+        elif importance in ESTIMATORS:
             self._pending = ImportanceSum(importance, objective, forward, exclude, backend=backend)
         else:
-            raise ValueError(f"importance: got {importance!r}, expected one of {tuple(METHODS)}")
+            raise ValueError(f"importance: got {importance!r}, expected one of {tuple(ESTIMATORS)}")
         rule = Rule(merge, store, alpha_sum, gamma, omega_dtype, backend, state_device)
         self._state = Consolidation(rule, check_lam(lam))
         self._tracked = TrackedModel(model, exclude)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mas_ext.importance import batches as batch_of
-from mas_ext.importance.accumulator import ImportanceSum, estimate, evaluating
+from mas_ext.importance.accumulator import ImportanceSum, LabelSource, estimate
+from mas_ext.importance.evaluation import Forward
 from mas_ext.importance.exact.driver import Exact
-from mas_ext.importance.single_samples import Forward
 from mas_ext.kernels.native import Backend
-from mas_ext.parameters.names import ModelView, check_patterns
+from mas_ext.parameters.names import check_patterns
 
 Labels = Literal["true", "predicted", "sampled", "all"]
-LABELS = ("true", "predicted", "sampled", "all")
 IGNORED = -100  # positions without a label, as in torch.nn.functional.cross_entropy
 
 
@@ -27,7 +26,7 @@ def _log_probabilities(output: Tensor) -> Tensor:
     return (output if output.dtype.itemsize >= 4 else output.float()).log_softmax(-1)
 
 
-def _true_labels(batch: Any) -> Tensor:
+def _true_labels(batch: Any, output: Callable[[], Tensor], start: int) -> Tensor:
     """The batch's second item, or what a mapping calls "labels"."""
     if isinstance(batch, Mapping):
         labels = batch["labels"] if "labels" in batch else [*batch.values(), None][1]
@@ -41,61 +40,23 @@ def _true_labels(batch: Any) -> Tensor:
     return labels
 
 
-class FisherSum(ImportanceSum):
-    """The sum over samples of (d log p(y | x) / d theta)^2: see estimate_fisher."""
-
-    def __init__(
-        self,
-        labels: Labels = "true",
-        forward: Forward | None = None,
-        exclude: Sequence[str] = (),
-        seed: int = 0,
-        backend: Backend = "auto",
-    ) -> None:
-        """See estimate_fisher."""
-        if labels not in LABELS:
-            raise ValueError(f"labels: got {labels!r}, expected one of {LABELS}")
-        super().__init__(forward=forward, exclude=exclude, backend=backend)
-        self.labels, self.seed = labels, seed
-        self._model_forward = self.forward
-        self.forward = lambda model, pair: self._model_forward(model, pair["batch"])
-        self._values = _of_all if labels == "all" else _of_labels
-        self._estimator = Exact(backend, square=True)
-
-    def empty(self) -> FisherSum:
-        """A new sum of nothing, with the same settings."""
-        other = FisherSum(self.labels, self._model_forward, self.exclude, self.seed, self.backend)
-        other._estimator = self._estimator
-        return other
-
-    def add(self, model: nn.Module | ModelView, batch: Any) -> None:
-        """Add a batch, as ImportanceSum.add; its labels are settled before its samples are told apart."""
-        pair = {"batch": batch}
-        if self.labels == "true":
-            pair["labels"] = _true_labels(batch)
-        elif self.labels != "all" and batch_of.size(batch):
-            module = model.model if isinstance(model, ModelView) else model
-            pair["labels"] = self._own_labels(module, batch)
-        super().add(model, pair)
-
-    def refuse_rounding_noise(self, theta: Mapping[str, Tensor]) -> None:
-        """Nothing: squares vanish with the gradients of a network that has learned its labels."""
-
-    def _own_labels(self, model: nn.Module, batch: Any) -> Tensor:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        with evaluating(model, device), torch.no_grad():
-            output = self._model_forward(model, batch_of.copied(batch_of.to(batch, device)))
-            p = _log_probabilities(output).exp()
-        if self.labels == "predicted":
-            return p.argmax(-1)
-        generator = torch.Generator(p.device).manual_seed(self.seed + self.samples)
-        drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator)
-        return drawn.view(p.shape[:-1])
+@torch.no_grad()
+def _predicted_labels(batch: Any, output: Callable[[], Tensor], start: int) -> Tensor:
+    return _log_probabilities(output()).exp().argmax(-1)
 
 
-def _of_labels(output: Tensor, pair: Any, samples: int) -> Tensor:
+@torch.no_grad()
+def _sampled_labels(batch: Any, output: Callable[[], Tensor], start: int, seed: int) -> Tensor:
+    p = _log_probabilities(output()).exp()
+    generator = torch.Generator(p.device).manual_seed(seed + start)
+    drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator)
+    return drawn.view(p.shape[:-1])
+
+
+def _of_labels(output: Tensor, labels: Tensor | None, samples: int) -> Tensor:
     """log p of the labels, shape (samples, 1)."""
-    log_p, labels = _log_probabilities(output), pair["labels"]
+    assert labels is not None
+    log_p = _log_probabilities(output)
     if labels.shape != log_p.shape[:-1]:
         raise ValueError(
             f"labels: got shape {tuple(labels.shape)}, expected {tuple(log_p.shape[:-1])} for an output "
@@ -112,7 +73,7 @@ def _of_labels(output: Tensor, pair: Any, samples: int) -> Tensor:
     return picked.reshape(samples, -1).sum(1, keepdim=True)
 
 
-def _of_all(output: Tensor, pair: Any, samples: int) -> Tensor:
+def _of_all(output: Tensor, labels: Tensor | None, samples: int) -> Tensor:
     """sqrt(p) log p of every class, shape (samples, classes): squares of its gradients carry the weight p."""
     log_p = _log_probabilities(output)
     if log_p.dim() != 2:
@@ -120,6 +81,47 @@ def _of_all(output: Tensor, pair: Any, samples: int) -> Tensor:
             f'output: labels "all" takes logits (samples, classes), got shape {tuple(output.shape)}'
         )
     return log_p.detach().exp().sqrt() * log_p
+
+
+class FisherSum(ImportanceSum):
+    """The sum over samples of (d log p(y | x) / d theta)^2, gathered batch by batch.
+
+    Args:
+        labels: "true", "predicted", "sampled" or "all", see estimate_fisher.
+        forward: forward(model, batch) -> logits (samples, ..., classes); by default of the first item.
+        exclude: fnmatch patterns on the names of parameters to leave out.
+        seed: of the labels that are drawn.
+        backend: "auto", "native" or "reference".
+    """
+
+    def __init__(
+        self,
+        labels: Labels = "true",
+        forward: Forward | None = None,
+        exclude: Sequence[str] = (),
+        seed: int = 0,
+        backend: Backend = "auto",
+    ) -> None:
+        sources: dict[str, LabelSource | None] = {
+            "true": _true_labels,
+            "predicted": _predicted_labels,
+            "sampled": partial(_sampled_labels, seed=seed),
+            "all": None,
+        }
+        if labels not in sources:
+            raise ValueError(f"labels: got {labels!r}, expected one of {tuple(sources)}")
+        super().__init__(
+            forward=forward,
+            exclude=exclude,
+            backend=backend,
+            estimator=Exact(backend, square=True),
+            values=_of_all if labels == "all" else _of_labels,
+            labels=sources[labels],
+        )
+        self.labels, self.seed = labels, seed
+
+    def refuse_rounding_noise(self, theta: Mapping[str, Tensor]) -> None:
+        """Refuse nothing: squares vanish with the gradients of a network that has learned its labels."""
 
 
 def estimate_fisher(
