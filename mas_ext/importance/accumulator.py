@@ -86,7 +86,7 @@ class ImportanceSum:
         self.method, self.objective, self.forward = method, objective, forward or default_forward
         self.exclude, self.max_outputs, self.backend = tuple(exclude), max_outputs, backend
         self._estimator = estimator or ESTIMATORS[method](backend)
-        self._values = values or partial(
+        self.values: Values = values or partial(
             objectives.values, objective=objective, max_outputs=max_outputs
         )
         self._labels, self._mode = labels, mode
@@ -130,7 +130,7 @@ class ImportanceSum:
             self.samples += samples
             return
         device = next(iter(theta.values())).device
-        evaluate = Evaluate(view.model, self.forward, self._values)
+        evaluate = Evaluate(view.model, self.forward, self.values)
         given = Labelled(batch_of.to(batch, device))
         with self._mode(view.model, device):
             if self._labels is not None:

@@ -312,7 +312,7 @@ def test_public_function_is_the_same() -> None:
 
 
 def test_the_warning_comes_once_however_many_passes() -> None:
-    """A training run estimates after every task; one warning for its model is enough. It points at this file."""
+    """A training run estimates after every task; one warning for its model is enough, at this line."""
     model, batches = prepared("LSTM")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
