@@ -33,8 +33,8 @@ bench: .venv/demo.stamp
 	$(BIN)/mas-ext bench
 
 reproduce: .venv/demo.stamp
-	$(BIN)/mas-ext reproduce
-	$(BIN)/python -m benchmarks.results_page
+	$(BIN)/python -m experiments
+	$(BIN)/python -m experiments --page
 
 docs: .venv/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean --quiet

@@ -10,60 +10,48 @@ missing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks.common import RESULTS
+from benchmarks.files import RESULTS
+from benchmarks.networks import IMPORTANCE
+from mas_ext.compare.bench import DEVICES
 
-# Seconds after which no further repeat begins; numbers of tasks, as 100 would take large networks minutes.
-STEPS = {
-    "mlp": (12, [1, 10, 100]),
-    "resnet18": (25, [1, 10, 100]),
-    "resnet50": (20, [1, 10]),
-    "vit_b": (30, [1, 10]),
-    "gpt2": (30, [1, 10]),
-}
-# Batches that keep a GPU busy; those that the benchmarks have by themselves are for a CPU.
-GPU_SAMPLES = {
-    "importance": {"mlp": 1024, "cnn": 256, "transformer": 64, "resnet18": 128},
-    "step": {"mlp": 128, "resnet18": 256, "resnet50": 64, "vit_b": 32, "gpt2": 16},
-}
 PENALTIES = {"mlp": [], "resnet18": [], "gpt2": ["--tasks", "1", "10", "--repeats", "7"]}
+# 100 tasks would take large networks minutes.
+STEPS = {
+    "mlp": ["--tasks", "1", "10", "100", "--repeats", "31"],
+    "resnet18": ["--tasks", "1", "10", "100", "--repeats", "9"],
+    "resnet50": ["--tasks", "1", "10", "--repeats", "9"],
+    "vit_b": ["--tasks", "1", "10", "--repeats", "5"],
+    "gpt2": ["--tasks", "1", "10", "--repeats", "5"],
+}
 
 
 def jobs(device: str, quick: bool) -> Iterator[tuple[str, list[str]]]:
     """The name of each result, and the command that makes it."""
-    where = device.replace(":", "")
-    few = ["--repeats", "3"]
+    few = ["--device", device, *(["--repeats", "3"] if quick else [])]
+    one_task = ["--tasks", "1"] if quick else []
     for model, options in PENALTIES.items():
-        command = ["bench_penalty", "--model", model, "--device", device, *options]
-        yield f"penalty_{model}_{where}", [*command, *(few if quick else [])]
-    for model in ("mlp", "cnn", "transformer", "resnet18"):
-        command = ["bench_importance", "--model", model, "--device", device]
-        command += _samples(device, "importance", model)
-        yield f"importance_{model}_{where}", [*command, "--repeats", "3" if quick else "7"]
-    for model, (limit, tasks) in STEPS.items():
-        for optimizer in ("sgd", "adamw"):
-            for dtype in ("float32", "bfloat16"):
-                command = ["bench_step", "--model", model, "--device", device]
-                command += ["--optimizer", optimizer, "--dtype", dtype]
-                command += _samples(device, "step", model)
-                command += ["--tasks", *map(str, tasks[:1] if quick else tasks)]
-                command += ["--limit", "0" if quick else str(limit)]
-                yield f"step_{optimizer}_{dtype}_{model}_{where}", command
-
-
-def _samples(device: str, what: str, model: str) -> list[str]:
-    return [] if device == "cpu" else ["--samples", str(GPU_SAMPLES[what][model])]
+        yield f"penalty_{model}_{device}", ["penalty", "--model", model, *options, *few]
+    for model in IMPORTANCE:
+        command = ["importance", "--model", model, "--repeats", "7", *few]
+        yield f"importance_{model}_{device}", command
+    for (model, options), optimizer, dtype in itertools.product(
+        STEPS.items(), ("sgd", "adamw"), ("float32", "bfloat16")
+    ):
+        command = ["step", "--model", model, "--optimizer", optimizer, "--dtype", dtype]
+        yield f"step_{optimizer}_{dtype}_{model}_{device}", [*command, *options, *few, *one_task]
 
 
 def main() -> None:
     """Run what is missing, and say what could not be measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument("--anew", action="store_true", help="measure again what is there")
     parser.add_argument("--quick", action="store_true", help="as few repeats as can be: a trial")
     parser.add_argument("--out", type=Path, default=RESULTS, help="pages are made from the default")
@@ -77,26 +65,22 @@ def main() -> None:
         path = arguments.out / f"{name}.json"
         if path.exists():
             continue
-        print(
-            f"\n== {i} of {len(wanted)}, after {perf_counter() - begin:.0f} s: {name}", flush=True
-        )
+        spent = perf_counter() - begin
+        print(f"\n== {i} of {len(wanted)}, after {spent:.0f} s: {name}", flush=True)
         if not _ran([script, *options, "--json", str(path)]):
             failed.append(name)
     if arguments.out == RESULTS:
         data = ["--data", arguments.data] if arguments.data else []
         pages = [["bench_lam", *data], ["performance"], ["readme"]]
         failed += [command[0] for command in pages if not _ran(command)]
-    print(
-        f"\n{perf_counter() - begin:.0f} s; not measured or written: {', '.join(failed) or 'nothing'}"
-    )
+    missing = ", ".join(failed) or "nothing"
+    print(f"\n{perf_counter() - begin:.0f} s; not measured or written: {missing}")
     sys.exit(bool(failed))
 
 
 def _ran(command: list[str]) -> bool:
-    return (
-        subprocess.run([sys.executable, "-m", f"benchmarks.{command[0]}", *command[1:]]).returncode
-        == 0
-    )
+    words = [sys.executable, "-m", f"benchmarks.{command[0]}", *command[1:]]
+    return subprocess.run(words).returncode == 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, machine
+from benchmarks.files import RESULTS, machine
 from mas_ext import Trainer, models
 from mas_ext.methods import MAS
 from mas_ext.scenarios import Scenario

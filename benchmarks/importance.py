@@ -1,39 +1,176 @@
-"""Measures exact importance against other ways to per-sample gradients, and against the approximation.
+"""Exact importance against other ways to per-sample gradients: prints a table, writes JSON and a picture.
 
-Each form is checked against a float64 loop first. Then all take turns within every repeat, and each shows
-its peak of memory in a process of its own.
+python -m benchmarks.importance --model transformer
+
+Each form is checked against a float64 loop. Then all take turns within every repeat, and each shows its peak of
+memory in a process of its own. BackPACK and Opacus take part where they are installed.
 """
 
 from __future__ import annotations
 
-import ctypes
+import copy
 import multiprocessing
 import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks import memory as allocator
-from benchmarks.gradients import APPROXIMATION, FORMS, OWN, TRAINING, Call, loop
-from benchmarks.networks import NETWORKS, build
-from benchmarks.timing import SAMPLE_SECONDS, check_device, in_turns, median, seconds
+from benchmarks import memory, pictures
+from benchmarks.files import batch, measure, parser, report
+from benchmarks.networks import IMPORTANCE, build
+from mas_ext.compare.timing import in_turns, median, paired, seconds, spread
+from mas_ext.importance import ImportanceSum
 from mas_ext.metrics import rank_correlation
 
 Omega = dict[str, Tensor]
+Call = Callable[[], Omega]
+Make = Callable[[], tuple[nn.Module, Tensor]]
 
+# What per-sample gradients of one chunk may take: all that vmap's user can set.
+CHUNK_BYTES = 1 << 28
 # Relative L2 distance from the float64 loop that rounding may make: in float32, and in TF32, which
 # convolutions on a GPU have by default.
 TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}
-# Linux counts the peak of a process, and can be told to start anew.
-RESET_PEAK, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-M_MMAP_THRESHOLD = -3  # from malloc.h
 # A first call may also meet a cold cache: the median of so many.
 FIRST_CALLS = 5
+
+
+# -- what is compared ------------------------------------------------------------------------------
+#
+# Each takes a model and a batch and returns a call, which computes anew and returns importance by name; the
+# objective is the squared norm of the output. Packages that aren't there, and networks that one can't take,
+# raise when the call is made or first used.
+
+
+def exact(model: nn.Module, x: Tensor) -> Call:
+    """This library's."""
+    checked = ImportanceSum("exact")
+
+    def call() -> Omega:
+        total = checked.empty()
+        total.add(model, x)
+        return total.into_mean()
+
+    return call
+
+
+def batch_approximation(model: nn.Module, x: Tensor) -> Call:
+    """|gradient of the batch|, as other libraries compute it."""
+    return lambda: _means({n: g.abs() for n, g in _gradients(model, x).items()}, x)
+
+
+def training(model: nn.Module, x: Tensor) -> Call:
+    """An ordinary forward and backward pass; its result is no importance."""
+    return lambda: _gradients(model, x)
+
+
+def loop(model: nn.Module, x: Tensor) -> Call:
+    """The definition: one backward pass per sample."""
+
+    def call() -> Omega:
+        total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        with torch.no_grad():
+            for sample in x.split(1):
+                for name, g in _gradients(model, sample).items():
+                    total[name] += g.abs_()
+        return _means(total, x)
+
+    return call
+
+
+def vmap(model: nn.Module, x: Tensor) -> Call:
+    """torch.func.vmap(grad) in chunks: B x P numbers, as many at a time as CHUNK_BYTES hold."""
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def value(theta: Omega, sample: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(model, (theta, buffers), (sample[None],))
+        return output.square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(value), in_dims=(None, 0))
+    chunk = max(1, CHUNK_BYTES // sum(p.nbytes for p in theta.values()))
+
+    def call() -> Omega:
+        total = {name: torch.zeros_like(p) for name, p in theta.items()}
+        for samples in x.split(chunk):
+            for name, g in per_sample(theta, samples).items():
+                total[name] += g.abs_().sum(0)
+        return _means(total, x)
+
+    return call
+
+
+def backpack(model: nn.Module, x: Tensor) -> Call:
+    """BackPACK's BatchGrad, which keeps B x P numbers."""
+    import backpack
+    from backpack.extensions import BatchGrad
+
+    extended = backpack.extend(copy.deepcopy(model))
+
+    def call() -> Omega:
+        with backpack.backpack(BatchGrad()):
+            extended(x).square().sum().backward()
+        return _means(_taken(extended, "grad_batch"), x)
+
+    return call
+
+
+def opacus(model: nn.Module, x: Tensor) -> Call:
+    """Opacus's GradSampleModule, which keeps B x P numbers."""
+    from opacus import GradSampleModule
+
+    # It looks at modules in train mode only; dropout is 0 here, and BatchNorm it doesn't take.
+    wrapped = GradSampleModule(copy.deepcopy(model).train(), loss_reduction="sum")
+
+    def call() -> Omega:
+        wrapped(x).square().sum().backward()
+        return _means(_taken(wrapped._module, "grad_sample"), x)
+
+    return call
+
+
+FORMS: dict[str, Callable[[nn.Module, Tensor], Call]] = {
+    "exact": exact,
+    "batch approximation": batch_approximation,
+    "forward + backward": training,
+    "loop, one by one": loop,
+    "vmap(grad), chunks": vmap,
+    "BackPACK BatchGrad": backpack,
+    "Opacus GradSampleModule": opacus,
+}
+OWN, APPROXIMATION, TRAINING = [*FORMS][:3]
+
+
+def _gradients(model: nn.Module, x: Tensor) -> Omega:
+    theta = dict(model.named_parameters())
+    with torch.enable_grad():
+        value = model(x).square().sum()
+    return dict(zip(theta, torch.autograd.grad(value, list(theta.values())), strict=True))
+
+
+def _means(sums: Omega, x: Tensor) -> Omega:
+    return {name: t / len(x) for name, t in sums.items()}
+
+
+def _taken(model: nn.Module, attribute: str) -> Omega:
+    """The sum of |per-sample gradients| in an attribute of the parameters, which lose it."""
+    sums = {}
+    for name, p in model.named_parameters():
+        per_sample: Tensor | None = getattr(p, attribute, None)
+        if per_sample is None:
+            raise NotImplementedError(f"no per-sample gradient of {name}")
+        sums[name] = per_sample.abs().sum(0)
+        setattr(p, attribute, None)
+        p.grad = None
+    return sums
+
+
+# -- how it is measured ----------------------------------------------------------------------------
 
 
 def run(
@@ -41,99 +178,92 @@ def run(
     device: str = "cpu",
     samples: int | None = None,
     repeats: int = 15,
-    memory: bool = True,
+    with_memory: bool = True,
 ) -> dict[str, Any]:
     """Measure every form on one batch of one network.
 
     Args:
-        model: "mlp" (784-400-400-10), "cnn" (VGG-like, 32 x 32), "transformer" (4 layers of width 256, 64
-            positions) or "resnet18" (64 x 64).
+        model: one of networks.IMPORTANCE.
         device: "cpu" or "cuda".
-        samples: in the batch; by default 512, 128, 32 and 32.
+        samples: in the batch, by default as in networks.IMPORTANCE.
         repeats: rounds in which all forms take their turn.
-        memory: whether to measure memory, which starts a process for every form on the CPU; needs Linux there.
+        with_memory: starts a process for every form on the CPU; needs Linux there.
 
     Returns:
-        Numbers and words that JSON can hold. `forms`: dicts with `name`, `seconds`, `to_batch` and
-        `to_training` (ratios to the batch approximation and to an ordinary forward and backward pass, paired
-        within each repeat; all with median, low, high), `error` (relative L2, from the float64 loop; None for
-        the training pass), `memory` (bytes at the peak, above those before) and `memory_to_training`.
-        `self_check`: seconds that the first batch of a model takes longer than a later one. `batch`: the part
-        of all importance that the approximation `kept`, and its `rank_correlation` with the exact one.
-        `skipped`: why a form is missing. `warnings`: what this library's form had to say.
+        What JSON can hold. `forms`: dicts with `name`, `seconds`, `to_batch` and `to_training` (ratios to the
+        batch approximation and to an ordinary forward and backward pass, paired within each repeat; all with
+        median, low, high), `error` (relative L2, from the float64 loop; None for the training pass), `memory`
+        (bytes at the peak of two calls, above those before) and `memory_to_training`. `self_check`: seconds
+        that the first batch of a model takes longer than a later one. `batch`: the part of all importance that
+        the approximation `kept`, and its `rank_correlation` with the exact one. `skipped`: why a form is
+        missing. `warnings`: what this library's form had to say.
 
     Raises:
-        ValueError: an argument that is not one of the choices.
         AssertionError: a form whose result is wrong.
     """
-    if model not in NETWORKS:
-        raise ValueError(f"model: got {model!r}, expected one of {', '.join(NETWORKS)}")
-    check_device(device)
-    if repeats < 1 or (samples is not None and samples < 1):
-        raise ValueError(f"samples, repeats: got {samples}, {repeats}, expected numbers from 1 up")
-    network, x = build(model, samples, device)
+    make = partial(build, IMPORTANCE[model], samples, device)
+    network, x = make()
     skipped: dict[str, str] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        calls, found = _usable(model, samples, device, skipped)
+        calls, found = _usable(make, skipped)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        taken = in_turns([*calls.values()], repeats, device, lambda: None, SAMPLE_SECONDS)
+        taken = in_turns([*calls.values()], repeats, device)
+        self_check = _self_check(make, device)
     times = dict(zip(calls, taken, strict=True))
-    if memory and device == "cpu" and not RESET_PEAK.exists():
-        memory, skipped["memory"] = False, f"there is no {RESET_PEAK}"
-    peaks = {name: peak(model, samples, device, name) for name in calls} if memory else {}
-    exact = _double_loop(model, samples, device)
-    errors = {name: _error(omega, exact) for name, omega in found.items() if name != TRAINING}
-    tolerance = TOLERANCE[torch.device(device).type]
+    if with_memory and device == "cpu" and not memory.RESET_PEAK.exists():
+        with_memory, skipped["memory"] = False, f"there is no {memory.RESET_PEAK}"
+    peaks = {name: peak(make, device, name) for name in calls} if with_memory else {}
+    network, x = make()
+    reference = loop(network.double(), x.double())()
+    errors = {name: _error(omega, reference) for name, omega in found.items() if name != TRAINING}
     for name, error in errors.items():
         # Also where it is NaN.
-        if name != APPROXIMATION and not error <= tolerance:
+        if name != APPROXIMATION and not error <= TOLERANCE[device]:
             raise AssertionError(
-                f"{name}: got importance that is {error:.2g} off, expected at most {tolerance}"
+                f"{name}: got importance that is {error:.2g} off, expected at most {TOLERANCE[device]}"
             )
     rows = [
         {
             "name": name,
             "seconds": median(one),
-            "to_batch": median([a / b for a, b in zip(one, times[APPROXIMATION], strict=True)]),
-            "to_training": median([a / b for a, b in zip(one, times[TRAINING], strict=True)]),
+            "to_batch": paired(one, times[APPROXIMATION]),
+            "to_training": paired(one, times[TRAINING]),
             "error": errors.get(name),
             "memory": peaks.get(name),
             "memory_to_training": peaks[name] / max(1, peaks[TRAINING]) if peaks else None,
         }
         for name, one in times.items()
     ]
-    flat, approximate = (_flat(omega) for omega in (exact, found[APPROXIMATION]))
+    flat, approximate = (_flat(omega) for omega in (reference, found[APPROXIMATION]))
     return {
         "model": model,
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "parameters": len(flat),
         "shape": list(x.shape),
         "device": device,
         "dtype": "float32",
         "threads": torch.get_num_threads(),
         "repeats": repeats,
         "forms": rows,
-        "self_check": _self_check(model, samples, device),
+        "self_check": self_check,
         "batch": {
             "kept": float(approximate.sum() / flat.sum()),
             "rank_correlation": rank_correlation(approximate, flat),
         },
         "skipped": skipped,
         "warnings": sorted(
-            {str(w.message) for w in caught if "takes the fallback" in str(w.message)}
+            {str(w.message) for w in caught if str(w.message).startswith("importance of")}
         ),
     }
 
 
-def _usable(
-    model: str, samples: int | None, device: str, skipped: dict[str, str]
-) -> tuple[dict[str, Call], dict[str, Omega]]:
+def _usable(make: Make, skipped: dict[str, str]) -> tuple[dict[str, Call], dict[str, Omega]]:
     """The forms that can take the network, and what they found."""
     calls, found = {}, {}
     for name, form in FORMS.items():
         try:
-            call = form(*build(model, samples, device))
+            call = form(*make())
             omega = call()
         except Exception as error:  # other packages say in many ways that they can't
             if name in (OWN, APPROXIMATION, TRAINING):
@@ -144,70 +274,48 @@ def _usable(
     return calls, found
 
 
-def _double_loop(model: str, samples: int | None, device: str) -> Omega:
-    network, x = build(model, samples, device)
-    return loop(network.double(), x.double())()
-
-
 def _flat(omega: Omega) -> Tensor:
     return torch.cat([t.flatten().double() for t in omega.values()])
 
 
-def _error(omega: Omega, exact: Omega) -> float:
-    difference = _flat({name: omega[name] - t for name, t in exact.items()})
-    return float(difference.norm() / _flat(exact).norm())
+def _error(omega: Omega, reference: Omega) -> float:
+    difference = _flat({name: omega[name] - t for name, t in reference.items()})
+    return float(difference.norm() / _flat(reference).norm())
 
 
-def _self_check(model: str, samples: int | None, device: str) -> dict[str, float]:
+def _self_check(make: Make, device: str) -> dict[str, float]:
     """Seconds by which the first call on a new model is longer than those after it."""
     longer = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        for _ in range(FIRST_CALLS):
-            call = FORMS[OWN](*build(model, samples, device))
-            first, *later = (seconds(call, 1, device) for _ in range(4))
-            longer.append(first - median(later)["median"])
+    for _ in range(FIRST_CALLS):
+        call = exact(*make())
+        first, *later = (seconds(call, 1, device) for _ in range(4))
+        longer.append(first - median(later)["median"])
     return median(longer)
 
 
-# -- memory ----------------------------------------------------------------------------------------
-
-
-def peak(model: str, samples: int | None, device: str, form: str) -> int:
-    """Bytes at the peak of two calls, above those that model and batch took before.
-
-    On the CPU this is what the system counts for a new process, since allocators keep what others freed.
-    """
-    if device != "cpu":
-        return _peak_cuda(model, samples, device, form)
+def peak(make: Make, device: str, form: str) -> int:
+    """Bytes at the peak of two calls, above those that model and batch took before."""
+    if device == "cuda":
+        network, x = make()
+        torch.cuda.empty_cache()
+        return memory.peak(partial(_call_twice, form, network, x), device)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak_cpu, model, samples, form, torch.get_num_threads()).result()
+        return pool.submit(_peak_of_process, make, form, torch.get_num_threads()).result()
 
 
-def _peak_cuda(model: str, samples: int | None, device: str, form: str) -> int:
-    network, x = build(model, samples, device)
-    torch.cuda.empty_cache()
-    return allocator.peak(lambda: _call_twice(form, network, x), device)
-
-
-def _peak_cpu(model: str, samples: int | None, form: str, threads: int) -> int:
+def _peak_of_process(make: Make, form: str, threads: int) -> int:
     torch.set_num_threads(threads)
-    # Freed memory goes back to the system at once, or what the calls below reuse would not be seen.
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
-    network, x = build(model, samples)
-    # Libraries make buffers of their own on first use.
-    _call_twice(form, network, x[:2])
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-    before = _resident("VmRSS")
-    RESET_PEAK.write_text("5")
-    _call_twice(form, network, x)
-    return max(0, _resident("VmHWM") - before)
+
+    def prepare() -> Callable[[], None]:
+        network, x = make()
+        # Libraries make buffers of their own on first use.
+        _call_twice(form, network, x[:2])
+        return partial(_call_twice, form, network, x)
+
+    return memory.process_peak(prepare)
 
 
-def _call_twice(form: str, network: torch.nn.Module, x: Tensor) -> None:
+def _call_twice(form: str, network: nn.Module, x: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         call = FORMS[form](network, x)
@@ -215,45 +323,40 @@ def _call_twice(form: str, network: torch.nn.Module, x: Tensor) -> None:
         call()
 
 
-def _resident(field: str) -> int:
-    """Bytes now (VmRSS) or at the peak (VmHWM)."""
-    (line,) = (x for x in STATUS.read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-# -- words -----------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def table(result: Mapping[str, Any]) -> str:
     """What `run` returns, as lines of text."""
-    batch, check = result["batch"], result["self_check"]
-    return "\n".join(
-        [
-            f"{result['model']}: {result['parameters']:,} parameters, input "
-            f"{' x '.join(map(str, result['shape']))}, {result['dtype']}, {result['device']}, "
-            f"{result['threads']} threads, {result['repeats']} repeats; medians with 95 % intervals",
-            "",
-            f"{'form':<26}{'milliseconds':>26}{'x batch approximation':>24}{'x forward + backward':>22}"
-            f"{'peak MB':>10}{'x fwd+bwd':>12}{'error':>10}",
-            *(_line(row) for row in result["forms"]),
-            "",
-            f"once a model, to check itself: {1e3 * check['median']:.1f} ms "
-            f"({1e3 * check['low']:.1f} to {1e3 * check['high']:.1f})",
-            f"the batch approximation keeps {100 * batch['kept']:.0f} % of the importance; its rank "
-            f"correlation with it is {batch['rank_correlation']:.2f}",
-            *(f"{name}: left out, {reason}" for name, reason in result["skipped"].items()),
-            *result["warnings"],
-        ]
-    )
+    approximation = result["batch"]
+    lines = [
+        f"batch of {batch(result)}",
+        f"{'form':<24}{'milliseconds':>34}{'x batch approximation':>28}{'x forward + backward':>28}"
+        f"{'peak MB':>10}{'x fwd+bwd':>12}{'error':>10}",
+    ]
+    for row in result["forms"]:
+        size, ratio, error = (row[key] for key in ("memory", "memory_to_training", "error"))
+        lines.append(
+            f"{row['name']:<24}{spread(row['seconds'], 2, 1e3):>34}{spread(row['to_batch'], 2):>28}"
+            f"{spread(row['to_training'], 2):>28}{'' if size is None else f'{size / 1e6:.0f}':>10}"
+            f"{'' if ratio is None else f'{ratio:.2f}':>12}{'' if error is None else f'{error:.1e}':>10}"
+        )
+    lines += [
+        f"once per model, to check itself: {spread(result['self_check'], 1, 1e3)} ms",
+        f"the batch approximation keeps {100 * approximation['kept']:.0f} % of the importance; its rank "
+        f"correlation with it is {approximation['rank_correlation']:.2f}",
+        *result["warnings"],
+    ]
+    return report(result, lines)
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    time = {key: 1e3 * value for key, value in row["seconds"].items()}
-    spread = "{median:.2f} ({low:.2f}-{high:.2f})"
-    memory = "" if row["memory"] is None else f"{row['memory'] / 1e6:.0f}"
-    ratio = "" if row["memory_to_training"] is None else f"{row['memory_to_training']:.2f}"
-    return (
-        f"{row['name']:<26}{spread.format(**time):>26}{spread.format(**row['to_batch']):>24}"
-        f"{spread.format(**row['to_training']):>22}{memory:>10}{ratio:>12}"
-        f"{'' if row['error'] is None else format(row['error'], '.1e'):>10}"
-    )
+def main() -> None:
+    """Measure, print, write, draw."""
+    options = parser(__doc__, IMPORTANCE, 15)
+    options.add_argument("--samples", type=int, help="in the batch")
+    result, path = measure(options, run, table, "importance_{model}_{device}")
+    pictures.importance(result, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

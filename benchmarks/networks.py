@@ -1,44 +1,74 @@
-"""The networks whose importance the benchmark measures, with inputs of random numbers."""
+"""The networks that the benchmarks run, with batches of random numbers. Each maps one tensor to one tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mas_ext import models
-from mas_ext.models import residual as resnet
+from mas_ext.models import residual
 
 
-def _with_ten_outputs(model: models.MultiHead) -> nn.Module:
+class Network(NamedTuple):
+    """How to make it, and batches for it.
+
+    shape: of one sample. samples: in a batch, on a CPU and on a GPU. outputs: the last dimension of what it
+    returns. tokens: whether its inputs are tokens, as many as there are outputs, instead of real numbers.
+    """
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    samples: tuple[int, int]
+    outputs: int = 10
+    tokens: bool = False
+
+
+def build(
+    network: Network,
+    samples: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[nn.Module, Tensor]:
+    """The network in eval mode and a batch for it, the same on every call.
+
+    Raises:
+        ImportError: a network of transformers, where that is not installed.
+    """
+    shape = (samples or network.samples[device != "cpu"], *network.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = network.make().eval()
+        x = (
+            torch.randint(network.outputs, shape)
+            if network.tokens
+            else torch.randn(shape).to(dtype)
+        )
+    return model.to(device, dtype), x.to(device)
+
+
+def _with_ten_outputs(name: str, shape: tuple[int, ...]) -> nn.Module:
+    """A network of mas_ext.models as an nn.Sequential, which every library understands."""
+    model = models.build(name, shape)
     assert isinstance(model.backbone, nn.Sequential)
     return nn.Sequential(*model.backbone, nn.Linear(model.width, 10))
 
 
-def mlp() -> nn.Module:
-    """784-400-400-10."""
-    return _with_ten_outputs(models.mlp((784,), (400, 400)))
-
-
-def cnn() -> nn.Module:
-    """Six convolutions in the manner of VGG, for 32 x 32 pixels."""
-    return _with_ten_outputs(models.cnn((3, 32, 32)))
-
-
-class Transformer(nn.Module):
-    """Four encoder layers of width 256; ten numbers from the mean over positions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-        self.head = nn.Linear(256, 10)
+class Mean(nn.Module):
+    """Over positions: (N, positions, width) -> (N, width)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.encoder(x).mean(1))
-        return logits
+        return x.mean(1)
+
+
+def transformer() -> nn.Module:
+    """Four encoder layers of width 256; ten numbers from the mean over positions."""
+    layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    return nn.Sequential(encoder, Mean(), nn.Linear(256, 10))
 
 
 def resnet18() -> nn.Module:
@@ -48,7 +78,7 @@ def resnet18() -> nn.Module:
         nn.BatchNorm2d(64),
         nn.ReLU(),
         nn.MaxPool2d(3, 2, 1),
-        *resnet.stages((64, 128, 256, 512), 2, resnet.projected),
+        *residual.stages((64, 128, 256, 512), 2, residual.projected),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(512, 1000),
@@ -59,27 +89,44 @@ def resnet18() -> nn.Module:
     return model
 
 
-class Network(NamedTuple):
-    """How to make it, the shape of one sample, and the number of samples in a batch."""
+class Logits(nn.Module):
+    """A network of Hugging Face, of the size that its configuration has by default."""
 
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    samples: int
+    def __init__(self, name: str, configuration: str, **options: Any) -> None:
+        super().__init__()
+        try:
+            import transformers
+        except ImportError as error:
+            raise ImportError(
+                f"model: {name} comes from transformers, which is not installed: pip install transformers"
+            ) from error
+        self.network = getattr(transformers, name)(getattr(transformers, configuration)(**options))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x).logits
+        return logits
 
 
-NETWORKS = {
-    "mlp": Network(mlp, (784,), 512),
-    "cnn": Network(cnn, (3, 32, 32), 128),
-    "transformer": Network(Transformer, (64, 256), 32),
-    "resnet18": Network(resnet18, (3, 64, 64), 32),
+_mlp = partial(_with_ten_outputs, "mlp", (784,))
+# Their default configurations are ResNet-50, ViT-B/16 and GPT-2 small.
+_resnet50 = partial(Logits, "ResNetForImageClassification", "ResNetConfig", num_labels=1000)
+_vit_b = partial(Logits, "ViTForImageClassification", "ViTConfig", num_labels=1000)
+_gpt2 = partial(Logits, "GPT2LMHeadModel", "GPT2Config", use_cache=False)
+
+# What benchmarks/importance.py measures.
+IMPORTANCE = {
+    "mlp": Network(_mlp, (784,), (512, 1024)),
+    "cnn": Network(partial(_with_ten_outputs, "cnn", (3, 32, 32)), (3, 32, 32), (128, 256)),
+    "transformer": Network(transformer, (64, 256), (32, 64)),
+    "resnet18": Network(resnet18, (3, 64, 64), (32, 128), 1000),
 }
-
-
-def build(name: str, samples: int | None = None, device: str = "cpu") -> tuple[nn.Module, Tensor]:
-    """A network in eval mode and a batch for it, the same on every call."""
-    network = NETWORKS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = network.make().eval()
-        x = torch.randn(samples or network.samples, *network.shape)
-    return model.to(device), x.to(device)
+# What benchmarks/step.py trains. A step takes two cores a second at most.
+STEP = {
+    "mlp": Network(_mlp, (784,), (128, 128)),
+    "resnet18": Network(
+        partial(_with_ten_outputs, "resnet18", (3, 32, 32)), (3, 32, 32), (32, 256)
+    ),
+    "resnet50": Network(_resnet50, (3, 64, 64), (8, 64), 1000),
+    "vit_b": Network(_vit_b, (3, 224, 224), (2, 32), 1000),
+    "gpt2": Network(_gpt2, (64,), (2, 16), 50257, tokens=True),
+}

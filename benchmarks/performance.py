@@ -5,77 +5,53 @@ python -m benchmarks.performance
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks import bench_lam, pictures
-from benchmarks.common import RESULTS, fill, measured_on
-from benchmarks.forms import GRAPH
-from benchmarks.step import AVALANCHE, DTYPES, EAGER, FUSED, FUSED_FORMS, PLAIN
+from benchmarks import pictures
+from benchmarks.files import (
+    ROOT,
+    Result,
+    batch,
+    copies,
+    fill,
+    load,
+    load_all,
+    measured_on,
+    named,
+    row,
+)
+from benchmarks.penalty import GRAPH
+from benchmarks.step import AVALANCHE, FUSED, FUSED_FORMS, PLAIN
 from experiments.tables import table
-from mas_ext.training.settings import OPTIMIZERS
+from mas_ext.compare.bench import EAGER
+from mas_ext.compare.timing import spread
 
-PAGE = Path(__file__).parents[1] / "docs" / "PERFORMANCE.md"
+PAGE = ROOT / "docs" / "PERFORMANCE.md"
 PICTURES = PAGE.parent / "performance"
-LAM = RESULTS / "lam_split-mnist.json"
-NETWORKS = {
-    "mlp": "MLP 784-400-400-10",
-    "cnn": "VGG-like",
-    "transformer": "transformer, 4 layers",
-    "resnet18": "ResNet-18",
-    "resnet50": "ResNet-50",
-    "vit_b": "ViT-B/16",
-    "gpt2": "GPT-2 small",
-}
+LAM = "lam_split-mnist"
 FORMS = ["attach", "attach, proximal", "add_grad_", "penalty() in the loss", EAGER, AVALANCHE]
+TITLES = [*(f"`{name}`" for name in FORMS[:4]), *FORMS[4:]]
 
 # From this share of a plain copy's speed on, a kernel is said to be limited by memory.
 FULL_SPEED = 0.8
 # Accuracy this near to the best, in % points, counts as kept.
 NEAR = 1.0
 
-Result = Mapping[str, Any]
 Row = Mapping[str, Any]
-
-
-def results(kind: str) -> list[dict[str, Any]]:
-    """All results of one benchmark, small networks first."""
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in RESULTS.glob(f"{kind}_*.json")]
-    order = [*NETWORKS]
-    return sorted(
-        found,
-        key=lambda r: (
-            r["device"],
-            order.index(r["model"]),
-            [*OPTIMIZERS, None].index(r.get("optimizer")),
-            r["dtype"],
-        ),
-    )
-
-
-def on(device: str, found: Sequence[Result]) -> list[Result]:
-    """Those of "cpu" or "cuda"."""
-    return [r for r in found if r["device"] == device]
-
-
-def named(result: Result) -> str:
-    """The network, and where if not on the CPU."""
-    return NETWORKS[result["model"]] + ("" if result["device"] == "cpu" else ", GPU")
 
 
 def machines(found: Sequence[Result]) -> str:
     """Where and when these were measured."""
-    places = {measured_on(r["machine"], r["threads"]): None for r in found}
+    places = {measured_on(r): None for r in found}
     repeats = sorted({r["repeats"] for r in found})
-    return f"{'; '.join(places)}; medians of {_span(repeats, '{}')} interleaved repeats."
+    span = " to ".join(map(str, dict.fromkeys((repeats[0], repeats[-1]))))
+    return f"{'; '.join(places)}; medians of {span} interleaved repeats."
 
 
-def _span(values: Sequence[Any], form: str) -> str:
-    low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{low} to {high}"
+def _milliseconds(form: Row) -> str:
+    return _number(1e3 * form["seconds"]["median"])
 
 
 def _number(x: float) -> str:
@@ -87,50 +63,47 @@ def _number(x: float) -> str:
 
 def penalty_tables(found: Sequence[Result]) -> str:
     """Bytes, speed and what limits each of this library's forms."""
-    rows = []
-    for result in found:
-        again = {(row["name"], row["tasks"]): row for row in result["forms"]}
-        cold = {(row["name"], row["tasks"]): row for row in result["cold"]["forms"]}
-        for row in result["cold"]["forms"]:
-            if row["moved"]:
-                name, tasks = row["name"], row["tasks"]
-                speed = row["fraction"] * max(result["cold"]["bandwidth"].values())
-                rows.append(
-                    [
-                        f"{named(result)}, {result['parameters']:,} parameters",
-                        f"`{name}`",
-                        str(tasks),
-                        _number(1e3 * row["seconds"]["median"]),
-                        str(row["moved"]),
-                        f"{speed / 1e9:.1f}",
-                        f"{row['fraction']:.2f}",
-                        kernel_limit(row, again[name, tasks], cold.get((name + GRAPH, tasks))),
-                    ]
-                )
-    head = ["network", "form", "tasks", "ms a call", "bytes a parameter", "GB/s", "of a copy"]
-    copies = "; ".join(
-        f"{named(r)} " + ", ".join(f"{n} {b / 1e9:.1f}" for n, b in r["cold"]["bandwidth"].items())
-        for r in found
-    )
-    return "\n\n".join(
+    rows = [
         [
-            table([*head, "limited by"], rows),
-            f"Copies of as many bytes in the same run, GB/s read and written: {copies}.",
-            machines(found),
-            "![bytes counted against bytes a second](performance/roofline.png)",
-            *(["![the same on a GPU](performance/roofline_gpu.png)"] if on("cuda", found) else []),
+            f"{named(result)}, {result['parameters']:,} parameters",
+            f"`{cold['name']}`",
+            str(cold["tasks"]),
+            _milliseconds(cold),
+            str(cold["moved"]),
+            f"{cold['fraction'] * max(result['cold']['bandwidth'].values()) / 1e9:.1f}",
+            f"{cold['fraction']:.2f}",
+            kernel_limit(
+                cold,
+                row(result, cold["name"], cold["tasks"]),
+                row(result["cold"], cold["name"] + GRAPH, cold["tasks"]),
+            ),
         ]
-    )
+        for result in found
+        for cold in result["cold"]["forms"]
+        if cold["moved"]
+    ]
+    head = ["network", "form", "tasks", "ms a call", "bytes a parameter", "GB/s", "of a copy"]
+    speeds = "; ".join(f"{named(r)} {copies(r['cold'])}" for r in found)
+    parts = [
+        table([*head, "limited by"], rows),
+        f"Copies of as many bytes in the same run, GB/s read and written: {speeds}.",
+        machines(found),
+        "![bytes counted against bytes a second](performance/roofline.png)",
+    ]
+    if any(r["device"] == "cuda" for r in found):
+        parts.append("![the same on a GPU](performance/roofline_gpu.png)")
+    return "\n\n".join(parts)
 
 
 def kernel_limit(cold: Row, again: Row, graph: Row | None = None) -> str:
-    """What limits a kernel, by its share of a copy's speed, its time when called again and again, and that of
-    the same kernel in a CUDA graph, where Python has no part.
+    """What limits a kernel, by its share of a copy's speed, and its time in other circumstances.
+
+    again: when called again and again; graph: in a CUDA graph, where Python has no part.
     """
     if cold["fraction"] >= FULL_SPEED:
         return "memory"
     faster = cold["seconds"]["median"] / again["seconds"]["median"]
-    if graph is not None and cold["seconds"]["median"] >= 2 * graph["seconds"]["median"]:
+    if graph and cold["seconds"]["median"] >= 2 * graph["seconds"]["median"]:
         times = cold["seconds"]["median"] / graph["seconds"]["median"]
         return f"Python before the launch: {times:.1f} times as fast in a graph"
     if faster >= 2:
@@ -153,27 +126,20 @@ def step_tables(found: Sequence[Result]) -> str:
     rows = []
     for result in found:
         forms = rows_by_name(result)
-        shape = " x ".join(map(str, result["shape"]))
         rows.append(
             [
-                f"{named(result)}, {shape}",
+                f"{named(result)}, {batch(result)}",
                 f"{result['optimizer']}, {result['dtype']}",
-                _number(1e3 * forms[PLAIN]["seconds"]["median"]),
+                _milliseconds(forms[PLAIN]),
                 *(_percent(forms.get(name)) for name in FORMS),
                 f"{100 * bytes_share(result):.1f}",
                 step_limit(result),
             ]
         )
-    head = [
-        "network, batch",
-        "optimizer, dtype",
-        "ms without",
-        *(f"`{name}`" for name in FORMS[:4]),
-    ]
-    head += ["eager autograd", AVALANCHE, "bytes alone", "`attach` costs"]
+    head = ["network, batch", "optimizer, dtype", "ms without", *TITLES, "bytes alone"]
     return "\n\n".join(
         [
-            table(head, rows),
+            table([*head, "`attach` costs"], rows),
             "Forms: % by which a step is longer than without a penalty, after one task (95 % interval). Bytes "
             "alone: the same if `attach`'s bytes moved at the speed of a plain copy.",
             machines(found),
@@ -196,7 +162,7 @@ def fused_table(found: Sequence[Result]) -> str:
                 [
                     named(result),
                     f"{result['optimizer']}, {result['dtype']}",
-                    _number(1e3 * forms[FUSED]["seconds"]["median"]),
+                    _milliseconds(forms[FUSED]),
                     *map(_percent, (attached, *own)),
                     " / ".join(shares) if told else "can't be told",
                 ]
@@ -205,11 +171,8 @@ def fused_table(found: Sequence[Result]) -> str:
     return table([*head, "of `attach`'s"], rows)
 
 
-def _percent(row: Row | None) -> str:
-    if row is None:
-        return "not installed"
-    low, middle, high = (100 * row["extra"][key] for key in ("low", "median", "high"))
-    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+def _percent(form: Row | None) -> str:
+    return "not installed" if form is None else spread(form["extra"], 1, 100)
 
 
 def bytes_share(result: Result) -> float:
@@ -238,24 +201,20 @@ def memory_table(found: Sequence[Result]) -> str:
     for result in found:
         forms = rows_by_name(result)
         cells = (
-            forms[n]["extra_memory"] / result["parameters"] if n in forms else None for n in FORMS
+            f"{forms[n]['extra_memory'] / result['parameters']:.1f}"
+            if n in forms
+            else "not installed"
+            for n in FORMS
         )
-        rows.append(
-            [
-                named(result),
-                f"{result['optimizer']}, {result['dtype']}",
-                *("not installed" if x is None else f"{x:.1f}" for x in cells),
-            ]
-        )
-    head = ["bytes a parameter", "optimizer, dtype", *(f"`{name}`" for name in FORMS[:4])]
-    return table([*head, "eager autograd", AVALANCHE], rows)
+        rows.append([named(result), f"{result['optimizer']}, {result['dtype']}", *cells])
+    return table(["bytes a parameter", "optimizer, dtype", *TITLES], rows)
 
 
 def tasks_table(found: Sequence[Result]) -> str:
     """Time and memory over the number of tasks, SGD in float32."""
     rows = []
     for result in found:
-        if (result["optimizer"], result["dtype"]) == ("sgd", DTYPES[0]):
+        if (result["optimizer"], result["dtype"]) == ("sgd", "float32"):
             for tasks in sorted({row["tasks"] for row in result["forms"]} - {0}):
                 forms = rows_by_name(result, tasks)
                 cells = [
@@ -281,28 +240,18 @@ def _bytes(row: Row, result: Result) -> str:
 
 def importance_table(found: Sequence[Result]) -> str:
     """What exact importance takes beside an ordinary pass."""
-    rows = []
-    for result in found:
-        row = next(r for r in result["forms"] if r["name"] == "exact")
-        times = row["to_training"]["median"]
-        memory = row["memory_to_training"]
-        rows.append(
-            [
-                f"{named(result)}, {' x '.join(map(str, result['shape']))}",
-                _number(1e3 * row["seconds"]["median"]),
-                f"{times:.2f} ({row['to_training']['low']:.2f} to {row['to_training']['high']:.2f})",
-                "not measured" if memory is None else f"{memory:.2f}",
-                f"{100 / max(times, 1):.0f} % of it",
-            ]
-        )
-    head = [
-        "network, batch",
-        "ms a batch",
-        "times a training pass",
-        "times its memory",
-        "the pass itself",
+    rows = [
+        [
+            f"{named(result)}, {batch(result)}",
+            _milliseconds(exact),
+            spread(exact["to_training"], 2),
+            f"{exact['memory_to_training']:.2f}" if exact["memory"] else "not measured",
+            f"{100 / max(exact['to_training']['median'], 1):.0f} % of it",
+        ]
+        for result, exact in ((r, row(r, "exact")) for r in found)
     ]
-    return f"{table(head, rows)}\n\n{machines(found)}"
+    head = ["network, batch", "ms a batch", "times a training pass", "times its memory"]
+    return f"{table([*head, 'the pass itself'], rows)}\n\n{machines(found)}"
 
 
 # -- strength --------------------------------------------------------------------------------------
@@ -319,20 +268,20 @@ def lam_table(result: Result) -> str:
         ]
         mean = None if None in seeds else 100 * statistics.mean(seeds)
         means.setdefault((run["optimizer"], run["mode"]), {})[run["lam"]] = mean
-    columns = [(optimizer, mode) for optimizer in bench_lam.RATES for mode in bench_lam.MODES]
+    columns = [(optimizer, mode) for optimizer in result["rates"] for mode in pictures.MODES]
     lams = sorted({run["lam"] for run in result["runs"]} - {0.0})
     rows = [[f"{lam:g}", *(_accuracy(means[column], lam) for column in columns)] for lam in lams]
     sentences = [_range(column, means[column]) for column in columns]
-    plain = ", ".join(f"{o} {means[o, 'gradient'][0.0]:.2f}" for o in bench_lam.RATES)
-    seeds = len({run["seed"] for run in result["runs"]})
+    plain = ", ".join(f"{o} {means[o, 'gradient'][0.0]:.2f}" for o in result["rates"])
+    count = len({run["seed"] for run in result["runs"]})
     return "\n\n".join(
         [
             table(["lam", *(f"{optimizer}, {mode}" for optimizer, mode in columns)], rows),
-            f"Average accuracy after the last task, %, mean over {seeds} seeds; without a penalty: {plain}. "
+            f"Average accuracy after the last task, %, mean over {count} seeds; without a penalty: {plain}. "
             f"MLP 784-{'-'.join(map(str, result['hidden']))}, {result['epochs']} epochs, batches of "
             f"{result['batch']}, task-incremental; importance of all training data.",
             "\n".join(f"- {sentence}" for sentence in sentences),
-            f"{measured_on(result['machine'], result['threads'])}.",
+            f"{measured_on(result)}.",
             "![accuracy over lam](performance/lam.png)",
         ]
     )
@@ -365,30 +314,30 @@ def _range(column: tuple[str, str], means: Mapping[float, float | None]) -> str:
 def tables() -> dict[str, str]:
     """Everything between the page's marks; what has no results yet says so."""
     parts = {
-        "penalty": (penalty_tables, results("penalty")),
-        "steps": (step_tables, results("step")),
-        "fused": (fused_table, results("step")),
-        "memory": (memory_table, results("step")),
-        "tasks": (tasks_table, results("step")),
-        "importance": (importance_table, results("importance")),
+        "penalty": (penalty_tables, load_all("penalty")),
+        "steps": (step_tables, load_all("step")),
+        "fused": (fused_table, load_all("step")),
+        "memory": (memory_table, load_all("step")),
+        "tasks": (tasks_table, load_all("step")),
+        "importance": (importance_table, load_all("importance")),
     }
     made = {
         mark: write(found) if found else "Not measured yet."
         for mark, (write, found) in parts.items()
     }
-    return {**made, "lam": lam_table(json.loads(LAM.read_text(encoding="utf-8")))}
+    return {**made, "lam": lam_table(load(LAM))}
 
 
 def main() -> None:
     """Draw, and replace what stands between the page's marks."""
     PICTURES.mkdir(exist_ok=True)
     for device, name in (("cpu", "roofline.png"), ("cuda", "roofline_gpu.png")):
-        if penalties := on(device, results("penalty")):
-            pictures.roofline(penalties, named, PICTURES / name)
-    if steps := on("cpu", results("step")):  # a GPU has other batches, too
-        pictures.steps(steps, named, FORMS, PICTURES / "steps.png")
-        pictures.tasks(steps, named, PICTURES / "tasks.png")
-    pictures.lam(json.loads(LAM.read_text(encoding="utf-8")), PICTURES / "lam.png")
+        if penalties := load_all("penalty", device):
+            pictures.roofline(penalties, PICTURES / name)
+    if steps := load_all("step", "cpu"):  # a GPU has other batches, too
+        pictures.steps(steps, FORMS, PICTURES / "steps.png")
+        pictures.tasks(steps, PICTURES / "tasks.png")
+    pictures.lam(load(LAM), PICTURES / "lam.png")
     fill(PAGE, tables())
     print(f"written: {PAGE}")
 

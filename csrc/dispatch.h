@@ -1,5 +1,5 @@
-// From run-time dtypes to template arguments, for both devices. The bindings have refused every
-// other combination, so nothing falls through.
+// What a kernel's arguments mean, for both devices: dtypes as template arguments (the bindings have
+// refused every other combination, so nothing falls through), chunks of tensors, parts of a batch.
 #pragma once
 
 #include "elementwise.h"
@@ -24,13 +24,13 @@ void with_float(DType dtype, F f) {
 // f(theta's type, omega's type): omega is float32, bfloat16 or float8, or float64 beside a
 // float64 theta.
 template <class F>
-void with_state(DType theta, DType omega, F f) {
-  with_float(theta, [&](auto t) {
-    if (omega == DType::float32) f(t, Type<float>{});
-    if (omega == DType::bfloat16) f(t, Type<bfloat16>{});
-    if (omega == DType::float8) f(t, Type<float8>{});
+void with_state(const State& state, F f) {
+  with_float(state.theta_dtype, [&](auto t) {
+    if (state.omega_dtype == DType::float32) f(t, Type<float>{});
+    if (state.omega_dtype == DType::bfloat16) f(t, Type<bfloat16>{});
+    if (state.omega_dtype == DType::float8) f(t, Type<float8>{});
     if constexpr (std::is_same_v<typename decltype(t)::type, double>) {
-      if (omega == DType::float64) f(t, Type<double>{});
+      if (state.omega_dtype == DType::float64) f(t, Type<double>{});
     }
   });
 }
@@ -77,16 +77,41 @@ MAS_FN ChunkOf<S> chunk_of(const S* segments, std::int64_t count, std::int64_t c
   return {segment, begin, left < kChunk ? left : kChunk};
 }
 
+MAS_FN void put_value(const Penalty& args, double value) {
+  if (args.value_dtype == DType::float64) *static_cast<double*>(args.value) = value;
+  if (args.value_dtype == DType::float32) {
+    *static_cast<float*>(args.value) = static_cast<float>(value);
+  }
+}
+
+template <class Rule>
+MAS_FN bool overflowed(const OptimizerStep<Rule>& args) {
+  return args.overflow != nullptr && *args.overflow != 0.0F;
+}
+
+// By what a gradient is multiplied that is *scale times too large.
+template <class Rule>
+MAS_FN double unscale_of(const OptimizerStep<Rule>& args) {
+  return args.scale == nullptr ? 1.0 : 1.0 / static_cast<double>(*args.scale);
+}
+
 MAS_FN std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // The number of omega's elements.
-MAS_FN std::int64_t size_of(const PerSample& use) {
-  return use.groups * use.outputs * use.taps * use.channels;
+MAS_FN std::int64_t size_of(const PerSample& args) {
+  return args.groups * args.outputs * args.taps * args.channels;
 }
 
 // A split of the batch ends where the next one begins.
-MAS_FN std::int64_t first_sample(const PerSample& use, std::int64_t split) {
-  return use.batch * split / use.splits;
+MAS_FN std::int64_t first_sample(const PerSample& args, std::int64_t split) {
+  return args.batch * split / args.splits;
+}
+
+// Where a split's sum is added: omega itself if there is only one.
+template <class C>
+MAS_FN C* destination(const PerSample& args, std::int64_t split) {
+  return args.splits == 1 ? static_cast<C*>(args.omega)
+                          : static_cast<C*>(args.partial) + split * size_of(args);
 }
 
 }  // namespace

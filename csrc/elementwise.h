@@ -1,5 +1,5 @@
 // The maths of one element, once, for both devices: conversions between storage and arithmetic
-// types, the penalty's pull, the proximal step, optimizers' steps and the merge. Everything has
+// types, the penalty, the proximal step, optimizers' steps and the merge. Everything has
 // internal linkage: these functions are compiled for several instruction sets, and the linker must
 // never pick one set's copy for another.
 #pragma once
@@ -138,15 +138,15 @@ MAS_FN C finite_factor(double x) {
   return static_cast<C>(x > largest ? largest : x < -largest ? -largest : x);
 }
 
-// One task's share of the penalty at one element: value Omega (theta - A)^2 and half its gradient.
+// One task's part of the penalty at one element: Omega (theta - A)^2 and half its gradient.
 template <class C>
-struct Pull {
+struct PenaltyTerm {
   C half_gradient;
   double value;
 };
 
 template <class C>
-MAS_FN Pull<C> pull(C omega, C theta, C anchor) {
+MAS_FN PenaltyTerm<C> penalty_element(C omega, C theta, C anchor) {
   const C distance = theta - anchor;
   const C half_gradient = omega * distance;
   return {half_gradient, static_cast<double>(half_gradient) * static_cast<double>(distance)};
@@ -160,9 +160,9 @@ struct Target {
   C distance;  // minimiser - theta
 };
 
-// A further task; the first one's target is {omega, anchor - theta} itself.
 template <class C>
-MAS_FN Target<C> with_task(Target<C> target, C omega, C distance) {
+MAS_FN Target<C> with_task(Target<C> target, bool first, C omega, C distance) {
+  if (first) return {omega, distance};
   const C weight = target.weight + omega;
   const C share = weight > C(0) ? omega / weight : C(0);
   return {weight, target.distance + share * (distance - target.distance)};
@@ -198,10 +198,10 @@ MAS_FN C divided(C strength, C divisor) {
   return strength > C(0) ? strength / divisor : C(0);
 }
 
-// The strength at one element under Adam, whose step length is relative to sqrt(v).
+// What Adam divides its step at one element by.
 template <class C>
-MAS_FN C adaptive(C strength, C second_moment, C correction, C eps) {
-  return divided<C>(strength, std::sqrt(second_moment * correction) + eps);
+MAS_FN C adam_divisor(C second_moment, C correction, C eps) {
+  return std::sqrt(second_moment * correction) + eps;
 }
 
 // An optimizer's moments at one element, in the order in which kernels.h names them. Three members
@@ -213,9 +213,9 @@ struct Moments {
   C third;
 };
 
-// Where an optimizer's step leads, and by what its step length is divided there.
+// The parameter after an optimizer's step, and by what the step length was divided there.
 template <class C>
-struct Moved {
+struct Stepped {
   C theta;
   C divisor;
 };
@@ -241,7 +241,7 @@ MAS_FN SgdStep<C> step_of(const Sgd& rule, const float* /*step*/) {
 }
 
 template <int M, class C>
-MAS_FN Moved<C> moved(const SgdStep<C>& step, C theta, C gradient, Moments<C>& m) {
+MAS_FN Stepped<C> step_element(const SgdStep<C>& step, C theta, C gradient, Moments<C>& m) {
   const C g = gradient + step.decay * theta;
   if constexpr (M == 0) {
     return {theta - step.lr * g, C(1)};
@@ -276,7 +276,7 @@ MAS_FN AdamWStep<C> step_of(const AdamW& rule, const float* step) {
 }
 
 template <int M, class C>
-MAS_FN Moved<C> moved(const AdamWStep<C>& step, C theta, C gradient, Moments<C>& m) {
+MAS_FN Stepped<C> step_element(const AdamWStep<C>& step, C theta, C gradient, Moments<C>& m) {
   m.first = m.first + step.share1 * (gradient - m.first);
   m.second = step.beta2 * m.second + step.share2 * gradient * gradient;
   C square = m.second;
@@ -284,7 +284,7 @@ MAS_FN Moved<C> moved(const AdamWStep<C>& step, C theta, C gradient, Moments<C>&
     m.third = m.third > square ? m.third : square;
     square = m.third;
   }
-  const C divisor = std::sqrt(square * step.correction) + step.eps;
+  const C divisor = adam_divisor<C>(square, step.correction, step.eps);
   return {theta * step.keep - step.rate * m.first / divisor, divisor};
 }
 
@@ -303,12 +303,12 @@ struct Merged {
 // W' = max(0, keep W + gain Omega_t). With Anchor::mean (keep is 1) the anchor becomes the weighted
 // mean and the remainder takes up what the two quadratics cost at their common minimum.
 template <class C>
-MAS_FN Merged<C> merge_element(C omega, C anchor, C importance, C theta, C keep, C gain, bool mean,
-                               bool move) {
+MAS_FN Merged<C> merge_element(C omega, C anchor, C importance, C theta, C keep, C gain,
+                               Anchor rule) {
   const C entry = gain * importance;
   const C sum = keep * omega + entry;
   const C total = sum < C(0) ? C(0) : sum;  // NaN stays
-  if (!mean) return {total, move ? theta : anchor, 0.0};
+  if (rule != Anchor::mean) return {total, rule == Anchor::move ? theta : anchor, 0.0};
   const C share = omega > C(0) && total > C(0) ? entry / total : C(1);
   const C distance = theta - anchor;
   const C moved = omega > C(0) ? anchor + share * distance : theta;

@@ -1,5 +1,6 @@
-// The seam between the bindings and the kernels: every kernel's signature, once for each device.
-// Raw pointers and int64 sizes only. No torch, no pybind11, so that one build serves every torch.
+// The seam between the bindings and the kernels: what each kernel is called with, and the list of
+// all kernels. Raw pointers and int64 sizes only. No torch, no pybind11, so that one build serves
+// every torch.
 #pragma once
 
 #include <cstdint>
@@ -19,10 +20,8 @@ enum class Anchor : int { mean = 0, move = 1, keep = 2 };
 // in order, so that its bits depend neither on the number of threads nor on the grid.
 constexpr std::int64_t kChunk = 8192;
 
-// One parameter: two tensors of `size` elements in the same memory order, and its part of the flat
-// state buffers, which starts at `offset`. x and y are, by kernel: penalty: theta and gradient;
-// proximal: theta and second moment (may be null); accumulate: omega and gradient; merge: theta and
-// importance.
+// One parameter: two tensors of `size` elements in the same memory order (each kernel says which),
+// and its part of the flat state buffers, which starts at `offset`.
 struct Segment {
   void* x;
   void* y;
@@ -31,18 +30,13 @@ struct Segment {
   std::int64_t first_chunk;
 };
 
-// One parameter under an optimizer: tensors of `size` elements of one dtype in the same memory
-// order. moments: as many as the rule has. offset: -1 where the penalty does not hold it.
+// One parameter under an optimizer: theta, its gradient, and as many moments as the rule has, all
+// of one dtype. The offset is -1 where there is no penalty on it.
 constexpr int kMoments = 3;
 
-struct Trained {
-  void* theta;
-  const void* grad;
+struct OptimizerSegment : Segment {
   void* moments[kMoments];
   float* step;  // AdamW: how many steps it has made
-  std::int64_t size;
-  std::int64_t offset;
-  std::int64_t first_chunk;
 };
 
 template <class S>
@@ -58,6 +52,8 @@ using Segments = ListOf<Segment>;
 // tasks of `stride` elements each in omega and anchor. The anchor is float64 for a float64 theta,
 // else float32.
 struct State {
+  DType theta_dtype;
+  DType omega_dtype;
   void* omega;
   void* anchor;
   std::int64_t stride;
@@ -66,21 +62,39 @@ struct State {
   const double* remainder;
 };
 
-// W' = max(0, keep W + gain Omega_t); `entry` is the entry's number, which seeds the rounding
-// of bfloat16 and float8.
-struct MergeRule {
-  double keep;
-  double gain;
-  Anchor anchor;
-  std::int64_t entry;
+// The penalty's value; its gradient 2 alpha Omega (theta - A) is multiplied by *grad_output.
+struct Penalty {
+  Segments segments;  // theta and gradient
+  State state;
+  Gradient gradient;
+  const double* grad_output;  // null: 1
+  double* partial;            // `chunks` doubles of scratch
+  void* value;                // one float32 or float64
+  DType value_dtype;
 };
 
-// A step length per element, eta_i = eta / (sqrt(v_i * correction) + eps), or eta where v is
-// absent.
-struct StepSize {
+// Every parameter to the exact minimiser of penalty plus squared distance, with a step length per
+// element, eta_i = eta / (sqrt(v_i * correction) + eps), or eta where v is absent.
+struct Proximal {
+  Segments segments;  // theta and second moment (may be null)
+  State state;
   double eta;
   double correction;
   double eps;
+};
+
+// One step of an optimizer with the penalty's gradient, or with the proximal step behind it.
+// Without a penalty the state has no rows.
+template <class Rule>
+struct OptimizerStep {
+  ListOf<OptimizerSegment> segments;
+  State state;
+  Rule rule;
+  bool proximal;
+  // What a GradScaler says: gradients are `scale` times too large (null: 1), and nothing happens
+  // where *overflow is not 0 (null: 0).
+  const float* scale;
+  const float* overflow;
 };
 
 // torch.optim.SGD: g += decay theta; b = momentum b + (1 - dampening) g, or g at the first step;
@@ -98,7 +112,7 @@ struct Sgd {
 
 // torch.optim.AdamW: theta *= 1 - lr decay; m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2)
 // g^2; theta -= lr m_hat / (sqrt(v_hat) + eps). Its moments are m, v and, with amsgrad, the largest
-// v.
+// v. Adds 1 to *step first.
 struct AdamW {
   double lr;
   double beta1;
@@ -108,21 +122,35 @@ struct AdamW {
   bool amsgrad;
 };
 
-// How the penalty enters an optimizer's step, and what a GradScaler says: gradients are `scale`
-// times too large (null: 1), and nothing happens where *overflow is not 0 (null: 0).
-struct Entering {
-  bool proximal;
-  const float* scale;
-  const float* overflow;
+// omega += weight * abs(gradient); omega is float64 for a float64 gradient, else float32.
+struct Accumulate {
+  Segments segments;  // omega and gradient
+  DType grad_dtype;
+  double weight;
 };
 
-// One use of a weight, linear or convolution, by `batch` samples: the gradient at what it put out,
-// and what it was given. With M[g, o, t, c] the sum over positions p of
+// W' = max(0, keep W + gain Omega_t), for a state of one row. The importance Omega_t has the
+// anchor's dtype.
+struct Merge {
+  Segments segments;  // theta and importance
+  State state;
+  double keep;
+  double gain;
+  Anchor anchor;
+  std::int64_t entry;  // the entry's number, which seeds the rounding of bfloat16 and float8
+  double* partial;     // `chunks` doubles of scratch
+  double* remainder;   // one double per segment, what the merge adds to r
+};
+
+// Importance from one call of a layer with a weight, linear or convolution, on `batch` samples: the
+// gradient at its output, and its input. With M[g, o, t, c] the sum over positions p of
 //   grad[b, p, g * outputs + o] * input[b, rows[t, p], g * channels + c],
 // omega[g, o, t, c] grows by the sum over samples b of abs(M), or of its square. A row of -1 counts
 // as zeros; without rows, position p sees row p. omega is contiguous, float64 for float64 operands,
 // else float32; rows and columns of the operands lie as their strides (in elements) say. On a GPU,
-// samples, channels, and taps times positions are less than 2^30.
+// samples, channels, and taps times positions are less than 2^30. The bits depend on the number of
+// splits, not on that of threads; unlike those of the other kernels, they also depend on the
+// instruction set.
 struct PerSample {
   void* omega;
   const void* grad;
@@ -141,66 +169,35 @@ struct PerSample {
   std::int64_t input_row;
   std::int64_t splits;  // parts of the batch, summed apart so that a small omega occupies a machine
   bool square;
+  DType dtype;  // of grad and input
 };
+
+// The list of kernels. Each is known by its arguments: a device has a function `run` for every one.
+#define MAS_KERNELS(X)     \
+  X(Penalty);              \
+  X(Proximal);             \
+  X(OptimizerStep<Sgd>);   \
+  X(OptimizerStep<AdamW>); \
+  X(Accumulate);           \
+  X(Merge);                \
+  X(PerSample)
 
 namespace cpu {
 
-// The instruction set that the kernels below chose on this machine.
+#define MAS_DECLARE_ON_CPU(Kernel) void run(const Kernel& args, int threads)
+MAS_KERNELS(MAS_DECLARE_ON_CPU);
+
+// The name of the instruction set that these kernels chose on this machine.
 const char* instruction_set();
-
-// value, one float32 or float64, is written; the gradient goes to y as 2 alpha Omega (theta - A),
-// times *grad_output (null: 1). partial: `chunks` doubles of scratch.
-void penalty(Segments segments, DType theta, State state, DType omega, Gradient gradient,
-             const double* grad_output, double* partial, void* value, DType value_dtype,
-             int threads);
-
-void proximal(Segments segments, DType theta, State state, DType omega, StepSize step, int threads);
-
-// One step of an optimizer with the penalty's gradient, or its proximal step behind it. Without a
-// penalty the state has no rows. The first adds 1 to *step.
-void adamw(ListOf<Trained> segments, DType theta, State state, DType omega, AdamW rule,
-           Entering entering, int threads);
-
-void sgd(ListOf<Trained> segments, DType theta, State state, DType omega, Sgd rule,
-         Entering entering, int threads);
-
-// x += weight * abs(y); x is float64 for a float64 y, else float32.
-void accumulate(Segments segments, DType grad, double weight, int threads);
-
-// remainder: one double per segment, what the merge adds to r. The importance has the anchor's
-// dtype.
-void merge(Segments segments, DType theta, State state, DType omega, MergeRule rule,
-           double* partial, double* remainder, int threads);
-
-// dtype is that of grad and input. The bits depend on the number of splits, not on that of threads;
-// unlike those of the other kernels, they also depend on the instruction set.
-void per_sample(PerSample use, DType dtype, int threads);
 
 }  // namespace cpu
 
 namespace cuda {
 
-// The same, on the current device and the given stream. Pointers are device pointers, those in the
-// segments included; the segments themselves lie on the host.
-void penalty(Segments segments, DType theta, State state, DType omega, Gradient gradient,
-             const double* grad_output, double* partial, void* value, DType value_dtype,
-             void* stream);
-
-void proximal(Segments segments, DType theta, State state, DType omega, StepSize step,
-              void* stream);
-
-void adamw(ListOf<Trained> segments, DType theta, State state, DType omega, AdamW rule,
-           Entering entering, void* stream);
-
-void sgd(ListOf<Trained> segments, DType theta, State state, DType omega, Sgd rule,
-         Entering entering, void* stream);
-
-void accumulate(Segments segments, DType grad, double weight, void* stream);
-
-void merge(Segments segments, DType theta, State state, DType omega, MergeRule rule,
-           double* partial, double* remainder, void* stream);
-
-void per_sample(PerSample use, DType dtype, void* stream);
+// On the current device and the given stream. Pointers are device pointers, those in the segments
+// included; the segments themselves lie on the host.
+#define MAS_DECLARE_ON_CUDA(Kernel) void run(const Kernel& args, void* stream)
+MAS_KERNELS(MAS_DECLARE_ON_CUDA);
 
 }  // namespace cuda
 

@@ -6,7 +6,7 @@ python examples/language.py [--lora] [--of tokens] [--lam 0.1]
 Texts are what is installed anyway: the docstrings of NumPy (before anything else), the reference of the Python
 language (first task) and the docstrings of torch (second task). The model reads bytes.
 
-benchmarks/bench_language.py measures what `--of` should be.
+benchmarks/language.py measures what `--of` should be.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is said of MAS and of other methods, measured: one file an experiment."""
+"""What is said of MAS and of other methods, measured: one experiment per file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from experiments.split_mnist import SplitMNIST
 
 __all__ = ["EXPERIMENTS", "Experiment", "Page", "Results", "draw", "reproduce"]
 
-# In the order in which they are told.
+# In the order of docs/RESULTS.md.
 EXPERIMENTS: dict[str, Experiment] = {
     "split-mnist": SplitMNIST(),
     "official-demo": OfficialDemo(),

@@ -1,4 +1,4 @@
-"""Importance from unlabelled data, and from only the part of it that will be met: what is kept of that part."""
+"""What is kept with importance from unlabelled data, and from only the part of them that will be met again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.experiment import Cell, Experiment, Found, Page, Results
-from experiments.tables import percent, table
-from mas_ext.compare import options as config
-from mas_ext.compare.charts import canvas, look
+from experiments.experiment import Experiment, Page, Results
+from experiments.tables import percent, titled
+from mas_ext.compare.cells import Cell, Found
+from mas_ext.compare.charts import canvas, legend, look
 from mas_ext.compare.options import Config
 from mas_ext.importance import estimate_importance
 from mas_ext.methods.finetune import Finetune
@@ -25,12 +25,12 @@ from mas_ext.scenarios import datasets as data
 from mas_ext.scenarios.named import permuted
 from mas_ext.trainer import Trainer
 
-BASE = config.read({"hidden": [100, 100], "epochs": 3, "methods": ["mas"]})
+BASE = Config.read({"hidden": [100, 100], "epochs": 3, "methods": ["mas"]})
 
 SOURCES = {
     "training data": "labelled training data, without the labels",
     "test data": "other unlabelled data",
-    "part": "only those of the part",
+    "part": "only the samples of the part",
 }
 
 
@@ -73,7 +73,7 @@ PARTS: dict[str, Callable[[Tensor, Tensor, torch.Generator], Images]] = {
 
 
 class Held(MAS):
-    """MAS that begins with a given importance, and learns one task."""
+    """MAS that begins with a given importance, and learns one more task."""
 
     def __init__(self, lam: float, importance: Mapping[str, Tensor]) -> None:
         """lam, and Omega by name."""
@@ -81,7 +81,6 @@ class Held(MAS):
         self.given = importance
 
     def begin_task(self, training: Training) -> None:
-        """See Method.begin_task."""
         if training.task == 0:
             self.penalty = self.build(training.model, training.own_parameters)
             self.penalty.consolidate(importance=self.given)
@@ -89,15 +88,15 @@ class Held(MAS):
             super().begin_task(training)
 
     def end_task(self, training: Training) -> None:
-        """Nothing: this was the last task."""
+        """The last task: there is nothing to consolidate for."""
 
 
 @dataclass(frozen=True)
 class Adaptivity(Experiment):
     """Accuracy on a part of the first task and on the rest of it, after a second one, by source of importance.
 
-    base: how it is learned. samples: of a task, to train on. digits: scikit-learn's, then the same with their
-    pixels mixed, instead of MNIST, then Fashion-MNIST.
+    base: network and training. samples: of a task, to train on. digits: scikit-learn's, then the same with
+    their pixels mixed, instead of MNIST, then Fashion-MNIST.
     """
 
     title: ClassVar[str] = "Unlabelled data and adaptivity"
@@ -110,13 +109,14 @@ class Adaptivity(Experiment):
         """The digits of scikit-learn, one strength and seed."""
         return replace(self, digits=True, lams=(1.0,), seeds=1, data=None)
 
+    def data_sets(self) -> tuple[str, ...]:
+        return ("digits",) if self.digits else ("mnist", "fashion-mnist")
+
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         values = self.base.values()
-        told = {
-            name: values[name] for name in ("hidden", "optimizer", "lr", "epochs", "batch_size")
-        }
-        return {**told, "samples": self.samples, "lams": self.lams, "digits": self.digits}
+        names = ("hidden", "optimizer", "lr", "epochs", "batch_size")
+        own = {"samples": self.samples, "lams": self.lams, "digits": self.digits}
+        return {**{name: values[name] for name in names}, **own}
 
     def plan(self, results: Results) -> Iterator[Cell]:
         """Every part with one seed, then with two, ..."""
@@ -146,10 +146,18 @@ class Adaptivity(Experiment):
             found.append({"source": source, "lam": lam, **after})
         return {"before": shares(learned, tested), "variants": found}
 
-    def rows(self, results: Results, part: str, source: str | None, lam: float) -> list[Found]:
-        """What was found of a variant, by seed."""
+    def rows(
+        self, results: Results, part: str, source: str | None, lam: float
+    ) -> list[dict[str, float]]:
+        """Accuracies of a variant, by seed."""
         return [
-            {"before": found["before"], **each}
+            {
+                "part before": found["before"]["part"],
+                "rest before": found["before"]["rest"],
+                "part kept": each["after"]["part"],
+                "rest kept": each["after"]["rest"],
+                "new task": each["new"],
+            }
             for _, found in results.where(part=part)
             for each in found["variants"]
             if each["source"] == source and each["lam"] == lam
@@ -179,80 +187,60 @@ class Adaptivity(Experiment):
         )
         return first, new, met, tested
 
-    def differences(self, results: Results, part: str, source: str, lam: float) -> list[Found]:
-        """By seed: accuracy with importance from a source minus that with importance from training data."""
-        pairs = zip(
-            *(self.rows(results, part, each, lam) for each in (source, "training data")),
-            strict=True,
-        )
-        return [
-            {
-                "part kept": own["after"]["part"] - other["after"]["part"],
-                "rest kept": own["after"]["rest"] - other["after"]["rest"],
-                "new task": own["new"] - other["new"],
-            }
-            for own, other in pairs
-        ]
-
     def show(self, results: Results) -> Page:
         """Tables for each part: at lam 1, as in the paper, and differences; a picture of all strengths."""
         text = []
         for part in PARTS:
             rows = []
             for source, lam in self._variants():
-                founds = self.rows(results, part, source, lam)
-                if founds and lam in (0.0, 1.0):
-                    columns = [[f["before"][k] for f in founds] for k in ("part", "rest")]
-                    columns += [[f["after"][k] for f in founds] for k in ("part", "rest")]
-                    columns.append([f["new"] for f in founds])
+                found = self.rows(results, part, source, lam)
+                if found and lam in (0.0, 1.0):
                     name = "none" if source is None else f"{source}, lam {lam:g}"
-                    rows.append((name, *(percent(column) for column in columns), str(len(founds))))
-            titles = (
-                "importance from",
-                "part before, %",
-                "rest before, %",
-                "part kept, %",
-                "rest kept, %",
-                "new task, %",
-                "seeds",
-            )
+                    means = {
+                        f"{key}, %": percent([each[key] for each in found]) for key in found[0]
+                    }
+                    rows.append({"importance from": name, **means, "seeds": str(len(found))})
             if rows:
-                text += [f"**{part}**", table(titles, rows), self._differences(results, part)]
+                text += [f"**{part}**", titled(rows), self._differences(results, part)]
         text += [results.place(), "![kept of the part and of the rest](adaptivity.png)"]
         return Page("\n\n".join(text), {"adaptivity.png": self._picture(results)})
 
     def _differences(self, results: Results, part: str) -> str:
+        """Accuracies with importance from a source minus those from training data, paired by seed."""
         rows = []
         for source in ("test data", "part"):
-            founds = [self.differences(results, part, source, lam) for lam in self.lams]
-            for key in founds[0][0]:
-                cells = (percent([found[key] for found in each]) for each in founds)
-                rows.append((source, key, *cells))
-        titles = ("minus training data, % points", "of", *(f"lam {lam:g}" for lam in self.lams))
-        return table(titles, rows)
+            for key in ("part kept", "rest kept", "new task"):
+                row = {"minus training data, % points": source, "of": key}
+                for lam in self.lams:
+                    own, other = (
+                        self.rows(results, part, each, lam) for each in (source, "training data")
+                    )
+                    pairs = zip(own, other, strict=True)
+                    row[f"lam {lam:g}"] = percent([a[key] - b[key] for a, b in pairs])
+                rows.append(row)
+        return titled(rows)
 
     def _variants(self) -> list[tuple[str | None, float]]:
         return [(None, 0.0), *((source, lam) for lam in self.lams for source in SOURCES)]
 
     def _picture(self, results: Results) -> Any:
-        """By part: accuracy lost on it against that on the rest, a point a strength."""
+        """By part: accuracy lost on it against that on the rest, one point per strength."""
         figure, panels = canvas(len(PARTS), 3, 3.4)
         for panel, part in zip(panels, PARTS, strict=True):
             for i, source in enumerate(SOURCES):
                 points = []
                 for lam in self.lams:
-                    founds = self.rows(results, part, source, lam)
-                    lost = [
-                        [f["before"][k] - f["after"][k] for k in ("rest", "part")] for f in founds
-                    ]
-                    points += [100 * torch.tensor(lost).mean(0)] if founds else []
+                    if found := self.rows(results, part, source, lam):
+                        lost = [
+                            [each[f"{k} before"] - each[f"{k} kept"] for k in ("rest", "part")]
+                            for each in found
+                        ]
+                        points.append(100 * torch.tensor(lost).mean(0))
                 if points:
                     panel.plot(*torch.stack(points).T, label=source, **look(i))
             panel.axline((0, 0), slope=1, color="grey", linewidth=0.8)
             panel.set_title(part, fontsize="medium")
-            panel.grid(alpha=0.3)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+        legend(figure, panels[0], 3)
         figure.supxlabel("lost on the rest, % points", fontsize="medium")
         figure.supylabel("lost on the part, % points", fontsize="medium")
         return figure

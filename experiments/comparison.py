@@ -1,4 +1,4 @@
-"""Methods compared on one scenario: lam of each chosen on validation data, then all seeds; tables, pictures."""
+"""Methods compared on one scenario: each one's lam chosen on validation data, then all seeds."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
-from experiments.experiment import Cell, Experiment, Found, Page, Results
-from experiments.learned import CHOOSING_SEED, GRID, choose, chosen, measured, scenario_of
+from experiments.experiment import Page, Results
+from experiments.learned import CHOOSING_SEED, DATA_SETS, Tuned, lam_option, scenario_of
 from experiments.tables import number, percent, table
+from mas_ext.compare.cells import Cell, Found, chosen
 from mas_ext.compare.charts import canvas, legend, look
 from mas_ext.compare.options import Config
+from mas_ext.compare.sweep import train
 from mas_ext.methods import Setting, create, options
+from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 
 NAMES = {"task": "Task-incremental", "domain": "Domain-incremental", "class": "Class-incremental"}
@@ -30,38 +33,45 @@ class Variant(NamedTuple):
 
 # The proximal form minimises the same as the gradient form, and EBLL has LwF's distillation.
 PLAIN = tuple(Variant(name) for name in ("finetune", "joint"))
-HELD = tuple(Variant(name, {}, name) for name in ("mas", "mas-alpha", "ewc", "online-ewc", "si"))
-PROXIMAL = tuple(Variant(each.method, {"mode": "proximal"}, each.method) for each in HELD)
+PENALTIES = tuple(
+    Variant(name, {}, name) for name in ("mas", "mas-alpha", "ewc", "online-ewc", "si")
+)
+PROXIMAL = tuple(Variant(each.method, {"mode": "proximal"}, each.method) for each in PENALTIES)
 MERGED = tuple(Variant(name) for name in ("imm-mean", "imm-mode"))
-TAUGHT = (Variant("lwf", {}, "lwf"), Variant("ebll", {}, "lwf"))
+DISTILLED = (Variant("lwf", {}, "lwf"), Variant("ebll", {}, "lwf"))
 
 
 @dataclass(frozen=True)
-class Comparison(Experiment):
+class Comparison(Tuned):
     """Accuracy and forgetting of methods in some settings.
 
     name: of its files. published: average accuracy in % by method, in the order of `settings`.
-    base: how it is learned. settings: in which it is measured. variants: what is compared.
-    max_samples: of a task that importance, or a code, is taken from; None: all.
+    base: scenario and training. settings: in which methods are compared. variants: the methods.
+    max_samples: of a task, that importance or a code is computed from; None for all.
     """
 
     name: ClassVar[str]
     published: ClassVar[Mapping[str, Sequence[float]]] = {}
     base: Config = field(default_factory=Config)
     settings: tuple[Setting, ...] = ("task",)
-    variants: Sequence[Variant] = (*PLAIN, *HELD, *MERGED, *TAUGHT)
+    variants: Sequence[Variant] = (*PLAIN, *PENALTIES, *MERGED, *DISTILLED)
     max_samples: int | None = None
-    grid: tuple[float, ...] = GRID
+
+    def data_sets(self) -> tuple[str, ...]:
+        return DATA_SETS[self.base.scenario]
 
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         values = self.base.values()
         told = {name: value for name, value in values.items() if name not in ("setting", "methods")}
         return told if self.max_samples is None else {**told, "max_samples": self.max_samples}
 
     def scenario(self, seed: int) -> Scenario:
-        """What is learned with this seed."""
+        """The tasks with this seed."""
         return scenario_of(self.base, self.data, seed)
+
+    def network(self, scenario: Scenario, seed: int) -> MultiHead:
+        """The network before the first task."""
+        return self.base.network(scenario, seed)
 
     def cell(self, setting: str, variant: Variant, seed: int, lam: float | None) -> Cell:
         """A training that counts."""
@@ -74,9 +84,10 @@ class Comparison(Experiment):
             "purpose": "final",
         }
 
-    def choosing(self, setting: str, variant: Variant) -> Cell:
-        """A training that chooses the lam of this variant, but for the lam."""
-        assert variant.lam_of is not None
+    def choosing(self, setting: str, variant: Variant) -> Cell | None:
+        """The training that the lam of this variant is tried in."""
+        if variant.lam_of is None:
+            return None
         cell = self.cell(setting, Variant(variant.lam_of), CHOOSING_SEED, None)
         return {**cell, "purpose": "choose"}
 
@@ -85,39 +96,34 @@ class Comparison(Experiment):
         for seed in range(self.seeds):
             for setting in self.settings:
                 for variant in self.variants:
-                    lam = None
-                    if variant.lam_of is not None:
-                        lam = yield from choose(results, self.choosing(setting, variant), self.grid)
-                        if lam is None:
-                            continue
-                    yield self.cell(setting, variant, seed, lam)
+                    lam = yield from self.choice(results, self.choosing(setting, variant))
+                    if lam is not None or variant.lam_of is None:
+                        yield self.cell(setting, variant, seed, lam)
 
     def measure(self, cell: Cell) -> Found:
-        """See Experiment.measure."""
-        settings = replace(self.base.settings, setting=cell["setting"])
-        given = dict(cell["options"])
-        if cell["lam"] is not None:
-            given["lam"] = cell["lam"]
+        seed, given = cell["seed"], {**cell["options"], **lam_option(cell["lam"])}
         if self.max_samples is not None and "max_samples" in options(cell["method"]):
             given["max_samples"] = self.max_samples
-        method = create(cell["method"], **given)
-        base, seed = replace(self.base, settings=settings), cell["seed"]
-        return measured(base, self.scenario(seed), method, seed, cell["purpose"])
+        scenario, settings = self.scenario(seed), self.base.training(seed, cell["purpose"])
+        return train(
+            self.network(scenario, seed),
+            create(cell["method"], **given),
+            scenario,
+            replace(settings, setting=cell["setting"]),
+        )
 
     def lam(self, results: Results, setting: str, variant: Variant) -> float | None:
-        """The one that was chosen, None where there is none."""
-        if variant.lam_of is None:
-            return None
-        return chosen(results, self.choosing(setting, variant), self.grid)
+        """The lam that was chosen, None where there is none."""
+        return chosen(results, self.choice(results, self.choosing(setting, variant)))
 
     def finals(self, results: Results, setting: str, variant: Variant) -> list[Found]:
-        """Of every seed, with the lam that was chosen."""
+        """What was found with every seed, with the lam that was chosen."""
         cell = self.cell(setting, variant, 0, self.lam(results, setting, variant))
         del cell["seed"]
         return [found for _, found in results.where(**cell)]
 
     def show(self, results: Results) -> Page:
-        """A table a setting, and pictures of the accuracies and of lam."""
+        """A table per setting, and pictures of the accuracies and of lam."""
         seeds = {len(self.finals(results, s, v)) for s in self.settings for v in self.variants}
         text = []
         for setting in self.settings:
@@ -140,7 +146,7 @@ class Comparison(Experiment):
     def columns(
         self, setting: Setting, variant: Variant, founds: Sequence[Found]
     ) -> dict[str, str]:
-        """What a table tells of a variant's trainings that did not diverge, by title."""
+        """The cells of a variant's row, by title, from its trainings that did not diverge."""
         words = {"average accuracy, %": percent([found["average_accuracy"] for found in founds])}
         if self.published:
             theirs = self._published(setting, variant)
@@ -168,7 +174,7 @@ class Comparison(Experiment):
         return table(titles, rows) if rows else "Not measured yet."
 
     def _accuracies(self, results: Results) -> Any:
-        """A panel a setting: a point a seed, what was published as a cross."""
+        """A panel per setting: a point per seed, crosses for what was published."""
         count = len(self.settings)
         figure, panels = canvas(count, count, 4.5, sharey=True)
         known = [v for v in self.variants if any(self.finals(results, s, v) for s in self.settings)]
@@ -181,7 +187,6 @@ class Comparison(Experiment):
                 if theirs is not None:
                     panel.plot(theirs, y, "x", color=look(1)["color"])
             panel.set_title(NAMES[setting].lower(), fontsize="medium")
-            panel.grid(alpha=0.3)
             panel.set_yticks(range(len(known)), list(map(str, known)), fontsize="small")
         panels[0].set_ylim(len(known) - 0.5, -0.5)
         cross = "; cross: published" * bool(self.published)
@@ -189,7 +194,7 @@ class Comparison(Experiment):
         return figure
 
     def _lams(self, results: Results) -> Any:
-        """A panel a setting: validation accuracy over lam."""
+        """A panel per setting: validation accuracy over lam."""
         count = len(self.settings)
         figure, panels = canvas(count, count, 3.2)
         names = [v.method for v in self.variants if v.lam_of == v.method and not v.options]
@@ -205,7 +210,6 @@ class Comparison(Experiment):
                 panel.plot(x, y, label=name, **look(i))
             panel.set_xscale("log")
             panel.set_title(NAMES[setting].lower(), fontsize="medium")
-            panel.grid(alpha=0.3)
         legend(figure, panels[0])
         figure.supxlabel("lam", fontsize="medium")
         figure.supylabel("validation accuracy in %", fontsize="medium")

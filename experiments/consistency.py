@@ -1,4 +1,4 @@
-"""Consistency: whether some tasks are favoured, by MAS and by MAS-alpha at equal total strength."""
+"""Consistency: whether MAS and MAS-alpha favour some tasks, at equal total strength."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.cifar import features
-from experiments.experiment import Cell, Experiment, Found, Page, Results
-from experiments.learned import matrix, measured, scenario_of
-from experiments.tables import percent, table
+from experiments.experiment import Experiment, Page, Results
+from experiments.learned import lam_option, matrix, scenario_of, trained
+from experiments.tables import percent, table, titled
 from mas_ext import models
-from mas_ext.compare import options as config
-from mas_ext.compare.charts import canvas, look
+from mas_ext.compare.cells import Cell, Found
+from mas_ext.compare.charts import canvas, legend, look
+from mas_ext.compare.options import Config
 from mas_ext.importance import estimate_importance
 from mas_ext.methods import create
 from mas_ext.methods.finetune import Finetune
@@ -32,11 +33,11 @@ METHODS: dict[str, Merge] = {"mas": "latest", "mas-alpha": "consistent"}
 ORDERS = {"small first": (1.0, 10.0, 1.0), "large first": (10.0, 1.0, 1.0)}
 
 PROTOCOLS = {
-    "split-mnist": config.read(
+    "split-mnist": Config.read(
         {"scenario": "split-mnist", "hidden": [100, 100], "epochs": 2, "methods": ["mas"]}
     ),
     # Features of a network that knows CIFAR-10, so that a processor can do it.
-    "cifar100-features": config.read(
+    "cifar100-features": Config.read(
         {"scenario": "split-cifar100", "hidden": [256, 256], "epochs": 10, "methods": ["mas"]}
     ),
 }
@@ -46,7 +47,7 @@ PROTOCOLS = {
 class Consistency(Experiment):
     """A toy whose tasks have outputs of scale 1 and 10, and real tasks in random orders.
 
-    protocols: what is learned in random orders. strengths: lam; sum of alpha = lam T for T tasks.
+    protocols: the real tasks. strengths: their lam; the sum of alpha is lam T for T tasks.
     lams, toy_steps: of the toy. digits: scikit-learn's instead of MNIST.
     """
 
@@ -62,8 +63,10 @@ class Consistency(Experiment):
         small = replace(self, digits=True, protocols=("split-mnist",), strengths=(1.0,), seeds=2)
         return replace(small, lams=(1e-1, 1e1), toy_steps=100, data=None)
 
+    def data_sets(self) -> tuple[str, ...]:
+        return ("digits",) if self.digits else ("mnist", "cifar100", "resnet20")
+
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         told = {
             name: {k: v for k, v in PROTOCOLS[name].values().items() if k != "methods"}
             for name in PROTOCOLS
@@ -85,20 +88,18 @@ class Consistency(Experiment):
                         yield {"protocol": name, "method": method, "lam": lam, "seed": seed}
 
     def measure(self, cell: Cell) -> Found:
-        """See Experiment.measure."""
         seed = cell["seed"]
         if "toy" in cell:
             return toy(ORDERS[cell["toy"]], cell["method"], cell["lam"], seed, self.toy_steps)
-        comparison, scenario = PROTOCOLS[cell["protocol"]], self.scenario(cell["protocol"])
+        config, scenario = PROTOCOLS[cell["protocol"]], self.scenario(cell["protocol"])
         order = torch.randperm(len(scenario.tasks), generator=torch.Generator().manual_seed(seed))
         scenario = scenario.reordered(order.tolist())
         if cell["method"] == "alone":
             each = [Scenario((task,)) for task in scenario.tasks]
-            found = [measured(comparison, task, Finetune(), seed, "final") for task in each]
+            found = [trained(config, task, Finetune(), seed) for task in each]
             return {"order": order, "alone": [one["average_accuracy"] for one in found]}
-        lam = {} if cell["lam"] is None else {"lam": cell["lam"]}
-        method = create(cell["method"], **lam)
-        result = {"order": order, **measured(comparison, scenario, method, seed, "final")}
+        method = create(cell["method"], **lam_option(cell["lam"]))
+        result = {"order": order, **trained(config, scenario, method, seed)}
         if cell["method"] == "mas-alpha":
             assert isinstance(method, MAS)
             assert method.penalty is not None
@@ -125,8 +126,8 @@ class Consistency(Experiment):
 
     def _toy(self, results: Results, order: str, method: str, lam: float) -> Tensor | None:
         """Error over variance of the tasks with small and with large outputs, and of the third: (seeds, 3)."""
-        founds = results.where(toy=order, method=method, lam=lam)
-        last = [found["error"][-1] for _, found in founds]
+        found = results.by_seed(toy=order, method=method, lam=lam)
+        last = [each["error"][-1] for each in found.values()]
         by_scale = [0, 1, 2] if order == "small first" else [1, 0, 2]
         return torch.tensor(last)[:, by_scale] if last else None
 
@@ -154,12 +155,9 @@ class Consistency(Experiment):
                     how = {**look(k), "linestyle": ("-", "--")[j]}
                     y = [error[k] for _, error in known]
                     panel.plot([lam for lam, _ in known], y, label=f"{method}: {kind}", **how)
-            panel.set_xscale("log")
-            panel.set_yscale("log")
+            panel.set(xscale="log", yscale="log")
             panel.set_title(order, fontsize="medium")
-            panel.grid(alpha=0.3)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+        legend(figure, panels[0], 2)
         figure.supxlabel("lam", fontsize="medium")
         figure.supylabel("squared error / variance, after the third task", fontsize="medium")
         return figure
@@ -168,14 +166,11 @@ class Consistency(Experiment):
         self, results: Results, name: str, method: str, lam: float | None
     ) -> list[tuple[Tensor, Tensor, Found]]:
         """By order: accuracy[t, k], accuracy of a network that learned task k alone, all that was found."""
-        alone = {
-            cell["seed"]: found["alone"]
-            for cell, found in results.where(protocol=name, method="alone")
-        }
+        alone = results.by_seed(protocol=name, method="alone")
         return [
-            (matrix(found), torch.tensor(alone[cell["seed"]], dtype=torch.float64), found)
-            for cell, found in results.where(protocol=name, method=method, lam=lam)
-            if "diverged" not in found and cell["seed"] in alone
+            (matrix(found), torch.tensor(alone[seed]["alone"], dtype=torch.float64), found)
+            for seed, found in results.by_seed(protocol=name, method=method, lam=lam).items()
+            if seed in alone
         ]
 
     def _table(self, results: Results, name: str) -> str:
@@ -189,43 +184,30 @@ class Consistency(Experiment):
             lost = [100 * forgotten(m) for m, _, _ in runs]
             alphas = [a for _, _, found in runs for a in found.get("alpha", ())]
             spread = f"{torch.stack(accuracy).std():.2f}" if len(runs) > 1 else ""
+            ahead = self._ahead(results, name, lam) if method == "mas-alpha" else ""
             rows.append(
-                (
-                    f"`{method}`" + ("" if lam is None else f", lam {lam:g}"),
-                    interval_text([float(a) for a in accuracy], 2),
-                    self._ahead(results, name, lam) if method == "mas-alpha" else "",
-                    spread,
-                    interval_text([float(g) for g in gap], 3),
-                    interval_text([float(x.mean()) for x in lost], 2),
-                    interval_text([float(x.std()) for x in lost], 2),
-                    f"{min(alphas):.2g} to {max(alphas):.2g}" if alphas else "",
-                    str(len(runs)),
-                )
+                {
+                    "method": f"`{method}`" + ("" if lam is None else f", lam {lam:g}"),
+                    "accuracy, %": interval_text([float(a) for a in accuracy], 2),
+                    "minus that of `mas`": ahead,
+                    "its deviation over orders": spread,
+                    "single-task gap, %": interval_text([float(g) for g in gap], 3),
+                    "forgetting, % points": interval_text([float(x.mean()) for x in lost], 2),
+                    "its deviation over tasks": interval_text([float(x.std()) for x in lost], 2),
+                    "alpha": f"{min(alphas):.2g} to {max(alphas):.2g}" if alphas else "",
+                    "orders": str(len(runs)),
+                }
             )
-        titles = (
-            "method",
-            "accuracy, %",
-            "minus that of `mas`",
-            "its deviation over orders",
-            "single-task gap, %",
-            "forgetting, % points",
-            "its deviation over tasks",
-            "alpha",
-            "orders",
-        )
-        return table(titles, rows)
+        return titled(rows)
 
     def _ahead(self, results: Results, name: str, lam: float | None) -> str:
         """By how much MAS-alpha is more accurate than MAS, in the same orders."""
         own, other = (
-            {
-                cell["seed"]: found["average_accuracy"]
-                for cell, found in results.where(protocol=name, method=method, lam=lam)
-                if "diverged" not in found
-            }
+            results.by_seed(protocol=name, method=method, lam=lam)
             for method in ("mas-alpha", "mas")
         )
-        return percent([own[seed] - other[seed] for seed in own.keys() & other.keys()])
+        key, both = "average_accuracy", own.keys() & other.keys()
+        return percent([own[seed][key] - other[seed][key] for seed in both])
 
     def _variants(self) -> Sequence[tuple[str, float | None]]:
         return [
@@ -246,11 +228,8 @@ class Consistency(Experiment):
                     panel.errorbar(x, lost.mean(0), spread, label=label, **look(i))
                     panel.set_xticks(range(1, lost.shape[1] + 1))
             panel.set_title(name, fontsize="medium")
-            panel.set_xlabel("position of the task in the order")
-            panel.set_ylabel("forgetting in % points")
-            panel.grid(alpha=0.3)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+            panel.set(xlabel="position of the task in the order", ylabel="forgetting in % points")
+        legend(figure, panels[0], 2)
         return figure
 
 

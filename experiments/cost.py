@@ -1,4 +1,4 @@
-"""What a method holds and how long a step takes as tasks come."""
+"""What a method holds, and how long a step takes, over many tasks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Any, ClassVar
 
 import torch
 
-from experiments.experiment import Cell, Experiment, Found, Page, Results
-from experiments.learned import fewer
+from experiments.experiment import Experiment, Page, Results
+from experiments.learned import DATA_SETS, fewer, trained
 from experiments.tables import table
-from mas_ext.compare import options as config
+from mas_ext.compare.cells import Cell, Found
 from mas_ext.compare.charts import canvas, legend, look
 from mas_ext.compare.options import Config
-from mas_ext.compare.sweep import learn
 from mas_ext.methods import METHODS, create
 from mas_ext.scenarios import Scenario
 from mas_ext.scenarios.named import build
 from mas_ext.training.run import Epoch, Result
 
-BASE = config.read(
+BASE = Config.read(
     {"scenario": "permuted-mnist", "hidden": [100, 100], "epochs": 3, "methods": ["mas"]}
 )
 
@@ -30,7 +29,7 @@ BASE = config.read(
 class Cost(Experiment):
     """Bytes held beside the model, and processor time of a step, by task.
 
-    base: how it is learned. tasks: how many. samples: of a task, to train on; a fifth as many to test on.
+    base: scenario and training. tasks: how many. samples: of a task, to train on; a fifth as many to test on.
     """
 
     title: ClassVar[str] = "Memory and time over many tasks"
@@ -44,8 +43,10 @@ class Cost(Experiment):
         base = replace(self.base, scenario="split-digits")
         return replace(self, base=base, tasks=5, samples=200, data=None)
 
+    def data_sets(self) -> tuple[str, ...]:
+        return DATA_SETS[self.base.scenario]
+
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         values = {k: v for k, v in self.base.values().items() if k != "methods"}
         return {**values, "tasks": self.tasks, "samples": self.samples}
 
@@ -56,13 +57,12 @@ class Cost(Experiment):
                 yield {"method": method, "seed": seed}
 
     def measure(self, cell: Cell) -> Found:
-        """See Experiment.measure."""
         scenario = self.scenario(cell["seed"])
         seconds: list[list[float]] = [[] for _ in scenario.tasks]
         before = 0.0
 
         def follow(news: Epoch | Result) -> None:
-            """From one epoch to the next of the same task there is nothing but steps."""
+            """Time an epoch: from one to the next of the same task there is nothing but steps."""
             nonlocal before
             now = time.process_time()
             if isinstance(news, Epoch):
@@ -73,13 +73,12 @@ class Cost(Experiment):
                     )
                 before = time.process_time()
 
-        result = learn(
-            self.base, scenario, create(cell["method"]), cell["seed"], "final", callbacks=[follow]
-        )
+        method = create(cell["method"])
+        found = trained(self.base, scenario, method, cell["seed"], callbacks=[follow])
         return {
-            "held_bytes": result.held_bytes,
+            "held_bytes": found["held_bytes"],
             "step_seconds": [min(each) for each in seconds],
-            "border_seconds": result.border_seconds,
+            "border_seconds": found["border_seconds"],
         }
 
     def scenario(self, seed: int) -> Scenario:
@@ -88,13 +87,13 @@ class Cost(Experiment):
         return fewer(whole, self.samples, self.samples // 5, seed)
 
     def curves(self, results: Results, method: str) -> dict[str, torch.Tensor]:
-        """Mean over seeds by task: MB held, ms a step; empty if nothing was measured."""
-        founds = [found for _, found in results.where(method=method)]
+        """MB held and ms per step by task, means over seeds; empty if nothing was measured."""
+        found = results.by_seed(method=method).values()
         units = {"held_bytes": 1e-6, "step_seconds": 1e3}
         return {
-            key: unit * torch.tensor([f[key] for f in founds], dtype=torch.float64).mean(0)
+            key: unit * torch.tensor([each[key] for each in found], dtype=torch.float64).mean(0)
             for key, unit in units.items()
-            if founds
+            if found
         }
 
     def show(self, results: Results) -> Page:
@@ -114,10 +113,7 @@ class Cost(Experiment):
                 panels[0].plot(x, held, label=method, **{**look(i), "markevery": 0.2})
                 panels[1].plot(x, step, **{**look(i), "markevery": 0.2})
         for panel, words in zip(panels, ("MB held beside the model", "ms a step"), strict=True):
-            panel.set_yscale("log")
-            panel.set_xlabel("tasks")
-            panel.set_ylabel(words)
-            panel.grid(alpha=0.3)
+            panel.set(yscale="log", xlabel="tasks", ylabel=words)
         legend(figure, panels[0])
         titles = ("method", *(f"MB, {t}" for t in at), *(f"ms a step, {a} to {b}" for a, b in tens))
         text = [table(titles, rows), results.place(), "![memory and time over tasks](cost.png)"]

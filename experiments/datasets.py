@@ -11,44 +11,22 @@ import torch
 from torch import nn
 
 from experiments.comparison import Comparison, Variant
-from experiments.experiment import Found
 from experiments.learned import fewer, matrix, scenario_of
-from mas_ext.compare import options as config
+from mas_ext.compare.cells import Found
 from mas_ext.compare.options import FIRST_WEIGHTS, Config
 from mas_ext.methods import Setting
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 
-
-class Strided(Config):
-    """A comparison with a convolutional network of a tenth of the operations of `models.cnn`."""
-
-    def network(self, scenario: Scenario, seed: int) -> MultiHead:
-        """Three convolutions of stride 2, with 32, 64 and 128 channels, and a linear layer of 256."""
-        channels, height, width = scenario.shape
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed + FIRST_WEIGHTS)
-            layers: list[nn.Module] = []
-            for before, after in pairwise((channels, 32, 64, 128)):
-                layers += [nn.Conv2d(before, after, 3, 2, padding=1), nn.ReLU()]
-                height, width = (height + 1) // 2, (width + 1) // 2
-            layers += [nn.Flatten(), nn.Linear(128 * height * width, 256), nn.ReLU()]
-            return MultiHead(nn.Sequential(*layers), 256)
-
-
-BASE = Strided(
-    **vars(
-        config.read(
-            {
-                "scenario": "datasets",
-                "optimizer": "adam",
-                "lr": 1e-3,
-                "epochs": 5,
-                "batch_size": 64,
-                "methods": ["finetune"],
-            }
-        )
-    )
+BASE = Config.read(
+    {
+        "scenario": "datasets",
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "epochs": 5,
+        "batch_size": 64,
+        "methods": ["finetune"],
+    }
 )
 
 
@@ -56,7 +34,7 @@ BASE = Strided(
 class Datasets(Comparison):
     """All methods on eight tasks that have little in common.
 
-    train, test: samples of a task at most.
+    train, test: at most so many samples of a task.
     """
 
     title: ClassVar[str] = "A sequence of different data sets"
@@ -76,18 +54,28 @@ class Datasets(Comparison):
         return replace(small, train=200, test=100, max_samples=100)
 
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         told = {"model": "strided", "train": self.train, "test": self.test}
         return {**super().protocol(), **told}
 
     def scenario(self, seed: int) -> Scenario:
-        """See Comparison.scenario."""
         return fewer(scenario_of(self.base, self.data, 0), self.train, self.test, seed)
+
+    def network(self, scenario: Scenario, seed: int) -> MultiHead:
+        """A tenth of the operations of `models.cnn`: 32, 64 and 128 channels at stride 2, 256 features."""
+        channels, height, width = scenario.shape
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed + FIRST_WEIGHTS)
+            layers: list[nn.Module] = []
+            for before, after in pairwise((channels, 32, 64, 128)):
+                layers += [nn.Conv2d(before, after, 3, 2, padding=1), nn.ReLU()]
+                height, width = (height + 1) // 2, (width + 1) // 2
+            layers += [nn.Flatten(), nn.Linear(128 * height * width, 256), nn.ReLU()]
+            return MultiHead(nn.Sequential(*layers), 256)
 
     def columns(
         self, setting: Setting, variant: Variant, founds: Sequence[Found]
     ) -> dict[str, str]:
-        """Of every task, too: accuracy after the last one, and its change since the task was new."""
+        """One column per task, too: accuracy after the last task, and its change since the task was new."""
         words = super().columns(setting, variant, founds)
         if founds:
             mean = 100 * torch.stack([matrix(found) for found in founds]).mean(0)

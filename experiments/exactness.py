@@ -1,28 +1,28 @@
-"""Exact importance beside what stands in for it: how alike they are, and whether learning notices."""
+"""Exact importance and its approximations: how similar they are, and whether learning notices."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from experiments.experiment import Cell, Experiment, Found, Page, Results
+from experiments.experiment import Page, Results
 from experiments.learned import (
     CHOOSING_SEED,
+    DATA_SETS,
     GRID,
-    choose,
-    chosen,
+    Tuned,
     fewer,
-    measured,
+    lam_option,
     scenario_of,
+    trained,
 )
-from experiments.tables import number, percent, table
-from mas_ext.compare import options as config
+from experiments.tables import number, percent, table, titled
+from mas_ext.compare.cells import Cell, Found, chosen
 from mas_ext.compare.charts import canvas, look
 from mas_ext.compare.options import Config
 from mas_ext.importance import estimate_importance
@@ -65,7 +65,7 @@ REFERENCES = ("fine-tuning", "joint")
 # Compared at every strength: at the same lam, less importance is a weaker penalty.
 AT_EACH_STRENGTH = ("exact", "batch")
 
-BASE = config.read(
+BASE = Config.read(
     {
         "scenario": "permuted-mnist",
         "setting": "domain",
@@ -78,11 +78,11 @@ BASE = config.read(
 
 
 @dataclass(frozen=True)
-class Exactness(Experiment):
-    """Likeness with exact importance, and what each keeps of five tasks.
+class Exactness(Tuned):
+    """Similarity to exact importance, and what is kept of five tasks by each importance.
 
-    base: how it is learned. samples: of a task, to train on. measured: samples that importance is taken from.
-    networks: that the estimators are compared on, and how many seeds of each at most. strengths: lam of the
+    base: scenario and training. samples: of a task, to train on. measured: samples that importance is computed
+    from. networks: the estimators are compared on these, each with at most so many seeds. strengths: lam of the
     comparison of exact and batch importance.
     """
 
@@ -91,7 +91,6 @@ class Exactness(Experiment):
     samples: int = 10_000
     measured: int = 2_000
     networks: tuple[tuple[str, int], ...] = (("mlp", 10), ("cnn", 3))
-    grid: tuple[float, ...] = GRID
     strengths: tuple[float, ...] = (0.003, 0.01, 0.02, 0.03)
 
     def quick(self) -> Exactness:
@@ -100,18 +99,22 @@ class Exactness(Experiment):
         few = replace(self, base=base, seeds=1, data=None, samples=500, measured=100)
         return replace(few, networks=(("mlp", 1),), grid=GRID[1:6], strengths=(0.1,))
 
+    def data_sets(self) -> tuple[str, ...]:
+        return DATA_SETS[self.base.scenario]
+
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         values = {k: v for k, v in self.base.values().items() if k != "methods"}
         return {**values, "samples": self.samples, "measured": self.measured}
 
-    def choosing(self, name: str) -> Cell:
-        """What chooses the lam of an importance, but for the lam."""
+    def choosing(self, name: str) -> Cell | None:
+        """The training that the lam of an importance is tried in."""
+        if name in REFERENCES:
+            return None
         return {"part": "learning", "importance": name, "seed": CHOOSING_SEED, "purpose": "choose"}
 
     def lam(self, results: Results, name: str) -> float | None:
-        """The one that was chosen, None where there is none."""
-        return None if name in REFERENCES else chosen(results, self.choosing(name), self.grid)
+        """The lam that was chosen, None where there is none."""
+        return chosen(results, self.choice(results, self.choosing(name)))
 
     def plan(self, results: Results) -> Iterator[Cell]:
         """Each seed's estimates and trainings."""
@@ -120,33 +123,31 @@ class Exactness(Experiment):
                 if seed < seeds:
                     yield {"part": "estimates", "network": network, "seed": seed}
             for name in LEARNED:
-                lam = None
-                if name not in REFERENCES:
-                    lam = yield from choose(results, self.choosing(name), self.grid)
+                lam = yield from self.choice(results, self.choosing(name))
                 yield self.final(name, seed, lam)
             for lam in self.strengths:
                 for name in AT_EACH_STRENGTH:
                     yield self.final(name, seed, lam)
 
     def final(self, name: str, seed: int, lam: float | None) -> Cell:
-        """A training that is tested."""
-        return {**self.choosing(name), "seed": seed, "purpose": "final", "lam": lam}
+        """A training that counts."""
+        part = {"part": "learning", "importance": name}
+        return {**part, "seed": seed, "purpose": "final", "lam": lam}
 
     def measure(self, cell: Cell) -> Found:
-        """See Experiment.measure."""
         if cell["part"] == "estimates":
             return self._estimates(cell["network"], cell["seed"])
         name, options = LEARNED[cell["importance"]]
-        lam = {} if cell["lam"] is None else {"lam": cell["lam"]}
-        method, scenario = create(name, **options, **lam), self.scenario(cell["seed"])
-        return measured(self.base, scenario, method, cell["seed"], cell["purpose"])
+        method = create(name, **options, **lam_option(cell["lam"]))
+        scenario = self.scenario(cell["seed"])
+        return trained(self.base, scenario, method, cell["seed"], cell["purpose"])
 
     def scenario(self, seed: int) -> Scenario:
         """The tasks, with some of their samples to train on."""
         return fewer(scenario_of(self.base, self.data, seed), self.samples, seed=seed)
 
     def _estimates(self, network: str, seed: int) -> Found:
-        """By estimator: likeness with exact importance after the first task, and time."""
+        """By estimator: similarity to exact importance after the first task, and time."""
         scenario = Scenario(self.scenario(seed).tasks[:1])
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
@@ -165,9 +166,8 @@ class Exactness(Experiment):
         half = x[: len(x) // 2]
         exact, rows = omega(Estimator(), half), {}
         for name, estimator in ESTIMATORS.items():
-            omega(
-                estimator, half[: 2 * estimator.batch_size]
-            )  # what is done once a model is not timed
+            # What is done once per model is not timed.
+            omega(estimator, half[: 2 * estimator.batch_size])
             start = time.perf_counter()
             own = omega(estimator, x[len(x) // 2 :] if name == "exact, other samples" else half)
             rows[name] = {
@@ -182,75 +182,65 @@ class Exactness(Experiment):
         """Tables of both parts, and a picture of what is lost as the batch grows."""
         text = []
         for network, _ in self.networks:
-            founds = [f["estimators"] for _, f in results.where(part="estimates", network=network)]
-            if not founds:
-                continue
-            rows = []
-            for name in ESTIMATORS:
-                cells = {k: [found[name][k] for found in founds] for k in founds[0][name]}
-                comparable = name.startswith(("batch", "exact"))
-                rows.append(
-                    (
-                        name,
-                        interval_text(cells["rank_correlation"], 3),
-                        interval_text(cells["cosine"], 3),
-                        percent(cells["kept"], 1) if comparable else "",
-                        f"{1e3 * sum(cells['seconds']) / len(founds):,.0f}",
-                    )
-                )
-            titles = ("importance", "rank correlation", "cosine", "of exact, %", "ms")
-            text += [f"**Likeness with exact importance, {network}**, {len(founds)} seeds"]
-            text += [table(titles, rows)]
+            if found := results.by_seed(part="estimates", network=network):
+                text += [f"**Likeness with exact importance, {network}**, {len(found)} seeds"]
+                text += [self._likeness([each["estimators"] for each in found.values()])]
         text += ["**Learning**", self._learning(results)]
         text += ["**At every strength**, average accuracy, %", self._by_strength(results)]
-        text += [results.place()]
-        text += ["![likeness over the size of batches](exactness.png)"]
+        text += [results.place(), "![likeness over the size of batches](exactness.png)"]
         return Page("\n\n".join(text), {"exactness.png": self._over_sizes(results)})
+
+    def _likeness(self, found: Sequence[Found]) -> str:
+        rows = []
+        for name in ESTIMATORS:
+            each = [estimators[name] for estimators in found]
+            kept = percent([one["kept"] for one in each], 1)
+            rows.append(
+                {
+                    "importance": name,
+                    "rank correlation": interval_text([e["rank_correlation"] for e in each], 3),
+                    "cosine": interval_text([e["cosine"] for e in each], 3),
+                    "of exact, %": kept if name.startswith(("batch", "exact")) else "",
+                    "ms": f"{1e3 * sum(e['seconds'] for e in each) / len(each):,.0f}",
+                }
+            )
+        return titled(rows)
 
     def _learning(self, results: Results) -> str:
         rows = []
         for name in LEARNED:
             lam = self.lam(results, name)
-            where = {"part": "learning", "importance": name, "purpose": "final", "lam": lam}
-            founds = [found for _, found in results.where(**where) if "diverged" not in found]
-            if founds:
-                borders = sum(sum(found["border_seconds"]) for found in founds) / len(founds)
+            if found := list(self._finals(results, name, lam).values()):
+                borders = sum(sum(each["border_seconds"]) for each in found) / len(found)
                 rows.append(
-                    (
-                        name,
-                        percent([found["average_accuracy"] for found in founds]),
-                        percent([found["forgetting"] for found in founds]),
-                        number(lam),
-                        "" if name in REFERENCES else f"{borders:.2g}",
-                        str(len(founds)),
-                    )
+                    {
+                        "importance": name,
+                        "accuracy, %": percent([each["average_accuracy"] for each in found]),
+                        "forgetting, % points": percent([each["forgetting"] for each in found]),
+                        "lam": number(lam),
+                        "s for importance": "" if name in REFERENCES else f"{borders:.2g}",
+                        "seeds": str(len(found)),
+                    }
                 )
-        titles = (
-            "importance",
-            "accuracy, %",
-            "forgetting, % points",
-            "lam",
-            "s for importance",
-            "seeds",
-        )
-        return table(titles, rows)
+        return titled(rows)
 
     def _by_strength(self, results: Results) -> str:
         """With the difference, paired by seed."""
         rows = []
         for lam in self.strengths:
+            found = [self._finals(results, name, lam) for name in AT_EACH_STRENGTH]
             pairs = [
-                [results[cell]["average_accuracy"] for cell in cells]
-                for cells in (
-                    [self.final(name, seed, lam) for name in AT_EACH_STRENGTH]
-                    for seed in range(self.seeds)
-                )
-                if all(cell in results and "diverged" not in results[cell] for cell in cells)
+                [each[seed]["average_accuracy"] for each in found]
+                for seed in range(self.seeds)
+                if all(seed in each for each in found)
             ]
             exact, batch = ([pair[i] for pair in pairs] for i in (0, 1))
             both = [a - b for a, b in pairs]
             rows.append((number(lam), *map(percent, (exact, batch, both)), str(len(both))))
         return table(("lam", *AT_EACH_STRENGTH, "exact - batch", "seeds"), rows)
+
+    def _finals(self, results: Results, name: str, lam: float | None) -> dict[int, Found]:
+        return results.by_seed(part="learning", importance=name, purpose="final", lam=lam)
 
     def _over_sizes(self, results: Results) -> Any:
         figure, panels = canvas(2, 2, 3.0)
@@ -259,20 +249,13 @@ class Exactness(Experiment):
             "kept": "share of all importance",
         }
         for i, (network, _) in enumerate(self.networks):
-            founds = [f["estimators"] for _, f in results.where(part="estimates", network=network)]
+            found = results.by_seed(part="estimates", network=network).values()
             for panel, key in zip(panels, labels, strict=True):
-                y = [
-                    sum(found[f"batch of {n}"][key] for found in founds) / max(len(founds), 1)
-                    for n in SIZES
-                ]
-                panel.plot(
-                    SIZES, y if founds else [math.nan] * len(SIZES), label=network, **look(i)
-                )
+                by_size = [[e["estimators"][f"batch of {n}"][key] for n in SIZES] for e in found]
+                if by_size:
+                    mean = torch.tensor(by_size, dtype=torch.float64).mean(0)
+                    panel.plot(SIZES, mean, label=network, **look(i))
         for panel, label in zip(panels, labels.values(), strict=True):
-            panel.set_xscale("log")
-            panel.set_ylim(0, 1.05)
-            panel.set_xlabel("samples in a batch")
-            panel.set_ylabel(label)
-            panel.grid(alpha=0.3)
+            panel.set(xscale="log", ylim=(0, 1.05), xlabel="samples in a batch", ylabel=label)
         panels[0].legend(frameon=False)
         return figure

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from mas_ext.compare import directory as record
+from experiments.manifest import check_data
+from mas_ext.compare.cells import Cell, Found, fill
+from mas_ext.compare.directory import clear, defined, environment, write
 
-# One thing to measure, such as a method with a seed: names and JSON values, which nothing else decides.
-Cell = dict[str, Any]
-# What was measured, as JSON.
-Found = dict[str, Any]
+__all__ = ["Cell", "Experiment", "Found", "Page", "Results", "draw", "reproduce"]
 
 
 class Page(NamedTuple):
@@ -28,17 +26,17 @@ class Page(NamedTuple):
 
 
 class Results:
-    """What is known of an experiment's cells: a file of JSON, which is written anew with every cell.
+    """The store of an experiment's cells: a JSON file, which is replaced with every cell.
 
-    protocol: what all cells have in common. machines: where they were measured, see record.environment.
+    protocol: what all cells have in common. machines: where they were measured, see `environment`.
     cells: a list of {cell, found, machine: its position, date, seconds}, in the order in which they came.
     """
 
     def __init__(self, path: Path, protocol: Mapping[str, Any]) -> None:
-        """Read the file, or begin with nothing.
+        """Read the file, if there is one.
 
         Raises:
-            ValueError: it is no such file, or has another protocol.
+            ValueError: it is no such file, or of another protocol.
         """
         self.path, self.protocol = path, json.loads(json.dumps(protocol))
         self.machines: list[dict[str, Any]] = []
@@ -66,25 +64,30 @@ class Results:
         return found
 
     def where(self, **values: Any) -> list[tuple[Cell, Found]]:
-        """The cells that have these values, with what was found."""
+        """The cells that have these values, and what was found."""
         return [
             (entry["cell"], entry["found"])
             for entry in self.entries
             if all(name in entry["cell"] and entry["cell"][name] == values[name] for name in values)
         ]
 
+    def by_seed(self, **values: Any) -> dict[int, Found]:
+        """What was found of the cells that have these values, but for trainings that diverged."""
+        where = self.where(**values)
+        return {cell["seed"]: found for cell, found in where if "diverged" not in found}
+
     def add(self, cell: Cell, found: Found, seconds: float) -> None:
         """Keep what was found here and now, in `seconds`, and write the file."""
-        here = record.environment()
+        here = environment()
         date = here.pop("started")[:10]
         if here not in self.machines:
             self.machines.append(here)
-        entry = {"cell": cell, "found": record.defined(found)}
+        entry = {"cell": cell, "found": defined(found)}
         made = {"machine": self.machines.index(here), "date": date, "seconds": round(seconds, 2)}
         self.entries.append({**entry, **made})
         self._found[_key(cell)] = entry["found"]
         parts = {"protocol": self.protocol, "machines": self.machines, "cells": self.entries}
-        # A line a cell, so that one sees what came with a later run.
+        # One line per cell, so that a difference of two versions shows what came later.
         lines = ",\n".join(
             f'"{name}": '
             + (
@@ -94,10 +97,10 @@ class Results:
             )
             for name, part in parts.items()
         )
-        record.write(self.path, "{\n" + lines + "\n}\n")
+        write(self.path, "{\n" + lines + "\n}\n")
 
     def place(self) -> str:
-        """Where, when and how long, in words."""
+        """Machine, dates and duration, in words."""
         machines = [
             f"{each['gpu'] or each['cpu']}, {each['threads']} thread{'s'[: each['threads'] != 1]}, torch "
             f"{each['torch']}"
@@ -126,47 +129,59 @@ class Experiment(ABC):
     data: str | None = None
     seeds: int = 10
 
+    def data_sets(self) -> tuple[str, ...]:
+        """The data that are read, by their names in data.toml."""
+        return ()
+
     @abstractmethod
     def quick(self) -> Experiment:
-        """The same at a size that takes a minute or two."""
+        """A version of it that takes a minute or two."""
 
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
-        """What all cells have in common, as JSON: results of another protocol are not mixed with these."""
+        """What all cells have in common, as JSON: results of different protocols are not mixed."""
 
     @abstractmethod
     def plan(self, results: Results) -> Iterator[Cell]:
-        """What is to be measured, in this order: `results` has a cell when the next one is asked for."""
+        """The cells to measure, in order: `results` has each by the time the next one is asked for."""
 
     @abstractmethod
     def measure(self, cell: Cell) -> Found:
-        """Measure one cell. By the cell and the protocol alone."""
+        """Measure one cell, by nothing but the cell and the protocol."""
 
     @abstractmethod
     def show(self, results: Results) -> Page:
-        """What was found so far, of which there is something."""
+        """What was found so far; there is something."""
 
 
 def reproduce(experiment: Experiment, name: str, out: Path) -> Page:
     """Measure what is missing in `out`/`name`.json, with progress on stderr, and show what was found.
 
-    Figures are written beside the file. It can be stopped at any time: what is there is not measured again.
+    Figures are written beside the file. It can be stopped at any time: no cell is measured twice.
 
     Raises:
-        ValueError: the file is damaged, or has another protocol.
+        ValueError: the file is damaged, or of another protocol; there is something to measure, and the data for
+            it are not those of the manifest.
     """
     out.mkdir(parents=True, exist_ok=True)
-    record.clear(out)
+    clear(out)
     results = Results(out / f"{name}.json", experiment.protocol())
-    for cell in experiment.plan(results):
-        if cell not in results:
-            start = time.perf_counter()
-            found = experiment.measure(cell)
-            seconds = time.perf_counter() - start
-            results.add(cell, found, seconds)
+
+    def missing() -> Iterator[Cell]:
+        checked = False
+        for cell in experiment.plan(results):
+            if cell in results:
+                continue
+            if not checked:
+                check_data(experiment.data_sets(), experiment.data)
+                checked = True
+            yield cell
             now = datetime.now(timezone.utc).isoformat(" ", "seconds")[:19]
             what = " ".join(f"{key} {value}" for key, value in cell.items() if value is not None)
-            print(f"{now} {name}, {what}: {seconds:.0f} s", file=sys.stderr, flush=True)
+            seconds = f"{results.entries[-1]['seconds']:.0f} s"
+            print(f"{now} {name}, {what}: {seconds}", file=sys.stderr, flush=True)
+
+    fill(results, missing(), experiment.measure)
     return draw(experiment, results, out)
 
 

@@ -114,6 +114,9 @@ class Facts(InOwnLoop):
         small: Any = {"images": 4, "epochs": 2, "grid": GRID[2:4], "lams": (0.1,), "seeds": 1}
         return replace(self, digits=True, data=None, **small)
 
+    def data_sets(self) -> tuple[str, ...]:
+        return ("digits",) if self.digits else ("mnist", "fashion-mnist")
+
     def protocol(self) -> dict[str, Any]:
         """See Experiment.protocol."""
         names = ("images", "epochs", "batch_size", "lr", "words", "lams", "digits")

@@ -1,40 +1,88 @@
-"""What experiments that train share: a scenario learned once as a cell, and lam chosen on validation data."""
+"""What experiments that train share: a scenario, how lam is looked for, and accuracies as they are kept."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Generator
-from dataclasses import replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from experiments.experiment import Cell, Found, Results
+from experiments.experiment import Experiment, Results
+from mas_ext.compare.cells import Cell, Found, choose, decades
 from mas_ext.compare.options import Config, Purpose
-from mas_ext.compare.sweep import Diverged, learn
-from mas_ext.compare.tables import summary
+from mas_ext.compare.sweep import train
 from mas_ext.methods import Method
-from mas_ext.scenarios import Scenario, Tensors
-from mas_ext.scenarios import named as catalogue
+from mas_ext.scenarios import Scenario, Tensors, named
 
 # Where every method's lam is looked for.
 GRID = (1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 
-# Seeds that lam is chosen with, apart from those of the results.
+# The seed that lam is chosen with: none of those of the results.
 CHOOSING_SEED = 1000
 
 
-def scenario_of(protocol: Config, folder: str | None, seed: int) -> Scenario:
-    """The protocol's scenario on data from this folder; the last two are kept."""
-    return _built(protocol.scenario, folder, protocol.tasks, protocol.order, seed)
+@dataclass(frozen=True)
+class Tuned(Experiment):
+    """An experiment that chooses lam by what methods know of validation data.
+
+    score: of what was found, the key of what is best when largest. grid: where lam is looked for.
+    """
+
+    score: ClassVar[str] = "validation_accuracy"
+    grid: tuple[float, ...] = GRID
+
+    def choice(
+        self, results: Results, training: Cell | None
+    ) -> Generator[Cell, None, float | None]:
+        """Choose the lam of a training, a cell without lam; a method without lam has no such cell."""
+        if training is None:
+            return None
+        return (yield from choose(results, [training], decades(self.grid), self.score))
+
+
+def trained(
+    config: Config,
+    scenario: Scenario,
+    method: Method,
+    seed: int,
+    purpose: Purpose = "final",
+    **trainer: Any,
+) -> Found:
+    """Learn the scenario once, with the network and the training of a configuration."""
+    model, settings = config.network(scenario, seed), config.training(seed, purpose)
+    return train(model, method, scenario, settings, **trainer)
+
+
+def lam_option(lam: float | None) -> dict[str, float]:
+    """The options of a method with this lam; None is that of methods without lam."""
+    return {} if lam is None else {"lam": lam}
+
+
+# By scenario, the names of its data in data.toml.
+DATA_SETS = {
+    "split-digits": ("digits",),
+    "split-mnist": ("mnist",),
+    "permuted-mnist": ("mnist",),
+    "split-cifar100": ("cifar100",),
+    "datasets": ("mnist", "fashion-mnist", "kmnist", "notmnist", "cifar100"),
+}
+
+
+def scenario_of(config: Config, folder: str | None, seed: int) -> Scenario:
+    """The scenario on data from this folder; the last two are kept."""
+    return _built(config.scenario, folder, config.tasks, config.order, seed)
+
+
+_built = functools.lru_cache(maxsize=2)(named.build)
 
 
 def fewer(scenario: Scenario, train: int, test: int | None = None, seed: int = 0) -> Scenario:
-    """The same tasks with so many random samples of each at most, to train and (None: all) to test on."""
+    """A scenario with at most so many random samples of each task, to train and (None: all) to test on."""
     generator = torch.Generator().manual_seed(seed)
 
     def some(part: Dataset[Any], count: int | None) -> Dataset[Any]:
@@ -50,66 +98,6 @@ def fewer(scenario: Scenario, train: int, test: int | None = None, seed: int = 0
     return Scenario(tuple(tasks), scenario.name)
 
 
-_built = functools.lru_cache(maxsize=2)(catalogue.build)
-
-
-def measured(
-    protocol: Config, scenario: Scenario, method: Method, seed: int, purpose: Purpose
-) -> Found:
-    """The scenario learned once: `mas_ext.compare.tables.summary` and accuracy, (T, T), or diverged and why."""
-    try:
-        result = learn(protocol, scenario, method, seed, purpose)
-    except Diverged as error:
-        return {"diverged": str(error)}
-    found = summary(result, [task.name for task in scenario.tasks], None)
-    return {**found, "accuracy": result.accuracy}
-
-
 def matrix(found: Found) -> Tensor:
-    """accuracy[t, k] of what `measured` found, as it is in a file, NaN where nothing was measured."""
+    """accuracy[t, k] of what was found by training, as it is in a file, NaN where nothing was measured."""
     return torch.from_numpy(np.array(found["accuracy"], dtype=float))
-
-
-def choose(
-    results: Results,
-    cell: Cell,
-    grid: tuple[float, ...] = GRID,
-    key: str = "validation_accuracy",
-) -> Generator[Cell, None, float | None]:
-    """Ask for what is needed to choose the lam of `cell`; returns it, None where all diverged.
-
-    Every second value of the grid is tried, then the decades beside the best, as long as it gets better, beyond
-    the grid, too. The best has the largest `key`, of equal ones it is the one tried first.
-    """
-
-    def score(lam: float) -> float:
-        found = results[{**cell, "lam": lam}]
-        return -math.inf if "diverged" in found else float(found[key])
-
-    tried: list[float] = []
-    near = list(grid[1::2])
-    while near:
-        for lam in near:
-            yield {**cell, "lam": lam}
-        tried += near
-        best = max(tried, key=score)
-        beside = (float(f"{factor * best:.0e}") for factor in (0.1, 10))
-        near = [lam for lam in beside if lam not in tried]
-    return best if score(best) > -math.inf else None
-
-
-def chosen(
-    results: Results,
-    cell: Cell,
-    grid: tuple[float, ...] = GRID,
-    key: str = "validation_accuracy",
-) -> float | None:
-    """What `choose` returned; None, too, where it did not get there yet."""
-    asking = choose(results, cell, grid, key)
-    while True:
-        try:
-            needed = next(asking)
-        except StopIteration as stop:
-            return cast("float | None", stop.value)
-        if needed not in results:
-            return None

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.experiment import Cell, Experiment, Found, Results
-from experiments.learned import CHOOSING_SEED, GRID, choose, chosen
+from experiments.experiment import Cell, Found, Results
+from experiments.learned import CHOOSING_SEED, Tuned
+from mas_ext.compare.cells import chosen
 from mas_ext.methods.method import Method, Training
 from mas_ext.methods.quadratic import Quadratic
 from mas_ext.parameters.names import named_parameters
@@ -87,35 +88,30 @@ class Variant(NamedTuple):
 
 
 @dataclass(frozen=True)
-class InOwnLoop(Experiment):
+class InOwnLoop(Tuned):
     """Methods that learn in a loop of the experiment's, each with the lam of the best `score`.
 
-    variants: by name. score: the key of what was found on validation data.
+    variants: by name.
     """
 
     variants: ClassVar[Mapping[str, Variant]]
-    score: ClassVar[str]
-    grid: tuple[float, ...] = GRID
 
-    def choosing(self, name: str) -> Cell:
-        """What chooses the lam of a method, but for the lam."""
+    def choosing(self, name: str) -> Cell | None:
+        """The training that the lam of a method is tried in."""
         lam_of = self.variants[name].lam_of
+        if lam_of is None:
+            return None
         return {"method": lam_of, "seed": CHOOSING_SEED, "purpose": "choose"}
 
     def cells(self, results: Results, seed: int) -> Iterator[Cell]:
         """Every method with this seed, and before it what its lam is chosen by."""
         for name, variant in self.variants.items():
-            lam = None
-            if variant.lam_of is not None:
-                lam = yield from choose(results, self.choosing(name), self.grid, self.score)
-                if lam is None:
-                    continue
-            yield {"method": name, "lam": lam, "seed": seed, "purpose": "final"}
+            lam = yield from self.choice(results, self.choosing(name))
+            if lam is not None or variant.lam_of is None:
+                yield {"method": name, "lam": lam, "seed": seed, "purpose": "final"}
 
     def finals(self, results: Results, name: str) -> tuple[float | None, list[Found]]:
         """The chosen lam, and what was found of every seed that did not diverge."""
-        lam = None
-        if self.variants[name].lam_of is not None:
-            lam = chosen(results, self.choosing(name), self.grid, self.score)
+        lam = chosen(results, self.choice(results, self.choosing(name)))
         found = [f for _, f in results.where(method=name, purpose="final", lam=lam)]
         return lam, [f for f in found if "diverged" not in f]

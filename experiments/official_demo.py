@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from experiments.experiment import Cell, Experiment, Found, Page, Results
-from experiments.learned import matrix, measured
+from experiments.experiment import Experiment, Page, Results
+from experiments.learned import matrix, trained
 from experiments.tables import percent, table
-from mas_ext.compare import options as config
-from mas_ext.compare.charts import canvas, look
+from mas_ext.compare.cells import Cell, Found
+from mas_ext.compare.charts import canvas, legend, look
 from mas_ext.compare.options import Config
 from mas_ext.importance import estimate_importance
 from mas_ext.methods.finetune import Finetune
@@ -24,24 +24,34 @@ from mas_ext.scenarios import datasets as data
 from mas_ext.scenarios.named import standardised
 
 PAIRS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 0))
+NAMES = ["/".join(map(str, pair)) for pair in PAIRS]
+
+
+class Variant(NamedTuple):
+    """How W is made, how importance is estimated (None: fine-tuning), the learning rate of later tasks."""
+
+    omega: str
+    importance: str | None
+    later_lr: float
+
+    def __str__(self) -> str:
+        return "fine-tuning" if self.importance is None else f"{self.omega}, {self.importance}"
+
 
 # What Demo.ipynb in the authors' repository prints: accuracy on each task after the last, and forgetting, in %.
-# By importance and the learning rate of later tasks, which are these two.
 PUBLISHED = {
-    ("re-estimated", 1e-2): ((99.40, 99.80, 98.43, 99.20, 99.50), 0.083),
-    ("accumulated", 1e-3): ((99.49, 99.65, 98.00, 98.10, 99.04), 0.071),
+    Variant("re-estimated", "batch", 1e-2): ((99.40, 99.80, 98.43, 99.20, 99.50), 0.083),
+    Variant("accumulated", "batch", 1e-3): ((99.49, 99.65, 98.00, 98.10, 99.04), 0.071),
 }
-# Importance, how it is estimated, learning rate of later tasks. The first two are the authors'.
 VARIANTS = (
-    ("re-estimated", "batch", 1e-2),
-    ("accumulated", "batch", 1e-3),
-    ("re-estimated", "exact", 1e-2),
-    ("accumulated", "exact", 1e-3),
-    ("accumulated", "batch", 1e-2),
-    ("none", None, 1e-2),
-    ("none", None, 1e-3),
+    *PUBLISHED,
+    Variant("re-estimated", "exact", 1e-2),
+    Variant("accumulated", "exact", 1e-3),
+    Variant("accumulated", "batch", 1e-2),
+    Variant("none", None, 1e-2),
+    Variant("none", None, 1e-3),
 )
-BASE = config.read(
+BASE = Config.read(
     {
         "hidden": [256, 256],
         "optimizer": "sgd",
@@ -54,30 +64,28 @@ BASE = config.read(
 
 
 class Paced(Method):
-    """A method whose tasks after the first have a learning rate of their own."""
+    """A method that learns the tasks after the first at a learning rate of their own."""
 
     later_lr: float
 
     def begin_task(self, training: Training) -> None:
-        """See Method.begin_task."""
         super().begin_task(training)
         for group in training.optimizer.param_groups if training.task else ():
             group["lr"] = self.later_lr
 
 
-class Tuned(Paced, Finetune):
+class PacedFinetune(Paced, Finetune):
     """Fine-tuning."""
 
 
 class Accumulated(Paced, MAS):
-    """MAS as in the paper: W = sum of Omega_t, each at the weights with which its task ended."""
+    """MAS as in the paper: W = sum of Omega_t, each estimated at the weights with which its task ended."""
 
 
 class Reestimated(Accumulated):
-    """W is estimated anew after every task, at the present weights, on the data of all tasks so far."""
+    """W is estimated again after every task, at the present weights, on the data of all tasks so far."""
 
     def begin_task(self, training: Training) -> None:
-        """See Method.begin_task."""
         super().begin_task(training)
         if training.task == 0:
             self._kept: list[tuple[int | None, list[tuple[Tensor, Tensor]]]] = []
@@ -100,7 +108,7 @@ class Reestimated(Accumulated):
 OMEGA: dict[str, type[Paced]] = {
     "re-estimated": Reestimated,
     "accumulated": Accumulated,
-    "none": Tuned,
+    "none": PacedFinetune,
 }
 
 
@@ -121,24 +129,25 @@ class OfficialDemo(Experiment):
         base = replace(self.base, settings=settings)
         return replace(self, base=base, dataset="digits", seeds=1, data=None)
 
+    def data_sets(self) -> tuple[str, ...]:
+        return (self.dataset,)
+
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         names = ("hidden", "optimizer", "epochs", "batch_size")
         values = self.base.values()
         return {"dataset": self.dataset, **{name: values[name] for name in names}}
 
     def plan(self, results: Results) -> Iterator[Cell]:
-        """The authors' two with one seed and what they are compared with, then with the next."""
+        """The authors' two and what they are compared with, with one seed, then with the next."""
         for seed in range(self.seeds):
-            for omega, importance, lr in VARIANTS:
-                yield {"omega": omega, "importance": importance, "later_lr": lr, "seed": seed}
+            for variant in VARIANTS:
+                yield {**variant._asdict(), "seed": seed}
 
     def measure(self, cell: Cell) -> Found:
-        """See Experiment.measure."""
         options = {} if cell["importance"] is None else {"importance": cell["importance"]}
         method = OMEGA[cell["omega"]](**options)
         method.later_lr = cell["later_lr"]
-        return measured(self.base, self.scenario(), method, cell["seed"], "final")
+        return trained(self.base, self.scenario(), method, cell["seed"])
 
     def scenario(self) -> Scenario:
         """The digits in the authors' pairs."""
@@ -148,8 +157,7 @@ class OfficialDemo(Experiment):
             return part.subset(torch.isin(part.y, torch.tensor(pair)))
 
         pairs = [(of(pair, train), of(pair, test)) for pair in PAIRS]
-        names = ["/".join(map(str, pair)) for pair in PAIRS]
-        return standardised(from_datasets(pairs, names))
+        return standardised(from_datasets(pairs, NAMES))
 
     def show(self, results: Results) -> Page:
         """A table, and a picture of accuracy by task."""
@@ -163,26 +171,21 @@ class OfficialDemo(Experiment):
             "seeds",
         )
         rows, seeds = [], 0
-        for omega, importance, lr in VARIANTS:
-            matrices = self.matrices(results, omega, importance, lr)
-            if not matrices:
-                continue
-            seeds = max(seeds, len(matrices))
-            theirs, lost = "", ""
-            if importance == "batch" and (omega, lr) in PUBLISHED:
-                last, forgotten = PUBLISHED[omega, lr]
-                theirs, lost = f"{sum(last) / len(last):.2f}", f"{forgotten:.3f}"
-            rows.append(
-                (
-                    "fine-tuning" if importance is None else f"{omega}, {importance}",
-                    f"{lr:g}",
-                    percent([float(m[-1].mean()) for m in matrices]),
-                    theirs,
-                    percent([float((m.diagonal() - m[-1]).mean()) for m in matrices], 3),
-                    lost,
-                    str(len(matrices)),
+        for variant in VARIANTS:
+            if matrices := self.matrices(results, variant):
+                seeds = max(seeds, len(matrices))
+                last, forgotten = PUBLISHED.get(variant, ((), None))
+                rows.append(
+                    (
+                        str(variant),
+                        f"{variant.later_lr:g}",
+                        percent([float(m[-1].mean()) for m in matrices]),
+                        f"{sum(last) / len(last):.2f}" if last else "",
+                        percent([float((m.diagonal() - m[-1]).mean()) for m in matrices], 3),
+                        "" if forgotten is None else f"{forgotten:.3f}",
+                        str(len(matrices)),
+                    )
                 )
-            )
         text = [
             table(titles, rows),
             f"Mean and 95 % interval over {seeds} of {self.seeds} seeds. {results.place()}",
@@ -190,31 +193,23 @@ class OfficialDemo(Experiment):
         ]
         return Page("\n\n".join(text), {"official-demo.png": self._by_task(results)})
 
-    def matrices(
-        self, results: Results, omega: str, importance: str | None, lr: float
-    ) -> list[Tensor]:
+    def matrices(self, results: Results, variant: Variant) -> list[Tensor]:
         """accuracy[t, k] of every seed that did not diverge."""
-        founds = results.where(omega=omega, importance=importance, later_lr=lr)
-        return [matrix(found) for _, found in founds if "diverged" not in found]
+        return [matrix(found) for found in results.by_seed(**variant._asdict()).values()]
 
     def _by_task(self, results: Results) -> Any:
         """Accuracy on each task after the last one; hollow when it was new; crosses: theirs."""
         figure, (panel,) = canvas(1, 1, 3.6)
-        for i, (omega, importance, lr) in enumerate(VARIANTS):
-            matrices = self.matrices(results, omega, importance, lr)
-            if not matrices:
-                continue
-            mean = 100 * torch.stack(matrices).mean(0)
-            x = torch.arange(len(PAIRS)) + 0.1 * (i - len(VARIANTS) / 2 + 0.5)
-            how = {**look(i), "linestyle": ""}
-            name = "fine-tuning" if importance is None else f"{omega}, {importance}"
-            panel.plot(x, mean[-1], label=f"{name}, lr {lr:g}", **how)
-            panel.plot(x, mean.diagonal(), **how, markerfacecolor="none")
-            if importance == "batch" and (omega, lr) in PUBLISHED:
-                panel.plot(x, PUBLISHED[omega, lr][0], "x", color="black", markersize=7)
-        panel.set_xticks(range(len(PAIRS)), ["/".join(map(str, pair)) for pair in PAIRS])
-        panel.set_xlabel("task")
-        panel.set_ylabel("accuracy in %")
-        panel.grid(alpha=0.3)
-        figure.legend(loc="outside upper center", ncols=3, frameon=False)
+        for i, variant in enumerate(VARIANTS):
+            if matrices := self.matrices(results, variant):
+                mean = 100 * torch.stack(matrices).mean(0)
+                x = torch.arange(len(PAIRS)) + 0.1 * (i - len(VARIANTS) / 2 + 0.5)
+                how = {**look(i), "linestyle": ""}
+                panel.plot(x, mean[-1], label=f"{variant}, lr {variant.later_lr:g}", **how)
+                panel.plot(x, mean.diagonal(), **how, markerfacecolor="none")
+                if variant in PUBLISHED:
+                    panel.plot(x, PUBLISHED[variant][0], "x", color="black", markersize=7)
+        panel.set_xticks(range(len(PAIRS)), NAMES)
+        panel.set(xlabel="task", ylabel="accuracy in %")
+        legend(figure, panel, 3)
         return figure

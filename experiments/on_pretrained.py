@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 import torch
 
 from experiments import cifar
-from experiments.comparison import HELD, PROXIMAL, TAUGHT, Comparison, Variant
-from experiments.experiment import Found
+from experiments.comparison import DISTILLED, PENALTIES, PROXIMAL, Comparison, Variant
 from experiments.learned import matrix
 from experiments.tables import percent
-from mas_ext.compare import options as config
+from mas_ext.compare.cells import Found
 from mas_ext.compare.options import Config
 from mas_ext.methods import Setting
 from mas_ext.methods.finetune import Finetune
@@ -22,51 +21,31 @@ from mas_ext.scenarios import Scenario, from_datasets, split
 from mas_ext.scenarios import datasets as data
 from mas_ext.trainer import Trainer
 
-
-class Pretrained(Config):
-    """A comparison whose network has learned the first task already."""
-
-    def network(self, scenario: Scenario, seed: int) -> MultiHead:
-        """ResNet-20 with published weights; of digits, a network that learns them here."""
-        if self.scenario == "split-digits":
-            network = super().network(scenario, seed)
-            Trainer(network, Finetune(), epochs=20, seed=seed).fit(Scenario(scenario.tasks[:1]))
-        else:
-            network = cifar.trained(self.data)
-        # The tasks to come look different, and no method holds running statistics.
-        network.keep_statistics = True
-        return network
-
-
-BASE = Pretrained(
-    **vars(
-        config.read(
-            {
-                "scenario": "split-cifar100",
-                "optimizer": "adam",
-                "lr": 1e-3,
-                "epochs": [0, 4, 4, 4],
-                "batch_size": 32,
-                "amp": "bfloat16",
-                "methods": ["finetune"],
-            }
-        )
-    )
+BASE = Config.read(
+    {
+        "scenario": "split-cifar100",
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "epochs": [0, 4, 4, 4],
+        "batch_size": 32,
+        "amp": "bfloat16",
+        "methods": ["finetune"],
+    }
 )
 
 VARIANTS = (
     Variant("finetune"),
-    *(each for each in HELD if each.method != "online-ewc"),
-    *TAUGHT,
+    *(each for each in PENALTIES if each.method != "online-ewc"),
+    *DISTILLED,
     *(each for each in PROXIMAL if each.method == "mas"),
 )
 
 
 @dataclass(frozen=True)
 class OnPretrained(Comparison):
-    """What is kept of a task that was learned elsewhere, by methods that see but unseen samples of it.
+    """What is kept of a task that was learned elsewhere, by methods that see only unseen samples of it.
 
-    samples: of the first task that importance is taken from; the others of its images are tested on.
+    samples: of the first task that importance is computed from; its other images are tested on.
     """
 
     title: ClassVar[str] = "On a pretrained network"
@@ -84,12 +63,15 @@ class OnPretrained(Comparison):
         few = [v for v in self.variants if v.method in ("finetune", "mas", "si") and not v.options]
         return replace(self, base=base, variants=few, seeds=1, grid=self.grid[1:6], data=None)
 
+    def data_sets(self) -> tuple[str, ...]:
+        own = super().data_sets()
+        return own if own == ("digits",) else (*own, "cifar10-test", "resnet20")
+
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         return {**super().protocol(), "model": "resnet20, pretrained", "samples": self.samples}
 
     def scenario(self, seed: int) -> Scenario:
-        """CIFAR-10, of which unseen images are there alone, and three groups of CIFAR-100's classes."""
+        """Images of CIFAR-10 that the network has not seen, then three groups of CIFAR-100's classes."""
         if self.base.scenario == "split-digits":
             return split(*data.load("digits"), 2)
         known, order = cifar.unseen(self.data), torch.Generator().manual_seed(seed)
@@ -97,6 +79,17 @@ class OnPretrained(Comparison):
         parts = known.subset(index[: self.samples]), known.subset(index[self.samples :])
         first = from_datasets([parts], ["cifar10"]).tasks
         return Scenario((*first, *cifar.groups(self.data).tasks[:3]))
+
+    def network(self, scenario: Scenario, seed: int) -> MultiHead:
+        """ResNet-20 with published weights; for digits, a network that learns the first task here."""
+        if self.base.scenario == "split-digits":
+            network = super().network(scenario, seed)
+            Trainer(network, Finetune(), epochs=20, seed=seed).fit(Scenario(scenario.tasks[:1]))
+        else:
+            network = cifar.trained(self.data)
+        # The tasks to come look different, and no method holds running statistics.
+        network.keep_statistics = True
+        return network
 
     def columns(
         self, setting: Setting, variant: Variant, founds: Sequence[Found]

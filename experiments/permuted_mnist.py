@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from experiments.comparison import HELD, MERGED, PLAIN, TAUGHT, Comparison, Variant
-from mas_ext.compare import options as config
+from experiments.comparison import DISTILLED, MERGED, PENALTIES, PLAIN, Comparison, Variant
 from mas_ext.compare.options import Config
 from mas_ext.methods import Setting
 
 # Zenke et al. 2017, Continual learning through synaptic intelligence: MLP 784-2000-2000, 20 epochs, c = 0.1.
 PUBLISHED = {"finetune": (57.4,), "si": (96.9,)}
 
-BASE = config.read(
+BASE = Config.read(
     {
         "scenario": "permuted-mnist",
         "tasks": 10,
@@ -37,7 +36,7 @@ class PermutedMNIST(Comparison):
     published: ClassVar[Mapping[str, Sequence[float]]] = PUBLISHED
     base: Config = BASE
     settings: tuple[Setting, ...] = ("domain",)
-    variants: Sequence[Variant] = (*PLAIN, *HELD, *MERGED, *TAUGHT)
+    variants: Sequence[Variant] = (*PLAIN, *PENALTIES, *MERGED, *DISTILLED)
     seeds: int = 3
 
     def quick(self) -> PermutedMNIST:

@@ -1,4 +1,4 @@
-"""The document's table of properties: every cell decided by a measurement, on data that everyone has."""
+"""Which method has which property, decided by measurements on data that everyone has."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 from experiments.evidence import BATCH, HIDDEN, PROPERTIES, Property
 from experiments.experiment import Cell, Experiment, Found, Page, Results
 from experiments.tables import table
+from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import options
 
-# What the document says, in the order of PROPERTIES.
+# What the document says that MAS-alpha comes from, in the order of PROPERTIES.
 DOCUMENT = {
     "lwf": (True, False, True, False, False, False),
     "ebll": (False, False, False, False, False, False),
@@ -39,6 +40,9 @@ class Properties(Experiment):
         """MAS and LwF, two seeds, one lam."""
         return replace(self, methods=("lwf", "mas"), seeds=2, lams=(1.0,), data=None)
 
+    def data_sets(self) -> tuple[str, ...]:
+        return ("digits",)
+
     def protocol(self) -> dict[str, Any]:
         """See Experiment.protocol."""
         return {"hidden": HIDDEN, "batch_size": BATCH}
@@ -56,7 +60,7 @@ class Properties(Experiment):
         each = PROPERTIES[cell["property"]]
         try:
             return each.measure(lambda: each.make(cell["method"], cell["lam"]), cell["seed"])
-        except (FloatingPointError, ValueError) as error:
+        except (Diverged, Vanished) as error:
             return {"diverged": str(error)}
 
     def best(self, results: Results, key: str, name: str) -> list[Found]:

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from experiments.comparison import (
-    HELD,
+    DISTILLED,
     MERGED,
+    PENALTIES,
     PLAIN,
     PROXIMAL,
-    TAUGHT,
     Comparison,
     Variant,
 )
-from mas_ext.compare import options as config
 from mas_ext.compare.options import Config
 from mas_ext.methods import Setting
 
@@ -32,7 +31,7 @@ PUBLISHED = {
     "joint": (99.52, 98.59, 97.53),
 }
 
-BASE = config.read(
+BASE = Config.read(
     {
         "scenario": "split-mnist",
         "hidden": [400, 400],
@@ -54,7 +53,7 @@ class SplitMNIST(Comparison):
     published: ClassVar[Mapping[str, Sequence[float]]] = PUBLISHED
     base: Config = BASE
     settings: tuple[Setting, ...] = ("task", "domain", "class")
-    variants: Sequence[Variant] = (*PLAIN, *HELD, *MERGED, *TAUGHT, *PROXIMAL, *OTHERS)
+    variants: Sequence[Variant] = (*PLAIN, *PENALTIES, *MERGED, *DISTILLED, *PROXIMAL, *OTHERS)
 
     def quick(self) -> SplitMNIST:
         """The digits of scikit-learn, one seed, few methods."""

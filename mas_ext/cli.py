@@ -1,4 +1,4 @@
-"""The command line: mas-ext demo | run | report | reproduce | info | bench."""
+"""The command line: mas-ext demo | run | report | info | bench."""
 
 from __future__ import annotations
 
@@ -7,23 +7,11 @@ import functools
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mas_ext._hints import hint
-from mas_ext.compare import options as config
-from mas_ext.scenarios.datasets import DATASETS
-
-COMMANDS = {
-    "demo": "learn five tasks of handwritten digits with and without MAS, and draw the accuracies",
-    "run": "compare methods on one protocol, with all that is found kept in a directory",
-    "report": "show what a run found as a page with pictures, also while it goes on",
-    "reproduce": "measure again what is said of MAS and of other methods",
-    "info": "show which backend is in use and why, versions, threads and GPU",
-    "bench": "measure the penalty against other ways of computing it",
-}
 
 EPILOG = """\
 examples:
@@ -53,10 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit with 0 after --help and with 2 for arguments that are not understood.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    parser = build_parser()
-    command = next((word for word in words if not word.startswith("-")), None)
-    if command is not None and command not in COMMANDS:
-        parser.error(f"unknown command {command!r}, {hint(command, COMMANDS)}")
+    name = next((word for word in words if not word.startswith("-")), None)
+    parser = build_parser([name] if name else [])
+    if name == "reproduce":
+        parser.error("reproduce is now `python -m experiments`, in a clone of the repository")
+    if name is not None and name not in COMMANDS:
+        parser.error(f"unknown command {name!r}, {hint(name, COMMANDS)}")
     arguments = parser.parse_args(words)
 
     try:
@@ -89,8 +79,8 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
 
-def build_parser() -> Parser:
-    """The parser of all commands; ``run`` in its result is the function of the one given."""
+def build_parser(complete: Collection[str] | None = None) -> Parser:
+    """The parser of all commands, with the options of these, by default of all: they import what they name."""
     debug = Parser(add_help=False)
     debug.add_argument(
         "--debug",
@@ -99,55 +89,47 @@ def build_parser() -> Parser:
         default=argparse.SUPPRESS,
         help="show the whole traceback of an error",
     )
+    shared: Any = {
+        "parents": [debug],
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "allow_abbrev": False,
+    }
     parser = Parser(
         prog="mas-ext",
         description="Continual learning with Memory Aware Synapses on fused kernels.",
         epilog=EPILOG,
-        parents=[debug],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        **shared,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    add = {
-        name: commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            parents=[debug],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        for name, text in COMMANDS.items()
-    }
-
-    add["demo"].set_defaults(run=run_demo)
-    demo = add["demo"].add_argument
-    demo("--dataset", choices=DATASETS, default="digits", help="default: digits")
-    demo("--data", metavar="DIR", help="where they are; default: $MAS_EXT_DATA, ./data, ~/data")
-    demo("--out", metavar="FILE", default="mas-ext-demo.png", help="figure; default: %(default)s")
-    demo("--seed", metavar="N", type=int, default=0, help="default: %(default)s")
-    demo("--epochs", metavar="N", type=int, help="per task; default: what suits the data set")
-
-    add_run(add["run"])
-
-    add["report"].set_defaults(run=run_report)
-    report = add["report"].add_argument
-    report("directory", metavar="RUN", help="the directory that --out of mas-ext run was")
-    report("--out", metavar="DIR", help="for report.html and its PNGs; default: RUN")
-
-    add_reproduce(add["reproduce"])
-
-    add["info"].set_defaults(run=run_info)
-
-    add["bench"].set_defaults(run=run_bench)
-    bench = add["bench"].add_argument
-    models = "mlp, resnet18, vit_b or gpt2"
-    bench("--model", metavar="NAME", default="mlp", help=f"{models}; default: %(default)s")
-    bench("--device", default="cpu", help="default: %(default)s")
-    bench("--dtype", default="float32", help="of the parameters; default: %(default)s")
-    bench("--tasks", metavar="T", type=int, nargs="+", default=[1, 10], help="default: 1 10")
-    bench("--repeats", metavar="N", type=int, default=11, help="default: %(default)s")
+    for name, (add_options, text) in COMMANDS.items():
+        description = text[0].upper() + text[1:] + "."
+        own = commands.add_parser(name, help=text, description=description, **shared)
+        if complete is None or name in complete:
+            add_options(own)
     return parser
+
+
+def add_demo(parser: Parser) -> None:
+    """The options of `demo`."""
+    from mas_ext.scenarios.datasets import DATASETS
+
+    parser.set_defaults(run=do_demo)
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, default="digits", help="default: digits")
+    add("--data", metavar="DIR", help="where they are; default: $MAS_EXT_DATA, ./data, ~/data")
+    add("--out", metavar="FILE", default="mas-ext-demo.png", help="figure; default: %(default)s")
+    add("--seed", metavar="N", type=int, default=0, help="default: %(default)s")
+    add("--epochs", metavar="N", type=int, help="per task; default: what suits the data set")
+
+
+def do_demo(arguments: argparse.Namespace) -> None:
+    """Progress on stderr, then the table and the figure's path."""
+    from mas_ext.compare.demo import run_demo
+
+    result = run_demo(
+        arguments.dataset, arguments.data, arguments.out, arguments.seed, arguments.epochs
+    )
+    print(f"\n{result.table()}\n\nlearned in {result.seconds:.0f} s; figure: {result.figure}")
 
 
 RUN_EXAMPLES = """\
@@ -174,111 +156,86 @@ file:
 
 
 def add_run(parser: Parser) -> None:
-    """The options of `run`: those of what is written, and one for each key of a configuration."""
-    parser.set_defaults(run=run_run)
+    """The options of `run`: where everything is written, and one for each key of a configuration."""
+    from mas_ext.compare.options import HOW, WHAT, Config
+
+    parser.set_defaults(run=do_run)
     parser.epilog = RUN_EXAMPLES
     add = parser.add_argument_group("where from, where to").add_argument
-    add("--config", metavar="FILE", help="TOML file; what is given here goes before what is in it")
+    add("--config", metavar="FILE", help="TOML file; options given here take precedence over it")
     add("--out", metavar="DIR", required=True, help="new directory for all that is found")
     add("--resume", action="store_true", help="go on with the run in --out, which stays what it is")
     add("--tensorboard", action="store_true", help="write TensorBoard events, too")
 
-    defaults = config.Config().values()
-    for title, keys in (("what is compared", config.WHAT), ("how it is trained", config.HOW)):
+    defaults = Config().values()
+    for title, options in (("what is compared", WHAT), ("how it is trained", HOW)):
         group = parser.add_argument_group(title)
-        for name, key in keys.items():
-            option, text = f"--{name.replace('_', '-')}", key.help
-            if name in defaults and key.kind is not bool:
-                default = defaults[name]
-                listed = map(str, default) if isinstance(default, (list, dict)) else [str(default)]
-                text += f"; default: {','.join(listed)}"
+        for name, option in options.items():
+            flag, text = f"--{name.replace('_', '-')}", option.help
             how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-            if key.kind is not bool:
-                metavar = {str: "NAME", int: "N", float: "X"}[key.kind] + ",..." * key.many
-                how = {"metavar": metavar, "type": functools.partial(parse_key, name)}
-            group.add_argument(option, default=argparse.SUPPRESS, help=text, **how)
+            if option.kind is not bool:
+                if name in defaults:
+                    default = defaults[name]
+                    each = default if isinstance(default, (list, dict)) else [default]
+                    text += f"; default: {','.join(map(str, each))}"
+                metavar = {str: "NAME", int: "N", float: "X"}[option.kind] + ",..." * option.many
+                parse = functools.partial(_parse, option.parse, name)
+                how = {"metavar": metavar, "type": parse}
+            group.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
 
 
-def parse_key(name: str, text: str) -> Any:
-    """The value of a configuration's key, as argparse wants it told where it can't be used."""
+def _parse(parse: Callable[[str, str], Any], name: str, text: str) -> Any:
+    """Parse the value of an option; errors are of the type that argparse reports."""
     try:
-        return config.KEYS[name].parse(name, text)
+        return parse(name, text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name}: ")) from error
 
 
-def run_run(arguments: argparse.Namespace) -> None:
+def do_run(arguments: argparse.Namespace) -> None:
     """Progress on stderr, then the table and the directory."""
-    from mas_ext.compare import directory as record
-    from mas_ext.compare import sweep as runs
+    from mas_ext.compare import sweep
+    from mas_ext.compare.directory import CONFIG, Directory
+    from mas_ext.compare.options import OPTIONS, Config, merged, read_toml
 
     out = Path(arguments.out)
-    values = record.load_config(out).values() if arguments.resume else {}
+    values = Directory(out).config().values() if arguments.resume else {}
     if arguments.config is not None:
-        values = config.merge(values, config.load(arguments.config))
-    given = {name: value for name, value in vars(arguments).items() if name in config.KEYS}
-    comparison = config.read(config.merge(values, given))
+        values = merged(values, read_toml(arguments.config))
+    given = {name: value for name, value in vars(arguments).items() if name in OPTIONS}
+    config = Config.read(merged(values, given))
     try:
-        table = runs.run(
-            comparison, out, resume=arguments.resume, tensorboard=arguments.tensorboard
-        )
+        table = sweep.run(config, out, resume=arguments.resume, tensorboard=arguments.tensorboard)
     except KeyboardInterrupt:
-        if (out / record.CONFIG).exists():
+        if (out / CONFIG).exists():
             print(f"to go on: mas-ext run --out {shlex.quote(str(out))} --resume", file=sys.stderr)
         raise
     print(f"{table}\nall that was found: {out}")
 
 
-def run_report(arguments: argparse.Namespace) -> None:
-    """The page's path."""
-    from mas_ext.compare.report import report
-
-    print(f"report: {report(arguments.directory, arguments.out)}")
-
-
-def add_reproduce(parser: Parser) -> None:
-    """The options of `reproduce`."""
-    from experiments import EXPERIMENTS
-
-    parser.set_defaults(run=run_reproduce)
-    parser.description = "Measure what is missing in DIR/NAME.json, and show what was found."
-    names = "\n".join(f"  {name:<16}{each.title}" for name, each in EXPERIMENTS.items())
-    parser.epilog = f"experiments:\n{names}"
-    add = parser.add_argument
-    add("names", metavar="NAME", nargs="*", choices=[*EXPERIMENTS, []], help="default: all")
-    add("--quick", action="store_true", help="a small one, in a few minutes")
-    add("--seeds", metavar="N", type=int, help="how often everything is measured; default: 10")
-    add("--data", metavar="DIR", help="where data sets are; default: $MAS_EXT_DATA, ./data, ~/data")
-    default = "experiments/results, with --quick out/reproduce"
-    add("--out", metavar="DIR", help=f"for results and pictures; default: {default}")
-
-
-def run_demo(arguments: argparse.Namespace) -> None:
-    """Progress on stderr, then the table and the figure's path."""
-    from mas_ext.compare import demo
-
-    result = demo.run_demo(
-        arguments.dataset, arguments.data, arguments.out, arguments.seed, arguments.epochs
+def add_report(parser: Parser) -> None:
+    """The options of `report`."""
+    parser.set_defaults(run=do_report)
+    parser.add_argument(
+        "directory", metavar="RUN", help="the directory that --out of mas-ext run was"
     )
-    print(f"\n{result.table()}\n\nlearned in {result.seconds:.0f} s; figure: {result.figure}")
+    parser.add_argument("--out", metavar="DIR", help="for report.html and its PNGs; default: RUN")
 
 
-def run_reproduce(arguments: argparse.Namespace) -> None:
-    """Progress on stderr, then what was found, experiment by experiment."""
-    from experiments import EXPERIMENTS, reproduce
+def do_report(arguments: argparse.Namespace) -> None:
+    """The page's path."""
+    from mas_ext.compare import report
 
-    default = "out/reproduce" if arguments.quick else "experiments/results"
-    out = Path(arguments.out or default)
-    for name in arguments.names or EXPERIMENTS:
-        experiment = replace(EXPERIMENTS[name], data=arguments.data)
-        experiment = experiment.quick() if arguments.quick else experiment
-        experiment = replace(experiment, seeds=arguments.seeds or experiment.seeds)
-        page = reproduce(experiment, name, out)
-        print(f"# {experiment.title}\n\n{page.text}\n\nall that was found: {out}", flush=True)
+    print(f"report: {report.report(arguments.directory, arguments.out)}")
 
 
-def run_info(arguments: argparse.Namespace) -> None:
-    """One fact a line."""
+def add_info(parser: Parser) -> None:
+    """No options."""
+    parser.set_defaults(run=do_info)
+
+
+def do_info(arguments: argparse.Namespace) -> None:
+    """One fact per line."""
     from mas_ext.info import info
 
     facts = info()
@@ -287,15 +244,35 @@ def run_info(arguments: argparse.Namespace) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-def run_bench(arguments: argparse.Namespace) -> None:
-    """A table of the times."""
-    from benchmarks import penalty
+def add_bench(parser: Parser) -> None:
+    """The options of `bench`."""
+    parser.set_defaults(run=do_bench)
+    parser.epilog = "More, as torch.compile: python -m benchmarks.penalty in the repository."
+    add = parser.add_argument
+    models = "mlp, resnet18, vit_b or gpt2"
+    add("--model", metavar="NAME", default="mlp", help=f"{models}; default: %(default)s")
+    add("--device", default="cpu", help="default: %(default)s")
+    add("--dtype", default="float32", help="of the parameters; default: %(default)s")
+    add("--tasks", metavar="T", type=int, nargs="+", default=[1, 10], help="default: 1 10")
+    add("--repeats", metavar="N", type=int, default=11, help="default: %(default)s")
 
-    result = penalty.run(
-        model=arguments.model,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        tasks=arguments.tasks,
-        repeats=arguments.repeats,
-    )
-    print(penalty.table(result))
+
+def do_bench(arguments: argparse.Namespace) -> None:
+    """A table of the times."""
+    from mas_ext.compare.bench import bench
+
+    given = arguments
+    print(bench(given.model, given.device, given.dtype, given.tasks, given.repeats))
+
+
+# By command: what adds its options, and its help.
+COMMANDS: dict[str, tuple[Callable[[Parser], None], str]] = {
+    "demo": (
+        add_demo,
+        "learn five tasks of handwritten digits with and without MAS, and draw the accuracies",
+    ),
+    "run": (add_run, "compare methods on one protocol, with all that is found kept in a directory"),
+    "report": (add_report, "show what a run found as a page with pictures, also while it goes on"),
+    "info": (add_info, "show which backend is in use and why, versions, threads and GPU"),
+    "bench": (add_bench, "measure the penalty against other ways of computing it"),
+}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mas_ext.importance import Forward, ImportanceSum
 from mas_ext.importance.evaluation import evaluating
 from mas_ext.importance.objectives import Objective, values
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels.backends import Backend
 from mas_ext.penalty import FusedMASPenalty
 
 

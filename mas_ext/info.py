@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mas_ext.kernels import native
+from mas_ext.kernels import backends
 
 
 def info() -> dict[str, Any]:
@@ -21,18 +21,18 @@ def info() -> dict[str, Any]:
     """
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    reasons = [native.why_not(cpu)] if native.WHY_NOT else [native.why_not(cuda)]
+    reasons = [backends.why_not(cpu)] if backends.WHY_NOT else [backends.why_not(cuda)]
     if gpu is None:
         reasons.append(
             "torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
         )
     return {
         "mas_ext": version("mas_ext"),
-        "backend": "reference" if native.WHY_NOT else "native",
+        "backend": "reference" if backends.WHY_NOT else "native",
         "why_not": [reason for reason in reasons if reason],
-        "cpu_instruction_set": native.instruction_set(),
+        "cpu_instruction_set": backends.instruction_set(),
         "threads": torch.get_num_threads(),
-        "cuda_kernels": native.why_not(cuda) is None,
+        "cuda_kernels": backends.why_not(cuda) is None,
         "gpu": gpu,
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,

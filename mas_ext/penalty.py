@@ -15,16 +15,19 @@ from torch._compile import _disable_dynamo
 
 from mas_ext.importance import ESTIMATORS, EstimatorName, Forward, ImportanceSum, gather
 from mas_ext.importance.objectives import Objective
-from mas_ext.kernels.native import Backend
-from mas_ext.optim.fused import Fused
-from mas_ext.optim.hooks import Handle, Mode, attach
+from mas_ext.kernels.backends import Backend
+from mas_ext.kernels.penalty import add_grad_
+from mas_ext.kernels.proximal import proximal_
+from mas_ext.optim.fused import FusedOptimizer
+from mas_ext.optim.hooks import Handle, Mode, register_hook
 from mas_ext.parameters.fsdp import whole_tensor
 from mas_ext.parameters.names import ModelView, check_patterns
 from mas_ext.parameters.ranks import Ranks, Together, refuse_unused
 from mas_ext.parameters.tracked_model import TrackedModel, whole_model
 from mas_ext.state import files as checkpoint
 from mas_ext.state.buffers import Group
-from mas_ext.state.merge_rules import AlphaSum, Merge, Rule, StateDevice, Store, check_lam
+from mas_ext.state.merge_rules import AlphaSum, Merge, MergeRule, StateDevice, Store, check_lam
+from mas_ext.state.offloading import group_penalty, run_kernel
 from mas_ext.state.quadratic import FORMAT, Consolidation, check_format
 
 if TYPE_CHECKING:  # torch may be built without it
@@ -105,7 +108,7 @@ class FusedMASPenalty(nn.Module):
             self._pending = ImportanceSum(importance, objective, forward, exclude, backend=backend)
         else:
             raise ValueError(f"importance: got {importance!r}, expected one of {tuple(ESTIMATORS)}")
-        rule = Rule(merge, store, alpha_sum, gamma, omega_dtype, backend, state_device)
+        rule = MergeRule(merge, store, alpha_sum, gamma, omega_dtype, backend, state_device)
         self._state = Consolidation(rule, check_lam(lam))
         self._tracked = TrackedModel(model, exclude)
         if omega_dtype == torch.uint8 and self._tracked.sharding is not None:
@@ -134,12 +137,7 @@ class FusedMASPenalty(nn.Module):
         """
         refuse_unused(self.model)
         tracked = self._tracked
-        values = [
-            g.ops.penalty(
-                tracked.local(theta), g.offsets, g.omega, g.anchor, g.alpha, g.remainder, g.native
-            )
-            for g, theta in self.bound()
-        ]
+        values = [group_penalty(g, tracked.local(theta)) for g, theta in self.bound()]
         return self._total(values) if values else _NOTHING.clone()
 
     @torch.no_grad()
@@ -159,15 +157,11 @@ class FusedMASPenalty(nn.Module):
             self.add_grad_to({id(p) for _, theta in bound for p in theta})
             return value
         values = [
-            g.ops.add_grad_(
-                tracked.local(theta),
-                tracked.local([_grad(p) for p in theta]),
-                g.offsets,
-                g.omega,
-                g.anchor,
-                g.alpha,
-                g.remainder,
-                g.native,
+            run_kernel(
+                add_grad_,
+                g,
+                g.state,
+                [tracked.local(theta), tracked.local([_grad(p) for p in theta])],
             )
             for g, theta in bound
         ]
@@ -182,9 +176,9 @@ class FusedMASPenalty(nn.Module):
         for g, theta in self.bound():
             chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in only]
             if chosen:
-                picked, *state = _subset(g, theta, chosen, times)
-                grads = self._tracked.local([_grad(p) for p in picked])
-                g.ops.add_grad_(self._tracked.local(picked), grads, *state, g.remainder, g.native)
+                own = self._tracked.local([theta[i] for i in chosen])
+                grads = self._tracked.local([_grad(theta[i]) for i in chosen])
+                run_kernel(add_grad_, g, g.subset(chosen, times), [own, grads])
 
     @torch.no_grad()
     def proximal_(
@@ -212,33 +206,44 @@ class FusedMASPenalty(nn.Module):
         for g, theta in self.bound():
             chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in wanted]
             if chosen:
-                picked, *state = _subset(g, theta, chosen, times)
+                picked = [theta[i] for i in chosen]
                 moments = [second_moment[id(p)] for p in picked] if second_moment else []
-                own, moments = self._tracked.local(picked), self._tracked.local(moments)
-                g.ops.proximal_(own, *state, moments, length, correction, eps, g.native)
+                tensors = [self._tracked.local(picked), self._tracked.local(moments)]
+                state = g.subset(chosen, times)
+                run_kernel(proximal_, g, state, tensors, length, correction, eps)
 
     def attach(
         self, optimizer: torch.optim.Optimizer, mode: Mode = "gradient", eta: float | None = None
     ) -> Handle:
         """Apply the penalty at every optimizer.step() from now on, instead of penalty() in the loss.
 
-        See mas_ext.optim.hooks.attach; with mas_ext.optim.SGD and AdamW it is part of the step itself,
-        unless the state is streamed from the CPU or eta is given.
+        "gradient": before every step, 2 alpha Omega (theta - A) is added into .grad, as if the penalty were
+        part of the loss. Clipping between backward() and step() does not clip it: there add_grad_ goes first.
+
+        "proximal": after every step, theta <- theta + c / (1 + c) (A - theta) with c = 2 eta scale W, stable
+        for every lam. eta is what the optimizer multiplies the gradient by: SGD lr (1 - dampening) /
+        (1 - momentum), Nesterov too; Adam and AdamW lr / (sqrt(v_hat) + eps) from their state. A parameter that
+        Adam has not stepped yet stays where it is.
+
+        With mas_ext.optim.SGD and AdamW it is part of the step itself, unless the state is on the CPU or eta is
+        given. Under a GradScaler a skipped step applies nothing, and the penalty's gradient is scaled as the
+        others are. Optimizers with fused=True have both on the device, where they are read.
 
         Args:
             optimizer: any torch optimizer but LBFGS; only its own parameters are touched.
-            mode: "gradient": add_grad_ before the step; "proximal": proximal_ after it.
-            eta: for "proximal": the step length, where the optimizer is neither SGD, Adam nor AdamW.
+            mode: "gradient" or "proximal".
+            eta: for "proximal": the step size, where the optimizer is neither SGD, Adam nor AdamW.
 
         Returns:
             A handle; handle.remove() ends it.
 
         Raises:
-            TypeError: no torch optimizer, or see mas_ext.optim.hooks.attach.
-            ValueError: none of the model's parameters is among the optimizer's; or see there.
+            TypeError: no torch optimizer, LBFGS, or one whose step size is unknown and no eta.
+            ValueError: none of the model's parameters is among the optimizer's; an unknown mode, a wrong eta,
+                maximize=True, or a momentum of 1.
             RuntimeError: this penalty, or any one with those of mas_ext.optim, is attached already.
         """
-        # One that wraps another, as accelerate's, is called an optimizer, too.
+        # Wrappers, as accelerate's, are called optimizers, too.
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             hint = ": attach to its .optimizer" if hasattr(optimizer, "optimizer") else ""
             raise TypeError(
@@ -250,10 +255,10 @@ class FusedMASPenalty(nn.Module):
                 "optimizer: got one with none of the model's parameters, expected one that was made from the "
                 "model as it is now"
             )
-        streamed = self._state.rule.state_device is not None
-        if isinstance(optimizer, Fused) and eta is None and not streamed:
-            return optimizer.join(self, mode)
-        return attach(self, optimizer, mode, eta)
+        offloaded = self._state.rule.state_device is not None
+        if isinstance(optimizer, FusedOptimizer) and eta is None and not offloaded:
+            return optimizer.attach(self, mode)
+        return register_hook(self, optimizer, mode, eta)
 
     def bound(self) -> list[tuple[Group, list[Tensor]]]:
         """The state's groups with their parameters as they are now; the state follows what has changed."""
@@ -299,7 +304,9 @@ class FusedMASPenalty(nn.Module):
 
         Raises:
             RuntimeError: not exactly one of observed batches, `batches` and `importance`.
-            ValueError: see estimate_importance; importance that is not finite or vanishes.
+            ValueError: see estimate_importance; importance that is negative or of another shape. Subclasses:
+                Diverged, a FloatingPointError, too: parameters, outputs or importance that are not finite;
+                Vanished: importance at the level of rounding, under merge "consistent".
         """
 
         def collect(view: ModelView) -> ImportanceSum:
@@ -602,15 +609,6 @@ _SETTINGS = (
     *("importance", "objective", "exclude"),
     *("merge", "store", "alpha_sum", "gamma", "omega_dtype"),
 )
-
-
-def _subset(
-    group: Group, theta: list[Tensor], chosen: list[int], times: Tensor | None
-) -> tuple[Any, ...]:
-    """The operators' arguments for some of a group's parameters, its alpha times a factor."""
-    picked, offsets = [theta[i] for i in chosen], [group.offsets[i] for i in chosen]
-    alpha = group.alpha if times is None else group.alpha * times.to(group.alpha.device)
-    return picked, offsets, group.omega, group.anchor, alpha
 
 
 def _grad(parameter: Tensor) -> Tensor:

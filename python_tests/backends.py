@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from mas_ext.kernels import native
+from mas_ext.kernels import backends, checks
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(os.environ.get("MAS_EXT_EMULATED", ROOT / "build" / "emulated"))
@@ -41,21 +41,19 @@ EMULATED = load_emulated(FOLDER)
 
 
 class Backend(NamedTuple):
-    """What runs the kernels: the operators' last argument, and the device of the tensors."""
+    """What runs the kernels: the state's `native`, and the device of the tensors."""
 
     native: bool
     device: str
 
 
 def choose(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    monkeypatch.setattr(native, "_recent", [])
+    monkeypatch.setattr(checks, "_recent", [])  # what the other extension made
+    if name == "emulated" or (name == "cpu" and SANITIZED):
+        monkeypatch.setattr(backends, "_C", EMULATED)
     if name == "emulated":
-        monkeypatch.setattr(native, "_C", EMULATED)
-        monkeypatch.setattr(
-            native, "_device_kernels", lambda device: (EMULATED.cuda, 0, nullcontext())
-        )
-    elif name == "cpu" and SANITIZED:
-        monkeypatch.setattr(native, "_C", EMULATED)
+        on_threads = (EMULATED.cuda, 0, nullcontext())
+        monkeypatch.setattr(backends, "_device_kernels", lambda device: on_threads)
     return Backend(name != "reference", "cuda" if name == "cuda" else "cpu")
 
 

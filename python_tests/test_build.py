@@ -136,6 +136,15 @@ assert "plain PyTorch" in str(caught[0].message), caught
     assert "ImportError: MAS_EXT_REQUIRE_NATIVE is 1, but" in refused.stderr
 
 
+@pytest.mark.parametrize("value", ["yes", "no"])
+def test_what_is_required_is_told_by_0_or_1(value: str, tmp_path: Path) -> None:
+    """While building, as when importing: no value is accepted by one of them alone."""
+    message = f"MAS_EXT_REQUIRE_NATIVE: got '{value}', expected '0' or '1'"
+    with pytest.raises(AssertionError, match=message):
+        install(tmp_path, MAS_EXT_REQUIRE_NATIVE=value, **NO_NVCC)
+    assert not (tmp_path / "site").exists()
+
+
 def test_without_compiler_but_required(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="there is no fallback to plain PyTorch"):
         install(tmp_path, MAS_EXT_REQUIRE_NATIVE="1", **NO_COMPILER)

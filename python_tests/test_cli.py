@@ -1,18 +1,17 @@
 """The command line: what it prints, where, and with which exit code."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from image_files import idx
 
-import benchmarks
 import mas_ext
-from experiments import EXPERIMENTS, Results
 from mas_ext.cli import COMMANDS, main
-from mas_ext.compare import options as config
+from mas_ext.compare import bench
+from mas_ext.compare.options import Config, read_toml
 from mas_ext.methods import METHODS
 
 
@@ -33,7 +32,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("dmeo", "did you mean 'demo'?"),
         ("inof", "did you mean 'info'?"),
         ("benchmark", "did you mean 'bench'?"),
-        ("qqq", "choose from demo, run, report, reproduce, info, bench"),
+        ("qqq", "choose from demo, run, report, info, bench"),
     ],
 )
 def test_unknown_command(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,12 +79,9 @@ def test_info_prints_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_passes_its_arguments_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake = SimpleNamespace(run=lambda **given: given, table=lambda given: f"table of {given}")
-    monkeypatch.setitem(sys.modules, "benchmarks.penalty", fake)
-    monkeypatch.setattr(benchmarks, "penalty", fake, raising=False)
+    monkeypatch.setattr(bench, "bench", lambda *given: f"table of {given}")
     assert main(["bench", "--model", "gpt2", "--tasks", "3", "5", "--repeats", "7"]) == 0
-    given = {"model": "gpt2", "device": "cpu", "dtype": "float32", "tasks": [3, 5], "repeats": 7}
-    assert capsys.readouterr().out == f"table of {given}\n"
+    assert capsys.readouterr().out == "table of ('gpt2', 'cpu', 'float32', [3, 5], 7)\n"
 
 
 def test_demo_on_idx_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,12 +127,10 @@ def test_errors_show_where_on_demand(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(**_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    fake = SimpleNamespace(run=interrupt)
-    monkeypatch.setitem(sys.modules, "benchmarks.penalty", fake)
-    monkeypatch.setattr(benchmarks, "penalty", fake, raising=False)
+    monkeypatch.setattr(bench, "bench", interrupt)
     assert main(["bench"]) == 130
     assert capsys.readouterr().err == "mas-ext: interrupted\n"
 
@@ -155,7 +149,7 @@ def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert table.startswith("| method ")
     assert "no lam, so the list is not for them: finetune" in err
     assert "finetune seed 0: task 2/2, accuracy " in err
-    written = config.read(config.load(out / "config.toml"))
+    written = Config.read(read_toml(out / "config.toml"))
     assert (written.tasks, written.hidden, written.lam) == (2, (16,), (1.0, 10.0))
     assert (written.settings.batch_size, written.settings.balanced) == (64, True)
     assert list(written.methods) == ["finetune", "mas"]
@@ -188,7 +182,7 @@ def test_run_from_a_file(tmp_path: Path) -> None:
     )
     words = ["--config", str(file), "--out", str(out), "--epochs", "1", "--no-balanced"]
     assert main(["run", *words, "--methods", "mas"]) == 0
-    written = config.read(config.load(out / "config.toml"))
+    written = Config.read(read_toml(out / "config.toml"))
     assert written.methods == {"mas": {"lam": 3}}
     assert (written.hidden, written.tasks) == ((8,), 2)
     assert (written.settings.epochs, written.settings.balanced) == (1, False)
@@ -199,7 +193,7 @@ def test_help_of_run_tells_every_default(capsys: pytest.CaptureFixture[str]) -> 
         main(["run", "--help"])
     assert exit.value.code == 0
     out = capsys.readouterr().out
-    for name, value in config.Config().values().items():
+    for name, value in Config().values().items():
         assert f"--{name.replace('_', '-')}" in out
         if not isinstance(value, (bool, list, dict)):
             assert f"default: {value}" in " ".join(out.split())
@@ -207,18 +201,22 @@ def test_help_of_run_tells_every_default(capsys: pytest.CaptureFixture[str]) -> 
         assert name in out
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_reproduce(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is there is shown and not measured again; an unknown name is refused."""
-    results = Results(tmp_path / "split-mnist.json", EXPERIMENTS["split-mnist"].quick().protocol())
-    for cell in EXPERIMENTS["split-mnist"].quick().plan(results):
-        found = {"average_accuracy": 0.5, "forgetting": 0.25, "validation_accuracy": 0.5}
-        results.add(cell, found, 1.0)
-    written = results.path.read_bytes()
-    assert main(["reproduce", "split-mnist", "--quick", "--out", str(tmp_path)]) == 0
-    out, err = capsys.readouterr()
-    assert "# Split MNIST, as published\n" in out
-    assert "| `finetune` | 50.00 | 93.46 | 25.00 |" in out
-    assert not err
-    assert results.path.read_bytes() == written
-    assert "'spilt-mnist'" in refused(["reproduce", "spilt-mnist"], capsys)
+def test_reproduce_tells_where_experiments_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["reproduce"], ["reproduce", "split-mnist", "--quick"]):
+        assert "reproduce is now `python -m experiments`" in refused(words, capsys)
+
+
+@pytest.mark.parametrize("word", ["--help", "info"])
+def test_little_is_imported(word: str) -> None:
+    """Neither experiments, benchmarks and what `run` needs, nor torch's compiler and matplotlib."""
+    code = (
+        "import sys\nfrom mas_ext.cli import main\ntry:\n    main([sys.argv[1]])\n"
+        "except SystemExit:\n    pass\nprint(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, word], capture_output=True, text=True, check=True
+    )
+    imported = set(done.stderr.split())
+    assert "mas_ext.cli" in imported
+    heavy = {"experiments", "benchmarks", "mas_ext.compare", "matplotlib", "scipy", "sklearn"}
+    assert not imported & (heavy | {"torch._dynamo", "torch._inductor"})

@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -74,27 +74,6 @@ def finish(name: str, checkpoint: Path) -> dict[str, Any]:
     return {"accuracy": result.accuracy.tolist(), **weights}
 
 
-def mas_ext(*words: Any) -> int:
-    """The exit status of a command."""
-    with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-        return cli.main([str(word) for word in words])
-
-
-def found_by_run(out: Path) -> dict[str, Any]:
-    """The numbers in the directory of a run that do not depend on how fast it was."""
-    found: dict[str, Any] = {}
-    for file in sorted(out.rglob("result.json")):
-        result = json.loads(file.read_text())
-        kept = ("average_accuracy", "forgetting", "backward_transfer", "validation_accuracy")
-        found[file.parent.name] = [result[name] for name in kept if result[name] is not None]
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    found["losses"] = [line["loss"] for line in lines if line["epoch"] is not None]
-    found["lam"] = json.loads((out / "lam.json").read_text())["mas"]["chosen"]
-    rows = (out / "table.md").read_text().splitlines()[2:4]
-    found["table"] = [[float(cell) for cell in row.split("|")[3:5]] for row in rows]
-    return found
-
-
 def assert_same(found: Any, right: Any) -> None:
     """Bit for bit on a machine like that which wrote the files; elsewhere one sample of 20 may differ."""
     error = 0.0 if machine() == expected()["machine"] else 0.06
@@ -134,8 +113,8 @@ def write(folder: Path) -> None:
 
     with redirect_stderr(Follow()):
         assert cli.main([*tiny.RUN, "--out", str(folder / "run")]) == 130
-    assert mas_ext(*tiny.RUN, "--out", folder / "whole") == 0
-    came["run"] = found_by_run(folder / "whole")
+    assert tiny.command(*tiny.RUN, "--out", folder / "whole") == 0
+    came["run"] = tiny.found_by_run(folder / "whole")
     shutil.rmtree(folder / "whole")
 
     results = Results(folder / "results.json", PROTOCOL)
@@ -180,10 +159,10 @@ def test_a_run(tmp_path: Path) -> None:
     assert not (out / "mas-seed0" / "result.json").exists()
     kept = {path: path.read_bytes() for path in out.rglob("result.json")}
     assert len(kept) == 3
-    assert mas_ext("run", "--out", out, "--resume") == 0
-    assert_same(found_by_run(out), expected()["run"])
+    assert tiny.command("run", "--out", out, "--resume") == 0
+    assert_same(tiny.found_by_run(out), expected()["run"])
     assert {path: path.read_bytes() for path in kept} == kept
-    assert mas_ext("report", out) == 0
+    assert tiny.command("report", out) == 0
 
 
 def test_results_of_an_experiment(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ FLOORS = [
 ]
 FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 # Beside all floors: they know nothing of the house, and one another only from left to right.
-LEAVES = ["scenarios", "models", "metrics", "_hints"]
+LEAVES = ["scenarios", "models", "metrics", "failures", "_hints"]
 # The command line is the door to what it starts.
 DOOR = ("cli", "compare")
 

@@ -274,7 +274,7 @@ def test_rounding_of_tensor_cores_is_no_reason_for_the_fallback(
 @pytest.mark.filterwarnings("error:importance of .* takes the fallback:UserWarning")
 def test_nor_is_it_in_a_deep_network() -> None:
     """Whose errors of TF32 add up: ResNet-18."""
-    model, x = networks.build("resnet18", 6)
+    model, x = networks.build(networks.IMPORTANCE["resnet18"], 6)
     expected, _ = test_exact.loop(copy.deepcopy(model).double(), [x.double()], objective="l2")
     omega = estimate_importance(model.cuda(), [x.cuda()])
     test_exact.assert_close({n: t.cpu() for n, t in omega.items()}, expected, 2e-2)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 import mas_ext
@@ -156,6 +157,16 @@ def test_without_the_extension_require_native_refuses_to_import() -> None:
     )
 
 
-def test_with_the_extension_require_native_changes_nothing() -> None:
-    done = run("import mas_ext; print(mas_ext.info()['backend'])", MAS_EXT_REQUIRE_NATIVE="1")
+@pytest.mark.parametrize("value", ["", "0", "1"])
+def test_with_the_extension_require_native_changes_nothing(value: str) -> None:
+    done = run("import mas_ext; print(mas_ext.info()['backend'])", MAS_EXT_REQUIRE_NATIVE=value)
     assert (done.stdout, done.returncode) == ("native\n", 0)
+
+
+@pytest.mark.parametrize("value", ["yes", "true", "2", " 1"])
+def test_require_native_is_0_or_1(value: str) -> None:
+    for code in ("import mas_ext", HIDDEN + "import mas_ext"):
+        done = run(code, MAS_EXT_REQUIRE_NATIVE=value)
+        assert done.returncode == 1
+        last = done.stderr.strip().splitlines()[-1]
+        assert last == f"ValueError: MAS_EXT_REQUIRE_NATIVE: got {value!r}, expected '0' or '1'"

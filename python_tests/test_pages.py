@@ -26,6 +26,20 @@ PROGRAMS = {
 }
 
 
+def test_the_page_of_environment_variables_has_all_of_them() -> None:
+    code = [*ROOT.glob("csrc/**/*.[ch]*"), *(ROOT / "mas_ext").rglob("*.py")]
+    code += [
+        *(ROOT / "python_tests").rglob("*.py"),
+        ROOT / "CMakeLists.txt",
+        ROOT / "pyproject.toml",
+    ]
+    read, told = (
+        {name for file in files for name in re.findall(r"MAS_EXT_[A-Z_]+", file.read_text("utf-8"))}
+        for files in (code, [DOCS / "how-to" / "environment.md"])
+    )
+    assert told == read
+
+
 def data() -> TensorDataset:
     y = torch.arange(60) % 3
     return TensorDataset(torch.randn(60, 3) + 3 * torch.eye(3)[y], y)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mas_ext
 from mas_ext import FusedMASPenalty
-from mas_ext.kernels import native
+from mas_ext.kernels import backends, checks
 
 Snapshot = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -275,12 +275,12 @@ def test_a_renamed_layer_keeps_what_is_remembered() -> None:
 
 def test_lam_can_change_at_any_time() -> None:
     model, penalty, history = trained(lam=0.5)
-    address = penalty._state.memory.groups[0].alpha.data_ptr()
+    address = penalty._state.memory.groups[0].state.alpha.data_ptr()
     penalty.lam = 4.0
     expected = expected_penalty(model, history, consistent_alpha(history, 4.0))
     assert penalty().item() == pytest.approx(expected.item(), rel=1e-10)
     # In place, so that a captured graph sees it.
-    assert penalty._state.memory.groups[0].alpha.data_ptr() == address
+    assert penalty._state.memory.groups[0].state.alpha.data_ptr() == address
     for bad in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="lam: got"):
             penalty.lam = bad
@@ -512,8 +512,8 @@ def test_an_error_while_estimating_changes_nothing() -> None:
 
 
 def test_the_reference_never_calls_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_C", None)
-    monkeypatch.setattr(native, "_recent", [])
+    monkeypatch.setattr(backends, "_C", None)
+    monkeypatch.setattr(checks, "_recent", [])
     model, penalty, history = trained(backend="reference")
     expected = expected_penalty(model, history, consistent_alpha(history, 1.0))
     penalty().backward()
@@ -651,6 +651,7 @@ def test_the_public_names() -> None:
         "FisherSum",
         "FusedMASPenalty",
         "Trainer",
+        "check_importance",
         "estimate_fisher",
         "estimate_importance",
         "info",
@@ -665,7 +666,7 @@ def test_bfloat16_omega_holds_six_bytes_a_parameter() -> None:
     x = torch.randn(4, 256)
     penalty.consolidate([x])
     (group,) = penalty._state.memory.groups
-    assert group.omega.nbytes + group.anchor.nbytes == 6 * 256 * 256
+    assert group.state.omega.nbytes + group.state.anchor.nbytes == 6 * 256 * 256
     expected = (2 * model(x).detach()[:, :, None] * x[:, None]).abs().mean(0)
     error = (penalty.omega["weight"].float() - expected).abs() / expected
     assert error.max() <= 2**-7

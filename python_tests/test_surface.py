@@ -17,8 +17,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stderr, redirect_stdout, suppress
-from io import StringIO
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -249,9 +248,8 @@ def files(folder: Path) -> Iterator[str]:
     Results(folder / "results", {"given": 1}).add({"seed": 0}, {"accuracy": 1.0}, 0.1)
     yield from leaves("results of an experiment", json.loads((folder / "results").read_text()))
 
-    with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-        assert cli.main([*tiny.RUN, "--out", str(folder / "run")]) == 0
-        assert cli.main(["report", str(folder / "run")]) == 0
+    assert tiny.command(*tiny.RUN, "--out", folder / "run") == 0
+    assert tiny.command("report", folder / "run") == 0
     for path in sorted(path for path in (folder / "run").rglob("*") if path.is_file()):
         name, text = f"run/{path.relative_to(folder / 'run')}", path.read_bytes()
         yield name

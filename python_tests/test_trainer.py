@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +19,16 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 import mas_ext
 from mas_ext import metrics
-from mas_ext.methods import Method, Training, create
+from mas_ext.failures import Diverged
+from mas_ext.methods import METHODS, Method, Training, create
+from mas_ext.methods.ewc import EWC
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.joint import Joint
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
 from mas_ext.trainer import Callback, Trainer
 from mas_ext.training import run as learning_module
-from mas_ext.training.run import Epoch, Learning, OtherRun, Result
+from mas_ext.training.run import Epoch, Learning, Result
 from mas_ext.training.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -309,6 +312,107 @@ def test_without_patience_the_last_weights_stay() -> None:
         assert torch.equal(p, last[name]), name
 
 
+# -- another task loss -----------------------------------------------------------------------------
+
+
+def regress(
+    method: Method | str = "finetune", model: MultiHead | None = None, **arguments: Any
+) -> Result:
+    arguments = {"task_loss": F.mse_loss, "batch_size": 8, "epochs": 3, "lr": 0.05, **arguments}
+    return Trainer(model or small(), method, **arguments).fit(naive.regression())
+
+
+@pytest.mark.parametrize("setting", ["task", "domain"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_default_score_of_a_regression_is_minus_its_loss(setting: str, in_memory: bool) -> None:
+    """By samples one at a time; targets may come from any data set."""
+    scenario = naive.regression()
+    if not in_memory:
+        data = [TensorDataset(task.train.x, task.train.y) for task in scenario.tasks]  # type: ignore[attr-defined]
+        tasks = zip(scenario.tasks, data, strict=True)
+        scenario = Scenario(tuple(replace(task, train=d, test=d) for task, d in tasks))
+    model = small()
+    trainer = Trainer(model, "finetune", task_loss=F.mse_loss, setting=setting, batch_size=8)
+    result = trainer.fit(scenario)
+    model.eval().requires_grad_(False)
+    for k, task in enumerate(naive.regression().tasks):
+        errors = [
+            float((model(x[None], 0 if setting == "domain" else k)[0] - y).square().sum()) / 2
+            for x, y in (task.test[i] for i in range(naive.SAMPLES))
+        ]
+        assert result.accuracy[2, k] == pytest.approx(-sum(errors) / naive.SAMPLES)
+    assert model.outputs == ([2] if setting == "domain" else [2, 2, 2])
+    assert bool(result.initial.isnan().any()) == (setting != "domain")
+
+
+def test_a_score_of_ones_own() -> None:
+    """One number per sample, or a batch's mean, for tests and validation; labels smoothed are labels still."""
+
+    def near(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).abs().amax(1) < 0.5
+
+    each, mean = (
+        regress(score=score, validation=0.25)
+        for score in (near, lambda output, target: near(output, target).double().mean())
+    )
+    for one, other in ((each.accuracy, mean.accuracy), (each.validation, mean.validation)):
+        torch.testing.assert_close(one, other, equal_nan=True)
+        share = one[2] * (20 if one is each.accuracy else 5)
+        torch.testing.assert_close(share, share.round())
+        assert float(share.sum()) > 0
+    smooth = partial(F.cross_entropy, label_smoothing=0.1)
+    for loss in (smooth, nn.CrossEntropyLoss(label_smoothing=0.1)):
+        found = fit("ewc", task_loss=loss, epochs=2).accuracy
+        assert torch.equal(
+            found.nan_to_num(), fit("ewc", task_loss=smooth, epochs=2).accuracy.nan_to_num()
+        )
+        assert ((found[2] >= 0) & (found[2] <= 1)).all()
+
+
+def test_early_stopping_by_scores_below_0() -> None:
+    told: list[Epoch | Result] = []
+    settings: dict[str, Any] = {"epochs": 20, "validation": 0.5, "patience": 2, "lr": 0.3}
+    score = lambda output, target: -10 - F.mse_loss(output, target)  # noqa: E731
+    regress(score=score, callbacks=[told.append], **settings)
+    scores = [news.validation for news in told if isinstance(news, Epoch) and news.task == 0]
+    best = scores.index(max(scores))  # type: ignore[type-var]
+    assert best > 0
+    assert len(scores) == best + 3 < 20
+
+
+def test_joint_regression_with_one_head() -> None:
+    result = regress("joint", setting="domain", epochs=2)
+    assert result.accuracy.isfinite().all()
+    with pytest.raises(ValueError, match="task_loss: got joint training of several heads"):
+        regress("joint")
+
+
+def test_what_a_task_without_classes_can_not_have() -> None:
+    with pytest.raises(ValueError, match="setting: got 'class' with a task without classes"):
+        regress(setting="class")
+    with pytest.raises(ValueError, match="balanced: got True with a task without classes"):
+        regress(balanced=True)
+    with pytest.raises(
+        ValueError, match="task_loss, score: got 'mse' and None, expected callables"
+    ):
+        regress(task_loss="mse")
+
+
+def test_a_regression_is_resumed_with_the_same_loss_and_score_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        regress(Stopped(5), checkpoint=path)
+    with pytest.raises(ValueError, match="got a run with task_loss mse_loss, expected l1_loss"):
+        regress(Stopped(0), checkpoint=path, task_loss=F.l1_loss)
+    with pytest.raises(ValueError, match="got a run with score None, expected l1_loss"):
+        regress(Stopped(0), checkpoint=path, score=F.l1_loss)
+    again, whole = small(), small()
+    regress(Stopped(0), again, checkpoint=path)
+    regress(Stopped(0), whole)
+    for name, t in whole.state_dict().items():
+        assert torch.equal(t, again.state_dict()[name]), name
+
+
 # -- the step --------------------------------------------------------------------------------------
 
 
@@ -560,7 +664,7 @@ def test_a_checkpoint_of_another_run_changes_nothing(tmp_path: Path) -> None:
     before = {name: t.clone() for name, t in model.state_dict().items()}
     *most, last = naive.scenario("task").tasks
     fewer = Scenario((*most, replace(last, test=Subset(last.test, range(19)))))
-    with pytest.raises(OtherRun, match=r"checkpoint: got a run with lr 0\.001, expected 0\.5"):
+    with pytest.raises(ValueError, match=r"checkpoint: got a run with lr 0\.001, expected 0\.5"):
         fit(Stopped(2), model, checkpoint=path, lr=0.5)
     with pytest.raises(ValueError, match="got a run with method Stopped, expected MAS"):
         fit("mas", model, checkpoint=path)
@@ -656,15 +760,30 @@ def test_what_does_not_fit_together() -> None:
     ):
         fit("finetune", model)
     data = [Tensors(torch.randn(9, 5), torch.arange(9) % classes) for classes in (2, 3)]
-    with pytest.raises(ValueError, match=r"setting: got 'domain' with tasks of \[2, 3\] classes"):
+    with pytest.raises(ValueError, match=r"setting: got 'domain' with tasks of \[2, 3\] outputs"):
         Trainer(small(), setting="domain").fit(from_datasets([(d, d) for d in data]))
 
 
 def test_a_training_that_diverges_is_an_error() -> None:
-    with pytest.raises(
-        FloatingPointError, match=r"loss: got \w+ in epoch \d of task 0, expected a fin"
-    ):
+    with pytest.raises(Diverged, match=r"loss: got \w+ in epoch \d of task 0, expected a finite"):
         fit("finetune", lr=1e200, optimizer="sgd", epochs=3)
+    assert issubclass(Diverged, FloatingPointError)
+
+
+@pytest.mark.parametrize("method", [*METHODS, EWC(labels="sampled"), EWC(labels="all")])
+@pytest.mark.parametrize("task", [0, 1])
+def test_a_last_step_that_diverges_is_found_out(method: Any, task: int) -> None:
+    """The loss of the last epoch is still finite: importance is not, or the next task's loss."""
+    model = small()
+
+    def spoil(news: Epoch | Result) -> None:
+        if isinstance(news, Epoch) and news.task == task:
+            with torch.no_grad():
+                for parameter in model.backbone.parameters():
+                    parameter.fill_(torch.nan)
+
+    with pytest.raises(Diverged, match=r"expected (a )?finite"):
+        fit(method, model, spoil, epochs=1)
 
 
 def test_public_names() -> None:

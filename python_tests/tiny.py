@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mas_ext import FusedMASPenalty, Trainer, models
+from mas_ext import FusedMASPenalty, Trainer, cli, models
 from mas_ext.methods import Method
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
 
@@ -65,13 +66,14 @@ def interrupt(
         made.fit(scenario(setting))
 
 
-def parameters() -> nn.ParameterDict:
-    """A model that is nothing but parameters: of three dtypes, 0-dim and of no elements."""
-    shapes = {"wide": (3, 2), "plain": (7,), "brain": (2, 3), "single": (), "empty": (0, 2)}
-    dtypes = {"wide": torch.float64, "brain": torch.bfloat16}
-    return nn.ParameterDict(
-        {n: torch.zeros(shape, dtype=dtypes.get(n)) for n, shape in shapes.items()}
-    )
+def parameters(size: int = 1) -> nn.ParameterDict:
+    """A model that is nothing but parameters: of all dtypes, strided, 0-dim and without elements."""
+    shapes = {"wide": (3, 2), "plain": (7, 2), "brain": (2, 3), "short": (1, 5)}
+    dtypes = {"wide": torch.float64, "brain": torch.bfloat16, "short": torch.float16}
+    made = {n: torch.zeros(a * size, b * size, dtype=dtypes.get(n)) for n, (a, b) in shapes.items()}
+    image = torch.zeros(2 * size, 3, 2, 2).to(memory_format=torch.channels_last)
+    other = {"image": image, "single": torch.zeros(()), "empty": torch.zeros(0, 2)}
+    return nn.ParameterDict({**made, **other})
 
 
 def consolidated(model: nn.Module, **settings: Any) -> FusedMASPenalty:
@@ -114,3 +116,24 @@ def read_tree(path: Path) -> Any:
         return [grown(value) for value in content]
 
     return grown(json.loads(bytes(tensors["tree"].tolist()))["tree"])
+
+
+def command(*words: Any) -> int:
+    """The exit status of `mas-ext`, which says nothing."""
+    with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
+        return cli.main([str(word) for word in words])
+
+
+def found_by_run(out: Path) -> dict[str, Any]:
+    """The numbers in the directory of RUN that do not depend on how fast it was."""
+    found: dict[str, Any] = {}
+    for file in sorted(out.rglob("result.json")):
+        result = json.loads(file.read_text())
+        kept = ("average_accuracy", "forgetting", "backward_transfer", "validation_accuracy")
+        found[file.parent.name] = [result[name] for name in kept if result[name] is not None]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found["losses"] = [line["loss"] for line in lines if line["epoch"] is not None]
+    found["lam"] = json.loads((out / "lam.json").read_text())["mas"]["chosen"]
+    rows = (out / "table.md").read_text().splitlines()[2:4]
+    found["table"] = [[float(cell) for cell in row.split("|")[3:5]] for row in rows]
+    return found

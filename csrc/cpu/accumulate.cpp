@@ -4,26 +4,25 @@
 namespace mas::cpu::MAS_LEVEL {
 namespace {
 
-template <class C, class T>
-void accumulate_chunk(Chunk chunk, C weight) {
+template <class T>
+void accumulate_chunk(Type<T>, Chunk chunk, double weight) {
+  using C = compute_t<T>;
   C* omega = static_cast<C*>(chunk.segment.x) + chunk.begin;
   const T* grad = static_cast<const T*>(chunk.segment.y) + chunk.begin;
+  const C factor = static_cast<C>(weight);
   in_lanes(chunk.size, [&](std::int64_t i, auto lanes) __attribute__((always_inline)) {
     for (std::int64_t l = 0; l < lanes; ++l) {
-      omega[i + l] += weight * std::abs(static_cast<C>(load(grad[i + l])));
+      omega[i + l] += factor * std::abs(static_cast<C>(load(grad[i + l])));
     }
   });
 }
 
 }  // namespace
 
-void accumulate(Segments segments, DType grad, double weight, int threads) {
-  with_float(grad, [&](auto t) {
-    using T = typename decltype(t)::type;
-    using C = compute_t<T>;
-    for_each_chunk(segments, threads, [&](Chunk chunk, std::int64_t) {
-      accumulate_chunk<C, T>(chunk, static_cast<C>(weight));
-    });
+void run(const Accumulate& args, int threads) {
+  with_float(args.grad_dtype, [&](auto t) {
+    for_each_chunk(args.segments, threads,
+                   [&](Chunk chunk, std::int64_t) { accumulate_chunk(t, chunk, args.weight); });
   });
 }
 

@@ -92,11 +92,11 @@ MAS_FN void convert(const T* from, C* to, std::int64_t count) {
 }
 
 template <class C, class T>
-void pack_left(const PerSample& use, const Item& item, const Stage& stage, Scratch<C>& scratch) {
+void pack_left(const PerSample& args, const Item& item, const Stage& stage, Scratch<C>& scratch) {
   for (std::int64_t s = 0; s < stage.samples; ++s) {
-    const T* from = static_cast<const T*>(use.grad) + (stage.sample + s) * use.grad_sample +
-                    stage.position * use.grad_position + item.group * use.outputs + item.row;
-    for (std::int64_t k = 0; k < stage.depth; ++k, from += use.grad_position) {
+    const T* from = static_cast<const T*>(args.grad) + (stage.sample + s) * args.grad_sample +
+                    stage.position * args.grad_position + item.group * args.outputs + item.row;
+    for (std::int64_t k = 0; k < stage.depth; ++k, from += args.grad_position) {
       const std::int64_t at = (s * stage.depth + k) * kRows;
       std::int64_t row = 0;
       for (; row + kRows <= item.rows; row += kRows) {
@@ -109,23 +109,24 @@ void pack_left(const PerSample& use, const Item& item, const Stage& stage, Scrat
 
 // The rows that the taps see are gathered as they are packed: no unfolded input is ever made.
 template <class C, class T>
-void pack_right(const PerSample& use, const Item& item, const Stage& stage, Scratch<C>& scratch) {
+void pack_right(const PerSample& args, const Item& item, const Stage& stage, Scratch<C>& scratch) {
   static const T zeros[kWidth<C>] = {};
   for (std::int64_t column = 0, width; column < item.columns; column += width) {
-    const std::int64_t tap = (item.column + column) / use.channels;
-    const std::int64_t channel = (item.column + column) % use.channels;
+    const std::int64_t tap = (item.column + column) / args.channels;
+    const std::int64_t channel = (item.column + column) % args.channels;
     const std::int64_t lane = column % kWidth<C>;
-    width = least(least(use.channels - channel, kWidth<C> - lane), item.columns - column);
+    width = least(least(args.channels - channel, kWidth<C> - lane), item.columns - column);
     const std::int32_t* rows =
-        use.rows == nullptr ? nullptr : use.rows + tap * use.positions + stage.position;
+        args.rows == nullptr ? nullptr : args.rows + tap * args.positions + stage.position;
     C* to = &scratch.right[column / kWidth<C>][lane];
     const auto gather = [&](auto lanes) __attribute__((always_inline)) {
       for (std::int64_t s = 0; s < stage.samples; ++s) {
-        const T* sample = static_cast<const T*>(use.input) + (stage.sample + s) * use.input_sample +
-                          item.group * use.channels + channel;
+        const T* sample = static_cast<const T*>(args.input) +
+                          (stage.sample + s) * args.input_sample + item.group * args.channels +
+                          channel;
         for (std::int64_t k = 0; k < stage.depth; ++k, to += kWidth<C>) {
           const std::int64_t row = rows == nullptr ? stage.position + k : rows[k];
-          convert(row < 0 ? zeros : sample + row * use.input_row, to, lanes);
+          convert(row < 0 ? zeros : sample + row * args.input_row, to, lanes);
         }
       }
     };
@@ -217,25 +218,18 @@ void multiply_block(const Item& item, const Stage& stage, bool first, bool last,
   }
 }
 
-// Where a split's sum is added: omega itself if there is only one.
-template <class C>
-C* destination(const PerSample& use, std::int64_t split) {
-  return use.splits == 1 ? static_cast<C*>(use.omega)
-                         : static_cast<C*>(use.partial) + split * size_of(use);
-}
-
 // Where a sample has one position, abs(l r) = abs(l) abs(r), and the sum over samples is a product
 // of matrices itself: samples take the place of positions, and the operands are measured instead.
-PerSample as_positions(PerSample use) {
-  use.positions = use.batch;
-  use.grad_position = use.grad_sample;
-  use.input_row = use.input_sample;
-  use.batch = 1;
-  return use;
+PerSample as_positions(PerSample args) {
+  args.positions = args.batch;
+  args.grad_position = args.grad_sample;
+  args.input_row = args.input_sample;
+  args.batch = 1;
+  return args;
 }
 
 template <bool measured, class C, class T>
-void add_block(const PerSample& use, const Item& item, Scratch<C>& scratch) {
+void add_block(const PerSample& args, const Item& item, Scratch<C>& scratch) {
   const std::int64_t tiles = quotient_up(item.rows, kRows);
   for (std::int64_t j = 0; j * kWidth<C> < item.columns; ++j) {
     std::memset(scratch.sum[j], 0, tiles * sizeof(scratch.sum[j][0]));
@@ -246,20 +240,20 @@ void add_block(const PerSample& use, const Item& item, Scratch<C>& scratch) {
   if (item.columns % kWidth<C> > 0) {
     std::memset(scratch.right[ragged_column], 0, sizeof(scratch.right[0]));
   }
-  const Cut depths(use.positions, kDepth, 1);
-  const std::int64_t samples = kDepth / least(use.positions, kDepth);
-  const std::int64_t end = first_sample(use, item.split + 1);
-  for (std::int64_t b = first_sample(use, item.split); b < end; b += samples) {
+  const Cut depths(args.positions, kDepth, 1);
+  const std::int64_t samples = kDepth / least(args.positions, kDepth);
+  const std::int64_t end = first_sample(args, item.split + 1);
+  for (std::int64_t b = first_sample(args, item.split); b < end; b += samples) {
     for (std::int64_t d = 0; d < depths.count; ++d) {
       const Stage stage{b, least(samples, end - b), depths.begin(d), depths.size_of(d)};
-      pack_left<C, T>(use, item, stage, scratch);
-      pack_right<C, T>(use, item, stage, scratch);
-      if (measured) measure_panels(item, stage, use.square, scratch);
-      multiply_block(item, stage, d == 0, d + 1 == depths.count, use.square && !measured, scratch);
+      pack_left<C, T>(args, item, stage, scratch);
+      pack_right<C, T>(args, item, stage, scratch);
+      if (measured) measure_panels(item, stage, args.square, scratch);
+      multiply_block(item, stage, d == 0, d + 1 == depths.count, args.square && !measured, scratch);
     }
   }
-  const std::int64_t columns = use.taps * use.channels;
-  C* to = destination<C>(use, item.split) + (item.group * use.outputs + item.row) * columns +
+  const std::int64_t columns = args.taps * args.channels;
+  C* to = destination<C>(args, item.split) + (item.group * args.outputs + item.row) * columns +
           item.column;
   for (std::int64_t r = 0; r < item.rows; ++r, to += columns) {
     for (std::int64_t c = 0; c < item.columns; ++c) {
@@ -293,28 +287,28 @@ MAS_FN const T* whole(const T* from, std::int64_t groups, T* room) {
 }
 
 template <bool last, class C, class T>
-void add_depthwise(const PerSample& use, std::int64_t split, std::int64_t group,
+void add_depthwise(const PerSample& args, std::int64_t split, std::int64_t group,
                    std::int64_t first_tap) noexcept {
-  const std::int64_t groups = last ? use.groups - group : kBlockGroups<C>;
+  const std::int64_t groups = last ? args.groups - group : kBlockGroups<C>;
   using Vec = typename Vector<C>::type;
   static const T zeros[kBlockGroups<C>] = {};
   T left_room[kBlockGroups<C>] = {};
   T right_room[kBlockGroups<C>] = {};
   Vec sum[kBlockTaps][kBlockVectors] = {};
-  for (std::int64_t b = first_sample(use, split); b < first_sample(use, split + 1); ++b) {
-    const T* grad = static_cast<const T*>(use.grad) + b * use.grad_sample + group;
-    const T* input = static_cast<const T*>(use.input) + b * use.input_sample + group;
+  for (std::int64_t b = first_sample(args, split); b < first_sample(args, split + 1); ++b) {
+    const T* grad = static_cast<const T*>(args.grad) + b * args.grad_sample + group;
+    const T* input = static_cast<const T*>(args.input) + b * args.input_sample + group;
     Vec m[kBlockTaps][kBlockVectors] = {};
-    for (std::int64_t p = 0; p < use.positions; ++p) {
-      const T* left = whole<last>(grad + p * use.grad_position, groups, left_room);
+    for (std::int64_t p = 0; p < args.positions; ++p) {
+      const T* left = whole<last>(grad + p * args.grad_position, groups, left_room);
 #pragma GCC unroll 3
       for (int t = 0; t < kBlockTaps; ++t) {
         const std::int64_t tap = first_tap + t;
-        const std::int64_t row = tap >= use.taps       ? -1
-                                 : use.rows == nullptr ? p
-                                                       : use.rows[tap * use.positions + p];
+        const std::int64_t row = tap >= args.taps       ? -1
+                                 : args.rows == nullptr ? p
+                                                        : args.rows[tap * args.positions + p];
         const T* right =
-            whole<last>(row < 0 ? zeros : input + row * use.input_row, groups, right_room);
+            whole<last>(row < 0 ? zeros : input + row * args.input_row, groups, right_room);
 #pragma GCC unroll 4
         for (int v = 0; v < kBlockVectors; ++v) {
           m[t][v] += vector_at<C>(left + v * kLane<C>) * vector_at<C>(right + v * kLane<C>);
@@ -322,52 +316,52 @@ void add_depthwise(const PerSample& use, std::int64_t split, std::int64_t group,
       }
     }
     for (int t = 0; t < kBlockTaps; ++t) {
-      for (int v = 0; v < kBlockVectors; ++v) add(sum[t][v], m[t][v], use.square);
+      for (int v = 0; v < kBlockVectors; ++v) add(sum[t][v], m[t][v], args.square);
     }
   }
-  C* to = destination<C>(use, split) + group * use.taps + first_tap;
-  for (std::int64_t t = 0; t < least(kBlockTaps, use.taps - first_tap); ++t) {
+  C* to = destination<C>(args, split) + group * args.taps + first_tap;
+  for (std::int64_t t = 0; t < least(kBlockTaps, args.taps - first_tap); ++t) {
     const C* element = reinterpret_cast<const C*>(sum[t]);
-    for (std::int64_t i = 0; i < groups; ++i) to[i * use.taps + t] += element[i];
+    for (std::int64_t i = 0; i < groups; ++i) to[i * args.taps + t] += element[i];
   }
 }
 
 template <class C>
-void add_splits(const PerSample& use, [[maybe_unused]] int team) {
-  const Cut parts(size_of(use), kChunk, 1);
+void add_splits(const PerSample& args, [[maybe_unused]] int team) {
+  const Cut parts(size_of(args), kChunk, 1);
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
   for (std::int64_t part = 0; part < parts.count; ++part) {
-    C* omega = static_cast<C*>(use.omega) + parts.begin(part);
-    for (std::int64_t split = 0; split < use.splits; ++split) {
-      const C* from = destination<C>(use, split) + parts.begin(part);
+    C* omega = static_cast<C*>(args.omega) + parts.begin(part);
+    for (std::int64_t split = 0; split < args.splits; ++split) {
+      const C* from = destination<C>(args, split) + parts.begin(part);
       for (std::int64_t i = 0; i < parts.size_of(part); ++i) omega[i] += from[i];
     }
   }
 }
 
 template <class C, class T>
-void run_depthwise(const PerSample& use, [[maybe_unused]] int team) {
-  const std::int64_t blocks = quotient_up(use.groups, kBlockGroups<C>);
-  const std::int64_t taps = quotient_up(use.taps, kBlockTaps);
+void run_depthwise(const PerSample& args, [[maybe_unused]] int team) {
+  const std::int64_t blocks = quotient_up(args.groups, kBlockGroups<C>);
+  const std::int64_t taps = quotient_up(args.taps, kBlockTaps);
 #pragma omp parallel for num_threads(team) schedule(dynamic) if (team > 1)
-  for (std::int64_t i = 0; i < blocks * taps * use.splits; ++i) {
+  for (std::int64_t i = 0; i < blocks * taps * args.splits; ++i) {
     const std::int64_t group = i / taps % blocks * kBlockGroups<C>;
-    const auto add = group + kBlockGroups<C> > use.groups ? add_depthwise<true, C, T>
-                                                          : add_depthwise<false, C, T>;
-    add(use, i / (blocks * taps), group, i % taps * kBlockTaps);
+    const auto add = group + kBlockGroups<C> > args.groups ? add_depthwise<true, C, T>
+                                                           : add_depthwise<false, C, T>;
+    add(args, i / (blocks * taps), group, i % taps * kBlockTaps);
   }
 }
 
 template <bool measured, class C, class T>
-void run_blocks(const PerSample& use, int team) {
-  Cut rows(use.outputs, kBlockRows, kRows);
-  Cut columns(use.taps * use.channels, kBlockColumns, kLane<C>);
-  const auto items = [&] { return use.splits * use.groups * rows.count * columns.count; };
+void run_blocks(const PerSample& args, int team) {
+  Cut rows(args.outputs, kBlockRows, kRows);
+  Cut columns(args.taps * args.channels, kBlockColumns, kLane<C>);
+  const auto items = [&] { return args.splits * args.groups * rows.count * columns.count; };
   // Smaller blocks have the operands read more often, but threads that idle are worse. No bit
   // depends on it.
   for (int shrink = 2; shrink <= 4 && items() < 4 * (team - 1); shrink *= 2) {
-    rows = Cut(use.outputs, kBlockRows / shrink, kRows);
-    columns = Cut(use.taps * use.channels, kBlockColumns / shrink, kLane<C>);
+    rows = Cut(args.outputs, kBlockRows / shrink, kRows);
+    columns = Cut(args.taps * args.channels, kBlockColumns / shrink, kLane<C>);
   }
   team = static_cast<int>(least(team, items()));
   constexpr std::align_val_t alignment{alignof(Scratch<C>)};
@@ -382,9 +376,9 @@ void run_blocks(const PerSample& use, int team) {
     for (std::int64_t i = 0; i < items(); ++i) {
       const std::int64_t column = i % columns.count;
       const std::int64_t row = i / columns.count % rows.count;
-      const std::int64_t group = i / columns.count / rows.count % use.groups;
-      const std::int64_t split = i / columns.count / rows.count / use.groups;
-      add_block<measured, C, T>(use,
+      const std::int64_t group = i / columns.count / rows.count % args.groups;
+      const std::int64_t split = i / columns.count / rows.count / args.groups;
+      add_block<measured, C, T>(args,
                                 {split, group, rows.begin(row), rows.size_of(row),
                                  columns.begin(column), columns.size_of(column)},
                                 scratch[thread]);
@@ -397,25 +391,25 @@ void run_blocks(const PerSample& use, int team) {
 constexpr std::int64_t kSerialWork = 1 << 18;
 
 template <class C, class T>
-void run(const PerSample& use, int threads) {
-  const int team = use.batch * use.positions * size_of(use) < kSerialWork ? 1 : threads;
-  if (use.outputs == 1 && use.channels == 1) {
-    run_depthwise<C, T>(use, team);
-  } else if (use.positions == 1 && use.rows == nullptr && use.splits == 1) {
-    run_blocks<true, C, T>(as_positions(use), team);
+void add_all(const PerSample& args, int threads) {
+  const int team = args.batch * args.positions * size_of(args) < kSerialWork ? 1 : threads;
+  if (args.outputs == 1 && args.channels == 1) {
+    run_depthwise<C, T>(args, team);
+  } else if (args.positions == 1 && args.rows == nullptr && args.splits == 1) {
+    run_blocks<true, C, T>(as_positions(args), team);
   } else {
-    run_blocks<false, C, T>(use, team);
+    run_blocks<false, C, T>(args, team);
   }
-  if (use.splits > 1) add_splits<C>(use, team);
+  if (args.splits > 1) add_splits<C>(args, team);
 }
 
 }  // namespace
 
-void per_sample(PerSample use, DType dtype, int threads) {
-  if (use.batch == 0 || use.positions == 0 || size_of(use) == 0) return;
-  with_float(dtype, [&](auto t) {
+void run(const PerSample& args, int threads) {
+  if (args.batch == 0 || args.positions == 0 || size_of(args) == 0) return;
+  with_float(args.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    run<compute_t<T>, T>(use, threads);
+    add_all<compute_t<T>, T>(args, threads);
   });
 }
 

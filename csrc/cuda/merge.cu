@@ -5,20 +5,16 @@ namespace mas::cuda {
 namespace {
 
 template <class T, class O>
-__global__ void merge_chunks(const Table __grid_constant__ table, State state, MergeRule rule,
-                             double* partial) {
+__global__ void merge_chunks(const Table __grid_constant__ table, Merge args) {
   using C = compute_t<T>;
-  const std::int64_t c = chunk_number(table);
-  const Chunk chunk = chunk_of(table.segments, table.count, c);
+  const Chunk chunk = own_chunk(table);
   const T* theta = static_cast<const T*>(chunk.segment.x) + chunk.begin;
   const C* importance = static_cast<const C*>(chunk.segment.y) + chunk.begin;
   const std::int64_t offset = chunk.segment.offset + chunk.begin;
-  O* omega = static_cast<O*>(state.omega) + offset;
-  C* anchor = static_cast<C*>(state.anchor) + offset;
-  const C keep = static_cast<C>(rule.keep);
-  const C gain = finite_factor<C>(rule.gain);
-  const bool mean = rule.anchor == Anchor::mean;
-  const bool move = rule.anchor == Anchor::move;
+  O* omega = static_cast<O*>(args.state.omega) + offset;
+  C* anchor = static_cast<C*>(args.state.anchor) + offset;
+  const C keep = static_cast<C>(args.keep);
+  const C gain = finite_factor<C>(args.gain);
 
   double remainder = 0;
   const bool packs = aligned(theta, importance, omega, anchor);
@@ -30,8 +26,8 @@ __global__ void merge_chunks(const Table __grid_constant__ table, State state, M
     auto a = read<N>(anchor + i);
     for (int l = 0; l < N; ++l) {
       const auto m = merge_element<C>(static_cast<C>(load(w.lane[l])), a.lane[l], y.lane[l],
-                                      load(x.lane[l]), keep, gain, mean, move);
-      w.lane[l] = store_omega<O>(m.omega, offset + i + l, rule.entry);
+                                      load(x.lane[l]), keep, gain, args.anchor);
+      w.lane[l] = store_omega<O>(m.omega, offset + i + l, args.entry);
       a.lane[l] = m.anchor;
       remainder += m.remainder;
     }
@@ -39,29 +35,26 @@ __global__ void merge_chunks(const Table __grid_constant__ table, State state, M
     write(anchor + i, a);
   });
   remainder = block_sum(remainder);
-  if (threadIdx.x == 0) partial[c] = remainder;
+  if (threadIdx.x == 0) args.partial[chunk_number(table)] = remainder;
 }
 
 // One block for each segment of the table.
 __global__ void merge_remainders(const Table __grid_constant__ table, const double* partial,
                                  double* remainder) {
   const Segment& segment = table.segments[blockIdx.x];
-  const std::int64_t chunks = (segment.size + kChunk - 1) / kChunk;
+  const std::int64_t chunks = quotient_up(segment.size, kChunk);
   const double sum = block_sum(partial + segment.first_chunk, chunks);
   if (threadIdx.x == 0) remainder[blockIdx.x] = sum;
 }
 
 }  // namespace
 
-void merge(Segments segments, DType theta, State state, DType omega, MergeRule rule,
-           double* partial, double* remainder, void* stream) {
-  for_each_table(segments, [&](const Table& table, std::int64_t chunks, std::int64_t first) {
-    with_state(theta, omega, [&](auto t, auto o) {
-      using T = typename decltype(t)::type;
-      using O = typename decltype(o)::type;
-      launch(merge_chunks<T, O>, chunks, stream, table, state, rule, partial);
-    });
-    launch(merge_remainders, table.count, stream, table, partial, remainder + first);
+void run(const Merge& args, void* stream) {
+  launch_typed(args, stream, [](auto t, auto o) {
+    return merge_chunks<typename decltype(t)::type, typename decltype(o)::type>;
+  });
+  for_each_table(args.segments, [&](const Table& table, std::int64_t, std::int64_t first) {
+    launch(merge_remainders, table.count, stream, table, args.partial, args.remainder + first);
   });
 }
 

@@ -10,8 +10,8 @@ namespace {
 constexpr std::int64_t kMost = 1 << 30;
 
 // Blocks (or threads) beyond the largest grid take their turn in a loop.
-void launch_for(std::int64_t blocks, void (*kernel)(PerSample), PerSample use, void* stream) {
-  launch(kernel, std::min<std::int64_t>(blocks, MAS_MOST_BLOCKS), stream, use);
+void launch_for(std::int64_t blocks, void (*kernel)(PerSample), PerSample args, void* stream) {
+  launch(kernel, std::min<std::int64_t>(blocks, MAS_MOST_BLOCKS), stream, args);
 }
 
 // The number of tiles that cover one group's outputs, its columns, and all of omega.
@@ -19,35 +19,28 @@ struct Tiles {
   std::int64_t rows, columns, count;
 };
 
-MAS_FN Tiles tiles_of(const PerSample& use) {
-  const std::int64_t rows = quotient_up(use.outputs, kTileRows);
-  const std::int64_t columns = quotient_up(use.taps * use.channels, kTileColumns);
-  return {rows, columns, use.groups * rows * columns};
-}
-
-// Where a split's sum is added: omega itself if there is only one.
-template <class C>
-MAS_DEVICE C* destination(const PerSample& use, std::int64_t split) {
-  return use.splits == 1 ? static_cast<C*>(use.omega)
-                         : static_cast<C*>(use.partial) + split * size_of(use);
+MAS_FN Tiles tiles_of(const PerSample& args) {
+  const std::int64_t rows = quotient_up(args.outputs, kTileRows);
+  const std::int64_t columns = quotient_up(args.taps * args.channels, kTileColumns);
+  return {rows, columns, args.groups * rows * columns};
 }
 
 // What a tap sees at a position, in one channel of all groups' channels.
 template <class T>
-MAS_DEVICE compute_t<T> seen(const PerSample& use, std::int64_t sample, std::int64_t tap,
+MAS_DEVICE compute_t<T> seen(const PerSample& args, std::int64_t sample, std::int64_t tap,
                              std::int64_t position, std::int64_t channel) {
   const std::int64_t row =
-      use.rows == nullptr ? position : use.rows[tap * use.positions + position];
+      args.rows == nullptr ? position : args.rows[tap * args.positions + position];
   if (row < 0) return 0;
-  return load(
-      static_cast<const T*>(use.input)[sample * use.input_sample + row * use.input_row + channel]);
+  return load(static_cast<const T*>(
+      args.input)[sample * args.input_sample + row * args.input_row + channel]);
 }
 
 template <class T>
-MAS_DEVICE compute_t<T> gradient(const PerSample& use, std::int64_t sample, std::int64_t position,
+MAS_DEVICE compute_t<T> gradient(const PerSample& args, std::int64_t sample, std::int64_t position,
                                  std::int64_t output) {
   return load(static_cast<const T*>(
-      use.grad)[sample * use.grad_sample + position * use.grad_position + output]);
+      args.grad)[sample * args.grad_sample + position * args.grad_position + output]);
 }
 
 // A number of rows, as whole samples and what is left.
@@ -81,16 +74,16 @@ struct Walk {
 
 // Output `first` and the N - 1 behind it, as far as they are there.
 template <class T, int N, bool kWhole>
-MAS_DEVICE Pack<T, N> outputs_of(const PerSample& use, const Walk<T>& walk, std::int64_t group,
+MAS_DEVICE Pack<T, N> outputs_of(const PerSample& args, const Walk<T>& walk, std::int64_t group,
                                  std::int64_t first) {
   Pack<T, N> found{};
-  if (!walk.inside(static_cast<int>(use.positions)) || first >= use.outputs) return found;
-  const T* from = walk.sample + walk.position * use.grad_position + group * use.outputs + first;
+  if (!walk.inside(static_cast<int>(args.positions)) || first >= args.outputs) return found;
+  const T* from = walk.sample + walk.position * args.grad_position + group * args.outputs + first;
   if constexpr (kWhole) {
     found = read<N>(from);
   } else {
     for (int i = 0; i < N; ++i) {
-      if (first + i < use.outputs) found.lane[i] = from[i];
+      if (first + i < args.outputs) found.lane[i] = from[i];
     }
   }
   return found;
@@ -105,28 +98,29 @@ struct Columns {
 };
 
 template <int N>
-MAS_DEVICE Columns<N> columns_from(const PerSample& use, std::int64_t group, std::int64_t first) {
+MAS_DEVICE Columns<N> columns_from(const PerSample& args, std::int64_t group, std::int64_t first) {
   Columns<N> found;
   for (int i = 0; i < N; ++i) {
     const std::int64_t column = first + i;
-    const bool there = column < use.taps * use.channels;
-    found.table[i] = there ? static_cast<int>(column / use.channels * use.positions) : 0;
-    found.channel[i] = there ? static_cast<int>(group * use.channels + column % use.channels) : -1;
+    const bool there = column < args.taps * args.channels;
+    found.table[i] = there ? static_cast<int>(column / args.channels * args.positions) : 0;
+    found.channel[i] =
+        there ? static_cast<int>(group * args.channels + column % args.channels) : -1;
   }
   return found;
 }
 
 template <class T, int N, bool kWhole>
-MAS_DEVICE Pack<T, N> inputs_of(const PerSample& use, const Walk<T>& walk,
+MAS_DEVICE Pack<T, N> inputs_of(const PerSample& args, const Walk<T>& walk,
                                 const Columns<kWhole ? 1 : N>& columns) {
   Pack<T, N> found{};
-  if (!walk.inside(static_cast<int>(use.positions))) return found;
+  if (!walk.inside(static_cast<int>(args.positions))) return found;
   for (int i = 0; i < (kWhole ? 1 : N); ++i) {
     if (columns.channel[i] < 0) continue;
     const int row =
-        use.rows == nullptr ? walk.position : use.rows[columns.table[i] + walk.position];
+        args.rows == nullptr ? walk.position : args.rows[columns.table[i] + walk.position];
     if (row < 0) continue;
-    const T* from = walk.sample + row * use.input_row + columns.channel[i];
+    const T* from = walk.sample + row * args.input_row + columns.channel[i];
     if constexpr (kWhole) {
       found = read<N>(from);
     } else {
@@ -138,7 +132,7 @@ MAS_DEVICE Pack<T, N> inputs_of(const PerSample& use, const Walk<T>& walk,
 
 // kWhole: N features lie behind one another, at an address that is a multiple of their size.
 template <class T, int N, bool kWhole>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) add_tiles(PerSample use) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) add_tiles(PerSample args) {
   using C = compute_t<T>;
   using P = Product<T>;
   constexpr int depth = kDepth<T>;
@@ -147,38 +141,38 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) add_tiles(Pe
   constexpr int right_step = kThreads / (kTileColumns / N);
   static_assert(depth % left_step == 0 && depth % right_step == 0);
   __shared__ typename P::Factors panel;
-  const Tiles tiles = tiles_of(use);
-  const std::int64_t columns = use.taps * use.channels;
-  const auto padded = static_cast<int>(quotient_up(use.positions, P::kStep) * P::kStep);
+  const Tiles tiles = tiles_of(args);
+  const std::int64_t columns = args.taps * args.channels;
+  const auto padded = static_cast<int>(quotient_up(args.positions, P::kStep) * P::kStep);
   const Stride left_stride = stride_of(left_step, padded);
   const Stride right_stride = stride_of(right_step, padded);
   const int left_row = threadIdx.x / (kTileRows / N);
   const int left_lane = threadIdx.x % (kTileRows / N) * N;
   const int right_row = threadIdx.x / (kTileColumns / N);
   const int right_lane = threadIdx.x % (kTileColumns / N) * N;
-  for (std::int64_t i = blockIdx.x; i < tiles.count * use.splits; i += gridDim.x) {
+  for (std::int64_t i = blockIdx.x; i < tiles.count * args.splits; i += gridDim.x) {
     const std::int64_t split = i / tiles.count;
-    const std::int64_t group = i / (tiles.rows * tiles.columns) % use.groups;
+    const std::int64_t group = i / (tiles.rows * tiles.columns) % args.groups;
     const std::int64_t first_output = i / tiles.columns % tiles.rows * kTileRows;
     const std::int64_t first_column = i % tiles.columns * kTileColumns;
-    const std::int64_t first = first_sample(use, split);
-    const auto samples = static_cast<int>(first_sample(use, split + 1) - first);
-    Walk<T> grad = {static_cast<const T*>(use.grad) + first * use.grad_sample, samples, 0};
-    Walk<T> input = {static_cast<const T*>(use.input) + first * use.input_sample, samples, 0};
-    grad.advance(stride_of(left_row, padded), padded, use.grad_sample);
-    input.advance(stride_of(right_row, padded), padded, use.input_sample);
-    const auto own = columns_from<kWhole ? 1 : N>(use, group, first_column + right_lane);
+    const std::int64_t first = first_sample(args, split);
+    const auto samples = static_cast<int>(first_sample(args, split + 1) - first);
+    Walk<T> grad = {static_cast<const T*>(args.grad) + first * args.grad_sample, samples, 0};
+    Walk<T> input = {static_cast<const T*>(args.input) + first * args.input_sample, samples, 0};
+    grad.advance(stride_of(left_row, padded), padded, args.grad_sample);
+    input.advance(stride_of(right_row, padded), padded, args.input_sample);
+    const auto own = columns_from<kWhole ? 1 : N>(args, group, first_column + right_lane);
 
     Pack<T, N> left[depth / left_step];
     Pack<T, N> right[depth / right_step];
     const auto fetch = [&] {
       for (auto& pack : left) {
-        pack = outputs_of<T, N, kWhole>(use, grad, group, first_output + left_lane);
-        grad.advance(left_stride, padded, use.grad_sample);
+        pack = outputs_of<T, N, kWhole>(args, grad, group, first_output + left_lane);
+        grad.advance(left_stride, padded, args.grad_sample);
       }
       for (auto& pack : right) {
-        pack = inputs_of<T, N, kWhole>(use, input, own);
-        input.advance(right_stride, padded, use.input_sample);
+        pack = inputs_of<T, N, kWhole>(args, input, own);
+        input.advance(right_stride, padded, args.input_sample);
       }
     };
     P product;
@@ -206,16 +200,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) add_tiles(Pe
           for (; k < stop; k += P::kStep) product.add(panel, k);
         }
         if (unfinished == 0) {
-          product.finish(use.square);
+          product.finish(args.square);
           unfinished = padded;
         }
       }
     }
-    C* to = destination<C>(use, split) + group * use.outputs * columns;
+    C* to = destination<C>(args, split) + group * args.outputs * columns;
     product.for_each([&](int r, int c, C sum) {
       const std::int64_t row = first_output + r;
       const std::int64_t at = first_column + c;
-      if (row < use.outputs && at < columns) to[row * columns + at] += sum;
+      if (row < args.outputs && at < columns) to[row * columns + at] += sum;
     });
   }
 }
@@ -224,11 +218,11 @@ template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
 template <class T>
-bool in_whole_vectors(const PerSample& use) {
-  std::uintptr_t all = reinterpret_cast<std::uintptr_t>(use.grad) / sizeof(T) |
-                       reinterpret_cast<std::uintptr_t>(use.input) / sizeof(T);
-  for (const std::int64_t n : {use.outputs, use.channels, use.grad_sample, use.grad_position,
-                               use.input_sample, use.input_row}) {
+bool in_whole_vectors(const PerSample& args) {
+  std::uintptr_t all = reinterpret_cast<std::uintptr_t>(args.grad) / sizeof(T) |
+                       reinterpret_cast<std::uintptr_t>(args.input) / sizeof(T);
+  for (const std::int64_t n : {args.outputs, args.channels, args.grad_sample, args.grad_position,
+                               args.input_sample, args.input_row}) {
     all |= static_cast<std::uintptr_t>(n);
   }
   return all % kVector<T> == 0;
@@ -237,62 +231,62 @@ bool in_whole_vectors(const PerSample& use) {
 // One output and one channel a group: a thread for each tap of a group, neighbours in neighbouring
 // groups.
 template <class C, class T>
-__global__ void add_depthwise(PerSample use) {
-  const std::int64_t size = use.groups * use.taps;
+__global__ void add_depthwise(PerSample args) {
+  const std::int64_t size = args.groups * args.taps;
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-       i < size * use.splits; i += stride) {
+       i < size * args.splits; i += stride) {
     const std::int64_t split = i / size;
-    const std::int64_t tap = i / use.groups % use.taps;
-    const std::int64_t group = i % use.groups;
+    const std::int64_t tap = i / args.groups % args.taps;
+    const std::int64_t group = i % args.groups;
     C sum = 0;
-    for (std::int64_t b = first_sample(use, split); b < first_sample(use, split + 1); ++b) {
+    for (std::int64_t b = first_sample(args, split); b < first_sample(args, split + 1); ++b) {
       C m = 0;
-      for (std::int64_t p = 0; p < use.positions; ++p) {
-        m = std::fma(gradient<T>(use, b, p, group), seen<T>(use, b, tap, p, group), m);
+      for (std::int64_t p = 0; p < args.positions; ++p) {
+        m = std::fma(gradient<T>(args, b, p, group), seen<T>(args, b, tap, p, group), m);
       }
-      sum += magnitude(m, use.square);
+      sum += magnitude(m, args.square);
     }
-    destination<C>(use, split)[group * use.taps + tap] += sum;
+    destination<C>(args, split)[group * args.taps + tap] += sum;
   }
 }
 
 // In ascending order, for the same bits on every run.
 template <class C>
-__global__ void add_splits(PerSample use) {
-  const std::int64_t size = size_of(use);
+__global__ void add_splits(PerSample args) {
+  const std::int64_t size = size_of(args);
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < size;
        i += stride) {
-    C sum = static_cast<C*>(use.omega)[i];
-    for (std::int64_t split = 0; split < use.splits; ++split) {
-      sum += static_cast<const C*>(use.partial)[split * size + i];
+    C sum = static_cast<C*>(args.omega)[i];
+    for (std::int64_t split = 0; split < args.splits; ++split) {
+      sum += static_cast<const C*>(args.partial)[split * size + i];
     }
-    static_cast<C*>(use.omega)[i] = sum;
+    static_cast<C*>(args.omega)[i] = sum;
   }
 }
 
 }  // namespace
 
-void per_sample(PerSample use, DType dtype, void* stream) {
-  if (use.batch == 0 || use.positions == 0 || size_of(use) == 0) return;
-  if (std::max({use.batch, use.taps * use.positions, use.groups * use.channels}) >= kMost) {
+void run(const PerSample& args, void* stream) {
+  if (args.batch == 0 || args.positions == 0 || size_of(args) == 0) return;
+  if (std::max({args.batch, args.taps * args.positions, args.groups * args.channels}) >= kMost) {
     throw std::invalid_argument("grad, input: expected less than " + std::to_string(kMost) +
                                 " samples, channels, and taps times positions on a GPU");
   }
-  with_float(dtype, [&](auto t) {
+  with_float(args.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     using C = compute_t<T>;
-    if (use.outputs == 1 && use.channels == 1) {
-      launch_for(quotient_up(size_of(use) * use.splits, kThreads), add_depthwise<C, T>, use,
+    if (args.outputs == 1 && args.channels == 1) {
+      launch_for(quotient_up(size_of(args) * args.splits, kThreads), add_depthwise<C, T>, args,
                  stream);
     } else {
       const auto add =
-          in_whole_vectors<T>(use) ? add_tiles<T, kVector<T>, true> : add_tiles<T, kPack, false>;
-      launch_for(tiles_of(use).count * use.splits, add, use, stream);
+          in_whole_vectors<T>(args) ? add_tiles<T, kVector<T>, true> : add_tiles<T, kPack, false>;
+      launch_for(tiles_of(args).count * args.splits, add, args, stream);
     }
-    if (use.splits > 1) {
-      launch_for(quotient_up(size_of(use), kThreads), add_splits<C>, use, stream);
+    if (args.splits > 1) {
+      launch_for(quotient_up(size_of(args), kThreads), add_splits<C>, args, stream);
     }
   });
 }

@@ -6,9 +6,10 @@ namespace mas::cuda {
 namespace {
 
 template <class T, class O>
-__global__ void proximal_chunks(const Table __grid_constant__ table, State state, StepSize step) {
+__global__ void proximal_chunks(const Table __grid_constant__ table, Proximal args) {
   using C = compute_t<T>;
-  const Chunk chunk = chunk_of(table.segments, table.count, chunk_number(table));
+  const State& state = args.state;
+  const Chunk chunk = own_chunk(table);
   T* theta = static_cast<T*>(chunk.segment.x) + chunk.begin;
   const T* moment = static_cast<const T*>(chunk.segment.y);
   if (moment != nullptr) moment += chunk.begin;
@@ -16,9 +17,9 @@ __global__ void proximal_chunks(const Table __grid_constant__ table, State state
   const O* omega = static_cast<const O*>(state.omega) + offset;
   const C* anchor = static_cast<const C*>(state.anchor) + offset;
   const double largest = largest_alpha(state.alpha, state.rows);
-  const C strength = finite_factor<C>(2.0 * step.eta * largest);
-  const C correction = finite_factor<C>(step.correction);
-  const C eps = static_cast<C>(step.eps);
+  const C strength = finite_factor<C>(2.0 * args.eta * largest);
+  const C correction = finite_factor<C>(args.correction);
+  const C eps = static_cast<C>(args.eps);
 
   const bool packs = aligned(theta, moment, omega, anchor) && rows_aligned(state, omega, anchor);
   for_each_pack(chunk.size, packs, [&](std::int64_t i, auto lanes) {
@@ -26,36 +27,25 @@ __global__ void proximal_chunks(const Table __grid_constant__ table, State state
     auto x = read<N>(theta + i);
     Pack<T, N> v = {};
     if (moment != nullptr) v = read<N>(moment + i);
-    Target<C> target[N] = {};
-    bool first = true;
-    for_each_row<N>(state, omega + i, anchor + i, [&](double alpha, auto w, auto a) {
-      const C share = static_cast<C>(relative_alpha(alpha, largest));
-      for (int l = 0; l < N; ++l) {
-        const C weight = share * static_cast<C>(load(w.lane[l]));
-        const C distance = a.lane[l] - static_cast<C>(load(x.lane[l]));
-        target[l] = first ? Target<C>{weight, distance} : with_task<C>(target[l], weight, distance);
-      }
-      first = false;
-    });
+    C value[N];
+    C strengths[N];
     for (int l = 0; l < N; ++l) {
-      const C pull =
-          moment == nullptr ? strength : adaptive<C>(strength, load(v.lane[l]), correction, eps);
-      x.lane[l] = store<T>(proximal_element<C>(load(x.lane[l]), target[l], pull));
+      value[l] = load(x.lane[l]);
+      strengths[l] = moment == nullptr
+                         ? strength
+                         : divided<C>(strength, adam_divisor<C>(load(v.lane[l]), correction, eps));
     }
+    proximal_step(state, largest, omega + i, anchor + i, strengths, value);
+    for (int l = 0; l < N; ++l) x.lane[l] = store<T>(value[l]);
     write(theta + i, x);
   });
 }
 
 }  // namespace
 
-void proximal(Segments segments, DType theta, State state, DType omega, StepSize step,
-              void* stream) {
-  with_state(theta, omega, [&](auto t, auto o) {
-    using T = typename decltype(t)::type;
-    using O = typename decltype(o)::type;
-    for_each_table(segments, [&](const Table& table, std::int64_t chunks, std::int64_t) {
-      launch(proximal_chunks<T, O>, chunks, stream, table, state, step);
-    });
+void run(const Proximal& args, void* stream) {
+  launch_typed(args, stream, [](auto t, auto o) {
+    return proximal_chunks<typename decltype(t)::type, typename decltype(o)::type>;
   });
 }
 

@@ -1,4 +1,4 @@
-"""Pictures of what a run found. Every method has the same colour, marker and line in all of them."""
+"""Pictures of what a run found; a method has the same colour, marker and line in all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from mas_ext.compare.results import Findings, Learned, over_seeds, shares
 from mas_ext.scenarios.datasets import import_extra
 
-# Okabe and Ito's, told apart by colour-blind people, without yellow, which is too light for lines.
+# Okabe and Ito's, which colour-blind people tell apart, without yellow, which is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 MARKERS = "osD^vP<>Xp*hd8H"
 LINES = ("-", "--", ":")
@@ -20,7 +20,7 @@ WIDTH = 8.0  # inches
 
 
 def look(i: int) -> dict[str, Any]:
-    """Of the i-th of several: no two of up to 21 are the same."""
+    """Colour, marker and line of the i-th curve: no two of up to 21 are the same."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "marker": MARKERS[i % len(MARKERS)],
@@ -31,73 +31,79 @@ def look(i: int) -> dict[str, Any]:
 
 
 def style(findings: Findings, method: str) -> dict[str, Any]:
-    """A method's, in all pictures."""
+    """The look of a method in all pictures."""
     return look(list(findings.learned).index(method))
 
 
-def draw(findings: Findings) -> dict[str, bytes]:
-    """PNGs by name, of what there is something to show of.
+def pictures(findings: Findings) -> dict[str, bytes]:
+    """PNGs by name; without those that have nothing to show yet.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
     import_extra("matplotlib")
-    pictures = {}
-    for make in (accuracy, matrices, forgetting, cost, importance, lam):
-        figure = make(findings)
+    drawn = {}
+    for name, draw in CHARTS.items():
+        figure = draw(findings)
         if figure is not None:
             file = io.BytesIO()
             figure.savefig(file, dpi=150, format="png")
-            pictures[make.__name__] = file.getvalue()
-    return pictures
+            drawn[name] = file.getvalue()
+    return drawn
 
 
-def canvas(count: int, columns: int, height: float, **how: Any) -> tuple[Any, list[Any]]:
-    """A figure, and as many axes in rows of equal panels."""
+def canvas(
+    count: int, columns: int, height: float, grid: bool = True, **how: Any
+) -> tuple[Any, list[Any]]:
+    """A figure and its panels, in rows of so many columns.
+
+    height: of a panel, in inches. grid: whether panels have grid lines. how: further arguments of subplots.
+    """
     from matplotlib.figure import Figure  # not pyplot: no global state, no window
 
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(WIDTH, 0.6 + rows * height), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False, **how).flat)
-    for empty in grid[count:]:
+    panels = list(figure.subplots(rows, columns, squeeze=False, **how).flat)
+    for empty in panels[count:]:
         empty.remove()
-    return figure, grid[:count]
+    for panel in panels[:count] if grid else ():
+        panel.grid(alpha=0.3)
+    return figure, panels[:count]
 
 
-def legend(figure: Any, panel: Any) -> None:
-    """What a panel's lines are, above all panels."""
+def legend(figure: Any, panel: Any, columns: int = 5) -> None:
+    """The legend of a panel's lines, above all panels."""
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def begun(findings: Findings) -> dict[str, list[Learned]]:
-    """The methods of which some task is over."""
+    """The methods with some task that is over."""
     return {m: seeds for m, seeds in findings.learned.items() if any(s.tasks for s in seeds)}
 
 
 def _beside(i: int, count: int, tasks: int) -> Any:
-    """Tasks 1 to T for the i-th of so many methods, side by side, so that none hides another."""
+    """x of tasks 1 to T for the i-th of so many methods, side by side, so that none hides another."""
     return torch.arange(1, tasks + 1) + 0.5 * ((i + 0.5) / count - 0.5)
 
 
 def _over_tasks(panel: Any, tasks: int) -> None:
-    """The task is what x means."""
+    """Let x be the task."""
     panel.set_xlim(0.5, tasks + 0.5)
     panel.set_xticks(range(1, tasks + 1, math.ceil(tasks / 10)))
-    panel.grid(alpha=0.3)
 
 
 def _limits(values: Any) -> tuple[float, float]:
-    """Of an axis, for these values in %, NaN left out: some room around them, and never less than a point."""
+    """Limits of an axis for these values in %, NaN left out: some room around them, at least a point."""
     known = values[~values.isnan()]
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 100.0)
     room = max(0.1 * (high - low), 0.5)
     return low - room, high + room
 
 
-def accuracy(findings: Findings) -> Any:
-    """A panel a task, and one for the mean of the tasks so far: accuracy after each task."""
+def accuracy_chart(findings: Findings) -> Any:
+    """Accuracy after each task: one panel per task, and one for the mean of the tasks so far."""
     methods, count = begun(findings), len(findings.tasks)
     if not methods:
         return None
@@ -128,14 +134,14 @@ def accuracy(findings: Findings) -> Any:
     return figure
 
 
-def matrices(findings: Findings) -> Any:
-    """A panel a method: accuracy[t, k] as colours, and as numbers where there is room for them."""
+def matrices_chart(findings: Findings) -> Any:
+    """accuracy[t, k] as colours, and as numbers where there is room for them: one panel per method."""
     methods, count = begun(findings), len(findings.tasks)
     if not methods:
         return None
     found = {method: 100 * over_seeds(s, lambda s: s.accuracy)[0] for method, s in methods.items()}
     low, high = _limits(torch.stack(list(found.values())))
-    figure, panels = canvas(len(found), 3, 2.3)
+    figure, panels = canvas(len(found), 3, 2.3, grid=False)
     for panel, (method, matrix) in zip(panels, found.items(), strict=True):
         image = panel.imshow(matrix.numpy(), cmap="cividis", vmin=max(low, 0), vmax=min(high, 100))
         panel.set_title(method, fontsize="medium")
@@ -154,14 +160,10 @@ def matrices(findings: Findings) -> Any:
     return figure
 
 
-def forgetting(findings: Findings) -> Any:
-    """Forgetting against average accuracy: a small point a seed, a large one the mean."""
-    results = {
-        method: [each.found for each in seeds if each.found]
-        for method, seeds in findings.learned.items()
-        if not any(each.diverged for each in seeds)
-    }
-    results = {method: each for method, each in results.items() if each}
+def forgetting_chart(findings: Findings) -> Any:
+    """Forgetting against average accuracy: small points for seeds, a large one for their mean."""
+    methods = [name for name in findings.learned if not findings.diverged(name)]
+    results = {name: found for name in methods if (found := findings.finished(name))}
     if not results or len(findings.tasks) == 1:
         return None
     figure, (panel,) = canvas(1, 1, 4.2)
@@ -174,15 +176,13 @@ def forgetting(findings: Findings) -> Any:
         panel.plot(*mean, **large, markerfacecolor="none", label=method)
     for key, limit in (("forgetting", panel.set_xlim), ("average_accuracy", panel.set_ylim)):
         limit(_limits(torch.tensor([100 * one[key] for each in results.values() for one in each])))
-    panel.set_xlabel("forgetting in % points")
-    panel.set_ylabel("average accuracy in %")
-    panel.grid(alpha=0.3)
+    panel.set(xlabel="forgetting in % points", ylabel="average accuracy in %")
     legend(figure, panel)
     return figure
 
 
-def cost(findings: Findings) -> Any:
-    """Time of a step and what is held, by task."""
+def cost_chart(findings: Findings) -> Any:
+    """Duration of a step and what is held, by task."""
     methods, count = begun(findings), len(findings.tasks)
     if not methods:
         return None
@@ -195,8 +195,7 @@ def cost(findings: Findings) -> Any:
             x = _beside(i, len(methods), count)
             panel.plot(x, y, label=method, **style(findings, method))
     for panel, label in zip(panels, ("ms per step", "MB held beside the model"), strict=True):
-        panel.set_ylabel(label)
-        panel.set_xlabel("task")
+        panel.set(xlabel="task", ylabel=label)
         high = panel.get_ylim()[1]
         panel.set_ylim(-0.03 * high, 1.03 * high)
         _over_tasks(panel, count)
@@ -204,14 +203,14 @@ def cost(findings: Findings) -> Any:
     return figure
 
 
-def importance(findings: Findings) -> Any:
-    """By layer the share of all importance, and the mean a parameter over that of all parameters."""
+def importance_chart(findings: Findings) -> Any:
+    """By layer the share of all importance, and the mean per parameter over that of all parameters."""
     found = {m: s for m, seeds in findings.learned.items() if (s := shares(seeds))}
     if not found:
         return None
     layers = list(dict.fromkeys(layer for each in found.values() for layer in each))
     height = min(max(0.35, 0.13 * len(found) + 0.15) * len(layers), 12.0)
-    figure, panels = canvas(2, 2, 0.8 + height, sharey=True)
+    figure, panels = canvas(2, 2, 0.8 + height, grid=False, sharey=True)
     for i, (method, each) in enumerate(found.items()):
         y = [layers.index(layer) + 0.8 * ((i + 0.5) / len(found) - 0.5) for layer in each]
         how = {**style(findings, method), "linestyle": ""}
@@ -235,7 +234,7 @@ def importance(findings: Findings) -> Any:
     return figure
 
 
-def lam(findings: Findings) -> Any:
+def lam_chart(findings: Findings) -> Any:
     """Average accuracy on validation data over lam; what was chosen has a ring."""
     if not findings.grid:
         return None
@@ -256,8 +255,16 @@ def lam(findings: Findings) -> Any:
         panel.plot(lost, [0.03 + 0.05 * i] * len(lost), "x", transform=bottom, **cross)
         ring = {"markersize": 12 + 4 * i, "markerfacecolor": "none", "color": how["color"]}
         panel.plot(*torch.tensor(best).reshape(-1, 2).T, "o", **ring)
-    panel.set_xlabel("lam")
-    panel.set_ylabel("average accuracy on validation data in %")
-    panel.grid(alpha=0.3)
+    panel.set(xlabel="lam", ylabel="average accuracy on validation data in %")
     legend(figure, panel)
     return figure
+
+
+CHARTS = {
+    "accuracy": accuracy_chart,
+    "matrices": matrices_chart,
+    "forgetting": forgetting_chart,
+    "cost": cost_chart,
+    "importance": importance_chart,
+    "lam": lam_chart,
+}

@@ -1,4 +1,4 @@
-"""The demo: five tasks of two digits each, learned one after another with and without a penalty."""
+"""The demo: five tasks of two classes each, learned one after another with and without a penalty."""
 
 from __future__ import annotations
 
@@ -18,19 +18,17 @@ from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import Method
 from mas_ext.models import mlp
-from mas_ext.scenarios import Scenario, split
-from mas_ext.scenarios import datasets as data
+from mas_ext.scenarios import Scenario, datasets, split
 from mas_ext.trainer import Trainer
 from mas_ext.training.run import Epoch
 
 HIDDEN = (100, 100)
 LEARNING_RATE = 0.02  # of SGD with momentum 0.9
 IMPORTANCE_SAMPLES = 1000  # per task; with all of them MAS gains less than it differs by seed
-EPOCHS = {"digits": 20}  # of others 3
+EPOCHS = {"digits": 20}  # of other data sets 3
 BATCH_SIZE = 32
 
-
-METHODS: dict[str, Callable[[], Method]] = {
+COMPARED: dict[str, Callable[[], Method]] = {
     "fine-tuning": Finetune,
     "MAS": partial(MAS, 0.3, max_samples=IMPORTANCE_SAMPLES),
     "MAS-alpha": partial(MAS, 0.3, merge="consistent", max_samples=IMPORTANCE_SAMPLES),
@@ -43,7 +41,7 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found; ``accuracy[t, k]``, (T, T), by method, in [0, 1] and NaN for k > t."""
+    """What the demo found: by method accuracy[t, k], (T, T), in [0, 1] and NaN for k > t."""
 
     accuracy: dict[str, Tensor]
     tasks: tuple[str, ...]
@@ -51,7 +49,7 @@ class DemoResult:
     seconds: float
 
     def table(self) -> str:
-        """Per method the final accuracy on every task, the average and the forgetting, in %."""
+        """The accuracies on every task after the last one, their average and the forgetting, by method."""
         width = max(map(len, self.accuracy)) + 2
         titles = [*self.tasks, "average", "forgetting"]
         lines = ["accuracy in % after the last task, and forgetting in % points"]
@@ -70,28 +68,34 @@ def run_demo(
     seed: int = 0,
     epochs: int | None = None,
 ) -> DemoResult:
-    """Learn the five tasks with every method, showing progress, and draw the accuracies to ``out``.
+    """Learn the five tasks with every method, with progress on stderr, and draw the accuracies.
 
-    ``dataset``, ``folder``: as in `mas_ext.scenarios.datasets.load`. ``out``: a PNG file, overwritten.
-    ``seed``: fixes the initial weights and the order of the samples, the same for all methods. ``epochs``:
-    per task; None: what suits the data set. Raises ValueError for an argument that cannot be used.
+    Args:
+        dataset: as in `mas_ext.scenarios.datasets.load`.
+        folder: as there.
+        out: the picture, a PNG file, which is overwritten.
+        seed: of the initial weights and of the order of samples, the same for all methods.
+        epochs: per task; None for what suits the data set.
+
+    Raises:
+        ValueError: an argument that can't be used.
     """
     out = Path(out)
     if out.suffix.lower() != ".png":
-        raise ValueError(f"out must be the name of a .png file, got {str(out)!r}")
+        raise ValueError(f"out: got {str(out)!r}, expected the name of a .png file")
     if not out.parent.is_dir():
-        raise ValueError(f"out must be in a folder that exists, got {str(out)!r}")
+        raise ValueError(f"out: got {str(out)!r}, expected a file in a folder that exists")
     if epochs is not None and epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
-    data.import_extra("matplotlib")  # better now than when everything has been learned
-    scenario = split(*data.load(dataset, folder))
+        raise ValueError(f"epochs: got {epochs}, expected at least 1")
+    datasets.import_extra("matplotlib")  # better now than when everything has been learned
+    scenario = split(*datasets.load(dataset, folder))
     epochs = epochs or EPOCHS.get(dataset, 3)
 
     start = time.perf_counter()
     accuracy = {}
-    total = len(METHODS) * len(scenario.tasks) * epochs
+    total = len(COMPARED) * len(scenario.tasks) * epochs
     with tqdm(total=total, unit="epoch") as progress:
-        for name, method in METHODS.items():
+        for name, method in COMPARED.items():
             progress.set_description(name)
             accuracy[name] = learn(scenario, method(), epochs, seed, progress.update)
     seconds = time.perf_counter() - start
@@ -103,7 +107,7 @@ def run_demo(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Matrices this small are no work for two, who would wait for each other on a busy machine."""
+    """With matrices this small, threads would wait for each other on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -116,7 +120,7 @@ def one_thread() -> Iterator[None]:
 def learn(
     scenario: Scenario, method: Method, epochs: int, seed: int, epoch_done: Callable[[], object]
 ) -> Tensor:
-    """Learn the tasks in turn with SGD: the (T, T) matrix accuracy[t, k], NaN for k > t."""
+    """Learn the tasks in turn with SGD; returns accuracy[t, k], (T, T), NaN for k > t."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = mlp(scenario.shape, HIDDEN)
@@ -134,7 +138,7 @@ def learn(
 
 
 def draw(accuracy: Mapping[str, Tensor], tasks: tuple[str, ...], out: Path) -> None:
-    """One panel per method: how the accuracy on each task changed as later ones were learned."""
+    """Draw how the accuracy on each task changed as later ones were learned, one panel per method."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no window
 
     figure = Figure(figsize=(3.2 * len(accuracy), 3.2), layout="constrained")

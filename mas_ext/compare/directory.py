@@ -1,25 +1,25 @@
-"""The directory of a run: what is in it, and how it is written so that a run stopped at any moment can go on.
+"""The directory of a run: which files it has, and how they are written so that a run can go on after any stop.
 
-    config.toml         what is compared, all defaults written out; `mas-ext run --config` takes it
-    environment.json    a list with an entry for each start: time, machine, versions, threads
-    metrics.jsonl       a line for each epoch and each task, see below
-    lam.json            by method that was tried with several lam: candidates (lam, validation_accuracy by seed,
+    config.toml         what is compared, with all defaults; `mas-ext run --config` takes it
+    environment.json    a list with one entry per start: time, machine, versions, threads
+    metrics.jsonl       one line per epoch and per task, see below
+    lam.json            by method with several lam to choose from: candidates (lam, validation_accuracy by seed,
                         their mean, null where one diverged) and chosen (null where all diverged)
     METHOD-seedN/
-        accuracy.csv            accuracy[t, k], a row a task, empty where nothing was measured
-        checkpoint.safetensors  that of the Trainer: the model, and the state of the method
-        result.json             written last: what `mas_ext.compare.tables.summary` returns, or diverged and why
-    choosing/           the same for the runs that lam was chosen with, without their checkpoints
+        accuracy.csv            accuracy[t, k], one row per task, empty where nothing was measured
+        checkpoint.safetensors  the Trainer's: the model and the state of the method
+        result.json             written last: what `mas_ext.compare.sweep.train` returns
+    choosing/           the same for the trainings that lam was chosen by, without their checkpoints
     tensorboard/        events, where asked for
-    table.md            what was printed at the end: a row a method
-    report.html         where `mas-ext report` was asked for, with its pictures beside it, as PNGs
+    table.md            what was printed at the end: one row per method
+    report.html         from `mas-ext report`, with its pictures beside it, as PNGs
 
 A line of metrics.jsonl has method, seed, lam, purpose ("final" or "choose"), task (from 0), and either epoch
-(from 1), loss, validation and seconds, or, when the task is over, epoch null, accuracy (row of the matrix),
-validation (the same), step_seconds, border_seconds and held_bytes. No line is there twice.
+(from 1), loss, validation and seconds, or, at the end of a task, epoch null, accuracy (row of the matrix),
+validation (row of the matrix), step_seconds, border_seconds and held_bytes. No line occurs twice.
 
-Accuracies are in [0, 1], times in seconds. What is not defined is null. A file is replaced as a whole or, the
-lines, appended to.
+Accuracies are in [0, 1], times in seconds. What is not defined is null. Files are replaced as a whole, but for
+lines, which are appended.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext.compare import options as config
-from mas_ext.compare.options import Config
+from mas_ext.compare.cells import Cell, Found
+from mas_ext.compare.options import Config, differences, read_toml
 from mas_ext.info import info
 
 CONFIG, ENVIRONMENT, METRICS, LAM = "config.toml", "environment.json", "metrics.jsonl", "lam.json"
@@ -48,55 +48,114 @@ ACCURACY, CHECKPOINT, RESULT = "accuracy.csv", "checkpoint.safetensors", "result
 TABLE, EVENTS = "table.md", "tensorboard"
 
 
-def check(out: Path, comparison: Config, resume: bool) -> None:
-    """Whether `out` is new or, for `resume`, has the same comparison in it.
+class Directory:
+    """The directory of one run, and the store of its cells {method, seed, lam, purpose}."""
 
-    Raises:
-        FileNotFoundError: there is nothing to resume.
-        FileExistsError: it exists, and is not to be resumed.
-        ValueError: what is there is another comparison.
-    """
-    if not resume:
-        if (out / CONFIG).exists():
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def config(self) -> Config:
+        """What is compared in this directory.
+
+        Raises:
+            FileNotFoundError: no run has begun here.
+            ValueError: its config.toml can't be used.
+        """
+        if not (self.path / CONFIG).exists():
+            raise FileNotFoundError(
+                f"out: got {str(self.path)!r}, where no run has begun; leave out --resume"
+            )
+        return Config.read(read_toml(self.path / CONFIG))
+
+    def check(self, config: Config, resume: bool) -> None:
+        """Accept a new directory or, to resume, one with the same comparison in it.
+
+        Raises:
+            FileNotFoundError: there is nothing to resume.
+            FileExistsError: it exists, and is not to be resumed.
+            ValueError: another comparison is in it.
+        """
+        out = self.path
+        if resume:
+            if found := differences(self.config(), config):
+                raise ValueError(f"resume: {str(out)!r} is another run: {'; '.join(found)}")
+        elif (out / CONFIG).exists():
             raise FileExistsError(
                 f"out: got {str(out)!r}, which is a run already; --resume goes on with it"
             )
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(f"out: got {str(out)!r}, which exists; expected a new directory")
-    elif found := config.differences(load_config(out), comparison):
-        raise ValueError(f"resume: {str(out)!r} is another run: {'; '.join(found)}")
+
+    def begin(self, config: Config) -> None:
+        """Make the directory, complete from its first moment on, or note in it that the run goes on."""
+        out = self.path
+        if (out / CONFIG).exists():
+            starts = json.loads((out / ENVIRONMENT).read_text(encoding="utf-8"))
+            write_json(out / ENVIRONMENT, [*starts, environment()])
+            clear(out)
+            return
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = _temporary(out)
+        unfinished.mkdir()
+        write(unfinished / CONFIG, config.toml())
+        write_json(unfinished / ENVIRONMENT, [environment()])
+        unfinished.replace(out)
+
+    def folder(self, cell: Cell) -> Path:
+        """The folder of a cell."""
+        method, seed = cell["method"], cell["seed"]
+        if cell["purpose"] == "choose":
+            return self.path / f"choosing/{method}-lam{cell['lam']!r}-seed{seed}"
+        return self.path / f"{method}-seed{seed}"
+
+    def __contains__(self, cell: Cell) -> bool:
+        return (self.folder(cell) / RESULT).exists()
+
+    def __getitem__(self, cell: Cell) -> Found:
+        found: Found = json.loads((self.folder(cell) / RESULT).read_text(encoding="utf-8"))
+        return found
+
+    def add(self, cell: Cell, found: Found, seconds: float) -> None:
+        """Write result.json; durations are in metrics.jsonl."""
+        write_json(self.folder(cell) / RESULT, {**cell, **found})
 
 
-def load_config(out: Path) -> Config:
-    """What is compared in this directory.
+class Journal:
+    """metrics.jsonl: lines are appended, unless they are there already.
 
-    Raises:
-        FileNotFoundError: it is no run.
-        ValueError: its file can't be used.
+    A run that goes on repeats what came after its last checkpoint, to the same bits.
     """
-    if not (out / CONFIG).exists():
-        raise FileNotFoundError(
-            f"out: got {str(out)!r}, where no run has begun; leave out --resume"
-        )
-    return config.read(config.load(out / CONFIG))
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, and cut off a last line that was not finished when a run was killed."""
+        self._file = open(path, "a+b")  # noqa: SIM115
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        self._file.truncate(whole)
+        self._known = {_position(json.loads(line)) for line in content[:whole].splitlines()}
+
+    def add(self, line: Mapping[str, Any]) -> bool:
+        """Append the line; False if it is there already."""
+        if _position(line) in self._known:
+            return False
+        self._known.add(_position(line))
+        self._file.write(json.dumps(defined(line)).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return True
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
-def begin(out: Path, comparison: Config) -> None:
-    """Make the directory, complete from its first moment on, or note in it that the run goes on."""
-    if out.exists() and (out / CONFIG).exists():
-        starts = json.loads((out / ENVIRONMENT).read_text(encoding="utf-8"))
-        write_json(out / ENVIRONMENT, [*starts, environment()])
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = _temporary(out)
-    unfinished.mkdir()
-    write(unfinished / CONFIG, config.dump(comparison))
-    write_json(unfinished / ENVIRONMENT, [environment()])
-    unfinished.replace(out)
+def _position(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(line[key] for key in ("method", "seed", "lam", "purpose", "task", "epoch"))
 
 
 def environment() -> dict[str, Any]:
-    """When and where this is, and with which versions."""
+    """Time, machine and versions."""
     cpu = platform.processor()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -122,66 +181,32 @@ def write(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def clear(folder: Path) -> None:
-    """Remove what was being written when a run was killed."""
-    for temporary in folder.glob(".*." + 32 * "[0-9a-f]"):
-        temporary.unlink()
-
-
 def write_json(path: Path, content: Any) -> None:
-    """Write this as JSON: tensors as lists, NaN and infinity as null."""
+    """Write JSON: tensors as lists, NaN and infinity as null."""
     write(path, json.dumps(defined(content), indent=1) + "\n")
 
 
 def write_matrix(path: Path, matrix: Tensor) -> None:
-    """Write a matrix as CSV, NaN as nothing; every number in full."""
+    """Write a matrix as CSV, NaN as an empty field; every number in full."""
     rows = (["" if math.isnan(x) else repr(x) for x in row] for row in matrix.tolist())
     write(path, "".join(",".join(row) + "\n" for row in rows))
 
 
 def read_matrix(path: Path) -> Tensor:
-    """What `write_matrix` wrote, float64."""
+    """Read what `write_matrix` wrote, as float64."""
     with open(path, encoding="utf-8", newline="") as file:
         rows = [[float(x) if x else math.nan for x in row] for row in csv.reader(file)]
     return torch.tensor(rows, dtype=torch.float64)
 
 
-class Journal:
-    """metrics.jsonl: lines are appended, but for those that are there already.
-
-    A run that goes on repeats what came after its last checkpoint, to the same bits.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Open the file, and cut off a last line that was being written when a run was killed."""
-        self._file = open(path, "a+b")  # noqa: SIM115
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        self._file.truncate(whole)
-        self._there = {_place(json.loads(line)) for line in content[:whole].splitlines()}
-
-    def add(self, line: Mapping[str, Any]) -> bool:
-        """Append the line; False if it is there already."""
-        if _place(line) in self._there:
-            return False
-        self._there.add(_place(line))
-        self._file.write(json.dumps(defined(line)).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return True
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def _place(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(line[key] for key in ("method", "seed", "lam", "purpose", "task", "epoch"))
+def clear(folder: Path) -> None:
+    """Remove files that were not complete when a run was killed."""
+    for temporary in folder.glob(".*." + 32 * "[0-9a-f]"):
+        temporary.unlink()
 
 
 def defined(content: Any) -> Any:
-    """What JSON can have of this: tensors as lists, NaN and infinity as None."""
+    """The content as JSON can have it: tensors as lists, NaN and infinity as None."""
     if isinstance(content, Tensor):
         content = content.tolist()
     if isinstance(content, Mapping):

@@ -1,4 +1,4 @@
-"""What a comparison of methods is: read from a TOML file and the command line, checked before any work."""
+"""The options of a comparison: read from a TOML file and the command line, checked before any work."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from mas_ext import models
 from mas_ext._hints import hint
 from mas_ext.methods import METHODS, Method, create, options
 from mas_ext.models import MultiHead
-from mas_ext.scenarios import Scenario
-from mas_ext.scenarios import named as catalogue
+from mas_ext.scenarios import Scenario, named
 from mas_ext.training.settings import Settings
 
 if sys.version_info >= (3, 11):
@@ -34,11 +33,11 @@ FIRST_WEIGHTS = 2**32
 Purpose = Literal["choose", "final"]
 
 
-class Key(NamedTuple):
+class Option(NamedTuple):
     """A key of the file, and an option of the command line.
 
-    kind: str, int, float or bool. many: a list of them, with commas between on the command line; one alone is
-        a list, too. word: taken instead of a list. help: for the command line.
+    kind: str, int, float or bool. many: a list of them, separated by commas on the command line; a single value
+        is a list of one. word: allowed instead of a list. help: for the command line.
     """
 
     kind: type
@@ -47,10 +46,10 @@ class Key(NamedTuple):
     word: str | None = None
 
     def read(self, name: str, value: Any) -> Any:
-        """The value, checked: lists are tuples, whole numbers may stand for others.
+        """The checked value: lists become tuples, and a float may be given as an int.
 
         Raises:
-            ValueError: it is of another kind.
+            ValueError: the value is of another kind.
         """
         if self.word is not None and value == self.word:
             return value
@@ -60,7 +59,7 @@ class Key(NamedTuple):
         return tuple(self._one(name, each) for each in values)
 
     def parse(self, name: str, text: str) -> Any:
-        """The same of a word on the command line."""
+        """The checked value of a word on the command line."""
         if text == self.word:
             return text
         values = [self._converted(word) for word in (text.split(",") if self.many else [text])]
@@ -92,56 +91,60 @@ def _names(known: Iterable[str]) -> str:
 
 
 WHAT = {
-    "scenario": Key(str, f"tasks to learn: {_names(catalogue.SCENARIOS)}"),
-    "data": Key(str, "folder of the data sets; default: $MAS_EXT_DATA, ./data, ~/data"),
-    "tasks": Key(int, "how many tasks; default: what is usual for the scenario"),
-    "order": Key(
+    "scenario": Option(str, f"tasks to learn: {_names(named.SCENARIOS)}"),
+    "data": Option(str, "folder of the data sets; default: $MAS_EXT_DATA, ./data, ~/data"),
+    "tasks": Option(int, "how many tasks; default: what is usual for the scenario"),
+    "order": Option(
         int, "positions of the tasks in another order, or random", many=True, word="random"
     ),
-    "model": Key(str, f"network: {_names(models.MODELS)}"),
-    "hidden": Key(int, "widths of the hidden layers of the mlp; default: 400,400", many=True),
-    "methods": Key(str, f"what is compared: {_names(METHODS)}", many=True),
-    "lam": Key(
+    "model": Option(str, f"network: {_names(models.MODELS)}"),
+    "hidden": Option(int, "widths of the hidden layers of the mlp; default: 400,400", many=True),
+    "methods": Option(str, f"what is compared: {_names(METHODS)}", many=True),
+    "lam": Option(
         float,
-        "strength for all methods that have one; of several each method's best on validation data is taken; "
-        "default: each method's own",
+        "strength of all methods that have one; of several, the best on validation data is taken for each "
+        "method; default: each method's own",
         many=True,
     ),
-    "lam_seeds": Key(int, "how many seeds lam is chosen with, other ones than those of --seeds"),
-    "seeds": Key(int, "how many times everything is learned, with the seeds 0, 1, ..."),
-    "device": Key(str, "cpu, cuda, ..."),
+    "lam_seeds": Option(int, "how many seeds lam is chosen with, none of which is one of --seeds"),
+    "seeds": Option(int, "how many times everything is learned, with the seeds 0, 1, ..."),
+    "device": Option(str, "cpu, cuda, ..."),
 }
 
 HOW = {
-    "setting": Key(
+    "setting": Option(
         str,
-        "task (a head a task, the task is known when testing), domain (one head) or class (a head a task, all "
-        "side by side)",
+        "task (one head per task, the task is known when testing), domain (one head) or class (one head per "
+        "task, side by side)",
     ),
-    "optimizer": Key(str, "sgd, adam or adamw"),
-    "lr": Key(float, "learning rate"),
-    "epochs": Key(int, "for every task, or one number a task", many=True),
-    "batch_size": Key(int, "samples in a step"),
-    "schedule": Key(str, "of the learning rate within a task: cosine or linear; default: constant"),
-    "clip": Key(float, "largest norm of the gradient; default: any"),
-    "amp": Key(str, "bfloat16 or float16: mixed precision; default: none"),
-    "validation": Key(
+    "optimizer": Option(str, "sgd, adam or adamw"),
+    "lr": Option(float, "learning rate"),
+    "epochs": Option(int, "for every task, or one number per task", many=True),
+    "batch_size": Option(int, "samples per step"),
+    "schedule": Option(
+        str, "of the learning rate within a task: cosine or linear; default: constant"
+    ),
+    "clip": Option(float, "largest norm of the gradient; default: any"),
+    "amp": Option(str, "bfloat16 or float16: mixed precision; default: none"),
+    "validation": Option(
         float,
-        "share of the training data kept for validation; lam is chosen on this, or on "
-        f"{CHOOSING_SHARE:g} of them, kept for that alone",
+        "share of the training data kept for validation; lam is chosen on it, or without it on "
+        f"{CHOOSING_SHARE:g} of the training data, kept for that alone",
     ),
-    "patience": Key(
+    "patience": Option(
         int, "epochs without a better validation accuracy that end a task; default: any"
     ),
-    "importance_epochs": Key(int, "gather importance online in the last so many epochs of a task"),
-    "balanced": Key(bool, "draw all classes equally often"),
-    "deterministic": Key(bool, "use deterministic algorithms of torch only"),
-    "workers": Key(int, "processes that read data sets that are not in memory"),
+    "importance_epochs": Option(
+        int, "gather importance online in the last so many epochs of a task"
+    ),
+    "balanced": Option(bool, "draw all classes equally often"),
+    "deterministic": Option(bool, "use deterministic algorithms of torch only"),
+    "workers": Option(int, "processes that read data sets that are not in memory"),
 }
 
-KEYS = {**WHAT, **HOW}
+OPTIONS = {**WHAT, **HOW}
 
-# Where things are and what reads them: a run may go on with others.
+# Where data are and what reads them: a run may go on with others.
 FREE = ("data", "workers")
 
 
@@ -149,8 +152,8 @@ FREE = ("data", "workers")
 class Config:
     """What is compared, and how it is trained; the fields are the keys of the file, see WHAT.
 
-    methods: options by name; "lam" among them may be a list, and goes before `lam`.
-    settings: see HOW; the seed in it is not used.
+    methods: options by name; "lam" among them may be a list, and takes precedence over `lam`.
+    settings: see HOW; its seed is not used.
 
     Raises:
         ValueError: a value that can't be used.
@@ -172,15 +175,13 @@ class Config:
     settings: Settings = field(default_factory=Settings)
 
     def __post_init__(self) -> None:
-        """Check everything that can be without data."""
-        for name, value, known in (
-            ("scenario", self.scenario, catalogue.SCENARIOS),
-            ("model", self.model, models.MODELS),
-        ):
+        """Check everything that can be checked without data."""
+        for name, known in (("scenario", named.SCENARIOS), ("model", models.MODELS)):
+            value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, {hint(value, known)}")
-        counts = {"tasks": self.tasks, "seeds": self.seeds, "lam_seeds": self.lam_seeds}
-        for name, count in counts.items():
+        for name in ("tasks", "seeds", "lam_seeds"):
+            count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name}: got {count}, expected at least 1")
         if self.hidden is not None and (self.model != "mlp" or min(self.hidden, default=0) < 1):
@@ -203,10 +204,50 @@ class Config:
                 except TypeError as error:
                     raise ValueError(f"methods.{method}: {error}") from error
 
-    def lams(self, method: str) -> tuple[float, ...]:
-        """The strengths that a method is tried with: its own, else all methods', else its default.
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Config:
+        """The configuration with these values, by the names in OPTIONS; the others have their defaults.
 
-        There are none where it has no lam.
+        Raises:
+            ValueError: an unknown name, or a value that can't be used.
+        """
+        what: dict[str, Any] = {}
+        how: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in OPTIONS:
+                raise ValueError(f"{name}: there is no such key, {hint(name, OPTIONS)}")
+            if name == "methods":
+                what[name] = _methods(value)
+            else:
+                (how if name in HOW else what)[name] = OPTIONS[name].read(name, value)
+        if len(how.get("epochs", ())) == 1:
+            (how["epochs"],) = how["epochs"]
+        return cls(**what, settings=Settings(**how))
+
+    def values(self) -> dict[str, Any]:
+        """All keys that have a value, as in a file."""
+        found: dict[str, Any] = {}
+        for name in OPTIONS:
+            value = getattr(self.settings if name in HOW else self, name)
+            if value not in (None, ()):
+                found[name] = list(value) if isinstance(value, tuple) else value
+        found["methods"] = {name: dict(given) for name, given in self.methods.items()}
+        return found
+
+    def toml(self) -> str:
+        """The configuration as TOML, with all defaults."""
+        values = self.values()
+        tables = values.pop("methods")
+        lines = [f"{name} = {_toml(value)}" for name, value in values.items()]
+        for method, given in tables.items():
+            lines += ["", f"[methods.{method}]"]
+            lines += [f"{name} = {_toml(value)}" for name, value in given.items()]
+        return "\n".join(lines) + "\n"
+
+    def lams(self, method: str) -> tuple[float, ...]:
+        """The strengths that a method is tried with: its own, else `lam`, else its default.
+
+        Empty for a method without lam.
         """
         known = options(method)
         if "lam" not in known:
@@ -214,20 +255,24 @@ class Config:
         own = self.methods[method].get("lam")
         if own is None:
             return self.lam or (known["lam"],)
-        lams = Key(float, "", many=True).read(f"methods.{method}.lam", own)
+        lams: tuple[float, ...] = Option(float, "", many=True).read(f"methods.{method}.lam", own)
         _check_lams(f"methods.{method}.lam", lams)
-        return lams  # type: ignore[no-any-return]
+        return lams
+
+    def tried(self) -> list[str]:
+        """The methods with several lam to choose from."""
+        return [name for name in self.methods if len(self.lams(name)) > 1]
 
     def create(self, method: str, lam: float | None) -> Method:
-        """A new method, with its options and this lam; None: it has none."""
+        """A new method with its options and this lam, None for a method without lam."""
         given = {**self.methods[method]}
         if lam is not None:
             given["lam"] = lam
         return create(method, **given)
 
     def make_scenario(self, seed: int) -> Scenario:
-        """The scenario, whose random parts are by the seed."""
-        return catalogue.build(self.scenario, self.data, self.tasks, self.order, seed)
+        """The scenario, whose random parts the seed decides."""
+        return named.build(self.scenario, self.data, self.tasks, self.order, seed)
 
     def network(self, scenario: Scenario, seed: int) -> MultiHead:
         """The network with its first weights, which are the same for all methods."""
@@ -238,20 +283,10 @@ class Config:
             return models.build(self.model, scenario.shape)
 
     def training(self, seed: int, purpose: Purpose) -> Settings:
-        """How the scenario is learned: lam is chosen on validation data, of which there are then some."""
+        """How the scenario is learned; there are always validation data to choose lam on."""
         settings = self.settings
         share = settings.validation or (CHOOSING_SHARE if purpose == "choose" else 0.0)
         return replace(settings, seed=seed, validation=share)
-
-    def values(self) -> dict[str, Any]:
-        """All keys that have a value, as a file has them."""
-        found: dict[str, Any] = {}
-        for name in KEYS:
-            value = getattr(self.settings if name in HOW else self, name)
-            if value not in (None, ()):
-                found[name] = list(value) if isinstance(value, tuple) else value
-        found["methods"] = {name: dict(given) for name, given in self.methods.items()}
-        return found
 
 
 def _check_lams(name: str, lams: tuple[float, ...]) -> None:
@@ -261,28 +296,8 @@ def _check_lams(name: str, lams: tuple[float, ...]) -> None:
         raise ValueError(f"{name}: got {list(lams)}, expected each number once")
 
 
-def read(values: Mapping[str, Any]) -> Config:
-    """The configuration with these values, by the names in KEYS; what is not given has its default.
-
-    Raises:
-        ValueError: an unknown name, or a value that can't be used.
-    """
-    what: dict[str, Any] = {}
-    how: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in KEYS:
-            raise ValueError(f"{name}: there is no such key, {hint(name, KEYS)}")
-        if name == "methods":
-            what[name] = _methods(value)
-        else:
-            (how if name in HOW else what)[name] = KEYS[name].read(name, value)
-    if len(how.get("epochs", ())) == 1:
-        (how["epochs"],) = how["epochs"]
-    return Config(**what, settings=Settings(**how))
-
-
 def _methods(value: Any) -> dict[str, dict[str, Any]]:
-    """Tables of options by method, or names alone."""
+    """Options by method, from such tables or from names alone."""
     if isinstance(value, Mapping):
         for name, given in value.items():
             if not isinstance(given, Mapping):
@@ -290,32 +305,32 @@ def _methods(value: Any) -> dict[str, dict[str, Any]]:
                     f"methods.{name}: got {given!r}, expected a table of options: [methods.{name}]"
                 )
         return {name: dict(given) for name, given in value.items()}
-    names = KEYS["methods"].read("methods", value)
+    names = OPTIONS["methods"].read("methods", value)
     if len(set(names)) < len(names):
         raise ValueError(f"methods: got {list(names)}, expected each name once")
     return {name: {} for name in names}
 
 
-def merge(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, with those given in their place. Methods that are given by name keep their options."""
-    merged = {**values, **given}
+def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, replaced by those given; methods that are given by name keep their options."""
+    found = {**values, **given}
     if "methods" in values and not isinstance(given.get("methods", {}), Mapping):
         tables = _methods(values["methods"])
-        merged["methods"] = {name: tables.get(name, {}) for name in _methods(given["methods"])}
-    return merged
+        found["methods"] = {name: tables.get(name, {}) for name in _methods(given["methods"])}
+    return found
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """What differs, in words, but for where data are and what reads them."""
+    """What differs, in words, except where data are and what reads them."""
     before, after = old.values(), new.values()
     return [
         f"{name} was {before.get(name, 'not given')} and is {after.get(name, 'not given')}"
-        for name in KEYS
+        for name in OPTIONS
         if name not in FREE and before.get(name) != after.get(name)
     ]
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The values in a TOML file, not yet checked.
 
     Raises:
@@ -329,22 +344,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
-def dump(config: Config) -> str:
-    """The configuration as TOML, with all defaults written out."""
-    values = config.values()
-    tables = values.pop("methods")
-    lines = [f"{name} = {_toml(value)}" for name, value in values.items()]
-    for method, given in tables.items():
-        lines += ["", f"[methods.{method}]"]
-        lines += [f"{name} = {_toml(value)}" for name, value in given.items()]
-    return "\n".join(lines) + "\n"
-
-
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, str):
-        # JSON escapes as TOML does, but for this one, which TOML wants escaped.
+        # JSON escapes as TOML does, but for this character, which TOML wants escaped.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return str(value).lower()

@@ -1,4 +1,4 @@
-"""How far a run is, on stderr: a bar on a terminal, elsewhere a line a task."""
+"""How far a run is, on stderr: a bar on a terminal, elsewhere one line per task."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from tqdm import tqdm
 from mas_ext.training.run import Epoch
 
 
-class Progress:
-    """Counts epochs of jobs, which all learn the same tasks, one job after another."""
+class ProgressBar:
+    """Counts the epochs of trainings, which all learn the same tasks, one training after another."""
 
-    def __init__(self, epochs: Sequence[int], jobs: int) -> None:
-        """epochs: of each task; jobs: how many there are."""
-        self._epochs, self._total = epochs, jobs * sum(epochs)
-        self._job, self._start, self._now, self._learned = "", 0, 0, 0
+    def __init__(self, epochs: Sequence[int], trainings: int) -> None:
+        """epochs: of each task; trainings: how many there are."""
+        self._epochs, self._total = epochs, trainings * sum(epochs)
+        self._title, self._start, self._now, self._learned = "", 0, 0, 0
         self._began = time.perf_counter()
-        # Without smoothing time left is by the mean of all epochs, of which some methods have slow ones.
+        # Without smoothing, the time left is by the mean of all epochs: those of some methods are slow.
         self._bar = tqdm(
             total=self._total, unit="epoch", smoothing=0, disable=not sys.stderr.isatty()
         )
 
-    def begin(self, job: str) -> None:
-        """A job begins."""
-        self._job, self._start = job, self._now
-        self._bar.set_description(job)
+    def begin(self, title: str) -> None:
+        """A training begins."""
+        self._title, self._start = title, self._now
+        self._bar.set_description(title)
 
     def epoch(self, news: Epoch) -> None:
         """An epoch of it is over."""
         task = f"task {news.task + 1}/{len(self._epochs)}"
         self._bar.set_description(
-            f"{self._job}, {task}, epoch {news.epoch}/{self._epochs[news.task]}", refresh=False
+            f"{self._title}, {task}, epoch {news.epoch}/{self._epochs[news.task]}", refresh=False
         )
         if news.validation is not None:
             self._bar.set_postfix_str(
@@ -49,7 +49,7 @@ class Progress:
         self._move(sum(self._epochs[: task + 1]))
         if self._bar.disable:
             self.say(
-                f"{self._job}: task {task + 1}/{len(self._epochs)}, {found}, {self._left()} left"
+                f"{self._title}: task {task + 1}/{len(self._epochs)}, {found}, {self._left()} left"
             )
 
     def end(self) -> None:
@@ -57,7 +57,7 @@ class Progress:
         self._move(sum(self._epochs))
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Write a line that stays."""
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
 
@@ -66,7 +66,7 @@ class Progress:
         self._bar.close()
 
     def _move(self, epochs: int) -> None:
-        """To so many epochs of the job. Those that were not learned now took no time."""
+        """Move to so many epochs of the training; those that were learned before took no time."""
         before, self._now = self._now, self._start + epochs
         self._bar.initial = self._now - self._learned
         self._bar.n += self._now - before

@@ -1,4 +1,4 @@
-"""What a run found, read from its directory: of trainings that are finished, diverged or on their way."""
+"""What a run found so far, read from its directory: of trainings that are finished, diverged or going on."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ import torch
 from torch import Tensor
 
 from mas_ext import metrics
-from mas_ext.compare import directory as record
-from mas_ext.compare import options as config
-from mas_ext.compare.options import Config
-from mas_ext.compare.sweep import Job
-from mas_ext.compare.tables import Found
+from mas_ext.compare import directory as files
+from mas_ext.compare.cells import Found
+from mas_ext.compare.directory import Directory
+from mas_ext.compare.options import Config, read_toml
 from mas_ext.state import files as checkpoint
 
-Layers = dict[str, tuple[float, int]]  # by layer the sum of omega, and of how many parameters
+Layers = dict[str, tuple[float, int]]  # by layer: sum of omega, number of parameters
 
-
-# What of a result is read.
-RESULTS = (
+# What is read of result.json.
+KEYS = (
     "tasks",
     "average_accuracy",
     "forgetting",
@@ -50,32 +48,26 @@ class Choice(NamedTuple):
 class Learned:
     """What is known of a method and seed, NaN where it did not get to. T tasks.
 
-    accuracy: see Result, (T, T). step_seconds, held_bytes: see Result, (T,).
-    found: see `mas_ext.compare.tables.summary`, or diverged and why; None as long as it is not finished.
-    layers: importance by layer; empty for a method without.
+    folder: of its files. accuracy: see Result, (T, T). step_seconds, held_bytes: see Result, (T,).
+    found: see `mas_ext.compare.sweep.train`; None as long as it is not finished.
     """
 
     method: str
     seed: int
+    folder: Path
     accuracy: Tensor
     step_seconds: Tensor
     held_bytes: Tensor
     found: Found | None
-    layers: Layers
 
     @property
     def diverged(self) -> str | None:
-        """Why it did."""
+        """Why it diverged, None where it did not."""
         return None if self.found is None else self.found.get("diverged")
 
     @property
-    def finished(self) -> bool:
-        """Whether there is a result that counts."""
-        return self.found is not None and self.diverged is None
-
-    @property
     def tasks(self) -> int:
-        """How many are over."""
+        """The number of tasks that are over."""
         return int((~self.held_bytes.isnan()).sum())
 
     @property
@@ -83,76 +75,103 @@ class Learned:
         """1/t sum_{k<=t} accuracy[t, k]: over the tasks so far, (T,)."""
         return torch.stack([row[: t + 1].mean() for t, row in enumerate(self.accuracy)])
 
+    def layers(self) -> Layers:
+        """Importance by layer, read from the checkpoint; empty for a method without importance.
+
+        Raises:
+            ValueError: the checkpoint is damaged.
+        """
+        if not (self.folder / files.CHECKPOINT).exists():
+            return {}
+        with _reading(self.folder / files.CHECKPOINT) as path:
+            return importance_by_layer(checkpoint.unpack(checkpoint.load(path))["method"])
+
 
 @dataclass(frozen=True)
 class Findings:
     """All that a run found.
 
-    comparison: what was compared. device: on which. starts: see record.environment, an entry each.
+    config: what was compared. device: on which. starts: see `directory.environment`, one entry each.
     grid: by method with several lam. tasks: their names, empty as long as none is known.
     learned: by method, in order of seeds.
     """
 
-    comparison: Config
+    config: Config
     device: str
     starts: list[dict[str, Any]]
     grid: dict[str, Choice]
     tasks: list[str]
     learned: dict[str, list[Learned]]
 
+    @classmethod
+    def read(cls, run: str | Path) -> Findings:
+        """Read the directory of a run, which may be unfinished.
+
+        Raises:
+            FileNotFoundError: no run has begun there.
+            ValueError: a file in it is damaged.
+        """
+        directory = Directory(run)
+        folder = directory.path
+        if not (folder / files.CONFIG).exists():
+            raise FileNotFoundError(
+                f"run: got {str(folder)!r}, where no run has begun; expected what --out of mas-ext run was"
+            )
+        values = read_toml(folder / files.CONFIG)
+        with _reading(folder / files.CONFIG):
+            # The device need not be here: nothing is computed on it.
+            config = Config.read({**values, "device": "cpu"})
+        with _reading(folder / files.ENVIRONMENT) as path:
+            starts = [dict(start) for start in json.loads(path.read_bytes())]
+        grid = {}
+        if (folder / files.LAM).exists():
+            with _reading(folder / files.LAM) as path:
+                for name, tried in json.loads(path.read_bytes()).items():
+                    means = {each["lam"]: each["mean"] for each in tried["candidates"]}
+                    grid[name] = Choice(tried["chosen"], means)
+        over, count = _over(folder / files.METRICS)
+        learned = {
+            name: [_learned(directory, name, seed, count, over) for seed in range(config.seeds)]
+            for name in config.methods
+        }
+        for name in (name for name, choice in grid.items() if choice.lam is None):
+            lost = {"diverged": "with every lam"}
+            learned[name] = [replace(each, found=lost) for each in learned[name]]
+        every = [each.found or {} for seeds in learned.values() for each in seeds]
+        names = [found["tasks"] for found in every if "tasks" in found]
+        device = str(values.get("device", config.device))
+        return cls(config, device, starts, grid, [*names, [""] * count][0], learned)
+
     def lam(self, method: str) -> float | None:
-        """The one that was chosen, or the only one; None if there is none, or none yet."""
+        """The lam that was chosen, or the only one; None if there is none, or none yet."""
         if method in self.grid:
             return self.grid[method].lam
-        lams = self.comparison.lams(method)
+        lams = self.config.lams(method)
         return lams[0] if len(lams) == 1 else None
 
+    def finished(self, method: str) -> list[Found]:
+        """What was found with the seeds that count."""
+        found = [each.found for each in self.learned[method] if each.diverged is None]
+        return [each for each in found if each is not None]
 
-def read(folder: str | Path) -> Findings:
-    """What is in the directory of a run, which may be unfinished.
+    def diverged(self, method: str) -> int:
+        """The number of seeds that diverged."""
+        return sum(each.diverged is not None for each in self.learned[method])
 
-    Raises:
-        FileNotFoundError: it is no run.
-        ValueError: a file in it is damaged.
-    """
-    folder = Path(folder)
-    if not (folder / record.CONFIG).exists():
-        raise FileNotFoundError(
-            f"run: got {str(folder)!r}, where no run has begun; expected what --out of mas-ext run was"
-        )
-    values = config.load(folder / record.CONFIG)
-    with _reading(folder / record.CONFIG):
-        # The device need not be here: nothing is computed on it.
-        comparison = config.read({**values, "device": "cpu"})
-    with _reading(folder / record.ENVIRONMENT) as path:
-        starts = [dict(start) for start in json.loads(path.read_bytes())]
-    grid = {}
-    if (folder / record.LAM).exists():
-        with _reading(folder / record.LAM) as path:
-            for name, tried in json.loads(path.read_bytes()).items():
-                means = {each["lam"]: each["mean"] for each in tried["candidates"]}
-                grid[name] = Choice(tried["chosen"], means)
-    over, count = _over(folder / record.METRICS)
-    learned = {
-        name: [_learned(folder, name, n, count, over) for n in range(comparison.seeds)]
-        for name in comparison.methods
-    }
-    for name in (name for name, choice in grid.items() if choice.lam is None):
-        lost = {"diverged": "with every lam"}
-        learned[name] = [replace(each, found=lost) for each in learned[name]]
-    every = [each for seeds in learned.values() for each in seeds]
-    names = [each.found["tasks"] for each in every if each.finished and each.found]
-    device = str(values.get("device", comparison.device))
-    return Findings(comparison, device, starts, grid, [*names, [""] * count][0], learned)
+    def reasons(self) -> Iterator[tuple[str, str]]:
+        """Methods, and why they diverged; each reason once."""
+        for name, learned in self.learned.items():
+            for reason in sorted({each.diverged for each in learned if each.diverged is not None}):
+                yield name, reason
 
 
 def _over(path: Path) -> tuple[dict[tuple[str, int, int], Any], int]:
-    """The lines about tasks that are over, by method, seed and task, and how many tasks there are."""
+    """The lines about tasks that are over, by method, seed and task, and the number of tasks."""
     if not path.exists():
         return {}, 0
     with _reading(path):
         content = path.read_bytes()
-        # Without a last line that was being written when the run was killed.
+        # Without a last line that was not finished when the run was killed.
         whole = content[: content.rfind(b"\n") + 1].splitlines()
         lines = [line for line in map(json.loads, whole) if line["epoch"] is None]
         count = max((len(line["accuracy"]) for line in lines), default=0)
@@ -160,31 +179,30 @@ def _over(path: Path) -> tuple[dict[tuple[str, int, int], Any], int]:
         return {(line["method"], line["seed"], line["task"]): line for line in final}, count
 
 
-def _learned(folder: Path, method: str, seed: int, count: int, over: Mapping[Any, Any]) -> Learned:
+def _learned(
+    directory: Directory, method: str, seed: int, count: int, over: Mapping[Any, Any]
+) -> Learned:
     nothing = {"accuracy": [None] * count, "step_seconds": None, "held_bytes": None}
-    with _reading(folder / record.METRICS):
+    with _reading(directory.path / files.METRICS):
         lines = [over.get((method, seed, task), nothing) for task in range(count)]
         accuracy, seconds, held = (
             torch.from_numpy(np.array([line[key] for line in lines], dtype=float))
             for key in nothing
         )
         accuracy = accuracy.reshape(count, count)
-    folder = folder / Job(method, seed, None).folder
-    found, layers = None, {}
-    if (folder / record.RESULT).exists():
-        with _reading(folder / record.RESULT) as path:
-            found = dict(json.loads(path.read_bytes()))
+    cell, found = {"method": method, "seed": seed, "purpose": "final"}, None
+    folder = directory.folder(cell)
+    if cell in directory:
+        with _reading(folder / files.RESULT):
+            found = dict(directory[cell])
             if "diverged" not in found:
-                found = {key: found[key] for key in RESULTS}
-    if (folder / record.CHECKPOINT).exists():
-        with _reading(folder / record.CHECKPOINT) as path:
-            layers = importance(checkpoint.unpack(checkpoint.load(path))["method"])
-    return Learned(method, seed, accuracy, seconds, held, found, layers)
+                found = {key: found[key] for key in KEYS}
+    return Learned(method, seed, folder, accuracy, seconds, held, found)
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Path]:
-    """Whatever is wrong with the content of a file is told as that, with its name."""
+    """Whatever is wrong with the content of a file is an error that names it."""
     try:
         yield path
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -192,10 +210,10 @@ def _reading(path: Path) -> Iterator[Path]:
         raise ValueError(told) from error
 
 
-def importance(state: Mapping[str, Any]) -> Layers:
-    """Sum of omega and number of parameters by layer, of a method's state; empty if it holds none.
+def importance_by_layer(state: Mapping[str, Any]) -> Layers:
+    """Sum of omega and number of parameters by layer, of a method's state; empty without omega.
 
-    Of IMM it is what its tasks are merged by.
+    Of IMM it is the omega that tasks are merged by.
     """
     layers: Layers = {}
     for name, omega in state.get("merging", state).get("penalty", {}).items():
@@ -203,18 +221,18 @@ def importance(state: Mapping[str, Any]) -> Layers:
         if kind == "omega":
             layer = parameter.rpartition(".")[0]
             total, count = layers.get(layer, (0.0, 0))
-            # A row a task where each is stored by itself.
+            # Row by row with store="per_task": one per task.
             layers[layer] = (total + float(omega.double().sum()), count + omega[0].numel())
     return layers
 
 
 def shares(learned: Sequence[Learned]) -> dict[str, tuple[float, float]]:
-    """By layer its share of all importance, and its mean a parameter over that of all; means over seeds.
+    """By layer its share of all importance, and its mean per parameter over that of all; means over seeds.
 
-    Without the seeds in which nothing is important, and those that diverged.
+    Seeds in which nothing is important, and those that diverged, are left out.
     """
     found: dict[str, list[tuple[float, float]]] = {}
-    for layers in (each.layers for each in learned if each.diverged is None):
+    for layers in (each.layers() for each in learned if each.diverged is None):
         total, count = (sum(each[i] for each in layers.values()) for i in (0, 1))
         for name, (own, parameters) in layers.items() if total else ():
             found.setdefault(name, []).append((own / total, own / total * count / parameters))
@@ -229,7 +247,7 @@ def over_seeds(
 ) -> tuple[Tensor, Tensor]:
     """Mean and h of metrics.mean_interval over seeds, entry by entry, NaN where there is none.
 
-    Seeds that are not there yet are left out; where one diverged before, there is no mean.
+    Seeds that have not got there yet are left out; where one diverged before, there is no mean.
     """
     each = torch.stack([what(one) for one in learned])
     mean, half = torch.full((2, *each.shape[1:]), math.nan, dtype=torch.float64)

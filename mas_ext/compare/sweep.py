@@ -1,50 +1,55 @@
-"""Comparisons of methods: each learns the same scenario with the same seeds; what is found is kept."""
+"""Sweeps: methods, seeds and lam on one scenario, with all that is found kept in a directory."""
 
 from __future__ import annotations
 
-import importlib
-import json
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from mas_ext.compare import directory as record
-from mas_ext.compare.options import Config, Purpose
-from mas_ext.compare.progress import Progress
-from mas_ext.compare.tables import Found, summary, table, task_line
+from mas_ext import metrics
+from mas_ext.compare import directory as files
+from mas_ext.compare.cells import Cell, Found, choose, chosen, fill, listed
+from mas_ext.compare.directory import Directory, Journal
+from mas_ext.compare.options import Config
+from mas_ext.compare.progress import ProgressBar
+from mas_ext.compare.results import Findings
+from mas_ext.compare.tables import summary
+from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import Method, options
+from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
-from mas_ext.state import files as checkpoint
+from mas_ext.scenarios.datasets import import_extra
 from mas_ext.trainer import Trainer
-from mas_ext.training.run import Epoch, Learning, OtherRun, Result
+from mas_ext.training.run import Epoch, Learning, Result
+from mas_ext.training.settings import Settings
 
 
-def run(
-    comparison: Config, out: str | Path, *, resume: bool = False, tensorboard: bool = False
-) -> str:
+def run(config: Config, out: str | Path, *, resume: bool = False, tensorboard: bool = False) -> str:
     """Compare the methods, with progress on stderr; `mas_ext.compare.directory` says what is written.
 
-    Where a method has several lam to choose from, it learns everything with each of them and seeds of its own,
-    and the one of the largest average accuracy on validation data is taken, of equal ones the first. A training
-    that diverges is reported as that; a lam with which one did is not taken.
+    A method with several lam to choose from learns everything with each of them, with seeds of their own, and
+    takes the one with the largest average accuracy on validation data, of equal ones the first. A training that
+    diverges or collapses is reported as diverged, and its lam is not taken. Any other error ends the run.
 
     Args:
-        comparison: what to do.
-        out: a directory that is not there yet.
-        resume: go on in one that is there; what is finished stays, the rest goes on from its last epoch, to the
+        config: what to compare, and how.
+        out: a directory that does not exist yet.
+        resume: go on in an existing one; what is finished stays, the rest goes on from its last epoch, to the
             same bits where torch has as many threads.
         tensorboard: write events, too.
 
     Returns:
-        The table that is in the directory as well.
+        The table that is also in the directory.
 
     Raises:
         ValueError: something that can't be used, found before any training; a damaged checkpoint.
@@ -53,277 +58,262 @@ def run(
         ModuleNotFoundError: a package for the data or for events is not installed.
         KeyboardInterrupt: Ctrl-C; what was learned is kept.
     """
-    out = Path(out)
-    record.check(out, comparison, resume)
-    make_writer = _summary_writer() if tensorboard else None
-    work = Comparison(comparison, out, make_writer)
-    work.rehearse()
-    record.begin(out, comparison)
-    return work.do()
+    directory = Directory(out)
+    directory.check(config, resume)
+    tools = import_extra("torch.utils.tensorboard", "tensorboard") if tensorboard else None
+    make_scenario = functools.lru_cache(maxsize=1)(config.make_scenario)
+    first = make_scenario(0)
+    rehearse(config, first)
+    directory.begin(config)
+    choices = sum(len(config.lams(name)) for name in config.tried())
+    trainings = config.lam_seeds * choices + config.seeds * len(config.methods)
+    epochs = config.settings.epochs_of(len(first.tasks))
+    with (
+        closing(Journal(directory.path / files.METRICS)) as journal,
+        closing(ProgressBar(epochs, trainings)) as progress,
+    ):
+        without = [name for name in config.methods if "lam" not in options(name)]
+        if config.lam and without:
+            progress.say(f"no lam, so the list is not for them: {', '.join(without)}")
+        sweep = Sweep(config, directory, make_scenario, epochs, journal, progress, tools)
+        fill(directory, sweep.shown(sweep.plan()), sweep.measure)
+    text = summary(Findings.read(directory.path))
+    files.write(directory.path / files.TABLE, text)
+    return text
 
 
-def _summary_writer() -> Callable[[str], Any]:
-    try:
-        module = importlib.import_module("torch.utils.tensorboard")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "tensorboard is not installed, run: pip install tensorboard", name=error.name
-        ) from error
-    make: Callable[[str], Any] = module.SummaryWriter
-    return make
-
-
-class Diverged(Exception):
-    """A training that did not end in finite numbers."""
-
-
-def learn(
-    comparison: Config,
-    scenario: Scenario,
-    method: Method,
-    seed: int,
-    purpose: Purpose,
-    **trainer: Any,
-) -> Result:
-    """The scenario learned once, as the comparison says; trainer: further arguments of Trainer.
+def rehearse(config: Config, scenario: Scenario) -> None:
+    """Begin the first task with every method, on one sample per task, to find out now what can't be used.
 
     Raises:
-        Diverged: the training did.
-        OtherRun: the checkpoint is that of another run.
+        ValueError: an option that does not fit the network, the scenario or another option.
     """
-    network, settings = comparison.network(scenario, seed), comparison.training(seed, purpose)
-    made = Trainer(network, method, device=comparison.device, **trainer, **vars(settings))
-    try:
-        return made.fit(scenario)
-    except OtherRun:
-        raise
-    except (FloatingPointError, ValueError) as error:
-        raise Diverged(str(error)) from error
+    share = config.training(0, "choose" if config.tried() else "final").validation
+    for task in scenario.tasks:
+        count = len(task.train)  # type: ignore[arg-type]
+        if share and int(share * count) == 0:
+            raise ValueError(
+                f"validation: got {share:g} of the {count} samples of task {task.name!r}, which is none, "
+                "expected a larger share"
+            )
+    few = Scenario(
+        tuple(
+            replace(task, train=Subset(task.train, [0]), test=Subset(task.test, [0]))
+            for task in scenario.tasks
+        )
+    )
+    settings = replace(config.settings, validation=0.0, patience=None)
+    for name in config.methods:
+        for lam in config.lams(name) or (None,):
+            method, model = config.create(name, lam), config.network(scenario, 0)
+            try:
+                with torch.random.fork_rng([]):
+                    Learning(model, method, settings, few, torch.device(config.device)).begin_task()
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
-class Job:
-    """The scenario learned once."""
+class Sweep:
+    """The trainings of a run, as cells of method, seed, lam and purpose ("choose" or "final").
 
-    method: str
-    seed: int
-    lam: float | None
-    purpose: Purpose = "final"
+    epochs: of each task. tensorboard: the module torch.utils.tensorboard; None for no events.
+    """
 
-    @property
-    def folder(self) -> str:
-        """Where it is in the run's directory."""
-        if self.purpose == "choose":
-            return f"choosing/{self.method}-lam{self.lam!r}-seed{self.seed}"
-        return f"{self.method}-seed{self.seed}"
+    config: Config
+    directory: Directory
+    make_scenario: Callable[[int], Scenario]
+    epochs: list[int]
+    journal: Journal
+    progress: ProgressBar
+    tensorboard: ModuleType | None
 
-    def __str__(self) -> str:
-        strength = f" lam {self.lam:g}" if self.purpose == "choose" else ""
-        return f"{self.method}{strength} seed {self.seed}"
+    def plan(self) -> Iterator[Cell]:
+        """All choices of lam, then all seeds, each with joint training first, which intransigence needs."""
+        for method in self.config.tried():
+            yield from self._choice(method)
+        self._write_choices()
+        for seed in range(self.config.seeds):
+            for method in sorted(self.config.methods, key=lambda name: name != "joint"):
+                lam = self._lam(method)
+                if lam is not None or method not in self.config.tried():
+                    yield {"method": method, "seed": seed, "lam": lam, "purpose": "final"}
 
+    def shown(self, cells: Iterable[Cell]) -> Iterator[Cell]:
+        """Pass the cells on, and move the progress bar with them."""
+        for cell in cells:
+            self.progress.begin(_title(cell))
+            yield cell
+            if cell["purpose"] == "choose":
+                (self.directory.folder(cell) / files.CHECKPOINT).unlink(missing_ok=True)
+            self.progress.end()
 
-class Comparison:
-    """All jobs of a run, one after another."""
+    def measure(self, cell: Cell) -> Found:
+        """Train, or go on from the checkpoint."""
+        folder, seed = self.directory.folder(cell), cell["seed"]
+        folder.mkdir(parents=True, exist_ok=True)
+        files.clear(folder)
+        scenario, path = self.make_scenario(seed), folder / files.CHECKPOINT
+        with self._writer(folder) as writer:
+            found = train(
+                self.config.network(scenario, seed),
+                self.config.create(cell["method"], cell["lam"]),
+                scenario,
+                self.config.training(seed, cell["purpose"]),
+                self._joint(cell),
+                device=self.config.device,
+                checkpoint=path,
+                callbacks=[self._follow(cell, folder, writer)],
+            )
+        if "diverged" in found:
+            self.progress.say(f"{_title(cell)}: diverged, {found['diverged']}")
+        return found
 
-    def __init__(
-        self, comparison: Config, out: Path, make_writer: Callable[[str], Any] | None
-    ) -> None:
-        """make_writer: a SummaryWriter for a folder; None for no events."""
-        self.config, self.out, self._make_writer = comparison, out, make_writer
-        self._scenario: tuple[int, Scenario] | None = None
+    def _writer(self, folder: Path) -> AbstractContextManager[Any]:
+        """Where a cell's events go."""
+        if self.tensorboard is None:
+            return nullcontext()
+        events = self.directory.path / files.EVENTS / folder.relative_to(self.directory.path)
+        return closing(self.tensorboard.SummaryWriter(str(events)))
 
-    def rehearse(self) -> None:
-        """Begin the first task with every method, on a sample a task: what can't be used is found out now."""
-        scenario = self.scenario(0)
-        share = self.config.training(0, "choose" if self.tried() else "final").validation
-        for task in scenario.tasks:
-            count = len(task.train)  # type: ignore[arg-type]
-            if share and int(share * count) == 0:
-                raise ValueError(
-                    f"validation: got {share:g} of the {count} samples of task {task.name!r}, which is none, "
-                    "expected a larger share"
-                )
-        tasks = [
-            replace(task, train=Subset(task.train, [0]), test=Subset(task.test, [0]))
-            for task in scenario.tasks
-        ]
-        settings = replace(self.config.settings, validation=0.0, patience=None)
-        for name in self.config.methods:
-            for lam in self.config.lams(name) or (None,):
-                method, model = self.config.create(name, lam), self.config.network(scenario, 0)
-                device = torch.device(self.config.device)
-                try:
-                    with torch.random.fork_rng([]):
-                        few = Scenario(tuple(tasks))
-                        Learning(model, method, settings, few, device).begin_task()
-                except (TypeError, ValueError) as error:
-                    raise ValueError(f"{name}: {error}") from error
-
-    def do(self) -> str:
-        """Choose lam where there is a choice, learn everything, and write the table."""
-        seeds = range(self.config.seeds)
-        choosing = [
-            Job(method, len(seeds) + n, lam, "choose")
-            for n in range(self.config.lam_seeds)
-            for method in self.tried()
-            for lam in self.config.lams(method)
-        ]
-        self._epochs = self.config.settings.epochs_of(len(self.scenario(0).tasks))
-        record.clear(self.out)
-        self._journal = record.Journal(self.out / record.METRICS)
-        self._progress = Progress(
-            self._epochs, len(choosing) + len(seeds) * len(self.config.methods)
-        )
-        try:
-            without = [name for name in self.config.methods if "lam" not in options(name)]
-            if self.config.lam and without:
-                self._progress.say(f"no lam, so the list is not for them: {', '.join(without)}")
-            grid = self.choose({job: self.learn(job) for job in choosing})
-            # Joint training first: intransigence is measured against it.
-            order = sorted(self.config.methods, key=lambda name: name != "joint")
-            found: dict[str, list[Found]] = {name: [] for name in self.config.methods}
-            for seed in seeds:
-                for name in order:
-                    job = Job(name, seed, self.lam(name, grid))
-                    lost = name in grid and job.lam is None
-                    found[name].append({"diverged": "with every lam"} if lost else self.learn(job))
-        finally:
-            self._progress.close()
-            self._journal.close()
-        text = table(found, grid)
-        record.write(self.out / record.TABLE, text)
-        return text
-
-    def tried(self) -> list[str]:
-        """The methods with several lam to choose from."""
-        return [name for name in self.config.methods if len(self.config.lams(name)) > 1]
-
-    def choose(self, found: Mapping[Job, Found]) -> dict[str, Any]:
-        """The grid of lam and what was chosen, by method; written to the directory."""
-        grid = {}
-        for name in self.tried():
-            candidates = []
-            for lam in self.config.lams(name):
-                by_seed = [
-                    result.get("validation_accuracy", math.nan)
-                    for job, result in found.items()
-                    if (job.method, job.lam) == (name, lam)
-                ]
-                mean = sum(by_seed) / len(by_seed)
-                candidates.append({"lam": lam, "validation_accuracy": by_seed, "mean": mean})
-            usable = [each for each in candidates if not math.isnan(each["mean"])]
-            best = max(usable, key=lambda each: each["mean"], default={"lam": None})
-            grid[name] = {"candidates": candidates, "chosen": best["lam"]}
-        if grid:
-            record.write_json(self.out / record.LAM, grid)
-        return grid
-
-    def lam(self, name: str, grid: Mapping[str, Any]) -> float | None:
-        """The lam that was chosen, or the only one; None if there is none."""
-        if name in grid:
-            chosen: float | None = grid[name]["chosen"]
-            return chosen
-        return next(iter(self.config.lams(name)), None)
-
-    def learn(self, job: Job) -> Found:
-        """Do a job, or what is left of it."""
-        folder = self.out / job.folder
-        self._progress.begin(str(job))
-        if not (folder / record.RESULT).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            record.clear(folder)
-            found = self._learn(job, folder)
-            if "diverged" in found:
-                self._progress.say(f"{job}: diverged, {found['diverged']}")
-            record.write_json(folder / record.RESULT, {**vars(job), **found})
-        if job.purpose == "choose":
-            (folder / record.CHECKPOINT).unlink(missing_ok=True)
-        self._progress.end()
-        result: Found = json.loads((folder / record.RESULT).read_text(encoding="utf-8"))
-        return result
-
-    def _learn(self, job: Job, folder: Path) -> Found:
-        scenario, path = self.scenario(job.seed), folder / record.CHECKPOINT
-        if path.exists():
-            checkpoint.load(path)  # A damaged file is not a training that diverged.
-        method = self.config.create(job.method, job.lam)
-        with self._events(job) as events:
-            follow = [self._follow(job, folder, events)]
-            try:
-                result = learn(
-                    self.config,
-                    scenario,
-                    method,
-                    job.seed,
-                    job.purpose,
-                    checkpoint=path,
-                    callbacks=follow,
-                )
-            except Diverged as error:
-                return {"diverged": str(error)}
-        return summary(result, [task.name for task in scenario.tasks], self._joint(job))
-
-    def _follow(self, job: Job, folder: Path, events: Any) -> Callable[[Epoch | Result], None]:
-        """What is done after each epoch and each task of a job."""
+    def _follow(self, cell: Cell, folder: Path, writer: Any) -> Callable[[Epoch | Result], None]:
+        """What is done after each epoch and each task."""
         before = time.perf_counter()
 
         def follow(news: Epoch | Result) -> None:
             nonlocal before
             seconds, before = time.perf_counter() - before, time.perf_counter()
             if isinstance(news, Epoch):
-                self._progress.epoch(news)
+                self.progress.epoch(news)
                 line = {**vars(news), "seconds": seconds}
             else:
                 line = task_line(news)
                 task = line["task"]
-                record.write_matrix(folder / record.ACCURACY, news.accuracy)
-                self._progress.task(task, float(news.accuracy[task, : task + 1].mean()))
-            if self._journal.add({**vars(job), **line}) and events is not None:
-                write_events(events, line, self._epochs)
+                files.write_matrix(folder / files.ACCURACY, news.accuracy)
+                self.progress.task(task, float(news.accuracy[task, : task + 1].mean()))
+            if self.journal.add({**cell, **line}) and writer is not None:
+                write_events(writer, line, self.epochs)
 
         return follow
 
-    @contextmanager
-    def _events(self, job: Job) -> Iterator[Any]:
-        """Where a job's events go, None for nowhere."""
-        if self._make_writer is None:
-            yield None
-            return
-        writer = self._make_writer(str(self.out / record.EVENTS / job.folder))
-        try:
-            yield writer
-        finally:
-            writer.close()
-
-    def _joint(self, job: Job) -> Tensor | None:
-        """The accuracy of joint training with this job's seed on each task when it was new, (T,)."""
-        if job.purpose == "choose" or job.method == "joint" or "joint" not in self.config.methods:
+    def _joint(self, cell: Cell) -> Tensor | None:
+        """Accuracy of joint training with the cell's seed on each task when it was new, (T,)."""
+        joint = {**cell, "method": "joint", "lam": None}
+        if joint not in self.directory or "diverged" in self.directory[joint]:
             return None
-        folder = self.out / Job("joint", job.seed, None).folder
-        if "diverged" in json.loads((folder / record.RESULT).read_text(encoding="utf-8")):
-            return None
-        return record.read_matrix(folder / record.ACCURACY).diagonal()
+        return files.read_matrix(self.directory.folder(joint) / files.ACCURACY).diagonal()
 
-    def scenario(self, seed: int) -> Scenario:
-        """The scenario, whose random parts are by the seed; the last one is kept."""
-        if self._scenario is None or self._scenario[0] != seed:
-            self._scenario = None
-            self._scenario = (seed, self.config.make_scenario(seed))
-        return self._scenario[1]
+    def _choosing(self, method: str) -> list[Cell]:
+        """The trainings that each lam of a method is tried in, but for the lam: one per seed."""
+        first = self.config.seeds
+        return [
+            {"method": method, "seed": seed, "lam": None, "purpose": "choose"}
+            for seed in range(first, first + self.config.lam_seeds)
+        ]
+
+    def _choice(self, method: str) -> Generator[Cell, None, float | None]:
+        return choose(self.directory, self._choosing(method), listed(self.config.lams(method)))
+
+    def _lam(self, method: str) -> float | None:
+        """The lam that was chosen, or the only one; None if there is none."""
+        if method in self.config.tried():
+            return chosen(self.directory, self._choice(method))
+        return next(iter(self.config.lams(method)), None)
+
+    def _write_choices(self) -> None:
+        grid = {}
+        for method in self.config.tried():
+            candidates = []
+            for lam in self.config.lams(method):
+                found = [self.directory[{**cell, "lam": lam}] for cell in self._choosing(method)]
+                by_seed = [each.get("validation_accuracy", math.nan) for each in found]
+                mean = sum(by_seed) / len(by_seed)
+                candidates.append({"lam": lam, "validation_accuracy": by_seed, "mean": mean})
+            grid[method] = {"candidates": candidates, "chosen": self._lam(method)}
+        if grid:
+            files.write_json(self.directory.path / files.LAM, grid)
 
 
-def write_events(events: Any, line: Mapping[str, Any], epochs: Sequence[int]) -> None:
+def _title(cell: Cell) -> str:
+    strength = f" lam {cell['lam']:g}" if cell["purpose"] == "choose" else ""
+    return f"{cell['method']}{strength} seed {cell['seed']}"
+
+
+def train(
+    model: MultiHead,
+    method: Method,
+    scenario: Scenario,
+    settings: Settings,
+    joint: Tensor | None = None,
+    **trainer: Any,
+) -> Found:
+    """Learn the scenario once.
+
+    Args:
+        model: with its first weights.
+        method: by which it learns.
+        scenario: of T tasks.
+        settings: how it learns.
+        joint: accuracy of joint training on each task when it was new, (T,); None without joint training.
+        trainer: further arguments of Trainer.
+
+    Returns:
+        tasks (their names); average_accuracy, forgetting, backward_transfer, forward_transfer (None but in the
+        domain-incremental setting) and intransigence (None without `joint`), see `mas_ext.metrics`;
+        validation_accuracy (average accuracy on validation data, None without them); step_seconds,
+        border_seconds, held_bytes and accuracy, see Result. Or diverged, and why.
+    """
+    try:
+        result = Trainer(model, method, **trainer, **vars(settings)).fit(scenario)
+    except (Diverged, Vanished) as error:
+        return {"diverged": str(error)}
+    accuracy, validation = result.accuracy, result.validation
+    known_before = not result.initial.isnan().any()
+    return {
+        "tasks": [task.name for task in scenario.tasks],
+        "average_accuracy": result.average_accuracy,
+        "forgetting": result.forgetting,
+        "backward_transfer": metrics.backward_transfer(accuracy),
+        "forward_transfer": (
+            metrics.forward_transfer(accuracy, result.initial) if known_before else None
+        ),
+        "intransigence": None if joint is None else metrics.intransigence(accuracy, joint),
+        "validation_accuracy": (
+            None if validation.diagonal().isnan().any() else metrics.average_accuracy(validation)
+        ),
+        "step_seconds": result.step_seconds,
+        "border_seconds": result.border_seconds,
+        "held_bytes": result.held_bytes,
+        "accuracy": accuracy,
+    }
+
+
+def task_line(result: Result) -> dict[str, Any]:
+    """The line of metrics.jsonl about the last task that is over."""
+    task = int((~result.held_bytes.isnan()).sum()) - 1
+    return {
+        "task": task,
+        "epoch": None,
+        "accuracy": result.accuracy[task],
+        "validation": result.validation[task],
+        "step_seconds": float(result.step_seconds[task]),
+        "border_seconds": float(result.border_seconds[task]),
+        "held_bytes": float(result.held_bytes[task]),
+    }
+
+
+def write_events(writer: Any, line: Mapping[str, Any], epochs: Sequence[int]) -> None:
     """Add what is in a line of metrics.jsonl to a SummaryWriter, by epochs since the first task."""
     task, epoch = line["task"], line["epoch"]
     if epoch is None:
         step = sum(epochs[: task + 1])
         row = line["accuracy"]
-        events.add_scalar("accuracy/average", float(row[: task + 1].mean()), step)
+        writer.add_scalar("accuracy/average", float(row[: task + 1].mean()), step)
         for k in (~row.isnan()).nonzero()[:, 0].tolist():
-            events.add_scalar(f"accuracy/task {k}", float(row[k]), step)
+            writer.add_scalar(f"accuracy/task {k}", float(row[k]), step)
     else:
         step = sum(epochs[:task]) + epoch
-        events.add_scalar("loss", line["loss"], step)
+        writer.add_scalar("loss", line["loss"], step)
         if line["validation"] is not None:
-            events.add_scalar("validation", line["validation"], step)
-    events.flush()
+            writer.add_scalar("validation", line["validation"], step)
+    writer.flush()

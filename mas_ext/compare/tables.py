@@ -1,107 +1,117 @@
-"""What jobs of a comparison found: in numbers, as they are kept, and as a table."""
+"""Tables of what a run found: one row per method, and notes on what has no numbers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from statistics import fmean
 
-from torch import Tensor
+from mas_ext.compare.cells import Found
+from mas_ext.compare.results import Findings
+from mas_ext.metrics import interval_text
 
-from mas_ext import metrics
-from mas_ext.training.run import Result
+# Columns of the report by their keys in result.json; those that are not defined for any method are left out.
+SCORES = {
+    "average_accuracy": "average accuracy, %",
+    "forgetting": "forgetting, % points",
+    "backward_transfer": "backward transfer, % points",
+    "forward_transfer": "forward transfer, % points",
+    "intransigence": "intransigence, % points",
+}
 
-# What `summary` returns, or {"diverged": why}; as it is in a file.
-Found = dict[str, Any]
 
+def summary(findings: Findings) -> str:
+    """Markdown: mean and 95 % interval over seeds, how lam was chosen, and why trainings diverged.
 
-def summary(result: Result, tasks: Sequence[str], joint: Tensor | None) -> Found:
-    """What a job found.
-
-    Args:
-        result: of a Trainer, for T tasks.
-        tasks: their names.
-        joint: accuracy of joint training on each task when it was new, (T,), None without joint training.
-
-    Returns:
-        tasks; average_accuracy, forgetting, backward_transfer, forward_transfer (in the domain-incremental
-        setting, else None), intransigence (None without joint), see `mas_ext.metrics`; validation_accuracy: the
-        average accuracy on validation data, None without; step_seconds, border_seconds, held_bytes: see Result.
+    A method that diverged with some seed has no means, which would tell of the lucky seeds alone.
     """
-    accuracy, validation = result.accuracy, result.validation
-    known_before = not result.initial.isnan().any()
-    return {
-        "tasks": list(tasks),
-        "average_accuracy": result.average_accuracy,
-        "forgetting": result.forgetting,
-        "backward_transfer": metrics.backward_transfer(accuracy),
-        "forward_transfer": (
-            metrics.forward_transfer(accuracy, result.initial) if known_before else None
-        ),
-        "intransigence": None if joint is None else metrics.intransigence(accuracy, joint),
-        "validation_accuracy": (
-            None if validation.diagonal().isnan().any() else metrics.average_accuracy(validation)
-        ),
-        "step_seconds": result.step_seconds,
-        "border_seconds": result.border_seconds,
-        "held_bytes": result.held_bytes,
-    }
-
-
-def task_line(found: Result) -> dict[str, Any]:
-    """What is noted of the last task that is over."""
-    task = int((~found.held_bytes.isnan()).sum()) - 1
-    return {
-        "task": task,
-        "epoch": None,
-        "accuracy": found.accuracy[task],
-        "validation": found.validation[task],
-        "step_seconds": float(found.step_seconds[task]),
-        "border_seconds": float(found.border_seconds[task]),
-        "held_bytes": float(found.held_bytes[task]),
-    }
-
-
-def table(found: Mapping[str, Sequence[Found]], grid: Mapping[str, Any]) -> str:
-    """Markdown: a row a method, mean and 95 % interval over its seeds, and how lam was chosen."""
-    titles = ("method", "lam", "average accuracy, %", "forgetting, %", "ms per step", "MB held")
-    rows = [titles, *(_row(name, results) for name, results in found.items())]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
+    rows: list[tuple[str, ...]] = [
+        ("method", "lam", "average accuracy, %", "forgetting, %", "ms per step", "MB held")
+    ]
+    for name, learned in findings.learned.items():
+        if lost := findings.diverged(name):
+            cells = (f"diverged, {lost} of {len(learned)} seeds", "-", "-", "-")
+        else:
+            found = findings.finished(name)
+            steps = f"{1000 * fmean(map(_step_seconds, found)):.3g}"
+            cells = (
+                _mean(found, "average_accuracy"),
+                _mean(found, "forgetting"),
+                steps,
+                _held(found),
+            )
+        rows.append((name, _lam(findings, name), *cells))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, tuple("-" * width for width in widths))
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    seeds = max(map(len, found.values()))
+    seeds = findings.config.seeds
     over = f"mean and 95 % interval over {seeds} seeds" if seeds > 1 else "of one seed"
     lines += ["", f"Accuracy on all tasks after the last one, and forgetting: {over}."]
-    for name, tried in grid.items():
-        each = ", ".join(
-            f"{c['lam']:g} ({'diverged' if math.isnan(c['mean']) else format(100 * c['mean'], '.2f')})"
-            for c in tried["candidates"]
+    for name, choice in findings.grid.items():
+        scores = ", ".join(
+            f"{lam:g} ({'diverged' if mean is None else format(100 * mean, '.2f')})"
+            for lam, mean in choice.means.items()
         )
         lines.append(
-            f"{name}: lam was chosen on validation data (average accuracy, %) from {each}."
+            f"{name}: lam was chosen on validation data (average accuracy, %) from {scores}."
         )
-    for name, results in found.items():
-        reasons = {result["diverged"] for result in results if "diverged" in result}
-        lines += [f"{name} diverged: {reason}" for reason in sorted(reasons)]
+    lines += [f"{name} diverged: {reason}" for name, reason in findings.reasons()]
     return "\n".join(lines) + "\n"
 
 
-def _row(name: str, results: Sequence[Found]) -> tuple[str, ...]:
-    lam = results[0].get("lam")
-    first = (name, "-" if lam is None else f"{lam:g}")
-    lost = sum("diverged" in result for result in results)
-    if lost:
-        return (*first, f"diverged, {lost} of {len(results)} seeds", "-", "-", "-")
+def results(findings: Findings) -> list[list[str]]:
+    """Titles, and one row per method, over the seeds that are finished.
 
-    def average(values: Sequence[float]) -> float:
-        return sum(values) / len(values)
+    A method that diverged with some seed has no means, as in `summary`.
+    """
+    every = [found for name in findings.learned for found in findings.finished(name)]
+    defined = [key for key in SCORES if any(found[key] is not None for found in every)]
+    titles = [SCORES[key] for key in defined]
+    rows = [["method", "lam", *titles, "ms per step", "MB held", "seeds"]]
+    for name, learned in findings.learned.items():
+        found, lost = findings.finished(name), findings.diverged(name)
+        cells, count = ["-"] * (len(defined) + 2), f"{len(found)} of {len(learned)}"
+        if lost:
+            count = f"diverged, {lost} of {len(learned)}"
+        elif found:
+            steps = interval_text([1000 * _step_seconds(each) for each in found], 2)
+            cells = [*(_mean(found, key) for key in defined), steps, _held(found)]
+        if len(found) == len(learned):
+            count = str(len(found))
+        rows.append([name, _lam(findings, name), *cells, count])
+    return rows
 
-    steps = average([average(result["step_seconds"]) for result in results])
-    held = average([result["held_bytes"][-1] for result in results])
-    return (
-        *first,
-        metrics.interval_text([100 * result["average_accuracy"] for result in results], 2),
-        metrics.interval_text([100 * result["forgetting"] for result in results], 2),
-        f"{1000 * steps:.3g}",
-        f"{held / 1e6:.3g}",
-    )
+
+def notes(findings: Findings) -> list[str]:
+    """Why methods diverged, and what is not finished."""
+    told = [f"{name} diverged: {reason}." for name, reason in findings.reasons()]
+    for name, learned in findings.learned.items():
+        left = [
+            f"seed {each.seed} after {each.tasks} of {len(findings.tasks)} tasks"
+            if each.tasks
+            else f"seed {each.seed} before the end of its first task"
+            for each in learned
+            if each.found is None
+        ]
+        if left:
+            told.append(f"{name} is not finished: {', '.join(left)}.")
+    return told
+
+
+def _lam(findings: Findings, name: str) -> str:
+    lam = findings.lam(name)
+    return "-" if lam is None else f"{lam:g}"
+
+
+def _mean(found: Sequence[Found], key: str) -> str:
+    """Mean and interval in %; - where it is not defined."""
+    if found[0][key] is None:
+        return "-"
+    return interval_text([100 * each[key] for each in found], 2)
+
+
+def _step_seconds(found: Found) -> float:
+    return fmean(found["step_seconds"])
+
+
+def _held(found: Sequence[Found]) -> str:
+    return f"{fmean(each['held_bytes'][-1] for each in found) / 1e6:.3g}"

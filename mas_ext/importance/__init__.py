@@ -17,7 +17,7 @@ from mas_ext.importance.accumulator import (
 from mas_ext.importance.evaluation import Forward
 from mas_ext.importance.fisher import FisherSum, estimate_fisher
 from mas_ext.importance.objectives import Objective
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels.backends import Backend
 from mas_ext.parameters.names import check_patterns
 
 __all__ = [
@@ -77,7 +77,8 @@ def estimate_importance(
         float64 parameters, else float32.
 
     Raises:
-        ValueError: no samples, wrong shapes, or samples that can't be told apart.
+        ValueError: no samples, wrong shapes, or samples that can't be told apart. Its subclass Diverged,
+            a FloatingPointError, too: outputs that are not finite.
         TypeError: an output that is no tensor, or a parameter of an unsupported kind.
     """
     check_patterns(model, exclude)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mas_ext.failures import Diverged, Vanished
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance import objectives
 from mas_ext.importance.batch import Batch
@@ -27,8 +28,8 @@ from mas_ext.importance.exact.driver import Exact
 from mas_ext.importance.gradients import Totals, accumulate
 from mas_ext.importance.local import Local
 from mas_ext.importance.objectives import Objective
-from mas_ext.kernels.native import Backend
-from mas_ext.kernels.reference import compute_dtype
+from mas_ext.kernels.backends import Backend
+from mas_ext.kernels.dtypes import compute_dtype
 from mas_ext.parameters.names import ModelView, check_supported
 from mas_ext.parameters.ranks import SampleSums
 from mas_ext.parameters.tracked_model import whole_model
@@ -141,7 +142,7 @@ class ImportanceSum:
         if not math.isfinite(added):
             bad = [name for name, t in found.items() if not t.isfinite().all()]
             what = f"importance of {bad[0]!r}: got values" if bad else "objective: got a sum"
-            raise ValueError(
+            raise Diverged(
                 f"{what} from a batch with objective {added}, expected finite ones; where training "
                 'diverged, a smaller lam or attach(optimizer, mode="proximal") helps'
             )
@@ -188,7 +189,7 @@ class ImportanceSum:
         self.sums, self.samples, self.objective_sum = sums, samples, objective
 
     def refuse_rounding_noise(self, theta: Mapping[str, Tensor]) -> None:
-        """Raise a ValueError for importance at the level of rounding, as of an output of constant norm.
+        """Raise Vanished for importance at the level of rounding, as of an output of constant norm.
 
         sum_i Omega_i |theta_i| is at least of the order of the objective for a network that is homogeneous in
         its parameters (Euler), and of the order of its rounding error for an output of constant norm.
@@ -204,10 +205,11 @@ class ImportanceSum:
         level = torch.finfo(torch.float64 if wide else torch.float32).eps ** 0.5
         # What is not finite is refused by name later.
         if change <= level * objective < float("inf"):
-            raise ValueError(
+            raise Vanished(
                 f"importance: got a relative sensitivity of {change / max(objective, 1e-300):.3g}, expected "
-                f"more than {level:.3g}, the level of rounding; the usual cause is an output of constant "
-                "norm, such as a normalised embedding: choose another objective"
+                f"more than {level:.3g}, the level of rounding; the usual causes are an output of constant "
+                "norm, such as a normalised embedding (choose another objective), or a training that collapsed "
+                "(choose a smaller lr)"
             )
 
     def mean(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mas_ext.importance.evaluation import Evaluate, Labelled
 from mas_ext.importance.gradients import Totals, accumulate_gradients, zeros
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels.backends import Backend
 
 
 class Batch:

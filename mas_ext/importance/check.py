@@ -19,7 +19,7 @@ from mas_ext.importance.exact.driver import Exact
 from mas_ext.importance.exact.rules import RULES
 from mas_ext.importance.gradients import gradient
 from mas_ext.importance.objectives import Objective
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels.backends import Backend
 from mas_ext.parameters.names import ModelView, check_patterns
 from mas_ext.parameters.tracked_model import whole_model
 

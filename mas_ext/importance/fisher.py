@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mas_ext.failures import Diverged
 from mas_ext.importance.accumulator import ImportanceSum, LabelSource, estimate
 from mas_ext.importance.evaluation import Forward
 from mas_ext.importance.exact.driver import Exact
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels.backends import Backend
 from mas_ext.parameters.names import check_patterns
 
-Labels = Literal["true", "predicted", "sampled", "all"]
+Labels = Literal["true", "predicted", "sampled", "all", "normal"]
 IGNORED = -100  # positions without a label, as in torch.nn.functional.cross_entropy
 
 
@@ -48,6 +49,11 @@ def _predicted_labels(batch: Any, output: Callable[[], Tensor], start: int) -> T
 @torch.no_grad()
 def _sampled_labels(batch: Any, output: Callable[[], Tensor], start: int, seed: int) -> Tensor:
     p = _log_probabilities(output()).exp()
+    if not p.isfinite().all():
+        raise Diverged(
+            "output: got NaN or Inf, expected finite logits to draw labels from; where training diverged, "
+            "a smaller lr or lam helps"
+        )
     generator = torch.Generator(p.device).manual_seed(seed + start)
     drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator)
     return drawn.view(p.shape[:-1])
@@ -83,11 +89,16 @@ def _of_all(output: Tensor, labels: Tensor | None, samples: int) -> Tensor:
     return log_p.detach().exp().sqrt() * log_p
 
 
+def _of_normal(output: Tensor, labels: Tensor | None, samples: int) -> Tensor:
+    """Every output f_c, shape (samples, outputs): the mean over y of (d log p)^2 is sum_c (d f_c)^2."""
+    return output.reshape(samples, -1)
+
+
 class FisherSum(ImportanceSum):
     """The sum over samples of (d log p(y | x) / d theta)^2, gathered batch by batch.
 
     Args:
-        labels: "true", "predicted", "sampled" or "all", see estimate_fisher.
+        labels: "true", "predicted", "sampled", "all" or "normal", see estimate_fisher.
         forward: forward(model, batch) -> logits (samples, ..., classes); by default of the first item.
         exclude: fnmatch patterns on the names of parameters to leave out.
         seed: of the labels that are drawn.
@@ -107,6 +118,7 @@ class FisherSum(ImportanceSum):
             "predicted": _predicted_labels,
             "sampled": partial(_sampled_labels, seed=seed),
             "all": None,
+            "normal": None,
         }
         if labels not in sources:
             raise ValueError(f"labels: got {labels!r}, expected one of {tuple(sources)}")
@@ -115,7 +127,7 @@ class FisherSum(ImportanceSum):
             exclude=exclude,
             backend=backend,
             estimator=Exact(backend, square=True),
-            values=_of_all if labels == "all" else _of_labels,
+            values={"all": _of_all, "normal": _of_normal}.get(labels, _of_labels),
             labels=sources[labels],
         )
         self.labels, self.seed = labels, seed
@@ -145,7 +157,9 @@ def estimate_fisher(
         batches: see estimate_importance; for labels "true" the second item of each, or what a dict calls
             "labels", holds class indices, shape (samples, ...), -100 where there is none.
         labels: "true": the batch's own (the empirical Fisher); "predicted": the likeliest; "sampled": one drawn
-            from p per sample; "all": the mean over p of all classes, one backward pass each.
+            from p per sample; "all": the mean over p of all classes, one backward pass each. "normal": p is
+            normal instead, with the outputs f as means and variance 1, as in regression, and the mean is over
+            all y: 1/N sum_k sum_c (d f_c(x_k) / d theta_i)^2.
         forward: forward(model, batch) -> logits (samples, ..., classes); by default of the first item.
         max_samples: stop after this many.
         progress: show a progress bar.

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mas_ext.kernels import native, ops
-from mas_ext.kernels.native import Backend
-from mas_ext.kernels.reference import compute_dtype
+from mas_ext.kernels import backends
+from mas_ext.kernels.accumulate import accumulate_
+from mas_ext.kernels.backends import Backend
+from mas_ext.kernels.dtypes import compute_dtype
 
 Totals = dict[str, Tensor]
 
@@ -53,7 +54,7 @@ def accumulate(totals: Totals, found: Mapping[str, Tensor], square: bool, backen
         into.append(totals[name])
         added.append(g)
     for (device, _), (into, added) in kinds.items():
-        ops.accumulate_(into, added, 1.0, native.serves(device, backend))
+        accumulate_(into, added, 1.0, backends.serves(device, backend))
 
 
 def accumulate_gradients(

@@ -16,8 +16,8 @@ from mas_ext.importance.exact.nodes import ParameterUse
 from mas_ext.importance.exact.rules import RULES
 from mas_ext.importance.exact.tracing import Tape
 from mas_ext.importance.gradients import Totals, zeros
-from mas_ext.kernels import native
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels import backends
+from mas_ext.kernels.backends import Backend
 
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 
@@ -42,7 +42,8 @@ class Local:
             self._exact(evaluate, batch, samples, theta)
             tape, values = self._run(evaluate, batch, samples, theta)
         outside = sorted(tape.unhandled | self._exact.fallback.keys())
-        if outside:
+        # Numbers that are not finite prove nothing of uses; they are refused for that, later.
+        if outside and values.isfinite().all():
             raise ValueError(
                 f'importance of {", ".join(outside)}: "local" is that of layers, and the model uses this '
                 "in another way; exclude it, or choose another method"
@@ -52,7 +53,7 @@ class Local:
     def _run(
         self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
     ) -> tuple[_LocalTape, Tensor]:
-        serves = native.serves(next(iter(theta.values())).device, self.backend)
+        serves = backends.serves(next(iter(theta.values())).device, self.backend)
         layouts = self._exact.layouts(theta)
         tape = _LocalTape(theta, layouts, samples, RULES, False, serves)
         with tape:

@@ -27,7 +27,7 @@ from mas_ext.importance import EstimatorName, FisherSum, ImportanceSum
 from mas_ext.importance.fisher import Labels
 from mas_ext.importance.objectives import Objective
 from mas_ext.integrations.loading import own_part
-from mas_ext.methods.si import Path, Steps
+from mas_ext.methods.si import PathIntegral
 from mas_ext.optim.hooks import Handle, Mode, check_mode
 from mas_ext.parameters.names import named_parameters
 from mas_ext.penalty import FusedMASPenalty
@@ -233,8 +233,7 @@ class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  #
             raise ValueError(f"device: got {device!r}, expected 'as_strategy'")
         self.si_lambda = list(si_lambda) if isinstance(si_lambda, Sequence) else [si_lambda]
         self.eps, self._excluded, self._options = eps, excluded_parameters or (), options
-        self._path = Path({})
-        self._steps: Steps | None = None
+        self._path = PathIntegral({})
 
     def build(self, model: nn.Module) -> FusedMASPenalty:
         """See QuadraticPlugin."""
@@ -248,25 +247,22 @@ class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  #
         experience = strategy.clock.train_exp_counter
         self.penalty.lam = self.si_lambda[min(experience, len(self.si_lambda) - 1)] / 2
         theta = named_parameters(self.penalty.model, self.penalty.exclude)
-        self._path = Path(theta)
-        self._steps = self._path.steps(theta)
+        self._path = PathIntegral(theta)
 
     def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """See QuadraticPlugin."""
-        assert self._steps is not None
-        self._steps.before(strategy.optimizer, (), {})
+        self._path.before_step(strategy.optimizer, (), {})
         super().before_update(strategy, *args, **kwargs)
 
     def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """The parameters have moved."""
-        assert self._steps is not None
-        self._steps.after(strategy.optimizer, (), {})
+        self._path.after_step(strategy.optimizer, (), {})
 
     def consolidate(self, penalty: FusedMASPenalty, batches: Iterable[Any]) -> None:
         """The importance comes from the path alone."""
         theta = named_parameters(penalty.model, penalty.exclude)
         penalty.consolidate(importance=self._path.importance(theta, self.eps))
-        self._path, self._steps = Path({}), None
+        self._path = PathIntegral({})
 
 
 def _batches(strategy: Any, num_workers: int) -> Iterable[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mas_ext.methods.method import Training
 from mas_ext.models import MultiHead
 
 
+@dataclass(eq=False)
 class EBLL(LwF):
     """LwF + alpha/2 sum_t |c_t(f(x)) - c_t(f*(x))|^2 (Rannen et al., ICCV 2017).
 
@@ -21,20 +23,18 @@ class EBLL(LwF):
     c_t(f) = sigmoid(W_t f + b_t) is the code of the autoencoder r_t = V_t c_t + d_t, one for every earlier task
     t, which was trained when that task ended, on its features and with the model frozen, to minimise
 
-        reconstruction |r_t(f(x)) - f(x)|^2 + cross entropy of the task's head for r_t(f(x))
+        reconstruction |r_t(f(x)) - f(x)|^2 + task loss of the task's head for r_t(f(x))
 
     by Adadelta. The model may change its features but for what that task needs of them. Only the encoders are
     kept; side by side they are one matrix, so that all codes are one product.
 
     Args:
-        lam: see LwF.
-        temperature: see LwF.
-        warm_up: see LwF.
+        lam: of LwF, as temperature, warm_up and distance.
         alpha: strength of the codes; 0.1 in the authors' published experiment.
         code: size of a task's code: theirs is 100 (300 for ImageNet) of 9,216 features. Never more than half of
             the features: it has to be smaller than they are.
         reconstruction: the paper's lambda, 1e-6 in the authors' code. With a few hundred features this leaves
-            all to the cross entropy; 1e-2 rebuilds them, too.
+            all to the task loss; 1e-2 rebuilds them, too.
         epochs: of an autoencoder's training, 100 in the authors' code.
         lr: of Adadelta, 0.01 in the authors' code.
         max_samples: train an autoencoder on this many samples, None for all. Their features are kept meanwhile.
@@ -43,32 +43,26 @@ class EBLL(LwF):
         ValueError: an argument that can't be used.
     """
 
-    def __init__(
-        self,
-        lam: float = 1.0,
-        temperature: float = 2.0,
-        warm_up: int = 1,
-        alpha: float = 0.1,
-        code: int = 100,
-        reconstruction: float = 1e-6,
-        epochs: int = 100,
-        lr: float = 0.01,
-        max_samples: int | None = None,
-    ) -> None:
-        """See the class."""
-        super().__init__(lam, temperature, warm_up)
-        for name, number in (("alpha", alpha), ("reconstruction", reconstruction), ("lr", lr)):
+    alpha: float = 0.1
+    code: int = 100
+    reconstruction: float = 1e-6
+    epochs: int = 100
+    lr: float = 0.01
+    max_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("alpha", "reconstruction", "lr"):
+            number = getattr(self, name)
             if not 0 <= number < math.inf:
                 raise ValueError(f"{name}: got {number}, expected a finite number of at least 0")
-        for name, count in (("code", code), ("epochs", epochs), ("max_samples", max_samples)):
+        for name in ("code", "epochs", "max_samples"):
+            count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name}: got {count}, expected at least 1")
-        self.alpha, self.code, self.reconstruction = alpha, code, reconstruction
-        self.epochs, self.lr, self.max_samples = epochs, lr, max_samples
         self.encoders: tuple[Tensor, Tensor] | None = None
 
     def begin_task(self, training: Training) -> None:
-        """See Method.begin_task."""
         if training.task == 0 and not training.resumed:
             self.encoders = None
         super().begin_task(training)
@@ -81,13 +75,11 @@ class EBLL(LwF):
     def forgetting(
         self, training: Training, features: Tensor, logits: Tensor, taught: Tensor
     ) -> Tensor:
-        """See LwF.forgetting."""
         squares = F.mse_loss(self.codes(features), self.codes(taught), reduction="sum")
         distilled = super().forgetting(training, features, logits, taught)
         return distilled + self.alpha / 2 / len(features) * squares
 
     def end_task(self, training: Training) -> None:
-        """See Method.end_task."""
         encoder = self._trained_encoder(training)
         new = encoder.weight.detach(), encoder.bias.detach()
         if self.encoders is not None:
@@ -113,18 +105,11 @@ class EBLL(LwF):
                 optimizer.step()
         return encoder
 
-    def options(self) -> dict[str, Any]:
-        """See Method.options."""
-        names = ("alpha", "code", "reconstruction", "epochs", "lr", "max_samples")
-        return {**super().options(), **{name: getattr(self, name) for name in names}}
-
     def state_dict(self) -> dict[str, Any]:
-        """See Method.state_dict."""
         encoders = {} if self.encoders is None else {"encoders": self.encoders}
         return {**super().state_dict(), **encoders}
 
     def load_state_dict(self, state: dict[str, Any], model: MultiHead) -> None:
-        """See Method.load_state_dict."""
         super().load_state_dict(state, model)
         self.encoders = None
         if "encoders" in state:

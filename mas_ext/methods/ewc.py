@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mas_ext.importance import FisherSum
 from mas_ext.importance.fisher import Labels
+from mas_ext.methods.method import Training, is_cross_entropy
 from mas_ext.methods.quadratic import Estimated
 from mas_ext.optim.hooks import Mode
 
@@ -14,73 +16,65 @@ from mas_ext.optim.hooks import Mode
 class Fisher(Estimated):
     """A quadratic method whose importance is the diagonal of the Fisher information, by estimate_fisher."""
 
-    def __init__(
-        self,
-        lam: float,
-        labels: Labels,
-        mode: Mode = "gradient",
-        max_samples: int | None = None,
-        **penalty: Any,
-    ) -> None:
-        """labels: see estimate_fisher; else see Estimated."""
-        super().__init__(lam, mode, max_samples, **penalty)
-        self.labels = labels
+    labels: Labels
 
-    def options(self) -> dict[str, Any]:
-        """See Method.options."""
-        return {**super().options(), "labels": self.labels}
+    def begin_task(self, training: Training) -> None:
+        if self.labels != "normal" and not is_cross_entropy(training.task_loss):
+            raise ValueError(
+                f"labels: got {self.labels!r} with a task loss that is no cross entropy, expected 'normal'"
+            )
+        super().begin_task(training)
 
     def estimator(self, exclude: Sequence[str]) -> FisherSum:
-        """See Estimated.estimator."""
         return FisherSum(self.labels, self.forward, exclude)
 
 
+@dataclass(eq=False)
 class EWC(Fisher):
-    """Cross entropy + lam/2 sum_t sum_i F_t,i (theta_i - theta*_t,i)^2 (Kirkpatrick et al. 2017, equation 3).
+    """Task loss + lam/2 sum_t sum_i F_t,i (theta_i - theta*_t,i)^2 (Kirkpatrick et al. 2017, equation 3).
 
     F_t is the diagonal of the Fisher information of task t at theta*_t, where its training ended: every task
-    has an anchor of its own.
+    has its own anchor.
 
     Args:
         lam: the paper's lambda.
-        labels: "true", "predicted", "sampled" or "all", see estimate_fisher. The paper leaves it open; "true"
-            is the empirical Fisher that most implementations take.
+        labels: "true", "predicted", "sampled" or "all" for the cross entropy, "normal" for another task loss,
+            see estimate_fisher. The paper leaves it open; "true" is the empirical Fisher information, as in
+            most implementations.
         mode: "gradient" or "proximal", see FusedMASPenalty.attach.
         max_samples: the Fisher information from this many samples of a task, None for all.
     """
 
-    def __init__(
-        self,
-        lam: float = 400.0,
-        labels: Labels = "true",
-        mode: Mode = "gradient",
-        max_samples: int | None = None,
-    ) -> None:
-        """See the class."""
-        super().__init__(lam / 2, labels, mode, max_samples, merge="sum")
+    lam: float = 400.0
+    labels: Labels = "true"
+    mode: Mode = "gradient"
+    max_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(self.lam / 2, self.mode, self.max_samples, merge="sum")
 
 
+@dataclass(eq=False)
 class OnlineEWC(Fisher):
-    """Cross entropy + lam/2 sum_i gamma F*_t-1,i (theta_i - theta*_t-1,i)^2, F*_t = gamma F*_t-1 + F_t.
+    """Task loss + lam/2 sum_i gamma F*_t-1,i (theta_i - theta*_t-1,i)^2, F*_t = gamma F*_t-1 + F_t.
 
     One anchor, where the last task ended, and one Fisher information that fades: online EWC (Schwarz et al.
     2018), with gamma in the penalty, too, as there. F_t is not normalised.
 
     Args:
         lam: the paper's lambda.
-        gamma: share of the old Fisher information that is kept at each new task, from 0 to 1, all of it.
-        labels: "true", "predicted", "sampled" or "all", see estimate_fisher.
+        gamma: share of the old Fisher information that is kept at each new task, from 0 to 1.
+        labels: see EWC.
         mode: "gradient" or "proximal", see FusedMASPenalty.attach.
         max_samples: the Fisher information from this many samples of a task, None for all.
     """
 
-    def __init__(
-        self,
-        lam: float = 400.0,
-        gamma: float = 1.0,
-        labels: Labels = "true",
-        mode: Mode = "gradient",
-        max_samples: int | None = None,
-    ) -> None:
-        """See the class."""
-        super().__init__(gamma * lam / 2, labels, mode, max_samples, merge="decay", gamma=gamma)
+    lam: float = 400.0
+    gamma: float = 1.0
+    labels: Labels = "true"
+    mode: Mode = "gradient"
+    max_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        merging: dict[str, Any] = {"merge": "decay", "gamma": self.gamma}
+        super().__init__(self.gamma * self.lam / 2, self.mode, self.max_samples, **merging)

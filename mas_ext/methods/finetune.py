@@ -1,4 +1,4 @@
-"""Fine-tuning: the lower bound. Nothing holds what was learned before."""
+"""Fine-tuning: the lower bound, which protects nothing of what was learned before."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from mas_ext.methods.method import Method
 
 
 class Finetune(Method):
-    """Cross entropy on the present task alone."""
+    """The task loss on the present task alone."""

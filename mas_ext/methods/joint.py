@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mas_ext.methods.method import Method, Training
+from mas_ext.methods.method import Method, Training, is_cross_entropy
 
 
 class Joint(Method):
-    """Cross entropy on the samples of all tasks so far, mixed, going on from the model of the task before.
+    """The task loss on the samples of all tasks so far, mixed, starting from the model of the task before.
 
-    In the task-incremental setting a sample's softmax is over the classes of its own task.
+    In the task-incremental setting a sample's softmax is over the classes of its own task; any other loss than
+    the cross entropy needs batches of a single task, whose head is `Training.head`.
     """
 
     joint = True
 
     def loss(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
-        """See Method.loss; y are positions among the outputs of all heads."""
         logits = training.logits(x)
-        if training.setting == "task":
+        if training.setting == "task" and training.head is None:
+            if not is_cross_entropy(training.task_loss):
+                raise ValueError(
+                    "task_loss: got joint training of several heads with a loss that is no cross entropy, "
+                    'expected setting="domain"'
+                )
             outputs = torch.tensor(training.model.outputs)
             head = torch.arange(len(outputs)).repeat_interleave(outputs).to(y.device)
             logits = logits.masked_fill(head != head[y][:, None], -torch.inf)
-        return F.cross_entropy(logits, y)
+        return training.task_loss(logits, y)

@@ -5,54 +5,65 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mas_ext.methods.method import Method, Training
+from mas_ext.methods.method import Method, Training, is_cross_entropy
 from mas_ext.models import MultiHead
 
 
+@dataclass(eq=False)
 class LwF(Method):
-    """Cross entropy + lam sum_o KD_o (Li & Hoiem, Learning without Forgetting, ECCV 2016 and TPAMI 2018).
+    """Task loss + lam sum_o KD_o (Li & Hoiem, Learning without Forgetting, ECCV 2016 and TPAMI 2018).
 
     The teacher is the model as it was before the task, in eval mode. With p' its probabilities for an old task
     o and p the model's, on the samples of the new task,
 
         KD_o = -mean over samples sum_c q'_c log q_c,   q_c = p_c^(1/T) / sum_j p_j^(1/T)
 
-    and q' likewise, which for p = softmax(z) is softmax(z / T): not multiplied by T^2. Old tasks are the old
-    heads in the task-incremental setting, the one head in the domain-incremental, and in the class-incremental
-    the columns of all old heads together. The cross entropy is always over the new task's outputs alone, as in
-    the paper: over all columns it would have the old ones unlearned, faster than they are taught.
+    and q' likewise, which for p = softmax(z) is softmax(z / T): not multiplied by T^2. For outputs that are no
+    logits, KD_o is the mean squared distance from the teacher's. Old tasks are the old heads in the
+    task-incremental setting, the one head in the domain-incremental, and in the class-incremental the columns
+    of all old heads together. The task loss is always over the new task's outputs alone, as in the paper: a
+    cross entropy over all columns would have the old ones unlearned, faster than they are taught.
 
-    A new head is first trained alone, by the cross entropy, with all else frozen (dropout off, BatchNorm on its
+    A new head is first trained alone, by the task loss, with all else frozen (dropout off, BatchNorm on its
     running statistics): the paper's warm-up, which there goes on until it converges.
 
     Args:
         lam: the paper's lambda_o, 1 in most of its experiments.
         temperature: the paper's T, 2.
         warm_up: epochs in which only the new head is trained, from the second task on.
+        distance: from the teacher's outputs, "softmax" (the formula above) or "squared"; None: "softmax" where
+            the task loss is the cross entropy.
 
     Raises:
         ValueError: an argument that can't be used.
     """
 
-    def __init__(self, lam: float = 1.0, temperature: float = 2.0, warm_up: int = 1) -> None:
-        """See the class."""
-        if not 0 <= lam < math.inf:
-            raise ValueError(f"lam: got {lam}, expected a finite number of at least 0")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature: got {temperature}, expected a finite number above 0")
-        if warm_up < 0:
-            raise ValueError(f"warm_up: got {warm_up}, expected at least 0")
-        self.lam, self.temperature, self.warm_up = lam, temperature, warm_up
+    lam: float = 1.0
+    temperature: float = 2.0
+    warm_up: int = 1
+    distance: Literal["softmax", "squared"] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lam < math.inf:
+            raise ValueError(f"lam: got {self.lam}, expected a finite number of at least 0")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature: got {self.temperature}, expected a finite number above 0"
+            )
+        if self.warm_up < 0:
+            raise ValueError(f"warm_up: got {self.warm_up}, expected at least 0")
+        if self.distance not in ("softmax", "squared", None):
+            raise ValueError(f"distance: got {self.distance!r}, expected 'softmax' or 'squared'")
         self.teacher: MultiHead | None = None
 
     def begin_task(self, training: Training) -> None:
-        """See Method.begin_task."""
         if training.resumed:
             return
         if training.task == 0:
@@ -77,7 +88,6 @@ class LwF(Method):
         model.train()
 
     def loss(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
-        """See Method.loss."""
         features = training.model.backbone(x)
         logits = training.model.classify(features, training.head)
         loss = self.new_task_loss(training, logits, y)
@@ -88,18 +98,21 @@ class LwF(Method):
         return loss + self.forgetting(training, features, logits, taught)
 
     def new_task_loss(self, training: Training, logits: Tensor, y: Tensor) -> Tensor:
-        """The cross entropy over the present task's outputs: `training.logits(x)` and their labels -> 0-dim."""
-        first = 0
+        """The task loss of the present task's outputs alone, from `training.logits(x)` and targets: 0-dim."""
         if training.setting == "class":
             first = sum(training.model.outputs[: training.task])
-        return F.cross_entropy(logits[:, first:], y - first)
+            logits, y = logits[:, first:], y - first
+        return training.task_loss(logits, y)
 
     def forgetting(
         self, training: Training, features: Tensor, logits: Tensor, taught: Tensor
     ) -> Tensor:
-        """What is added to the cross entropy, 0-dim.
+        """The term added to the task loss, 0-dim.
 
-        features, taught: of the model and its teacher, (N, width); logits: of the present head.
+        Args:
+            features: of the model, (N, width).
+            logits: of the head in training.
+            taught: features of the teacher, (N, width).
         """
         assert self.teacher is not None
         heads = range(training.task) if training.setting == "task" else [training.head]
@@ -108,21 +121,21 @@ class LwF(Method):
             target = self.teacher.classify(taught, head)
             old = logits if head == training.head else training.model.classify(features, head)
             # Of all columns side by side, the first are those of the teacher.
-            total = total + distillation(old[:, : target.shape[1]], target, self.temperature)
+            total = total + self._distance(training, old[:, : target.shape[1]], target)
         return self.lam * total
 
-    def options(self) -> dict[str, Any]:
-        """See Method.options."""
-        return {"lam": self.lam, "temperature": self.temperature, "warm_up": self.warm_up}
+    def _distance(self, training: Training, outputs: Tensor, target: Tensor) -> Tensor:
+        by_loss = "softmax" if is_cross_entropy(training.task_loss) else "squared"
+        if (self.distance or by_loss) == "squared":
+            return F.mse_loss(outputs, target)
+        return distillation(outputs, target, self.temperature)
 
     def state_dict(self) -> dict[str, Any]:
-        """See Method.state_dict."""
         if self.teacher is None:
             return {}
         return {"heads": len(self.teacher.heads), "teacher": self.teacher.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], model: MultiHead) -> None:
-        """See Method.load_state_dict."""
         self.teacher = None
         if "teacher" in state:
             self.teacher = _teacher(model, state["heads"])
@@ -144,7 +157,7 @@ def features_of(training: Training, samples: int | None = None) -> Iterator[tupl
 
 
 def _teacher(model: MultiHead, heads: int) -> MultiHead:
-    """The model as it is, with its first heads only, for evaluation."""
+    """A frozen copy of the model, with its first heads only, for evaluation."""
     teacher = copy.deepcopy(model)
     del teacher.heads[heads:]
     return teacher.requires_grad_(False).eval()

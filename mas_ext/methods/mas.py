@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from mas_ext.importance import EstimatorName, ImportanceSum
 from mas_ext.importance.objectives import Objective
@@ -12,12 +12,13 @@ from mas_ext.optim.hooks import Mode
 from mas_ext.state.merge_rules import AlphaSum, Merge
 
 
+@dataclass(eq=False)
 class MAS(Estimated):
-    """Cross entropy + lam sum_i W_i (theta_i - theta*_i)^2, W = sum_t Omega_t (Aljundi et al. 2018).
+    """Task loss + lam sum_i W_i (theta_i - theta*_i)^2, W = sum_t Omega_t (Aljundi et al. 2018, equation 3).
 
-    Equation 3, with Omega_t,i = 1/N sum_k abs(d |F(x_k)|^2 / d theta_i) (equation 2), by the output of the
-    task's own head. merge "consistent" (MAS-alpha): sum_t alpha_t Omega_t (theta - theta*_t)^2 instead, the
-    alpha_t such that the tasks' total importances are equal, whatever their order.
+    Omega_t,i = 1/N sum_k abs(d |F(x_k)|^2 / d theta_i) (equation 2), with F the output of the task's own head.
+    merge "consistent" (MAS-alpha): sum_t alpha_t Omega_t (theta - theta*_t)^2 instead, where the alpha_t make
+    the tasks' total importances equal, whatever their order.
 
     Args:
         lam: the paper's lambda, 1 in its experiments.
@@ -29,25 +30,17 @@ class MAS(Estimated):
         max_samples: importance from this many samples of a task, None for all.
     """
 
-    def __init__(
-        self,
-        lam: float = 1.0,
-        importance: EstimatorName = "exact",
-        objective: Objective = "l2",
-        merge: Merge = "latest",
-        alpha_sum: AlphaSum = "tasks",
-        mode: Mode = "gradient",
-        max_samples: int | None = None,
-    ) -> None:
-        """See the class."""
-        super().__init__(lam, mode, max_samples, merge=merge, alpha_sum=alpha_sum)
-        self.importance, self.objective = importance, objective
+    lam: float = 1.0
+    importance: EstimatorName = "exact"
+    objective: Objective = "l2"
+    merge: Merge = "latest"
+    alpha_sum: AlphaSum = "tasks"
+    mode: Mode = "gradient"
+    max_samples: int | None = None
 
-    def options(self) -> dict[str, Any]:
-        """See Method.options."""
-        own = {"importance": self.importance, "objective": self.objective}
-        return {**super().options(), **own}
+    def __post_init__(self) -> None:
+        merging = {"merge": self.merge, "alpha_sum": self.alpha_sum}
+        super().__init__(self.lam, self.mode, self.max_samples, **merging)
 
     def estimator(self, exclude: Sequence[str]) -> ImportanceSum:
-        """See Estimated.estimator."""
         return ImportanceSum(self.importance, self.objective, self.forward, exclude)

@@ -1,82 +1,76 @@
 """torch's SGD and AdamW with the penalty inside: a step is one pass over memory, for all parameters of a group.
 
 What an attached penalty adds to a step of these is omega and anchor read once, 8 bytes per float32 parameter
-instead of 20: `penalty.attach(optimizer, mode)` joins it to the step, and no gradient is written on the way.
+instead of 20, and no gradient is written on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mas_ext.kernels import native, ops
+from mas_ext.kernels import backends
+from mas_ext.kernels.flat_state import State
+from mas_ext.kernels.optim import adamw_, sgd_
 from mas_ext.optim.hooks import (
-    STEPS,
     Handle,
     Mode,
-    Pulling,
-    Step,
-    adam_steps,
-    approach,
+    Penalty,
     check_mode,
-    sgd_eta,
-    sgd_steps,
+    check_step_sizes,
+    take_proximal_steps,
 )
+from mas_ext.optim.step_size import STEP_SIZES, StepSizes, adam_steps, sgd_eta, sgd_steps
 from mas_ext.parameters.names import is_sharded
 from mas_ext.state.buffers import Group
 
 # What torch's optimizers can do besides, and these can't.
 _REFUSED = ("foreach", "maximize", "differentiable")
-# The place of a parameter that the penalty does not pull.
-_NOWHERE: tuple[None, int] = (None, -1)
 
 
-class Joining(Pulling, Protocol):
-    """What of a penalty a fused optimizer needs."""
+@dataclass
+class _Bucket:
+    """Parameters of one device and dtype that one call steps, with the offsets of their state in its group.
 
-    def bound(self) -> list[tuple[Group, list[Tensor]]]:
-        """The state with the parameters that it is of, as they are now."""
+    An offset of -1 is a parameter without a penalty; no group is a bucket of such alone.
+    """
 
+    group: Group | None = None
+    parameters: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
 
-class _Call(NamedTuple):
-    """Parameters of one device and dtype that are stepped together, with their part of the state."""
-
-    parameters: list[Tensor]
-    grads: list[Tensor]
-    offsets: list[int]
-    group: Group | None
-
-    def part(self) -> tuple[Any, ...]:
-        """The operators' arguments for the state."""
-        g = self.group
-        return self.offsets, *((None, None, None) if g is None else (g.omega, g.anchor, g.alpha))
-
-    def native(self) -> bool:
-        """Whether the compiled kernels do it."""
+    @property
+    def state(self) -> State:
+        """The kernels' argument."""
         if self.group is not None:
-            return self.group.native
-        return native.serves(self.parameters[0].device, "auto")
+            return self.group.state._replace(offsets=self.offsets)
+        device = self.parameters[0].device
+        return State.empty(len(self.parameters), device, backends.serves(device, "auto"))
 
     def lists(self, state: Mapping[Tensor, Mapping[str, Tensor]], key: str) -> list[Tensor]:
         """What the optimizer keeps of each parameter under this name."""
         return [state[p][key] for p in self.parameters]
 
 
-class Fused(torch.optim.Optimizer):
+class FusedOptimizer(torch.optim.Optimizer):
     """What the fused optimizers share: which parameters are stepped together, and the penalty among them."""
 
-    _penalty: Joining | None = None
+    _penalty: Penalty | None = None
     _mode: Mode = "gradient"
+    _step_sizes: StepSizes
 
-    def join(self, penalty: Joining, mode: Mode) -> Handle:
-        """Apply the penalty in every step from now on, see FusedMASPenalty.attach.
+    def attach(self, penalty: Penalty, mode: Mode) -> Handle:
+        """Apply the penalty in every step from now on; the modes are those of FusedMASPenalty.attach.
 
         Raises:
-            RuntimeError: another penalty has been joined, and its handle not removed.
+            RuntimeError: another penalty is attached, and its handle not removed.
             ValueError: an unknown mode, or a momentum of 1 in proximal mode.
         """
         check_mode(mode)
@@ -85,10 +79,12 @@ class Fused(torch.optim.Optimizer):
                 "optimizer: got one with a penalty attached, expected one without: remove() its handle first"
             )
         if mode == "proximal":
-            for group in self.param_groups:
-                list(self._lengths(group))
+            check_step_sizes(self, self._step_sizes)
         self._penalty, self._mode = penalty, mode
-        return Handle(_Joined(self))
+        return Handle(self._detach)
+
+    def _detach(self) -> None:
+        self._penalty = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -99,12 +95,13 @@ class Fused(torch.optim.Optimizer):
                 loss = closure()
         places = self._places()
         for group in self.param_groups:
-            for call in self._calls(group, places):
-                self._apply(group, call)
+            for bucket in self._buckets(group, places):
+                self._apply(group, bucket)
             if self._penalty is not None and self._mode == "proximal":
                 rest = [p for p in group["params"] if p.grad is None and id(p) in places]
                 if rest:
-                    approach(self._penalty, self, self._lengths({**group, "params": rest}))
+                    steps = self._step_sizes({**group, "params": rest}, self.state)
+                    take_proximal_steps(self._penalty, self, steps)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -113,9 +110,8 @@ class Fused(torch.optim.Optimizer):
         self._check()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As torch's, for a state of torch's own optimizer, too."""
         super().__setstate__(state)
-        for group in self.param_groups:
+        for group in self.param_groups:  # may come from torch's own optimizer
             group["fused"] = True
         self._check()
 
@@ -134,74 +130,49 @@ class Fused(torch.optim.Optimizer):
                     )
 
     def _places(self) -> dict[int, tuple[Group, int]]:
-        """Where the state of each parameter lies that the penalty pulls, by the parameter's id."""
+        """The group and offset of each parameter that the penalty pulls, by the parameter's id."""
         if self._penalty is None:
             return {}
         return {
             id(p): (g, offset)
             for g, theta in self._penalty.bound()
-            for p, offset in zip(theta, g.offsets, strict=True)
+            for p, offset in zip(theta, g.state.offsets, strict=True)
             if p.requires_grad
         }
 
-    def _calls(
+    def _buckets(
         self, group: dict[str, Any], places: Mapping[int, tuple[Group, int]]
-    ) -> Iterator[_Call]:
-        calls: dict[Any, _Call] = {}
-        gradient = self._mode == "gradient"
+    ) -> Iterable[_Bucket]:
+        buckets: defaultdict[Any, _Bucket] = defaultdict(_Bucket)
         for p in group["params"]:
-            grad = p.grad
-            held, offset = places.get(id(p), _NOWHERE)
-            if grad is None:
-                if held is None or not gradient:
+            state_group, offset = places.get(id(p), (None, -1))
+            if p.grad is None:
+                if state_group is None or self._mode == "proximal":
                     continue
-                grad = p.grad = torch.zeros_like(p)
-            if grad.is_sparse:
+                p.grad = torch.zeros_like(p)
+            if p.grad.is_sparse:
                 raise RuntimeError(
                     f"parameters: got a sparse gradient of shape {tuple(p.shape)}, expected dense ones"
                 )
-            key = (p.device, p.dtype, *self._kind(group, p))
-            call = calls.get(key)
-            if call is None:
-                call = calls[key] = _Call([], [], [], held)
-            elif call.group is None and held is not None:
-                call = calls[key] = call._replace(group=held)
-            call.parameters.append(p)
-            call.grads.append(grad)
-            call.offsets.append(offset)
-        yield from calls.values()
+            bucket = buckets[p.device, p.dtype, self._first(group, p)]
+            bucket.group = bucket.group or state_group
+            bucket.parameters.append(p)
+            bucket.grads.append(p.grad)
+            bucket.offsets.append(offset)
+        return buckets.values()
 
-    def _entering(self, device: torch.device) -> tuple[bool, Tensor | None, Tensor | None]:
-        """Whether the penalty comes behind the step, and what a GradScaler says."""
-        scale, overflow = (
-            None if t is None else t.to(device, torch.float32)
-            for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        )
-        return self._mode == "proximal", scale, overflow
+    def _amp(self, device: torch.device) -> Iterator[Tensor | None]:
+        """What a GradScaler says: the gradients' scale, and whether they overflowed."""
+        for key in ("grad_scale", "found_inf"):
+            t = getattr(self, key, None)
+            yield None if t is None else t.to(device, torch.float32)
 
-    def _kind(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
-        """What else parameters must have in common to be stepped together."""
-        return ()
+    def _first(self, group: dict[str, Any], p: Tensor) -> bool:
+        """Whether a parameter's first step is another one than those that follow."""
+        return False
 
-    def _apply(self, group: dict[str, Any], call: _Call) -> None:
+    def _apply(self, group: dict[str, Any], bucket: _Bucket) -> None:
         raise NotImplementedError
-
-    def _lengths(self, group: dict[str, Any]) -> Iterator[Step]:
-        raise NotImplementedError
-
-
-class _Joined:
-    """Ends what `join` began."""
-
-    def __init__(self, optimizer: Fused) -> None:
-        """optimizer: the one that was joined."""
-        self._optimizer: Fused | None = optimizer
-
-    def remove(self) -> None:
-        """The penalty is no longer applied."""
-        if self._optimizer is not None:
-            self._optimizer._penalty = None
-            self._optimizer = None
 
 
 def _number(name: str, x: float | Tensor) -> float:
@@ -212,7 +183,7 @@ def _number(name: str, x: float | Tensor) -> float:
     return float(x)
 
 
-class SGD(Fused, torch.optim.SGD):
+class SGD(FusedOptimizer, torch.optim.SGD):
     """torch.optim.SGD with the penalty in its step, in one pass; same arguments, state and results to rounding.
 
         g += 2 alpha Omega (theta - A)                                    mode "gradient"
@@ -234,6 +205,8 @@ class SGD(Fused, torch.optim.SGD):
         ValueError: foreach, maximize or differentiable, in a group of parameters.
     """
 
+    _step_sizes = staticmethod(sgd_steps)
+
     def __init__(
         self,
         params: ParamsT,
@@ -245,51 +218,42 @@ class SGD(Fused, torch.optim.SGD):
     ) -> None:
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, fused=True)
 
-    def _kind(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
-        # Its first step is another one.
-        return (group["momentum"] != 0 and self.state[p].get("momentum_buffer") is None,)
+    def _first(self, group: dict[str, Any], p: Tensor) -> bool:
+        return group["momentum"] != 0 and self.state[p].get("momentum_buffer") is None
 
-    def _apply(self, group: dict[str, Any], call: _Call) -> None:
-        parameters, state = call.parameters, self.state
-        proximal, scale, overflow = self._entering(parameters[0].device)
-        buffers: list[Tensor] = []
-        first = False
-        if group["momentum"]:
-            (first,) = self._kind(group, parameters[0])
-            if first and overflow is not None and bool(overflow):
-                return  # a buffer holds nothing before a step that was made
-            for p in parameters if first else ():
-                state[p]["momentum_buffer"] = torch.empty_like(p)
-            buffers = call.lists(state, "momentum_buffer")
-        ops.sgd_(
+    def _apply(self, group: dict[str, Any], bucket: _Bucket) -> None:
+        parameters, proximal = bucket.parameters, self._mode == "proximal"
+        scale, overflow = self._amp(parameters[0].device)
+        first = self._first(group, parameters[0])
+        if first and overflow is not None and bool(overflow):
+            return  # a buffer holds nothing before a step that was made
+        for p in parameters if first else ():
+            self.state[p]["momentum_buffer"] = torch.empty_like(p)
+        sgd_(
             parameters,
-            call.grads,
-            buffers,
-            *call.part(),
-            _number("lr", group["lr"]),
-            group["momentum"],
-            group["dampening"],
-            _number("weight_decay", group["weight_decay"]),
-            float(sgd_eta(group)) if proximal else 0.0,
-            group["nesterov"],
-            first,
-            proximal,
-            scale,
-            overflow,
-            call.native(),
+            bucket.grads,
+            bucket.lists(self.state, "momentum_buffer") if group["momentum"] else [],
+            bucket.state,
+            lr=_number("lr", group["lr"]),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=_number("weight_decay", group["weight_decay"]),
+            eta=float(sgd_eta(group)) if proximal else 0.0,
+            nesterov=group["nesterov"],
+            first=first,
+            proximal=proximal,
+            scale=scale,
+            overflow=overflow,
         )
 
-    def _lengths(self, group: dict[str, Any]) -> Iterator[Step]:
-        return sgd_steps(group, self.state)
 
-
-class AdamW(Fused, torch.optim.AdamW):
+class AdamW(FusedOptimizer, torch.optim.AdamW):
     """torch.optim.AdamW with the penalty in its step, in one pass; same arguments, state, results to rounding.
 
     The penalty's gradient is added to g (mode "gradient"), or each step ends with the proximal one of length
-    lr / (sqrt(v_hat) + eps) (mode "proximal"); see FusedMASPenalty.attach. 36 bytes per float32 parameter, 28
-    without a penalty, 8 more with amsgrad. Gradients that a GradScaler scaled stay as they are. A parameter
-    without .grad gets one in gradient mode, as by add_grad_.
+    lr / (sqrt(v_hat) + eps) (mode "proximal"). 36 bytes per float32 parameter, 28 without a penalty, 8 more
+    with amsgrad. Gradients that a GradScaler scaled stay as they are. A parameter without .grad gets one in
+    gradient mode, as by add_grad_.
 
     Args:
         params: as torch's.
@@ -303,6 +267,8 @@ class AdamW(Fused, torch.optim.AdamW):
         ValueError: foreach, maximize or differentiable, in a group of parameters.
     """
 
+    _step_sizes = staticmethod(adam_steps)
+
     def __init__(
         self,
         params: ParamsT,
@@ -315,42 +281,38 @@ class AdamW(Fused, torch.optim.AdamW):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, fused=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As torch's, for a state of torch's own optimizer, too, which may count steps on the CPU."""
         super().__setstate__(state)
-        for p, own in self.state.items():
+        for p, own in self.state.items():  # torch's own may count steps on the CPU
             if "step" in own:
                 own["step"] = own["step"].to(p.device, torch.float32)
 
-    def _apply(self, group: dict[str, Any], call: _Call) -> None:
+    def _apply(self, group: dict[str, Any], bucket: _Bucket) -> None:
         keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
-        parameters, state = call.parameters, self.state
+        parameters = bucket.parameters
         for p in parameters:
-            if len(state[p]) == 0:
-                state[p]["step"] = torch.zeros((), device=p.device)
-                state[p].update({key: torch.zeros_like(p) for key in keys})
-        proximal, scale, overflow = self._entering(parameters[0].device)
+            if len(self.state[p]) == 0:
+                self.state[p]["step"] = torch.zeros((), device=p.device)
+                self.state[p].update({key: torch.zeros_like(p) for key in keys})
+        scale, overflow = self._amp(parameters[0].device)
         beta1, beta2 = group["betas"]
-        moments = [call.lists(state, key) for key in keys]
-        ops.adamw_(
+        exp_avg, exp_avg_sq, *largest = (bucket.lists(self.state, key) for key in keys)
+        adamw_(
             parameters,
-            call.grads,
-            *moments[:2],
-            moments[2] if group["amsgrad"] else [],
-            call.lists(state, "step"),
-            *call.part(),
-            _number("lr", group["lr"]),
-            float(beta1),
-            float(beta2),
-            group["eps"],
-            group["weight_decay"],
-            proximal,
-            scale,
-            overflow,
-            call.native(),
+            bucket.grads,
+            exp_avg,
+            exp_avg_sq,
+            largest[0] if largest else [],
+            bucket.lists(self.state, "step"),
+            bucket.state,
+            lr=_number("lr", group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            proximal=self._mode == "proximal",
+            scale=scale,
+            overflow=overflow,
         )
 
-    def _lengths(self, group: dict[str, Any]) -> Iterator[Step]:
-        return adam_steps(group, self.state)
 
-
-STEPS.update({SGD: sgd_steps, AdamW: adam_steps})
+STEP_SIZES.update({SGD: sgd_steps, AdamW: adam_steps})

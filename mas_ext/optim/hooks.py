@@ -1,18 +1,21 @@
-"""The penalty inside an optimizer's step: as a gradient before it, or as a proximal step after it."""
+"""The penalty in the steps of any optimizer: its gradient before a step, or its proximal step after it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from mas_ext.optim.step_size import STEP_SIZES, Step, StepSizes, constant
+from mas_ext.state.buffers import Group
+
 Mode = Literal["gradient", "proximal"]
 
 
-class Pulling(Protocol):
-    """What of a penalty the hooks need."""
+class Penalty(Protocol):
+    """What optimizers need of a penalty."""
 
     def add_grad_to(self, only: Collection[int], times: Tensor | None = None) -> None:
         """Add the penalty's gradient, times a factor, into .grad of the parameters with these ids."""
@@ -27,9 +30,12 @@ class Pulling(Protocol):
     ) -> None:
         """Move the parameters towards their anchor."""
 
+    def bound(self) -> list[tuple[Group, list[Tensor]]]:
+        """Each group of the state with its parameters as they are now."""
+
 
 def check_mode(mode: str, name: str = "mode") -> None:
-    """A ValueError for what is no mode, of an argument of this name."""
+    """Raise a ValueError for what is no mode, in an argument of this name."""
     if mode not in ("gradient", "proximal"):
         raise ValueError(f"{name}: got {mode!r}, expected 'gradient' or 'proximal'")
 
@@ -37,54 +43,68 @@ def check_mode(mode: str, name: str = "mode") -> None:
 class Handle:
     """Ends what `attach` began."""
 
-    def __init__(self, hook: Any) -> None:
-        """hook: what the optimizer gave back for its hook."""
-        self._hook = hook
+    def __init__(self, remove: Callable[[], None]) -> None:
+        """remove: what ends it; called once."""
+        self._remove: Callable[[], None] | None = remove
 
     def remove(self) -> None:
         """The penalty is no longer applied."""
-        self._hook.remove()
+        if self._remove is not None:
+            self._remove()
+            self._remove = None
 
 
 class _Hook:
     """What an optimizer calls before or after its step, and for which penalty."""
 
-    def __init__(self, penalty: Pulling, call: Callable[..., None]) -> None:
+    def __init__(self, penalty: Penalty) -> None:
         self.penalty = penalty
-        self._call = call
-
-    def __call__(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call(args, kwargs)
 
 
-class Step(NamedTuple):
-    """Parameters that share a step length: eta, or eta / (sqrt(v correction) + eps)."""
+class _AddGradient(_Hook):
+    def __call__(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        # args[0] is the optimizer. The hook runs before the closure, which computes the gradients anew
+        # and would drop what was added.
+        if any(callable(a) for a in (*args[1:], kwargs.get("closure"))):
+            raise RuntimeError(
+                "closure: got one, expected none: with step(closure) add penalty() to the loss instead"
+            )
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        # What a GradScaler tells an optimizer with fused=True, whose gradients are still scaled.
+        self.penalty.add_grad_to(own, getattr(optimizer, "grad_scale", None))
 
-    parameters: list[Tensor]
-    eta: float | Tensor
-    second_moment: dict[int, Tensor] | None = None
-    correction: float = 1.0
-    eps: float = 0.0
+
+class _ProximalStep(_Hook):
+    def __init__(self, penalty: Penalty, step_sizes: StepSizes) -> None:
+        super().__init__(penalty)
+        self._step_sizes = step_sizes
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            steps = self._step_sizes(group, optimizer.state)
+            take_proximal_steps(self.penalty, optimizer, steps)
 
 
-def attach(
-    penalty: Pulling, optimizer: torch.optim.Optimizer, mode: Mode, eta: float | None
+def take_proximal_steps(
+    penalty: Penalty, optimizer: torch.optim.Optimizer, steps: Iterable[Step]
+) -> None:
+    """Take the proximal steps that go with an optimizer's step, unless that one was skipped."""
+    # With fused=True this runs after a skipped step, too.
+    found_inf = getattr(optimizer, "found_inf", None)
+    for step in steps:
+        eta = step.eta if found_inf is None else step.eta * (found_inf == 0).double()
+        penalty.proximal_(*step._replace(eta=eta))
+
+
+def register_hook(
+    penalty: Penalty, optimizer: torch.optim.Optimizer, mode: Mode, eta: float | None
 ) -> Handle:
-    """Register the penalty with an optimizer.
-
-    "gradient": before every step, 2 alpha Omega (theta - A) is added into .grad, as if the penalty were
-    part of the loss. Clipping between backward() and step() does not clip it: there add_grad_ goes first.
-
-    "proximal": after every step, theta <- theta + c / (1 + c) (A - theta) with c = 2 eta scale W, stable for
-    every lam. eta is what the optimizer multiplies the gradient by: SGD lr (1 - dampening) / (1 - momentum),
-    Nesterov too; Adam and AdamW lr / (sqrt(v_hat) + eps) from their state. A parameter that Adam has not
-    stepped yet stays where it is.
-
-    Under a GradScaler a skipped step applies nothing, and scaled gradients are met by the penalty's times the
-    same scale. Optimizers with fused=True have both on the device, where they are read.
+    """Have an optimizer apply the penalty in every step; the modes are those of FusedMASPenalty.attach.
 
     Raises:
-        TypeError: LBFGS, or an optimizer whose step length is unknown and no eta.
+        TypeError: LBFGS, or an optimizer whose step size is unknown and no eta.
         ValueError: an unknown mode, a wrong eta, maximize=True, or a momentum of 1.
         RuntimeError: this penalty is attached to this optimizer already.
     """
@@ -105,116 +125,18 @@ def attach(
     if mode == "gradient":
         if eta is not None:
             raise ValueError(f'eta: got {eta} with mode="gradient", expected none')
-
-        def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            _add_gradient(penalty, optimizer, args, kwargs)
-
-        return Handle(optimizer.register_step_pre_hook(_Hook(penalty, before)))
-
-    steps = _given(eta) if eta is not None else STEPS.get(type(optimizer))
-    if steps is None:
+        return Handle(optimizer.register_step_pre_hook(_AddGradient(penalty)).remove)
+    step_sizes = STEP_SIZES.get(type(optimizer)) if eta is None else constant(eta)
+    if step_sizes is None:
         raise TypeError(
             f"optimizer: got {type(optimizer).__name__}, whose step length is unknown, expected SGD, Adam "
             'or AdamW; pass eta= for mode="proximal" or use mode="gradient"'
         )
+    check_step_sizes(optimizer, step_sizes)
+    return Handle(optimizer.register_step_post_hook(_ProximalStep(penalty, step_sizes)).remove)
 
-    def after(*_: Any) -> None:
-        for group in optimizer.param_groups:
-            approach(penalty, optimizer, steps(group, optimizer.state))
 
+def check_step_sizes(optimizer: torch.optim.Optimizer, step_sizes: StepSizes) -> None:
+    """Raise now what a group without a step size would raise in the first step."""
     for group in optimizer.param_groups:
-        list(
-            steps(group, optimizer.state)
-        )  # what is wrong with it shows here, not at the first step
-
-    return Handle(optimizer.register_step_post_hook(_Hook(penalty, after)))
-
-
-def approach(penalty: Pulling, optimizer: torch.optim.Optimizer, steps: Iterable[Step]) -> None:
-    """The proximal steps that go with an optimizer's step, unless that one was skipped."""
-    # With fused=True this runs after a skipped step, too.
-    found_inf = getattr(optimizer, "found_inf", None)
-    for step in steps:
-        eta = step.eta if found_inf is None else step.eta * (found_inf == 0).double()
-        penalty.proximal_(*step._replace(eta=eta))
-
-
-def _add_gradient(
-    penalty: Pulling,
-    optimizer: torch.optim.Optimizer,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    # args[0] is the optimizer. The hook runs before the closure, which computes the gradients anew
-    # and would drop what was added.
-    if any(callable(a) for a in (*args[1:], kwargs.get("closure"))):
-        raise RuntimeError(
-            "closure: got one, expected none: with step(closure) add penalty() to the loss instead"
-        )
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    # What a GradScaler tells an optimizer with fused=True, whose gradients are still scaled.
-    penalty.add_grad_to(own, getattr(optimizer, "grad_scale", None))
-
-
-State = Mapping[Tensor, Mapping[str, Any]]
-Steps = Callable[[dict[str, Any], State], Iterator[Step]]
-
-
-def _given(eta: float) -> Steps:
-    if not 0 <= eta < float("inf"):
-        raise ValueError(f"eta: got {eta}, expected a finite number from 0 up")
-
-    def steps(group: dict[str, Any], state: State) -> Iterator[Step]:
-        yield Step(group["params"], eta)
-
-    return steps
-
-
-def sgd_eta(group: dict[str, Any]) -> float | Tensor:
-    """What SGD multiplies a gradient by in the long run."""
-    momentum = group["momentum"]
-    if momentum >= 1:
-        raise ValueError(f"momentum: got {momentum}, expected less than 1")
-    # Without momentum SGD ignores dampening.
-    damped = 1 - group["dampening"] if momentum else 1.0
-    eta: float | Tensor = group["lr"] * (damped / (1 - momentum))
-    return eta
-
-
-def sgd_steps(group: dict[str, Any], state: State) -> Iterator[Step]:
-    """The step length of a group of SGD."""
-    yield Step(group["params"], sgd_eta(group))
-
-
-def adam_steps(group: dict[str, Any], state: State) -> Iterator[Step]:
-    """The step lengths of a group of Adam or AdamW: one for all parameters with as many steps."""
-    beta2 = float(group["betas"][1])
-    key = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
-    stepped = [p for p in group["params"] if key in state.get(p, {})]
-    by_step: dict[float, list[Tensor]] = {}
-    for p, count in zip(stepped, _numbers([state[p]["step"] for p in stepped]), strict=True):
-        by_step.setdefault(count, []).append(p)
-    by_step.pop(0.0, None)  # the first step was skipped
-    for step, parameters in by_step.items():
-        yield Step(
-            parameters,
-            group["lr"],
-            {id(p): state[p][key] for p in parameters},
-            1 / (1 - beta2**step),
-            group["eps"],
-        )
-
-
-def _numbers(scalars: Sequence[Tensor]) -> list[float]:
-    """The numbers; from a GPU in one transfer instead of one for each."""
-    if any(t.is_cuda for t in scalars):
-        return [float(x) for x in torch.stack([*scalars]).tolist()]
-    return [float(t) for t in scalars]
-
-
-# By the optimizer's very type: a subclass may do anything in its step.
-STEPS: dict[type, Steps] = {
-    torch.optim.SGD: sgd_steps,
-    torch.optim.Adam: adam_steps,
-    torch.optim.AdamW: adam_steps,
-}
+        list(step_sizes(group, optimizer.state))

@@ -179,12 +179,22 @@ DATASETS = ("digits", *SOURCES)
 
 
 def folders(folder: str | Path | None) -> list[Path]:
-    """Where files are looked for: this folder alone or, for None, $MAS_EXT_DATA, ./data and ~/data."""
+    """Where files are looked for: this folder alone or, for None, $MAS_EXT_DATA, ./data and ~/data.
+
+    Raises:
+        FileNotFoundError: $MAS_EXT_DATA is to be searched and is no folder.
+    """
     if folder is not None:
         return [Path(folder)]
+    places = [Path("data"), Path("~/data").expanduser()]
     from_env = os.environ.get("MAS_EXT_DATA")
-    given = [Path(from_env)] if from_env else []
-    return [*given, Path("data"), Path("~/data").expanduser()]
+    if from_env:
+        if not Path(from_env).is_dir():
+            raise FileNotFoundError(
+                f"MAS_EXT_DATA: got {from_env!r}, expected a folder that exists"
+            )
+        places.insert(0, Path(from_env))
+    return places
 
 
 def _colours(image: Any) -> Any:

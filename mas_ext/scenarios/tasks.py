@@ -16,23 +16,26 @@ class Tensors(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         x: inputs (N, ...).
-        y: labels (N,), of any integer type, kept as int64.
+        y: labels (N,), of any integer type, kept as int64, or targets (N, ...) of a floating-point type.
         transform: maps inputs (n, ...) to as many of any shape, whenever they are read; None: as they are.
 
     Raises:
-        ValueError: labels that are no integers (N,), or not as many as inputs.
+        ValueError: y of another kind or shape, or not as many as inputs.
     """
 
     def __init__(
         self, x: Tensor, y: Tensor, transform: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        if y.ndim != 1 or y.is_floating_point() or y.is_complex():
-            raise ValueError(f"y: got {y.dtype} of shape {tuple(y.shape)}, expected integers (N,)")
+        are_labels = not y.is_floating_point()
+        if y.ndim == 0 or y.is_complex() or (are_labels and y.ndim != 1):
+            raise ValueError(
+                f"y: got {y.dtype} of shape {tuple(y.shape)}, expected integers (N,) or floats (N, ...)"
+            )
         if x.ndim == 0 or len(x) != len(y):
             raise ValueError(
-                f"x: got shape {tuple(x.shape)}, expected an input for each of the {len(y)} labels"
+                f"x: got shape {tuple(x.shape)}, expected an input for each of the {len(y)} targets"
             )
-        self.x, self.y, self.transform = x, y.long(), transform
+        self.x, self.y, self.transform = x, y.long() if are_labels else y, transform
 
     def __len__(self) -> int:
         return len(self.y)
@@ -42,7 +45,7 @@ class Tensors(Dataset[tuple[Tensor, Tensor]]):
         return (x if self.transform is None else self.transform(x))[0], self.y[i]
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The samples `index`, (n,) int64: inputs (n, ...) and labels (n,)."""
+        """The samples `index`, (n,) int64: inputs (n, ...) and labels (n,) or targets (n, ...)."""
         x = self.x[index]
         return x if self.transform is None else self.transform(x), self.y[index]
 
@@ -61,8 +64,13 @@ def labels(dataset: Dataset[Any]) -> Tensor:
     """The labels of all samples, (N,) int64.
 
     Inputs are not read for `Tensors`, TensorDataset, Subset and data sets with `targets`, as torchvision's.
+
+    Raises:
+        ValueError: floating-point targets in `Tensors`.
     """
     if isinstance(dataset, Tensors):
+        if dataset.y.is_floating_point():
+            raise ValueError(f"labels: got {dataset.y.dtype}, expected integers")
         return dataset.y
     if isinstance(dataset, TensorDataset):
         return dataset.tensors[1].long()
@@ -79,13 +87,15 @@ class Task:
     """A learning unit: data to train and to test on, and the classes that it distinguishes.
 
     Attributes:
-        classes: the labels in the data sets, sorted.
+        classes: the labels in the data sets, sorted; none where targets are no labels, as in regression.
+        outputs: of the task's head; None: one per class.
     """
 
     name: str
     train: Dataset[Any]
     test: Dataset[Any]
-    classes: tuple[int, ...]
+    classes: tuple[int, ...] = ()
+    outputs: int | None = None
 
     def positions(self, labels: Tensor) -> Tensor:
         """The position of each label in `classes`, which a head is trained on: (N,) -> (N,) int64.

@@ -1,4 +1,4 @@
-"""Where what is remembered lies: flat buffers, one set for the parameters of each device and dtype.
+"""Where the state of consolidation lies: flat buffers, one set for the parameters of each device and dtype.
 
 Every parameter has its own part of them, which follows the parameter when that is moved, cast or widened.
 """
@@ -8,23 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mas_ext.kernels import native, ops
-from mas_ext.kernels.reference import LARGEST_CODED, compute_dtype, decode, encode, part
+from mas_ext.kernels import backends
+from mas_ext.kernels.dtypes import LARGEST_CODED, compute_dtype, from_codes, to_codes
+from mas_ext.kernels.flat_state import State, flat_view
 from mas_ext.parameters.names import Layout, check_supported, layouts
-from mas_ext.state import offloading as streaming
-from mas_ext.state.merge_rules import Entry, Rule
+from mas_ext.state.merge_rules import MergeRule, TaskEntry
 
 # Every tensor's part of the flat state starts at a multiple of this many elements: 16-byte loads.
 _ALIGNMENT = 64
 
 
-class Part(NamedTuple):
+class ParameterState(NamedTuple):
     """One parameter's state: omega and anchor of shape (rows, *shape), and its share of r.
 
     An omega of 8 bits is decoded here: 32 bits.
@@ -37,76 +36,79 @@ class Part(NamedTuple):
 
 @dataclass
 class Group:
-    """The flat state of the parameters of one device and dtype; see kernels/reference.py for shapes.
+    """The flat state of the parameters of one device and dtype.
 
-    Omega and anchor of a streamed one lie on the CPU. Omega is `unit` times what is stored, so that alpha holds
-    alpha_t unit, and remainder r / unit: 1, or a power of two that brings codes of 8 bits into their range.
+    Omega is `unit` times what is stored, so that the stored alpha is alpha_t unit and the stored remainder
+    r / unit: 1, or a power of two that brings codes of 8 bits into their range.
+
+    names, layout: the parameters, and their dtypes, devices, shapes and strides.
+    state: omega and anchor on the parameters' device, or on the CPU if `offloaded`.
+    remainders: each parameter's share of r, float64 of shape (parameters,).
     """
 
     names: list[str]
     layout: list[Layout]
-    offsets: list[int]
-    omega: Tensor
-    anchor: Tensor
+    state: State
     remainders: Tensor
-    alpha: Tensor
-    remainder: Tensor
-    native: bool
-    streamed: bool
-    unit: float
+    offloaded: bool
+    unit: float = 1.0
 
-    @property
-    def ops(self) -> ModuleType:
-        """What computes with it: kernels.ops, or streaming."""
-        return streaming if self.streamed else ops
-
-    def part(self, index: int) -> Part:
+    def part(self, index: int) -> ParameterState:
         """The state of one parameter, as views but for what is decoded."""
         _, _, shape, stride = self.layout[index]
 
         def rows(flat: Tensor) -> Tensor:
             return flat.as_strided(
-                (flat.shape[0], *shape), (flat.stride(0), *stride), self.offsets[index]
+                (flat.shape[0], *shape), (flat.stride(0), *stride), self.state.offsets[index]
             )
 
-        return Part(self.decoded(rows(self.omega)), rows(self.anchor), self.remainders[index])
+        omega = self.decoded(rows(self.state.omega))
+        return ParameterState(omega, rows(self.state.anchor), self.remainders[index])
+
+    def subset(self, chosen: Sequence[int], times: Tensor | None = None) -> State:
+        """The state of some of the parameters, alpha times a factor."""
+        alpha = self.state.alpha
+        return self.state._replace(
+            offsets=[self.state.offsets[i] for i in chosen],
+            alpha=alpha if times is None else alpha * times.to(alpha.device),
+        )
 
     def decoded(self, stored: Tensor) -> Tensor:
         """Omega as it is stored, or what its codes mean."""
-        return decode(stored) * self.unit if stored.dtype == torch.uint8 else stored
+        return from_codes(stored) * self.unit if stored.dtype == torch.uint8 else stored
 
     def encoded(self, omega: Tensor) -> Tensor:
         """Omega as it is stored, but for the dtype."""
-        return encode(omega / self.unit) if self.omega.dtype == torch.uint8 else omega
+        return to_codes(omega / self.unit) if self.state.omega.dtype == torch.uint8 else omega
 
     def add_up(self) -> None:
         """Have the kernels know what the remainders are by now."""
-        self.remainder.copy_(self.remainders.sum() / self.unit)
+        self.state.remainder.copy_(self.remainders.sum() / self.unit)
 
 
 class Memory(NamedTuple):
-    """All that is remembered, replaced as one, so that an interruption leaves the old one whole.
+    """All that is known of the tasks, replaced as one, so that an interruption leaves the old one whole.
 
     `absent` holds the state of parameters that the model lacks at the moment.
     """
 
-    entries: list[Entry]
+    entries: list[TaskEntry]
     groups: list[Group]
-    absent: dict[str, Part]
+    absent: dict[str, ParameterState]
 
-    def parts(self) -> dict[str, Part]:
-        """The state of every parameter by name; see Group.part."""
+    def parts(self) -> dict[str, ParameterState]:
+        """The state of every parameter by name, as Group.part gives it."""
         present = {
             name: group.part(i) for group in self.groups for i, name in enumerate(group.names)
         }
         return {**present, **self.absent}
 
 
-def pack(
+def build_groups(
     theta: Mapping[str, Tensor],
-    parts: Mapping[str, Part],
+    parts: Mapping[str, ParameterState],
     rows: int,
-    rule: Rule,
+    rule: MergeRule,
     added: Mapping[str, Tensor] | None = None,
     gain: float = 1.0,
 ) -> list[Group]:
@@ -119,29 +121,9 @@ def pack(
         check_supported(name, x)
         kinds.setdefault((x.device, x.dtype), []).append(name)
     groups = []
-    for (device, dtype), names in kinds.items():
-        offsets, end = [], 0
-        for name in names:
-            offsets.append(end)
-            end += -(-theta[name].numel() // _ALIGNMENT) * _ALIGNMENT
-        streamed = rule.state_device is not None
-        place = torch.device(rule.state_device or device)
-        # Only from pinned memory does a copy leave the host alone.
-        pinned = streamed and device.type == "cuda"
-        group = Group(
-            names,
-            layouts(theta[name] for name in names),
-            offsets,
-            _zeros(rows, end, _omega_dtype(rule, dtype), place, pinned),
-            _zeros(rows, end, compute_dtype(dtype), place, pinned),
-            torch.zeros(len(names), dtype=torch.float64, device=device),
-            torch.zeros(rows, dtype=torch.float64, device=device),
-            torch.zeros((), dtype=torch.float64, device=device),
-            native.serves(device, rule.backend),
-            streamed,
-            1.0,
-        )
-        if group.omega.dtype == torch.uint8:
+    for names in kinds.values():
+        group = _zeros([theta[name] for name in names], names, rows, rule)
+        if rule.omega_dtype == torch.uint8:
             known = [parts[name].omega for name in names if name in parts]
             new = [added[name] for name in names if name in added] if added else []
             group.unit = _unit(_largest(known) + gain * _largest(new))
@@ -152,8 +134,34 @@ def pack(
     return groups
 
 
-def _zeros(rows: int, end: int, dtype: torch.dtype, device: torch.device, pinned: bool) -> Tensor:
-    return torch.zeros(rows, end, dtype=dtype, device=device, pin_memory=pinned)
+def _zeros(tensors: list[Tensor], names: list[str], rows: int, rule: MergeRule) -> Group:
+    """A group for tensors of one device and dtype, of which nothing is known."""
+    device, dtype = tensors[0].device, tensors[0].dtype
+    offsets, end = [], 0
+    for x in tensors:
+        offsets.append(end)
+        end += -(-x.numel() // _ALIGNMENT) * _ALIGNMENT
+    offloaded = rule.state_device is not None
+    place = rule.state_device or device
+    # Only from pinned memory does a copy leave the host alone.
+    pinned = offloaded and device.type == "cuda"
+    wide = rule.omega_dtype == torch.float64 and dtype != torch.float64
+
+    def flat(kind: torch.dtype) -> Tensor:
+        return torch.zeros(rows, end, dtype=kind, device=place, pin_memory=pinned)
+
+    def scalars(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+
+    state = State(
+        offsets,
+        flat(torch.float32 if wide else rule.omega_dtype),
+        flat(compute_dtype(dtype)),
+        scalars(rows),
+        scalars(),
+        backends.serves(device, rule.backend),
+    )
+    return Group(names, layouts(tensors), state, scalars(len(names)), offloaded)
 
 
 def _largest(tensors: Sequence[Tensor]) -> float:
@@ -167,20 +175,18 @@ def _unit(largest: float) -> float:
     return 2.0 ** min(max(exponent - (mantissa == 0.5), -100), 100)
 
 
-def _omega_dtype(rule: Rule, dtype: torch.dtype) -> torch.dtype:
-    wide = rule.omega_dtype == torch.float64 and dtype != torch.float64
-    return torch.float32 if wide else rule.omega_dtype
-
-
-def _fill(group: Group, index: int, x: Tensor, old: Part | None, rows: int) -> None:
+def _fill(group: Group, index: int, x: Tensor, old: ParameterState | None, rows: int) -> None:
+    """Write into a new group what is known of a parameter, whose sizes may have grown since."""
     if old is not None and old.omega.dim() != x.dim() + 1:
         raise ValueError(
             f"parameter {group.names[index]!r}: got shape {tuple(x.shape)}, expected "
             f"{old.omega.dim() - 1} dimensions as when it was consolidated"
         )
-    offset = group.offsets[index]
+    offset = group.state.offsets[index]
     for row in range(rows):
-        omega, anchor = part(group.omega, row, offset, x), part(group.anchor, row, offset, x)
+        omega, anchor = (
+            flat_view(t[row], offset, x) for t in (group.state.omega, group.state.anchor)
+        )
         anchor.copy_(x.detach())
         if old is not None and row < old.omega.shape[0]:
             # A widened parameter keeps its leading part.

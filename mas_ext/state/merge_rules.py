@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels.backends import Backend
 
 Merge = Literal["consistent", "sum", "latest", "decay"]
 Store = Literal["merged", "per_task"]
@@ -23,7 +23,7 @@ _OMEGA_DTYPES = {
 }
 
 
-class Entry(NamedTuple):
+class TaskEntry(NamedTuple):
     """One consolidated task: S = sum_i Omega_i, and its weight."""
 
     total: float
@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rule:
+class MergeRule:
     """How tasks are put together: the constructor arguments of the penalty that concern the state.
 
     alpha per task, with S_t = sum_i Omega_t,i and weights w_t: "consistent": alpha_t S_t / w_t equal for
@@ -68,7 +68,7 @@ class Rule:
         """Whether each task keeps its own anchor."""
         return self.merge in ("consistent", "sum")
 
-    def scale(self, lam: float, entries: Sequence[Entry]) -> float:
+    def scale(self, lam: float, entries: Sequence[TaskEntry]) -> float:
         """What the stored quadratic is multiplied by."""
         if self.merge != "consistent" or not entries:
             return lam
@@ -76,11 +76,11 @@ class Rule:
         inverse = sum(e.weight / e.total for e in entries)
         return lam * tasks / inverse if inverse > 0 else 0.0
 
-    def gain(self, entry: Entry) -> float:
+    def gain(self, entry: TaskEntry) -> float:
         """The factor of Omega_t in W."""
         return entry.weight / entry.total if self.merge == "consistent" else entry.weight
 
-    def alpha(self, lam: float, entries: Sequence[Entry]) -> list[float]:
+    def alpha(self, lam: float, entries: Sequence[TaskEntry]) -> list[float]:
         """alpha_t of every entry: the factor of Omega_t in the penalty."""
         faded = self.gamma if self.merge == "decay" else 1.0
         scale = self.scale(lam, entries)

@@ -1,13 +1,12 @@
-"""The operators of a penalty whose state lies in the CPU's memory: block after block of it comes to the device.
+"""Kernels on the state of a group, wherever it lies: beside the parameters, or in the CPU's memory.
 
-Same arguments as in kernels/ops.py, but omega and anchor lie on the CPU, in pinned memory where the parameters
-are on a GPU. Two buffers take turns: while the kernels work on one block of the state, a stream of its own
-fetches the next, and the host waits for neither.
+An offloaded state comes to the parameters' device block by block. Two buffers take turns: while a kernel works
+on one block of omega and anchor, a stream of its own fetches the next, and the host waits for neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -15,10 +14,91 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from mas_ext.kernels import ops
+from mas_ext.kernels.checks import aligned, copy_back
+from mas_ext.kernels.flat_state import State
+from mas_ext.kernels.penalty import (
+    add_grad_,
+    keep_for_backward,
+    kept_for_backward,
+    penalty,
+    refuse_double_backward,
+)
+from mas_ext.state.buffers import Group
 
 # Elements of a block, a multiple of the state's alignment: 64 MiB in two buffers of float32 omega and anchor.
 BLOCK = 1 << 22
+
+
+def group_penalty(group: Group, theta: list[Tensor]) -> Tensor:
+    """The penalty of a group's parameters, differentiable by them once."""
+    return _offloaded_value(theta, group.state) if group.offloaded else penalty(theta, group.state)
+
+
+def run_kernel(
+    kernel: Callable[..., Any],
+    group: Group,
+    state: State,
+    tensors: Sequence[list[Tensor]],
+    *numbers: float,
+) -> Any:
+    """kernel(*tensors, state, *numbers), in one call or one for each block of the group's state.
+
+    Args:
+        kernel: add_grad_ or proximal_.
+        group: whose state it is.
+        state: the group's, for these parameters.
+        tensors: the parameters, or some of them, and lists of tensors like those.
+        numbers: the kernel's other arguments.
+
+    Returns:
+        The penalty of these parameters, if the kernel computes it.
+    """
+    if not group.offloaded:
+        return kernel(*tensors, state, *numbers)
+    return _over_blocks(kernel, state, tensors, *numbers)
+
+
+# Unlike torch.compiler.disable, this does not import the compiler with the package.
+@_disable_dynamo
+def _over_blocks(
+    kernel: Callable[..., Any], state: State, tensors: Sequence[list[Tensor]], *numbers: float
+) -> Tensor:
+    """The kernel on every block; returns alpha_0 r and the sum of what it returns."""
+    theta = tensors[0]
+    strides = [x.stride() for x in theta]
+    in_order = [aligned(t, strides) if t else [] for t in tensors]
+    total = state.alpha[0] * state.remainder
+    for pieces, block in _blocks(theta, state):
+        found = kernel(*(_views(t, pieces) if t else [] for t in in_order), block, *numbers)
+        total = total if found is None else total + found.double()
+    for t, used in zip(tensors, in_order, strict=True):
+        copy_back(t, used)
+    return total.to(state.anchor.dtype)
+
+
+@_disable_dynamo
+def _offloaded_value(theta: list[Tensor], state: State) -> Tensor:
+    found: Tensor = _OffloadedValue.apply(state, *theta)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _OffloadedValue(torch.autograd.Function):
+    """The penalty, and its gradient by theta: the blocks are fetched once more on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, state: State, *theta: Tensor) -> Tensor:
+        keep_for_backward(ctx, theta, state)
+        return _over_blocks(penalty, state, [[*theta]])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph
+            refuse_double_backward(ctx)
+        theta, state = kept_for_backward(ctx)
+        grad = [torch.zeros_like(t) for t in theta]
+        upstream = state._replace(alpha=state.alpha * grad_output.double())
+        _over_blocks(add_grad_, upstream, [theta, grad])
+        return None, *grad
 
 
 class _Piece(NamedTuple):
@@ -30,21 +110,13 @@ class _Piece(NamedTuple):
     offset: int
 
 
-class _Block(NamedTuple):
-    """Some pieces with their state: views of a buffer, and where in them each piece's part starts."""
-
-    pieces: list[_Piece]
-    offsets: list[int]
-    omega: Tensor
-    anchor: Tensor
-
-    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The pieces of these tensors, as flat views."""
-        return [
-            t.as_strided((p.end - p.begin,), (1,), t.storage_offset() + p.begin)
-            for p in self.pieces
-            for t in (tensors[p.tensor],)
-        ]
+def _views(tensors: Sequence[Tensor], pieces: Sequence[_Piece]) -> list[Tensor]:
+    """The pieces of these tensors, as flat views."""
+    return [
+        t.as_strided((p.end - p.begin,), (1,), t.storage_offset() + p.begin)
+        for p in pieces
+        for t in (tensors[p.tensor],)
+    ]
 
 
 def _cut(theta: Sequence[Tensor], offsets: Sequence[int]) -> list[list[_Piece]]:
@@ -64,7 +136,41 @@ def _cut(theta: Sequence[Tensor], offsets: Sequence[int]) -> list[list[_Piece]]:
     return blocks
 
 
-class _Beside:
+def _blocks(theta: Sequence[Tensor], state: State) -> Iterator[tuple[list[_Piece], State]]:
+    """Every block when it has come, while the next one is on its way."""
+    cut = _cut(theta, state.offsets)
+    if not cut:
+        return
+    device, stored = theta[0].device, (state.omega, state.anchor)
+    spans = [(p[0].offset, p[-1].offset + p[-1].end - p[-1].begin) for p in cut]
+    width = max(stop - start for start, stop in spans)
+    buffers = [
+        [torch.empty(len(flat), width, dtype=flat.dtype, device=device) for flat in stored]
+        for _ in cut[:2]
+    ]
+    side, nothing = _SideStream(device), torch.zeros_like(state.remainder)
+
+    def fetch(k: int) -> None:
+        start, stop = spans[k]
+        with side.after_current():
+            for buffer, flat in zip(buffers[k % 2], stored, strict=True):
+                for to, row in zip(buffer, flat, strict=True):
+                    to[: stop - start].copy_(row[start:stop], non_blocking=True)
+
+    fetch(0)
+    try:
+        for k, pieces in enumerate(cut):
+            side.join()
+            if k + 1 < len(cut):
+                fetch(k + 1)
+            offsets = [p.offset - spans[k][0] for p in pieces]
+            omega, anchor = buffers[k % 2]
+            yield pieces, State(offsets, omega, anchor, state.alpha, nothing, state.native)
+    finally:
+        side.join()  # buffers are given back to the current stream
+
+
+class _SideStream:
     """A stream beside the current one; on a CPU there is only one order of things."""
 
     def __init__(self, device: torch.device) -> None:
@@ -78,168 +184,12 @@ class _Beside:
         """What is done within comes after what the current stream was given so far."""
         if self._streams is None:
             return nullcontext()
-        current, beside = self._streams
-        beside.wait_stream(current)
-        return torch.cuda.stream(beside)
+        current, side = self._streams
+        side.wait_stream(current)
+        return torch.cuda.stream(side)
 
     def join(self) -> None:
-        """What the current stream is given from now on comes after what was done beside it."""
+        """What the current stream is given from now on comes after what was done on the side."""
         if self._streams is not None:
-            current, beside = self._streams
-            current.wait_stream(beside)
-
-
-def _blocks(
-    theta: Sequence[Tensor], offsets: Sequence[int], omega: Tensor, anchor: Tensor
-) -> Iterator[_Block]:
-    """Every block when it has come, while the next one is on its way."""
-    cut = _cut(theta, offsets)
-    if not cut:
-        return
-    device = theta[0].device
-    width = max(pieces[-1].offset - pieces[0].offset + _size(pieces[-1]) for pieces in cut)
-    buffers = [
-        [torch.empty(len(flat), width, dtype=flat.dtype, device=device) for flat in (omega, anchor)]
-        for _ in cut[:2]
-    ]
-    beside = _Beside(device)
-
-    def fetch(k: int) -> None:
-        start, stop = cut[k][0].offset, cut[k][-1].offset + _size(cut[k][-1])
-        with beside.after_current():
-            for buffer, flat in zip(buffers[k % 2], (omega, anchor), strict=True):
-                for to, row in zip(buffer, flat, strict=True):
-                    to[: stop - start].copy_(row[start:stop], non_blocking=True)
-
-    fetch(0)
-    try:
-        for k, pieces in enumerate(cut):
-            beside.join()
-            if k + 1 < len(cut):
-                fetch(k + 1)
-            start = pieces[0].offset
-            yield _Block(pieces, [p.offset - start for p in pieces], *buffers[k % 2])
-    finally:
-        beside.join()  # buffers are given back to the current stream
-
-
-def _size(piece: _Piece) -> int:
-    return piece.end - piece.begin
-
-
-def _total(
-    values: Sequence[Tensor], alpha: Tensor, remainder: Tensor, dtype: torch.dtype
-) -> Tensor:
-    total = alpha[0] * remainder
-    for value in values:
-        total = total + value.double()
-    return total.to(dtype)
-
-
-class _Penalty(torch.autograd.Function):
-    """The value, and its gradient by theta."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        offsets: Sequence[int],
-        omega: Tensor,
-        anchor: Tensor,
-        alpha: Tensor,
-        remainder: Tensor,
-        native: bool,
-        *theta: Tensor,
-    ) -> Tensor:
-        """sum_t alpha_t sum_i Omega_ti (theta_i - A_ti)^2 + alpha_0 remainder."""
-        ctx.offsets, ctx.native = offsets, native
-        ctx.save_for_backward(omega, anchor, alpha, remainder, *theta)
-        nothing = torch.zeros_like(remainder)
-        values = [
-            ops.penalty(b.of(theta), b.offsets, b.omega, b.anchor, alpha, nothing, native)
-            for b in _blocks(theta, offsets, omega, anchor)
-        ]
-        return _total(values, alpha, remainder, anchor.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        """grad_output times its gradient."""
-        if torch.is_grad_enabled():  # create_graph
-            ops._refuse_double_backward(ctx)
-        omega, anchor, alpha, remainder, *theta = ctx.saved_tensors
-        grad = [torch.zeros_like(t) for t in theta]
-        upstream = alpha * grad_output.double()
-        add_grad_(theta, grad, ctx.offsets, omega, anchor, upstream, remainder, ctx.native)
-        return (*[None] * 6, *grad)
-
-
-@_disable_dynamo
-def penalty(
-    theta: Sequence[Tensor],
-    offsets: Sequence[int],
-    omega: Tensor,
-    anchor: Tensor,
-    alpha: Tensor,
-    remainder: Tensor,
-    native: bool,
-) -> Tensor:
-    """As ops.penalty, differentiable once; torch.compile leaves its graph for it."""
-    value: Tensor = _Penalty.apply(  # type: ignore[no-untyped-call]
-        offsets, omega, anchor, alpha, remainder, native, *theta
-    )
-    return value
-
-
-@_disable_dynamo
-def add_grad_(
-    theta: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    offsets: Sequence[int],
-    omega: Tensor,
-    anchor: Tensor,
-    alpha: Tensor,
-    remainder: Tensor,
-    native: bool,
-) -> Tensor:
-    """As ops.add_grad_."""
-    aligned = _like(grad, theta)
-    nothing = torch.zeros_like(remainder)
-    values = [
-        ops.add_grad_(
-            b.of(theta), b.of(aligned), b.offsets, b.omega, b.anchor, alpha, nothing, native
-        )
-        for b in _blocks(theta, offsets, omega, anchor)
-    ]
-    for g, a in zip(grad, aligned, strict=True):
-        if g is not a:
-            g.copy_(a)
-    return _total(values, alpha, remainder, anchor.dtype)
-
-
-@_disable_dynamo
-def proximal_(
-    theta: Sequence[Tensor],
-    offsets: Sequence[int],
-    omega: Tensor,
-    anchor: Tensor,
-    alpha: Tensor,
-    second_moment: Sequence[Tensor],
-    eta: float,
-    correction: float,
-    eps: float,
-    native: bool,
-) -> None:
-    """As ops.proximal_."""
-    moments = _like(second_moment, theta) if second_moment else []
-    for b in _blocks(theta, offsets, omega, anchor):
-        v = b.of(moments) if moments else []
-        ops.proximal_(
-            b.of(theta), b.offsets, b.omega, b.anchor, alpha, v, eta, correction, eps, native
-        )
-
-
-def _like(tensors: Sequence[Tensor], theta: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, or copies of those whose memory order is not that of their parameter."""
-    return [
-        t if t.stride() == x.stride() else torch.empty_like(x, dtype=t.dtype).copy_(t)
-        for t, x in zip(tensors, theta, strict=True)
-    ]
+            current, side = self._streams
+            current.wait_stream(side)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext.kernels import ops
-from mas_ext.kernels.reference import part
+from mas_ext.failures import Diverged, Vanished
+from mas_ext.kernels.flat_state import flat_view
+from mas_ext.kernels.merge import merge_
+from mas_ext.kernels.warning import warn
 from mas_ext.parameters.fsdp import Sharding
 from mas_ext.parameters.names import check_supported
 from mas_ext.state import files as checkpoint
-from mas_ext.state.buffers import Group, Memory, Part, pack
-from mas_ext.state.merge_rules import Entry, Rule, check_lam, check_weight
+from mas_ext.state.buffers import Group, Memory, ParameterState, build_groups
+from mas_ext.state.merge_rules import MergeRule, TaskEntry, check_lam, check_weight
 
 FORMAT = 1
 
@@ -32,7 +33,7 @@ FORMAT = 1
 class Consolidation:
     """The memory and the rules by which it changes; a change builds the new before it drops the old."""
 
-    rule: Rule
+    rule: MergeRule
     lam: float
     memory: Memory = field(default_factory=lambda: Memory([], [], {}))
 
@@ -84,7 +85,7 @@ class Consolidation:
         """Follow parameters that were moved, cast, widened, removed or brought back."""
         parts = self.memory.parts()
         known = {name: x for name, x in theta.items() if name in parts}
-        groups = pack(known, parts, self._rows(len(self.memory.entries)), self.rule)
+        groups = build_groups(known, parts, self._rows(len(self.memory.entries)), self.rule)
         absent = {name: p for name, p in parts.items() if name not in theta}
         memory = Memory(self.memory.entries, groups, absent)
         self._write_alpha(memory)
@@ -110,37 +111,37 @@ class Consolidation:
                 and importance are whole, so that every rank finds the same S_t, and the same mistakes.
 
         Raises:
-            ValueError: importance that is negative, not finite, of another shape or vanishing.
+            Diverged: parameters or importance that are not finite.
+            Vanished: importance at the level of rounding, under "consistent".
+            ValueError: importance that is negative or of another shape.
             TypeError: importance that is no tensor.
         """
         weight = check_weight(weight)
         total = self._check_importance(theta, importance)
         if total is None:
-            warnings.warn(
+            warn(
                 "consolidate: no parameter requires a gradient, nothing is consolidated",
                 RuntimeWarning,
-                stacklevel=4,
             )
             return
         if sharding is not None:
             theta, importance = sharding.own(theta), sharding.own(importance)
-        entry = Entry(total, weight)
+        entry = TaskEntry(total, weight)
         entries = [*self.memory.entries, entry]
         old = self.memory.parts()
         gone = sorted(name for name in old if name not in theta)
         if gone:
-            warnings.warn(
+            warn(
                 f"consolidate: the model has no parameter {', '.join(map(repr, gone[:4]))}"
                 f"{', ...' if len(gone) > 4 else ''} any more; what was remembered of it is dropped "
                 "(rename() keeps it)",
                 RuntimeWarning,
-                stacklevel=4,
             )
         names = [name for name in theta if name in old or name in importance]
         known = {name: theta[name].detach() for name in names}
         merged = self.rule.store == "merged"
         gain = self.rule.gain(entry) if merged else 1.0
-        groups = pack(known, old, self._rows(len(entries)), self.rule, importance, gain)
+        groups = build_groups(known, old, self._rows(len(entries)), self.rule, importance, gain)
         if merged:
             self._merge(groups, known, importance, entry, move_anchor)
         else:
@@ -158,7 +159,7 @@ class Consolidation:
         kept = [t for t in range(len(self.memory.entries)) if t != task]
         entries = [self.memory.entries[t] for t in kept]
         parts = {
-            name: Part(p.omega[kept], p.anchor[kept], p.remainder)
+            name: ParameterState(p.omega[kept], p.anchor[kept], p.remainder)
             for name, p in self.memory.parts().items()
             if kept
         }
@@ -197,35 +198,36 @@ class Consolidation:
                     f"{tuple(theta[name].shape)}"
                 )
             if not torch.isfinite(theta[name]).all():
-                raise ValueError(
+                raise Diverged(
                     f"parameter {name!r}: got NaN or Inf, expected finite values; where training diverged, a "
                     "smaller lam or the proximal form helps"
                 )
             sums.append(omega.sum(dtype=torch.float64).cpu())
-            smallest = float(omega.min()) if omega.numel() else 0.0
-            lowest = float("-inf") if self.rule.merge == "latest" else 0.0
-            if not (smallest >= lowest and torch.isfinite(sums[-1])):
+            if not torch.isfinite(sums[-1]):
+                raise Diverged(
+                    f"importance of {name!r}: got a sum of {float(sums[-1])}, expected finite values"
+                )
+            if self.rule.merge != "latest" and (omega < 0).any():
                 raise ValueError(
-                    f"importance of {name!r}: got values with minimum {smallest} and sum "
-                    f"{float(sums[-1])}, expected finite values{' from 0 up' if lowest == 0 else ''}"
+                    f"importance of {name!r}: got values with minimum {float(omega.min())}, expected "
+                    "values from 0 up"
                 )
         total = float(torch.stack(sums).sum())
         if self.rule.merge == "consistent":
             known = [entry.total for entry in self.memory.entries]
             if total <= 1e-6 * (statistics.median(known) if known else 0.0):
-                raise ValueError(
+                raise Vanished(
                     f"importance: got a sum of {total:.3g}, expected one above rounding level"
                     f"{f' ({statistics.median(known):.3g} is the median so far)' if known else ''}; "
-                    "the usual cause is an output of constant norm, such as a normalised embedding: "
-                    "choose another objective"
+                    "the usual causes are an output of constant norm, such as a normalised embedding "
+                    "(choose another objective), or a training that collapsed (choose a smaller lr)"
                 )
             if known and total < 1e-3 * statistics.median(known):
-                warnings.warn(
+                warn(
                     f"importance: its sum {total:.3g} is under a thousandth of the median so far, "
                     f"{statistics.median(known):.3g}; this task weighs on all parameters by "
                     "rounding noise more than the others",
                     RuntimeWarning,
-                    stacklevel=5,
                 )
         return total
 
@@ -240,42 +242,40 @@ class Consolidation:
         row: int,
     ) -> None:
         for group in groups:
-            for name, offset in zip(group.names, group.offsets, strict=True):
+            omega, anchor = group.state.omega[row], group.state.anchor[row]
+            for name, offset in zip(group.names, group.state.offsets, strict=True):
                 x = theta[name]
-                part(group.anchor, row, offset, x).copy_(x)
+                flat_view(anchor, offset, x).copy_(x)
                 if name in importance:
-                    part(group.omega, row, offset, x).copy_(group.encoded(importance[name]))
+                    flat_view(omega, offset, x).copy_(group.encoded(importance[name]))
 
     def _merge(
         self,
         groups: list[Group],
         theta: Mapping[str, Tensor],
         importance: Mapping[str, Tensor],
-        entry: Entry,
+        entry: TaskEntry,
         move_anchor: bool,
     ) -> None:
         decay = self.rule.merge == "decay"
         anchor = "mean" if self.rule.own_anchors else "move" if move_anchor else "keep"
         for group in groups:
-            x = [theta[name].to(group.omega.device) for name in group.names]
-            dtype = group.anchor.dtype
+            x = [theta[name].to(group.state.omega.device) for name in group.names]
+            dtype = group.state.anchor.dtype
             omegas = [
                 importance[name].to(t.device, dtype)
                 if name in importance
                 else torch.zeros_like(t, dtype=dtype)
                 for name, t in zip(group.names, x, strict=True)
             ]
-            added = ops.merge_(
-                group.omega,
-                group.anchor,
+            added = merge_(
+                group.state,
                 x,
                 omegas,
-                group.offsets,
                 self.rule.gamma if decay else 1.0,
                 self.rule.gain(entry) / group.unit,
                 anchor,
                 len(self.memory.entries),
-                group.native,
             )
             group.remainders += added.to(group.remainders.device) * group.unit
             group.add_up()
@@ -286,7 +286,7 @@ class Consolidation:
         else:
             alpha = self.rule.alpha(self.lam, memory.entries)
         for group in memory.groups:
-            group.alpha.copy_(torch.tensor(alpha, dtype=torch.float64) * group.unit)
+            group.state.alpha.copy_(torch.tensor(alpha, dtype=torch.float64) * group.unit)
 
     # -- state dict --------------------------------------------------------------------------------
 
@@ -315,12 +315,12 @@ class Consolidation:
             if config[key] != own:
                 raise ValueError(f"state: got {key} {config[key]!r}, expected {own!r}")
         lam, entries = _numbers(config)
-        expected = {f"{kind}.{name}" for kind in Part._fields for name in config["names"]}
+        expected = {f"{kind}.{name}" for kind in ParameterState._fields for name in config["names"]}
         for key in sorted(expected ^ (set(found) - {"config"})):
             got, wanted = ("no", "one") if key in expected else ("a", "none")
             raise KeyError(f"state: got {got} {key!r}, expected {wanted}")
         parts = {
-            name: Part(*(found[f"{kind}.{name}"] for kind in Part._fields))
+            name: ParameterState(*(found[f"{kind}.{name}"] for kind in ParameterState._fields))
             for name in config["names"]
         }
         rows = self._rows(len(entries))
@@ -331,7 +331,7 @@ class Consolidation:
             _check_part(name, p, shape)
         known = {name: x for name, x in theta.items() if name in parts}
         absent = {name: p for name, p in parts.items() if name not in theta}
-        memory = Memory(entries, pack(known, parts, rows, self.rule), absent)
+        memory = Memory(entries, build_groups(known, parts, rows, self.rule), absent)
         self.lam = lam
         self._write_alpha(memory)
         self.memory = memory
@@ -345,11 +345,13 @@ def check_format(found: Mapping[str, Tensor]) -> None:
         raise ValueError(f"state: got format {got!r}, expected {FORMAT}{hint}")
 
 
-def _numbers(config: Mapping[str, Any]) -> tuple[float, list[Entry]]:
+def _numbers(config: Mapping[str, Any]) -> tuple[float, list[TaskEntry]]:
     """lam and the entries of a loaded state, checked."""
     try:
         lam = check_lam(config["lam"])
-        entries = [Entry(float(total), check_weight(weight)) for total, weight in config["entries"]]
+        entries = [
+            TaskEntry(float(total), check_weight(weight)) for total, weight in config["entries"]
+        ]
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"state: got a 'config' with wrong lam or entries ({error}), expected numbers"
@@ -362,7 +364,7 @@ def _numbers(config: Mapping[str, Any]) -> tuple[float, list[Entry]]:
     return lam, entries
 
 
-def _check_part(name: str, p: Part, shape: tuple[int, ...]) -> None:
+def _check_part(name: str, p: ParameterState, shape: tuple[int, ...]) -> None:
     for kind, t in p._asdict().items():
         expected = () if kind == "remainder" else shape
         if tuple(t.shape) != expected or not t.is_floating_point():

@@ -1,39 +1,45 @@
-"""A run of training, step by step: its model, method, optimizer and data, and what it found so far."""
+"""A run of training, step by step: its model, method, optimizer and data, and its results so far."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mas_ext import metrics
-from mas_ext.methods.method import Method, Training
+from mas_ext.failures import Diverged
+from mas_ext.methods.method import Method, TaskLoss, Training, is_cross_entropy
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 from mas_ext.state import files as checkpoint
-from mas_ext.training.samples import Part, Stream, split
-from mas_ext.training.settings import PRECISIONS, Settings
+from mas_ext.training.samples import Stream, TaskSamples, split_batches
+from mas_ext.training.settings import AMP_DTYPES, Settings
 
 EVALUATION_BATCH = 512
+
+# (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better.
+Score = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
 class Result:
-    """What a run found, float64, NaN where nothing was measured. T tasks; accuracies in [0, 1].
+    """Measurements of a run, float64, NaN where nothing was measured. T tasks; accuracies are mean scores.
 
-    accuracy: accuracy[t, k] on the test data of task k after training task t, (T, T); for k > t in the
-        domain-incremental setting only, where the head is there already.
-    validation: the same on validation data.
-    initial: accuracy on the test data before any training, (T,), in the domain-incremental setting.
-    step_seconds: mean duration of a training step, by task, (T,).
-    border_seconds: duration of what the method does when a task begins and ends, (T,).
-    held_bytes: what the method keeps after each task, beside the model, (T,).
+    Attributes:
+        accuracy: accuracy[t, k] on the test data of task k after training task t, (T, T); for k > t in the
+            domain-incremental setting only, where the head is there already.
+        validation: accuracy on validation data, (T, T).
+        initial: accuracy on the test data before any training, (T,), in the domain-incremental setting.
+        step_seconds: mean duration of a training step, by task, (T,).
+        border_seconds: duration of the method's work when a task begins and ends, (T,).
+        held_bytes: memory that the method keeps after each task, beside the model, (T,).
     """
 
     accuracy: Tensor
@@ -45,25 +51,25 @@ class Result:
 
     @classmethod
     def nothing(cls, tasks: int) -> Result:
-        """As it is before the first task."""
+        """The result before the first task."""
         square = ("accuracy", "validation")
         shapes = [(tasks, tasks) if f.name in square else (tasks,) for f in fields(Result)]
         return cls(*(torch.full(shape, math.nan, dtype=torch.float64) for shape in shapes))
 
     @property
     def average_accuracy(self) -> float:
-        """See metrics.average_accuracy."""
+        """Mean accuracy over all tasks after the last one: metrics.average_accuracy."""
         return metrics.average_accuracy(self.accuracy)
 
     @property
     def forgetting(self) -> float:
-        """See metrics.forgetting."""
+        """Best earlier accuracy minus the last one, mean over tasks: metrics.forgetting."""
         return metrics.forgetting(self.accuracy)
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """How an epoch went: epochs of its task that are over, mean loss, accuracy on validation data or None."""
+    """One epoch: how many epochs of its task are over, mean loss, accuracy on validation data or None."""
 
     task: int
     epoch: int
@@ -72,8 +78,8 @@ class Epoch:
 
 
 @dataclass
-class Progress:
-    """Where a run is: how many tasks, epochs of the present one and steps of that are over.
+class Position:
+    """The point that a run has reached: tasks, epochs of the present one and steps of that which are over.
 
     seconds, steps: of the present task. best, waited: its best validation accuracy, and epochs since then.
     """
@@ -83,16 +89,16 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     steps: int = 0
-    best: float = -1.0
+    best: float = -math.inf
     waited: int = 0
 
 
-class OtherRun(ValueError):
-    """A checkpoint that another run wrote."""
-
-
 class Learning:
-    """One run of a Trainer; its state can be taken and put back after any step."""
+    """One run of a Trainer; its state can be taken and put back after any step.
+
+    Raises:
+        ValueError: scenario, settings and the model's heads do not fit together.
+    """
 
     def __init__(
         self,
@@ -101,20 +107,29 @@ class Learning:
         settings: Settings,
         scenario: Scenario,
         device: torch.device,
+        task_loss: TaskLoss = F.cross_entropy,
+        score: Score | None = None,
     ) -> None:
-        """Raises ValueError where scenario, settings and the model's heads do not fit together."""
         self.model, self.method, self.settings, self.device = model, method, settings, device
+        self.task_loss, self.score = task_loss, score
         self.tasks = scenario.tasks
         self.epochs = settings.epochs_of(len(self.tasks))
         self.found = Result.nothing(len(self.tasks))
-        self.at = Progress()
+        self.at = Position()
         self._best_model: dict[str, Tensor] = {}
         self._loss_sum = torch.zeros((), device=device)
-        widths = [len(task.classes) for task in self.tasks]
+        widths = [task.outputs or len(task.classes) for task in self.tasks]
+        labelled = all(task.classes for task in self.tasks)
+        if settings.setting == "class" and not labelled:
+            raise ValueError("setting: got 'class' with a task without classes, expected another")
+        if settings.balanced and not labelled:
+            raise ValueError("balanced: got True with a task without classes, expected False")
+        by_label = labelled and is_cross_entropy(task_loss)
+        self._measure = score or (_hits if by_label else lambda *pair: -task_loss(*pair))
         if settings.setting == "domain":
             if len(set(widths)) > 1:
                 raise ValueError(
-                    f"setting: got 'domain' with tasks of {widths} classes, expected as many for all"
+                    f"setting: got 'domain' with tasks of {widths} outputs, expected as many for all"
                 )
             widths = widths[:1]
         have = model.outputs
@@ -127,7 +142,7 @@ class Learning:
         if settings.setting == "domain":
             self._add_heads(1)
             for k in range(len(self.tasks)):
-                self.found.initial[k] = self._accuracy(k, "test")
+                self.found.initial[k] = self._mean_score(k, "test")
 
     # -- a task, from top to bottom ----------------------------------------------------------------
 
@@ -138,7 +153,8 @@ class Learning:
         self._add_heads(task + 1)
         self._stream = self._data(task)
         self.optimizer = settings.make_optimizer(self.model.parameters())
-        steps = self.epochs[task] * len(split(torch.arange(len(self._stream)), settings.batch_size))
+        batches = split_batches(torch.arange(len(self._stream)), settings.batch_size)
+        steps = self.epochs[task] * len(batches)
         self._schedule = settings.make_schedule(self.optimizer, steps)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "float16")
         self.training = Training(
@@ -151,6 +167,7 @@ class Learning:
             settings.make_optimizer,
             self._observing,
             resumed,
+            self.task_loss,
         )
         self.method.begin_task(self.training)
         if not resumed:
@@ -158,7 +175,7 @@ class Learning:
 
     @property
     def _observing(self) -> bool:
-        """Whether the present epoch is one in which importance is gathered."""
+        """Whether importance is gathered in the present epoch."""
         epochs = self.epochs[self.at.task]
         last = min(self.settings.importance_epochs, epochs)
         return last > 0 and self.at.epoch >= epochs - last
@@ -178,8 +195,8 @@ class Learning:
         """Take the steps of the epoch that are left, one at a time."""
         settings, at, training = self.settings, self.at, self.training
         training.observing = self._observing
-        precision = PRECISIONS.get(settings.amp or "")
-        left = split(self._order(), settings.batch_size)[at.step :]
+        precision = AMP_DTYPES.get(settings.amp or "")
+        left = split_batches(self._order(), settings.batch_size)[at.step :]
         self.model.train()
         start, before = time.perf_counter(), at.step
         try:
@@ -205,21 +222,21 @@ class Learning:
             at.steps += at.step - before
 
     def end_epoch(self) -> Epoch:
-        """Look at the validation data, and say how the epoch went.
+        """Measure the epoch, on the validation data, too.
 
         Raises:
-            FloatingPointError: the loss is not finite any more.
+            Diverged: the loss is not finite any more.
         """
         at = self.at
         loss = float(self._loss_sum) / at.step
         if not math.isfinite(loss):
-            raise FloatingPointError(
+            raise Diverged(
                 f"loss: got {loss} in epoch {at.epoch} of task {at.task}, expected a finite one; a smaller lr "
                 'or lam helps, or mode="proximal"'
             )
         validation = None
         if self.settings.validation:
-            validation = self._accuracy(at.task, "validation")
+            validation = self._mean_score(at.task, "validation")
             at.waited += 1
             if validation > at.best:
                 at.best, at.waited = validation, 0
@@ -230,7 +247,7 @@ class Learning:
         return Epoch(at.task, at.epoch, loss, validation)
 
     def end_task(self) -> None:
-        """Consolidate what was learned, test it, and go on to the next task."""
+        """Have the method end the task, test the model, and go on to the next task."""
         start, task, found = time.perf_counter(), self.at.task, self.found
         if self._best_model:
             self.model.load_state_dict(self._best_model)
@@ -241,10 +258,10 @@ class Learning:
         del held["tree"]
         found.held_bytes[task] = sum(t.numel() * t.element_size() for t in held.values())
         for k in range(len(self.tasks) if self.settings.setting == "domain" else task + 1):
-            found.accuracy[task, k] = self._accuracy(k, "test")
+            found.accuracy[task, k] = self._mean_score(k, "test")
             if self.settings.validation:
-                found.validation[task, k] = self._accuracy(k, "validation")
-        self.at, self._best_model = Progress(task + 1), {}
+                found.validation[task, k] = self._mean_score(k, "validation")
+        self.at, self._best_model = Position(task + 1), {}
 
     # -- data and heads ----------------------------------------------------------------------------
 
@@ -258,30 +275,30 @@ class Learning:
             return 0
         return None if joint or self.settings.setting == "class" else task
 
-    def _part(self, task: int, kind: str, head: int | None) -> Part:
-        """A task's samples for training, validation or testing, with labels for these logits."""
+    def _samples(self, task: int, kind: str, head: int | None) -> TaskSamples:
+        """A task's samples for training, validation or testing, with targets for the outputs of this head."""
         data = self.tasks[task]
         dataset = data.test if kind == "test" else data.train
         count = len(dataset)  # type: ignore[arg-type]
         index = torch.arange(count)
         if kind != "test":
-            index = torch.randperm(count, generator=_generator(self.settings.seed, task))
+            index = torch.randperm(count, generator=_seeded(self.settings.seed, task))
             held_out = int(self.settings.validation * count)
             index = index[:held_out] if kind == "validation" else index[held_out:]
         if len(index) == 0:
             raise ValueError(f"{kind} data of task {data.name!r}: got no samples, expected some")
-        return Part(data, dataset, index, sum(self._widths[:task]) if head is None else 0)
+        return TaskSamples(data, dataset, index, sum(self._widths[:task]) if head is None else 0)
 
     def _data(self, task: int) -> Stream:
-        """What the task is trained on."""
+        """The training data of a task."""
         joint = self.method.joint
         tasks = range(task + 1) if joint else [task]
-        parts = [self._part(k, "training", self._head(k, joint)) for k in tasks]
+        parts = [self._samples(k, "training", self._head(k, joint)) for k in tasks]
         return Stream(parts, self.settings.workers)
 
     def _order(self) -> Tensor:
-        """The samples of the present epoch, which depend on nothing but the seed and its number."""
-        generator = _generator(self.settings.seed, self.at.task, self.at.epoch)
+        """The samples of the present epoch, which depend on the seed and its number alone."""
+        generator = _seeded(self.settings.seed, self.at.task, self.at.epoch)
         count = len(self._stream)
         if not self.settings.balanced:
             return torch.randperm(count, generator=generator)
@@ -290,27 +307,28 @@ class Learning:
         return torch.multinomial(weights, count, replacement=True, generator=generator)
 
     def _ordered(self, samples: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training.batches."""
+        """The training data in order, see Training.batches."""
         order = torch.arange(len(self._stream))[:samples]
-        indices = split(order, self.settings.batch_size)
+        indices = split_batches(order, self.settings.batch_size)
         for batch in self._stream.batches(indices, self.settings.seed):
             x, y = (t.to(self.device, non_blocking=True) for t in batch)
             yield x, y
 
     @torch.no_grad()
-    def _accuracy(self, task: int, kind: str) -> float:
-        head, correct = self._head(task), torch.zeros((), dtype=torch.int64, device=self.device)
-        stream = Stream([self._part(task, kind, head)], self.settings.workers)
+    def _mean_score(self, task: int, kind: str) -> float:
+        head, total = self._head(task), torch.zeros((), dtype=torch.float64, device=self.device)
+        stream = Stream([self._samples(task, kind, head)], self.settings.workers)
         self.model.eval()
-        for batch in stream.batches(split(torch.arange(len(stream)), EVALUATION_BATCH)):
+        for batch in stream.batches(split_batches(torch.arange(len(stream)), EVALUATION_BATCH)):
             x, y = (t.to(self.device, non_blocking=True) for t in batch)
-            correct += (self.model(x, head).argmax(1) == y).sum()
-        return int(correct) / len(stream)
+            found = self._measure(self.model(x, head), y).double()
+            total += found.sum() if found.dim() else found * len(y)
+        return float(total) / len(stream)
 
     # -- stopping and going on ---------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later run needs to go on from here to the same bits."""
+        """All that a later run needs to continue from here to the same bits."""
         at = self.at
         state = {
             "run": self._described(),
@@ -332,25 +350,25 @@ class Learning:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was taken.
+        """Continue from where `state_dict` was taken.
 
         Raises:
-            OtherRun: it comes from another run; nothing has changed then.
+            ValueError: it comes from another run; nothing has changed then.
         """
         for name, own in self._described().items():
             if state["run"].get(name) != own:
-                raise OtherRun(
+                raise ValueError(
                     f"checkpoint: got a run with {name} {state['run'].get(name)}, expected {own}"
                 )
         models = state["model"], self.model.state_dict()
         for name in models[0] | models[1]:
             got, own = (tuple(t[name].shape) if name in t else None for t in models)
             if got != own and not name.startswith("heads."):
-                raise OtherRun(f"checkpoint: got {name!r} of shape {got}, expected {own}")
+                raise ValueError(f"checkpoint: got {name!r} of shape {got}, expected {own}")
         self._add_heads(state["heads"])
         self.model.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"], self.model)
-        self.at, self.found = Progress(**state["at"]), Result(**state["found"])
+        self.at, self.found = Position(**state["at"]), Result(**state["found"])
         self._best_model = state["best_model"]
         self._loss_sum.copy_(state["loss_sum"])
         if self.inside:
@@ -364,10 +382,12 @@ class Learning:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
 
     def _described(self) -> dict[str, Any]:
-        """What two runs must have in common for one to go on from the other."""
+        """The values that two runs must share for one to be resumed by the other."""
         sizes = [[len(data) for data in (task.train, task.test)] for task in self.tasks]  # type: ignore[arg-type]
         found = {
             **self.settings.described(),
+            "task_loss": None if self.task_loss is F.cross_entropy else _name(self.task_loss),
+            "score": None if self.score is None else _name(self.score),
             "method": type(self.method).__name__,
             **{f"method's {name}": value for name, value in self.method.options().items()},
             "tasks": [[task.name, *map(int, task.classes)] for task in self.tasks],
@@ -387,7 +407,17 @@ def _comparable(value: Any) -> Any:
     return "a callable" if callable(value) else value
 
 
-def _generator(*numbers: int) -> torch.Generator:
-    """Random numbers of their own for every seed, task and epoch."""
+def _name(function: Callable[..., Any]) -> str:
+    """The qualified name of a function, or of a callable's class."""
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _hits(output: Tensor, target: Tensor) -> Tensor:
+    """Whether the largest output is the label's, (N,) bool."""
+    return output.argmax(1) == target
+
+
+def _seeded(*numbers: int) -> torch.Generator:
+    """An independent generator for every seed, task and epoch."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)

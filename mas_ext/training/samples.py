@@ -15,16 +15,25 @@ from mas_ext.scenarios import Task, Tensors, labels
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some samples of a task's data: those of `index`, (n,) int64; labels count from `first`."""
+class TaskSamples:
+    """Some samples of a task's data.
+
+    Attributes:
+        index: positions in the data set, (n,) int64.
+        first: the output of the task's first class among those that are trained.
+    """
 
     task: Task
     dataset: Dataset[Any]
     index: Tensor
     first: int = 0
 
+    def targets(self, y: Tensor) -> Tensor:
+        """Labels as positions among the outputs; targets that are no labels as they are."""
+        return self.first + self.task.positions(y.long()) if self.task.classes else y
 
-def split(order: Tensor, size: int) -> list[Tensor]:
+
+def split_batches(order: Tensor, size: int) -> list[Tensor]:
     """The samples `order`, (N,), in batches of `size`; a single one that is left over joins the last."""
     found = list(order.split(size)) if len(order) else []
     if len(found) > 1 and len(found[-1]) == 1 < size:
@@ -32,11 +41,13 @@ def split(order: Tensor, size: int) -> list[Tensor]:
     return found
 
 
-class Stream(Dataset[tuple[Tensor, int]]):
-    """Samples of one part after another, with labels as columns of the logits that are trained."""
+class Stream(Dataset[tuple[Tensor, Tensor]]):
+    """The samples of several tasks one after another, with targets as the task loss takes them.
 
-    def __init__(self, parts: Sequence[Part], workers: int = 0) -> None:
-        """workers: processes that read data sets that are not in memory."""
+    workers: processes that read data sets that are not in memory.
+    """
+
+    def __init__(self, parts: Sequence[TaskSamples], workers: int = 0) -> None:
         self.parts, self.workers = parts, workers
         self._ends = torch.tensor([len(part.index) for part in parts]).cumsum(0)
 
@@ -44,26 +55,24 @@ class Stream(Dataset[tuple[Tensor, int]]):
         return int(self._ends[-1])
 
     def _place(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the samples `index`: the numbers of their parts, and where in these they are."""
+        """The samples `index` as the numbers of their parts and positions in these."""
         number = torch.searchsorted(self._ends, index, right=True)
         starts = self._ends - torch.tensor([len(part.index) for part in self.parts])
         return number, index - starts[number]
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         number, place = self._place(torch.tensor(i))
         part = self.parts[int(number)]
         x, y = part.dataset[int(part.index[place])]
-        return x, part.first + int(part.task.positions(torch.tensor([int(y)])))
+        return x, part.targets(torch.as_tensor(y)[None])[0]
 
     @functools.cached_property
     def labels(self) -> Tensor:
-        """The labels of all samples, (N,)."""
-        return torch.cat(
-            [p.first + p.task.positions(labels(p.dataset)[p.index]) for p in self.parts]
-        )
+        """The labels of all samples as targets, (N,)."""
+        return torch.cat([p.targets(labels(p.dataset)[p.index]) for p in self.parts])
 
     def batches(self, indices: Sequence[Tensor], seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The samples of each index, (n,) int64: x (n, ...), y (n,); seed: of the workers."""
+        """The samples of each index, (n,) int64: x (n, ...), y (n, ...); seed: of the workers."""
         if all(isinstance(part.dataset, Tensors) for part in self.parts):
             for index in indices:
                 yield self._batch(index)
@@ -84,5 +93,5 @@ class Stream(Dataset[tuple[Tensor, int]]):
             assert isinstance(part.dataset, Tensors)
             x, y = part.dataset.batch(part.index[place[number == k]])
             xs.append(x)
-            ys.append(part.first + part.task.positions(y))
+            ys.append(part.targets(y))
         return torch.cat(xs), torch.cat(ys)

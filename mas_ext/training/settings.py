@@ -25,32 +25,34 @@ SCHEDULES: dict[str, MakeSchedule] = {
     "cosine": lambda optimizer, steps: CosineAnnealingLR(optimizer, steps),
     "linear": lambda optimizer, steps: LinearLR(optimizer, 1.0, 0.0, steps),
 }
-PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Settings:
     """How tasks are trained.
 
-    setting: "task" (a head a task, known when testing), "domain" (one head for all tasks) or "class" (a head a
-        task, all side by side when testing).
-    optimizer: "sgd" (momentum 0.9), "adam" or "adamw", or a callable (parameters, lr) -> Optimizer; every task
-        has a new one.
-    lr: learning rate, > 0.
-    epochs: for every task, or one number a task; 0 for a task that was learned before.
-    batch_size: samples in a step; one that is left over joins the last step, as BatchNorm can't learn from it.
-    schedule: None, "cosine" or "linear" (both down to 0 within each task), or a callable (optimizer, steps) ->
-        LRScheduler, stepped after every step.
-    clip: largest L2 norm of the gradient of the loss, without the penalty; None for any.
-    amp: None, "bfloat16" or "float16" (with a GradScaler): the dtype of autocast.
-    validation: share of the training data kept for validation, in [0, 1).
-    patience: stop a task after so many epochs without a better validation accuracy, and go back to the weights
-        of the best; None for never.
-    importance_epochs: gather importance online in the last so many epochs instead of after the last.
-    balanced: draw samples with replacement, all classes equally often.
-    seed: of the order of samples, of new heads and of dropout.
-    deterministic: torch.use_deterministic_algorithms while training.
-    workers: processes that read data sets that are not in memory.
+    Args:
+        setting: "task" (one head per task, and the task is known at test time), "domain" (one head for all
+            tasks) or "class" (one head per task, all side by side at test time).
+        optimizer: "sgd" (momentum 0.9), "adam" or "adamw", or a callable (parameters, lr) -> Optimizer; every
+            task has a new one.
+        lr: learning rate, > 0.
+        epochs: for every task, or one number per task; 0 for a task that was learned before.
+        batch_size: samples in a step; one that is left over joins the last step, as BatchNorm can't learn from
+            it.
+        schedule: None, "cosine" or "linear" (both down to 0 within each task), or a callable (optimizer, steps)
+            -> LRScheduler, stepped after every step.
+        clip: largest L2 norm of the gradient of the loss, without the penalty; None for any.
+        amp: None, "bfloat16" or "float16" (with a GradScaler): the dtype of autocast.
+        validation: share of the training data kept for validation, in [0, 1).
+        patience: stop a task after this many epochs without a better validation score, and go back to the
+            weights of the best; None for never.
+        importance_epochs: gather importance online in this many last epochs instead of after the last.
+        balanced: draw samples with replacement, all classes equally often.
+        seed: of the order of samples, of new heads and of dropout.
+        deterministic: torch.use_deterministic_algorithms while training.
+        workers: processes that read data sets that are not in memory.
 
     Raises:
         ValueError: a value that can't be used.
@@ -73,8 +75,7 @@ class Settings:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        """Check everything."""
-        for name, choices in (("setting", SETTINGS), ("amp", (None, *PRECISIONS))):
+        for name, choices in (("setting", SETTINGS), ("amp", (None, *AMP_DTYPES))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {choices}")
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -109,7 +110,7 @@ class Settings:
             )
 
     def epochs_of(self, tasks: int) -> list[int]:
-        """How many epochs each of the tasks takes."""
+        """The number of epochs of each task."""
         if isinstance(self.epochs, int):
             return [self.epochs] * tasks
         if len(self.epochs) != tasks:
@@ -131,7 +132,7 @@ class Settings:
         return make(optimizer, steps)
 
     def described(self) -> dict[str, Any]:
-        """What two runs must have in common for one to go on from the other."""
+        """The values that two runs must share for one to be resumed by the other."""
         found = {
             name: getattr(self, name) for name in self.__dataclass_fields__ if name != "workers"
         }

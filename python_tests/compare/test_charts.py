@@ -13,16 +13,15 @@ from compare.test_results import ACCURACY, make, result
 from matplotlib.collections import LineCollection
 
 from mas_ext.compare import charts
-from mas_ext.compare import directory as record
-from mas_ext.compare import options as config
-from mas_ext.compare import results as findings
+from mas_ext.compare.directory import write, write_json
+from mas_ext.compare.options import Config
 from mas_ext.compare.results import Findings
 from mas_ext.methods import METHODS
 
 
 @pytest.fixture
 def found(tmp_path: Path) -> Findings:
-    return findings.read(make(tmp_path / "run"))
+    return Findings.read(make(tmp_path / "run"))
 
 
 def curves(panel: Any) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def curves(panel: Any) -> dict[str, Any]:
 
 
 def test_pictures(found: Findings) -> None:
-    pictures = charts.draw(found)
+    pictures = charts.pictures(found)
     assert list(pictures) == [
         "accuracy", "matrices", "forgetting", "cost", "importance", "lam",
     ]  # fmt: skip
@@ -42,7 +41,7 @@ def test_pictures(found: Findings) -> None:
 
 
 def test_accuracy(found: Findings) -> None:
-    figure = charts.accuracy(found)
+    figure = charts.accuracy_chart(found)
     each = 100 * np.array([ACCURACY["finetune", n] for n in range(3)], dtype=float)
     titles = [panel.get_title() for panel in figure.axes]
     assert titles == ["task 1: 0/1", "task 2: 2/3", "mean of the tasks so far"]
@@ -63,7 +62,7 @@ def test_accuracy(found: Findings) -> None:
 
 
 def test_matrices(found: Findings) -> None:
-    figure = charts.matrices(found)
+    figure = charts.matrices_chart(found)
     panels = {panel.get_title(): panel for panel in figure.axes if panel.get_title()}
     assert list(panels) == ["finetune", "mas", "joint"]
     each = 100 * np.array([ACCURACY["finetune", n] for n in range(3)], dtype=float)
@@ -75,7 +74,7 @@ def test_matrices(found: Findings) -> None:
 
 
 def test_forgetting(found: Findings) -> None:
-    (panel,) = charts.forgetting(found).axes
+    (panel,) = charts.forgetting_chart(found).axes
     # Of mas a seed diverged.
     assert list(curves(panel)) == ["finetune", "joint"]
     points = [(line.get_xdata(), line.get_ydata()) for line in panel.lines]
@@ -90,15 +89,13 @@ def test_no_axis_makes_much_of_next_to_nothing(tmp_path: Path) -> None:
     for method, seed in ACCURACY:
         (run / f"{method}-seed{seed}" / "result.json").unlink(missing_ok=True)
     value = {"average_accuracy": 0.95, "forgetting": 0.02}
-    record.write_json(
-        run / "joint-seed0" / "result.json", {**result(ACCURACY["joint", 0], 0), **value}
-    )
-    (panel,) = charts.forgetting(findings.read(run)).axes
+    write_json(run / "joint-seed0" / "result.json", {**result(ACCURACY["joint", 0], 0), **value})
+    (panel,) = charts.forgetting_chart(Findings.read(run)).axes
     assert (*panel.get_xlim(), *panel.get_ylim()) == pytest.approx((1.5, 2.5, 94.5, 95.5))
 
 
 def test_cost(found: Findings) -> None:
-    steps, held = charts.cost(found).axes
+    steps, held = charts.cost_chart(found).axes
     for panel, expected in ((steps, [2, 4]), (held, [0, 3])):
         for method in ("finetune", "joint"):
             np.testing.assert_allclose(curves(panel)[method].get_ydata(), expected, rtol=1e-14)
@@ -106,7 +103,7 @@ def test_cost(found: Findings) -> None:
 
 
 def test_importance(found: Findings) -> None:
-    share, mean = charts.importance(found).axes
+    share, mean = charts.importance_chart(found).axes
     assert [label.get_text() for label in share.get_yticklabels()] == ["backbone.1", "backbone.3"]
     np.testing.assert_allclose(curves(share)["mas"].get_xdata(), [10 / 22, 12 / 22], rtol=1e-14)
     expected = [(10 / 8) / (22 / 12), 3 / (22 / 12)]
@@ -124,8 +121,8 @@ def test_lam(least: float, tmp_path: Path) -> None:
     candidates = [{"lam": lam, "mean": mean} for lam, mean in means.items()]
     tried = {"mas": {"candidates": candidates, "chosen": least}}
     lost = {"joint": {"candidates": [{"lam": 9.0, "mean": None}], "chosen": None}}
-    record.write_json(run / "lam.json", {**tried, **lost})
-    (panel,) = charts.lam(findings.read(run)).axes
+    write_json(run / "lam.json", {**tried, **lost})
+    (panel,) = charts.lam_chart(Findings.read(run)).axes
     assert list(curves(panel)) == ["mas", "joint"]
     points = [(list(line.get_xdata()), list(line.get_ydata())) for line in panel.lines]
     assert points[0] == ([least, 2.0], pytest.approx([90, 80]))
@@ -141,21 +138,21 @@ def test_no_picture_of_nothing(tmp_path: Path) -> None:
     run = make(tmp_path / "run")
     for path in (*run.glob("*/*"), run / "metrics.jsonl", run / "lam.json"):
         path.unlink()
-    assert charts.draw(findings.read(run)) == {}
+    assert charts.pictures(Findings.read(run)) == {}
 
 
 def test_methods_are_told_apart_the_same_way_everywhere(tmp_path: Path) -> None:
     run = make(tmp_path / "run")
-    everything = config.read({"methods": list(METHODS)})
-    record.write(run / "config.toml", config.dump(everything))
-    found = findings.read(run)
+    everything = Config.read({"methods": list(METHODS)})
+    write(run / "config.toml", everything.toml())
+    found = Findings.read(run)
     looks = [tuple(charts.style(found, method).values()) for method in METHODS]
     assert len(set(looks)) == len(METHODS) > 10
     assert len({charts.style(found, method)["marker"] for method in METHODS}) == len(METHODS)
     panels = [
-        *charts.accuracy(found).axes,
-        *charts.cost(found).axes,
-        *charts.importance(found).axes,
+        *charts.accuracy_chart(found).axes,
+        *charts.cost_chart(found).axes,
+        *charts.importance_chart(found).axes,
     ]
     for panel in panels:
         for method, line in curves(panel).items():
@@ -166,4 +163,4 @@ def test_methods_are_told_apart_the_same_way_everywhere(tmp_path: Path) -> None:
 def test_without_matplotlib(found: Findings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=r"run: pip install 'mas-ext\[demo\]'"):
-        charts.draw(found)
+        charts.pictures(found)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mas_ext import metrics
-from mas_ext.compare.demo import METHODS, DemoResult, learn, run_demo
+from mas_ext.compare.demo import COMPARED, DemoResult, learn, run_demo
 from mas_ext.scenarios import split
 from mas_ext.scenarios.datasets import load
 
@@ -22,7 +22,7 @@ def test_fine_tuning_forgets_and_the_penalties_do_not(result: DemoResult) -> Non
     average = {name: metrics.average_accuracy(matrix) for name, matrix in result.accuracy.items()}
     # Over ten seeds fine-tuning forgot 0.046 to 0.183, the others 0.050 at most.
     assert forgetting["fine-tuning"] > 0.04
-    for name in METHODS.keys() - {"fine-tuning"}:
+    for name in COMPARED.keys() - {"fine-tuning"}:
         assert forgetting[name] < 0.04
         assert forgetting[name] < forgetting["fine-tuning"] / 2
         assert average[name] > average["fine-tuning"]
@@ -57,7 +57,7 @@ def test_the_seed_decides() -> None:
     scenario = split(*load("digits"))
     state = torch.random.get_rng_state()
     one, same, other = (
-        learn(scenario, METHODS["MAS"](), 1, seed, lambda: None).nan_to_num() for seed in (1, 1, 2)
+        learn(scenario, COMPARED["MAS"](), 1, seed, lambda: None).nan_to_num() for seed in (1, 1, 2)
     )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -68,7 +68,7 @@ def test_the_number_of_threads_is_put_back() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        learn(split(*load("digits")), METHODS["fine-tuning"](), 1, 0, lambda: None)
+        learn(split(*load("digits")), COMPARED["fine-tuning"](), 1, 0, lambda: None)
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
@@ -76,10 +76,10 @@ def test_the_number_of_threads_is_put_back() -> None:
 
 def test_what_cannot_work_is_refused_before_learning(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"out must be the name of a \.png file, got 'figure\.jpg'"
+        ValueError, match=r"out: got 'figure\.jpg', expected the name of a \.png file"
     ):
         run_demo(out="figure.jpg")
-    with pytest.raises(ValueError, match="out must be in a folder that exists, got"):
+    with pytest.raises(ValueError, match="expected a file in a folder that exists"):
         run_demo(out=tmp_path / "missing" / "figure.png")
-    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="epochs: got 0, expected at least 1"):
         run_demo(out=tmp_path / "figure.png", epochs=0)

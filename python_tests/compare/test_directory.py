@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import mas_ext
-from mas_ext.compare import directory as record
-from mas_ext.compare.options import Config, load, read
+from mas_ext.compare import directory as files
+from mas_ext.compare.directory import Directory, Journal
+from mas_ext.compare.options import Config, read_toml
 
 
 def line(task: int, epoch: int | None, **more: Any) -> dict[str, Any]:
@@ -32,13 +33,13 @@ def lines(path: Path) -> list[Any]:
 
 def test_journal_has_no_line_twice(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    journal = record.Journal(path)
+    journal = Journal(path)
     assert journal.add(line(0, 1, loss=0.5))
     assert not journal.add(line(0, 1, loss=0.7))
     assert journal.add(line(0, None, accuracy=torch.tensor([0.25, math.nan])))
     journal.close()
 
-    journal = record.Journal(path)
+    journal = Journal(path)
     assert not journal.add(line(0, 1, loss=0.5))
     assert not journal.add(line(0, None))
     for other in ({"method": "joint"}, {"seed": 1}, {"lam": 2.0}, {"purpose": "choose"}):
@@ -53,7 +54,7 @@ def test_journal_of_a_run_that_was_killed_while_writing(kept: int, tmp_path: Pat
     path = tmp_path / "metrics.jsonl"
     whole, torn = json.dumps(line(0, 1)) + "\n", json.dumps(line(0, 2))
     path.write_text(whole + torn[:kept])
-    journal = record.Journal(path)
+    journal = Journal(path)
     assert journal.add(line(0, 2))
     journal.close()
     assert lines(path) == [line(0, 1), line(0, 2)]
@@ -61,7 +62,7 @@ def test_journal_of_a_run_that_was_killed_while_writing(kept: int, tmp_path: Pat
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
-    record.write_json(path, {"a": torch.tensor([1.0, math.inf]), "b": (math.nan, "c", 1)})
+    files.write_json(path, {"a": torch.tensor([1.0, math.inf]), "b": (math.nan, "c", 1)})
     assert json.loads(path.read_text()) == {"a": [1.0, None], "b": [None, "c", 1]}
 
     def full(descriptor: int) -> None:
@@ -70,7 +71,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "fsync", full)
     before = path.read_bytes()
     with pytest.raises(OSError, match="no space"):
-        record.write_json(path, {})
+        files.write_json(path, {})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -79,38 +80,41 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path) -> None:
     left, other = tmp_path / (".result.json." + 4 * "01234abf"), tmp_path / ".keep"
     left.touch()
     other.touch()
-    record.clear(tmp_path)
+    files.clear(tmp_path)
     assert list(tmp_path.iterdir()) == [other]
 
 
 def test_matrix(tmp_path: Path) -> None:
     path = tmp_path / "accuracy.csv"
     matrix = torch.tensor([[1 / 3, math.nan], [0.1, 1.0]], dtype=torch.float64)
-    record.write_matrix(path, matrix)
+    files.write_matrix(path, matrix)
     assert path.read_text() == "0.3333333333333333,\n0.1,1.0\n"
-    assert torch.equal(record.read_matrix(path).nan_to_num(-1), matrix.nan_to_num(-1))
+    assert torch.equal(files.read_matrix(path).nan_to_num(-1), matrix.nan_to_num(-1))
 
 
 def test_begin(tmp_path: Path) -> None:
-    out, comparison = tmp_path / "new" / "run", read({"seeds": 2})
-    record.check(out, comparison, resume=False)
+    out, config = tmp_path / "new" / "run", Config.read({"seeds": 2})
+    directory = Directory(out)
+    directory.check(config, resume=False)
     with pytest.raises(
         FileNotFoundError, match=r"run', where no run has begun; leave out --resume"
     ):
-        record.check(out, comparison, resume=True)
-    record.begin(out, comparison)
+        directory.check(config, resume=True)
+    directory.begin(config)
     assert {path.name for path in out.iterdir()} == {"config.toml", "environment.json"}
     assert [path.name for path in out.parent.iterdir()] == ["run"]
-    assert read(load(out / "config.toml")) == comparison == record.load_config(out)
+    assert Config.read(read_toml(out / "config.toml")) == config == directory.config()
 
-    record.check(out, comparison, resume=True)
-    record.check(out, read({"seeds": 2, "data": "elsewhere"}), resume=True)
+    directory.check(config, resume=True)
+    directory.check(Config.read({"seeds": 2, "data": "elsewhere"}), resume=True)
     with pytest.raises(FileExistsError, match="which is a run already; --resume goes on with it"):
-        record.check(out, comparison, resume=False)
+        directory.check(config, resume=False)
     with pytest.raises(ValueError, match="run' is another run: seeds was 2 and is 1"):
-        record.check(out, Config(), resume=True)
+        directory.check(Config(), resume=True)
 
-    record.begin(out, comparison)
+    (out / (".table.md." + 4 * "01234abf")).touch()
+    directory.begin(config)
+    assert {path.name for path in out.iterdir()} == {"config.toml", "environment.json"}
     first, second = json.loads((out / "environment.json").read_text())
     assert first["started"] <= second["started"]
     for environment in (first, second):
@@ -120,13 +124,29 @@ def test_begin(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
-    record.check(tmp_path, Config(), resume=False)
+    Directory(tmp_path).check(Config(), resume=False)
     (tmp_path / "thesis.tex").touch()
     for out in (tmp_path, tmp_path / "thesis.tex"):
         with pytest.raises(FileExistsError, match="which exists; expected a new directory"):
-            record.check(out, Config(), resume=False)
+            Directory(out).check(Config(), resume=False)
         with pytest.raises(FileNotFoundError, match="where no run has begun"):
-            record.check(out, Config(), resume=True)
+            Directory(out).check(Config(), resume=True)
     (tmp_path / "thesis.tex").unlink()
-    record.begin(tmp_path, Config())
+    Directory(tmp_path).begin(Config())
     assert (tmp_path / "config.toml").exists()
+
+
+def test_cells(tmp_path: Path) -> None:
+    """A folder for each: a choice of lam has one per lam, what counts one per method and seed."""
+    directory = Directory(tmp_path)
+    choose = {"method": "mas", "seed": 2, "lam": 1e-05, "purpose": "choose"}
+    final = {"method": "mas", "seed": 0, "lam": 1e-05, "purpose": "final"}
+    folders = {"choosing/mas-lam1e-05-seed2": choose, "mas-seed0": final}
+    for folder, cell in folders.items():
+        (tmp_path / folder).mkdir(parents=True)
+        assert cell not in directory
+        directory.add(cell, {"held_bytes": torch.tensor([math.nan, 2.0])}, 1.0)
+        expected = {**cell, "held_bytes": [None, 2.0]}
+        assert json.loads((tmp_path / folder / "result.json").read_text()) == expected
+        assert directory[cell] == expected
+        assert cell in directory

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mas_ext.compare import options as config
-from mas_ext.compare.options import KEYS, Config, differences, dump, load, merge, read
+from mas_ext.compare.options import HOW, OPTIONS, WHAT, Config, differences, merged, read_toml
 from mas_ext.training.settings import Settings
 
 EVERYTHING: dict[str, Any] = {
@@ -43,21 +42,21 @@ EVERYTHING: dict[str, Any] = {
 
 def test_every_field_has_a_key() -> None:
     own = {field.name for field in fields(Config)} - {"settings"}
-    assert set(config.WHAT) == own
-    assert set(config.HOW) == {field.name for field in fields(Settings)} - {"seed"}
-    assert set(EVERYTHING) == set(KEYS)
+    assert set(WHAT) == own
+    assert set(HOW) == {field.name for field in fields(Settings)} - {"seed"}
+    assert set(EVERYTHING) == set(OPTIONS)
 
 
 def test_every_value_arrives() -> None:
-    found = read(EVERYTHING)
+    found = Config.read(EVERYTHING)
     for name, value in EVERYTHING.items():
-        got = getattr(found.settings if name in config.HOW else found, name)
+        got = getattr(found.settings if name in HOW else found, name)
         assert (list(got) if isinstance(value, list) else got) == value, name
         assert type(got) is (tuple if isinstance(value, list) else type(value)), name
 
 
 def test_nothing_given() -> None:
-    found = read({})
+    found = Config.read({})
     assert found == Config()
     assert found.settings == Settings()
     assert list(found.methods) == ["finetune", "mas", "mas-alpha", "joint"]
@@ -65,11 +64,11 @@ def test_nothing_given() -> None:
 
 @pytest.mark.parametrize("values", [EVERYTHING, {}, {"order": "random", "clip": math.inf}])
 def test_a_file_gives_back_what_was_written(values: dict[str, Any], tmp_path: Path) -> None:
-    written = read(values)
+    written = Config.read(values)
     path = tmp_path / "config.toml"
-    path.write_text(dump(written), encoding="utf-8")
-    assert read(load(path)) == written
-    assert differences(written, read(load(path))) == []
+    path.write_text(written.toml(), encoding="utf-8")
+    assert Config.read(read_toml(path)) == written
+    assert differences(written, Config.read(read_toml(path))) == []
 
 
 def test_a_file_as_people_write_it(tmp_path: Path) -> None:
@@ -78,12 +77,12 @@ def test_a_file_as_people_write_it(tmp_path: Path) -> None:
         'scenario = "split-digits"\nepochs = 3\nlam = 10\nlr = 1\n[methods.finetune]\n[methods.mas-alpha]\n'
         "lam = [1, 2.5]\n"
     )
-    found = read(load(path))
+    found = Config.read(read_toml(path))
     assert (found.settings.epochs, found.settings.lr, found.lam) == (3, 1.0, (10.0,))
     assert found.methods == {"finetune": {}, "mas-alpha": {"lam": [1, 2.5]}}
     path.write_text('methods = ["mas", "joint"]\nepochs = [3]')
-    assert read(load(path)).methods == {"mas": {}, "joint": {}}
-    assert read(load(path)).settings.epochs == 3
+    assert Config.read(read_toml(path)).methods == {"mas": {}, "joint": {}}
+    assert Config.read(read_toml(path)).settings.epochs == 3
 
 
 def test_no_toml(tmp_path: Path) -> None:
@@ -91,7 +90,7 @@ def test_no_toml(tmp_path: Path) -> None:
     for content in (b"lr = ", b"lr = 1\nlr = 2", b"data = '\xff'"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"config\.toml: expected TOML \("):
-            load(path)
+            read_toml(path)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,7 @@ def test_no_toml(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_used(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        read(values)
+        Config.read(values)
     assert "\n" not in str(error.value)
 
 
@@ -159,7 +158,7 @@ def test_what_cannot_be_used(values: dict[str, Any], message: str) -> None:
     ],
 )
 def test_words_of_the_command_line(name: str, text: str, value: Any) -> None:
-    got = KEYS[name].parse(name, text)
+    got = OPTIONS[name].parse(name, text)
     assert got == value
     assert type(got) is type(value)
 
@@ -175,15 +174,15 @@ def test_words_of_the_command_line(name: str, text: str, value: Any) -> None:
 )
 def test_words_that_are_no_values(name: str, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        KEYS[name].parse(name, text)
+        OPTIONS[name].parse(name, text)
 
 
 def test_which_lam() -> None:
     """A method's own, else everybody's, else its default; methods without lam have none."""
     methods = {"finetune": {}, "mas": {"lam": 3}, "mas-alpha": {"lam": [4, 5]}, "local-mas": {}}
-    found = read({"methods": methods, "lam": [7, 8]})
+    found = Config.read({"methods": methods, "lam": [7, 8]})
     assert [found.lams(name) for name in methods] == [(), (3.0,), (4.0, 5.0), (7.0, 8.0)]
-    assert read({"methods": ["mas"]}).lams("mas") == (1.0,)
+    assert Config.read({"methods": ["mas"]}).lams("mas") == (1.0,)
     created = found.create("mas-alpha", 5.0)
     assert vars(created)["lam"] == 5.0
     assert type(found.create("finetune", None)).__name__ == "Finetune"
@@ -193,19 +192,19 @@ def test_merge() -> None:
     """What is given goes first; methods that are only named keep the options that they had."""
     file = {"lr": 1.0, "seeds": 2, "methods": {"mas": {"lam": 3}, "joint": {}}}
     given = {"seeds": 5, "methods": ("local-mas", "mas")}
-    assert merge(file, given) == {
+    assert merged(file, given) == {
         "lr": 1.0,
         "seeds": 5,
         "methods": {"local-mas": {}, "mas": {"lam": 3}},
     }
-    assert merge(file, {"methods": {"mas": {}}})["methods"] == {"mas": {}}
-    assert merge({}, given) == given
-    assert merge(file, {}) == file
+    assert merged(file, {"methods": {"mas": {}}})["methods"] == {"mas": {}}
+    assert merged({}, given) == given
+    assert merged(file, {}) == file
 
 
 def test_differences() -> None:
-    old = read({"seeds": 3, "data": "here", "methods": {"mas": {"lam": 1}}})
-    new = read({"seeds": 4, "data": "there", "workers": 1, "tasks": 5, "methods": ["mas"]})
+    old = Config.read({"seeds": 3, "data": "here", "methods": {"mas": {"lam": 1}}})
+    new = Config.read({"seeds": 4, "data": "there", "workers": 1, "tasks": 5, "methods": ["mas"]})
     assert differences(old, new) == [
         "tasks was not given and is 5",
         "methods was {'mas': {'lam': 1}} and is {'mas': {}}",

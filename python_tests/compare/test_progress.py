@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mas_ext.compare.progress import Progress
+from mas_ext.compare.progress import ProgressBar
 from mas_ext.training.run import Epoch
 
 
@@ -17,7 +17,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_lines(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress([2, 1], jobs=3)
+    progress = ProgressBar([2, 1], trainings=3)
     progress.begin("mas seed 0")
     for epoch in (1, 2):
         clock[0] += 5.0
@@ -41,7 +41,7 @@ def test_lines(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = Progress([2, 1], jobs=1)
+    progress = ProgressBar([2, 1], trainings=1)
     progress.begin("mas seed 0")
     progress.epoch(Epoch(0, 2, 0.1, 0.756))
     progress.task(0, 0.25)

@@ -10,10 +10,11 @@ import pytest
 from compare.test_results import WHY, make
 
 from mas_ext.cli import main
-from mas_ext.compare import directory as record
-from mas_ext.compare import options as config
-from mas_ext.compare import results as findings
-from mas_ext.compare.report import report, results
+from mas_ext.compare.directory import write, write_json
+from mas_ext.compare.options import Config
+from mas_ext.compare.report import report
+from mas_ext.compare.results import Findings
+from mas_ext.compare.tables import results
 
 
 class Page(HTMLParser):
@@ -81,7 +82,7 @@ def test_table(tmp_path: Path) -> None:
     """By hand: Student's quantile for 2 degrees of freedom is 4.302653."""
     run = make(tmp_path / "run")
     rows = Page(report(run)).rows
-    assert rows[:4] == results(findings.read(run))
+    assert rows[:4] == results(Findings.read(run))
     assert rows[0] == [
         "method", "lam", "average accuracy, %", "forgetting, % points", "backward transfer, % points",
         "intransigence, % points", "ms per step", "MB held", "seeds",
@@ -108,8 +109,8 @@ def test_what_is_not_defined(tmp_path: Path) -> None:
         ("joint-seed0", {"forward_transfer": 0.125, "intransigence": None}),
     ):
         path = run / job / "result.json"
-        record.write_json(path, {**json.loads(path.read_text()), **change})
-    titles, finetune, _, joint = results(findings.read(run))
+        write_json(path, {**json.loads(path.read_text()), **change})
+    titles, finetune, _, joint = results(Findings.read(run))
     assert titles[5:7] == ["forward transfer, % points", "intransigence, % points"]
     assert finetune[5] == "25.00 ± 0.00"
     assert joint[5:7] == ["12.50", "-"]
@@ -122,9 +123,9 @@ def test_options_and_starts(tmp_path: Path) -> None:
         "hidden": [8, 4],
         "amp": "float16",
     }
-    record.write(run / "config.toml", config.dump(config.read(values)))
+    write(run / "config.toml", Config.read(values).toml())
     starts = [{"started": "then", "gpu": None}, {"started": "later", "gpu": None, "cores": 2}]
-    record.write_json(run / "environment.json", starts)
+    write_json(run / "environment.json", starts)
     rows = Page(report(run)).rows
     for expected in (
         ["methods.mas", "lam = 1, 2, mode = proximal"],

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from mas_ext.compare import directory as record
-from mas_ext.compare import options as config
-from mas_ext.compare import results as findings
+from mas_ext.compare.directory import write, write_json
+from mas_ext.compare.options import Config
+from mas_ext.compare.results import Findings, importance_by_layer, over_seeds, shares
 from mas_ext.state import files as checkpoint
 
 # accuracy[t, k] by method and seed, None where nothing was measured. mas diverged with seed 1 in task 1 and
@@ -48,7 +48,7 @@ OMEGA = {
 
 
 def result(accuracy: list[list[Any]], seed: int, **more: Any) -> dict[str, Any]:
-    """As summary.summary gives it; numbers that are read and not computed need not fit together."""
+    """As sweep.train gives it; numbers that are read and not computed need not fit together."""
     return {
         "tasks": ["0/1", "2/3"],
         "average_accuracy": (accuracy[1][0] + accuracy[1][1]) / 2,
@@ -72,11 +72,9 @@ def make(folder: Path) -> Path:
         "seeds": 3,
         "data": "<script>alert(1)</script>",
     }
-    record.write(folder / "config.toml", config.dump(config.read(values)))
-    record.write_json(
-        folder / "environment.json", [{"started": "then", "cpu": "A & B", "gpu": None}]
-    )
-    record.write_json(folder / "lam.json", LAM)
+    write(folder / "config.toml", Config.read(values).toml())
+    write_json(folder / "environment.json", [{"started": "then", "cpu": "A & B", "gpu": None}])
+    write_json(folder / "lam.json", LAM)
     lines: list[dict[str, Any]] = []
     for (method, seed), accuracy in ACCURACY.items():
         same = {"method": method, "seed": seed, "lam": None, "purpose": "final"}
@@ -89,10 +87,10 @@ def make(folder: Path) -> Path:
         job = folder / f"{method}-seed{seed}"
         job.mkdir()
         if len(accuracy) == 2:
-            record.write_json(job / "result.json", result(accuracy, seed))
+            write_json(job / "result.json", result(accuracy, seed))
         state = {"penalty": OMEGA} if method == "mas" else {}
         checkpoint.save(checkpoint.pack({"method": state}), job / "checkpoint.safetensors")
-    record.write_json(folder / "mas-seed1" / "result.json", {"diverged": WHY})
+    write_json(folder / "mas-seed1" / "result.json", {"diverged": WHY})
     choosing = {**lines[1], "purpose": "choose", "seed": 0, "accuracy": [0.1, None]}
     torn = json.dumps(choosing)[:20]
     text = "".join(json.dumps(line) + "\n" for line in [*lines, choosing]) + torn
@@ -106,7 +104,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_everything_is_read(run: Path) -> None:
-    found = findings.read(run)
+    found = Findings.read(run)
     assert list(found.learned) == ["finetune", "mas", "joint"]
     assert found.tasks == ["0/1", "2/3"]
     assert found.grid == {"mas": (0.5, {0.5: 0.9, 2.0: 0.8, 9.0: None})}
@@ -123,10 +121,12 @@ def test_everything_is_read(run: Path) -> None:
         np.testing.assert_array_equal(one.step_seconds.numpy(), seconds)
         average = [whole[0, 0], whole[1].mean()]
         np.testing.assert_allclose(one.average.numpy(), average, rtol=1e-15)
-    states = [[(e.finished, e.diverged) for e in seeds] for seeds in found.learned.values()]
+    states = [
+        [(e.found is not None, e.diverged) for e in seeds] for seeds in found.learned.values()
+    ]
     assert states == [
         [(True, None)] * 3,
-        [(True, None), (False, WHY), (False, None)],
+        [(True, None), (True, WHY), (False, None)],
         [(True, None), (False, None), (False, None)],
     ]
     assert found.learned["joint"][1].tasks == 0
@@ -134,34 +134,34 @@ def test_everything_is_read(run: Path) -> None:
 
 def test_means_over_seeds(run: Path) -> None:
     """Those that are on their way are left out where they have not come; what diverged ends the mean."""
-    learned = findings.read(run).learned
-    mean, half = findings.over_seeds(learned["finetune"], lambda one: one.accuracy)
+    learned = Findings.read(run).learned
+    mean, half = over_seeds(learned["finetune"], lambda one: one.accuracy)
     each = np.array([ACCURACY["finetune", n] for n in range(3)], dtype=float)
     np.testing.assert_allclose(mean, each.mean(0), rtol=1e-15)
     # Student's quantile for two degrees of freedom: 4.302653.
     np.testing.assert_allclose(half, 4.302653 * each.std(0, ddof=1) / math.sqrt(3), rtol=1e-6)
 
-    mean, half = findings.over_seeds(learned["mas"], lambda one: one.accuracy)
+    mean, half = over_seeds(learned["mas"], lambda one: one.accuracy)
     np.testing.assert_allclose(
         mean, [[(0.9 + 0.7 + 0.6) / 3, np.nan], [np.nan, np.nan]], rtol=1e-15
     )
-    mean, half = findings.over_seeds(learned["joint"], lambda one: one.accuracy)
+    mean, half = over_seeds(learned["joint"], lambda one: one.accuracy)
     np.testing.assert_allclose(mean, [[0.96, np.nan], [0.96, 0.94]], rtol=1e-15)
     np.testing.assert_array_equal(half.isnan(), [[False, True], [True, True]])
 
 
 def test_importance_by_layer(run: Path) -> None:
-    mas = findings.read(run).learned["mas"]
-    assert mas[0].layers == {"backbone.1": (10.0, 8), "backbone.3": (12.0, 4)}
-    assert findings.shares(mas) == {
+    mas = Findings.read(run).learned["mas"]
+    assert mas[0].layers() == {"backbone.1": (10.0, 8), "backbone.3": (12.0, 4)}
+    assert shares(mas) == {
         "backbone.1": pytest.approx((10 / 22, (10 / 8) / (22 / 12))),
         "backbone.3": pytest.approx((12 / 22, 3 / (22 / 12))),
     }
     # IMM's transfer pulls, and is no importance; two rows are two tasks.
     rows = torch.tensor([[1.0, 2.0], [0.0, 4.0]])
     state = {"transfer": {"penalty": OMEGA}, "merging": {"penalty": {"omega.a.weight": rows}}}
-    assert findings.importance(state) == {"a": (7.0, 2)}
-    assert findings.importance({"teacher": {}}) == {}
+    assert importance_by_layer(state) == {"a": (7.0, 2)}
+    assert importance_by_layer({"teacher": {}}) == {}
 
 
 def test_importance_is_of_what_counts(run: Path) -> None:
@@ -171,7 +171,7 @@ def test_importance_is_of_what_counts(run: Path) -> None:
     for seed, omega in ((0, large), (1, {"omega.x.weight": torch.ones(1, 1)}), (2, nothing)):
         path = run / f"mas-seed{seed}" / "checkpoint.safetensors"
         checkpoint.save(checkpoint.pack({"method": {"penalty": omega}}), path)
-    assert findings.shares(findings.read(run).learned["mas"]) == {
+    assert shares(Findings.read(run).learned["mas"]) == {
         "backbone.1": pytest.approx((6 / 18, 1 / 1.8)),
         "backbone.3": pytest.approx((12 / 18, 3 / 1.8)),
     }
@@ -181,21 +181,21 @@ def test_a_run_of_another_machine(run: Path) -> None:
     text = (run / "config.toml").read_text()
     assert 'device = "cpu"' in text
     (run / "config.toml").write_text(text.replace('device = "cpu"', 'device = "cuda:7"'))
-    assert findings.read(run).device == "cuda:7"
+    assert Findings.read(run).device == "cuda:7"
 
 
 def test_a_run_that_has_only_begun(run: Path) -> None:
     for path in (*run.glob("*/*"), run / "metrics.jsonl", run / "lam.json"):
         path.unlink()
-    found = findings.read(run)
+    found = Findings.read(run)
     assert (found.tasks, found.grid, found.lam("mas")) == ([], {}, None)
     assert {one.tasks for seeds in found.learned.values() for one in seeds} == {0}
 
 
 def test_every_lam_diverged(run: Path) -> None:
     lost = {"candidates": [{"lam": 2.0, "mean": None}, {"lam": 9.0, "mean": None}], "chosen": None}
-    record.write_json(run / "lam.json", {"mas": lost})
-    found = findings.read(run)
+    write_json(run / "lam.json", {"mas": lost})
+    found = Findings.read(run)
     assert found.lam("mas") is None
     assert [one.diverged for one in found.learned["mas"]] == ["with every lam"] * 3
 
@@ -230,7 +230,7 @@ def other(content: str) -> Callable[[Path], Any]:
 def test_damaged_files(run: Path, name: str, damage: Callable[[Path], Any]) -> None:
     damage(run / name)
     with pytest.raises(ValueError, match=str(run / name)):
-        findings.read(run)
+        shares(Findings.read(run).learned["mas"])
 
 
 def test_no_run(tmp_path: Path) -> None:
@@ -238,4 +238,4 @@ def test_no_run(tmp_path: Path) -> None:
     file.write_text("")
     for path in (tmp_path, tmp_path / "nothing", file):
         with pytest.raises(FileNotFoundError, match=f"run: got '{path}', where no run has begun"):
-            findings.read(path)
+            Findings.read(path)

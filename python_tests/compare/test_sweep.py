@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from mas_ext import models
-from mas_ext.compare import options as config
-from mas_ext.compare import sweep as runs
+from mas_ext import cli, models
 from mas_ext.compare.options import Config
+from mas_ext.compare.sweep import run
+from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import METHODS
 from mas_ext.methods.method import Method, Training
 from mas_ext.scenarios import datasets as data
@@ -49,7 +49,7 @@ def choice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "choice"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    runs.run(config.read(CHOICE), out)
+    run(Config.read(CHOICE), out)
     torch.set_num_threads(threads)
     return out
 
@@ -154,8 +154,8 @@ def test_table(choice: Path) -> None:
 
 def test_joint_and_domain(tmp_path: Path) -> None:
     values = {**SMALL, "methods": ["finetune", "joint"], "setting": "domain", "validation": 0.2}
-    comparison = config.read({**values, "lam": [1, 2]})
-    runs.run(comparison, tmp_path / "run")
+    config = Config.read({**values, "lam": [1, 2]})
+    run(config, tmp_path / "run")
     found = result(tmp_path / "run", "finetune-seed0")
     accuracy = rows(tmp_path / "run" / "finetune-seed0" / "accuracy.csv")
     joint = rows(tmp_path / "run" / "joint-seed0" / "accuracy.csv")
@@ -164,8 +164,8 @@ def test_joint_and_domain(tmp_path: Path) -> None:
     assert 0 < found["validation_accuracy"] <= 1
 
     # The network before any training, by the same seed: heads are the first that is drawn from it.
-    scenario = comparison.make_scenario(0)
-    model = comparison.network(scenario, 0)
+    scenario = config.make_scenario(0)
+    model = config.network(scenario, 0)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model.add_head(5)
@@ -191,7 +191,7 @@ def test_what_diverges_does_not_end_the_comparison(
         "finetune": {},
     }
     values = {**SMALL, "methods": methods, "optimizer": "sgd", "lr": 0.05}
-    text = runs.run(config.read(values), tmp_path / "run")
+    text = run(Config.read(values), tmp_path / "run")
     grid = json.loads((tmp_path / "run" / "lam.json").read_text())
     assert [each["mean"] is None for each in grid["mas"]["candidates"]] == [True, False]
     assert grid["mas"]["chosen"] == 0.01
@@ -211,22 +211,55 @@ def test_what_diverges_does_not_end_the_comparison(
     assert np.isfinite(kept[0, 0])
     assert np.isnan(kept[1]).all()
 
-    again = runs.run(config.read(values), tmp_path / "run", resume=True)
+    again = run(Config.read(values), tmp_path / "run", resume=True)
     assert again == text
 
 
-class NotFinite(Method):
-    """Its importance is what a network that diverged gives."""
+def test_a_network_that_collapsed_does_not_end_the_comparison(tmp_path: Path) -> None:
+    """At this learning rate no hidden unit answers to any digit: importance is zero, exactly."""
+    values = {**SMALL, "methods": ["mas-alpha"], "optimizer": "adam", "lr": 5.0}
+    text = run(Config.read(values), tmp_path / "run")
+    assert "mas-alpha diverged: importance: got a relative sensitivity of 0, expected" in text
 
-    def end_task(self, training: Training) -> None:
-        raise ValueError("importance: got nan, expected finite values")
+
+def failing(error: Exception) -> type[Method]:
+    """A method that fails at the end of its first task."""
+
+    class Failing(Method):
+        def end_task(self, training: Training) -> None:
+            raise error
+
+    return Failing
 
 
-def test_consolidation_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "broken", NotFinite)
-    text = runs.run(config.read({**SMALL, "methods": ["broken", "joint"]}), tmp_path / "run")
-    assert "broken diverged: importance: got nan, expected finite values" in text
+@pytest.mark.parametrize("kind", [Diverged, Vanished])
+def test_consolidation_that_fails(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "failing", failing(kind("importance: got nan")))
+    text = run(Config.read({**SMALL, "methods": ["failing", "joint"]}), tmp_path / "run")
+    assert "failing diverged: importance: got nan" in text
     assert result(tmp_path / "run", "joint-seed0")["average_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("kind", [ValueError, FloatingPointError, RuntimeError])
+def test_a_bug_in_a_method_is_no_result(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "failing", failing(kind("labels: got 3, expected 2")))
+    with pytest.raises(kind, match="labels: got 3, expected 2"):
+        run(Config.read({**SMALL, "methods": ["failing"]}), tmp_path / "run")
+    assert not (tmp_path / "run" / "failing-seed0" / "result.json").exists()
+    assert not (tmp_path / "run" / "table.md").exists()
+
+
+def test_a_bug_in_a_method_is_an_exit_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(METHODS, "failing", failing(ValueError("labels: got 3, expected 2")))
+    words = ["--methods", "failing", "--tasks", "2", "--hidden", "16", "--epochs", "1"]
+    assert cli.main(["run", "--out", str(tmp_path / "run"), *words]) == 1
+    assert "mas-ext: error: labels: got 3, expected 2" in capsys.readouterr().err
 
 
 # -- before any work ---------------------------------------------------------------------------------------
@@ -245,13 +278,13 @@ class NeedsSgd(Method):
         ({"methods": {"mas": {"mode": "proximl"}}}, "mas: mode: .*proximl"),
         ({"methods": {"mas": {"merge": "som"}}}, "mas: merge: .*som"),
         ({"epochs": [1, 2, 3]}, "epochs: got 3 numbers, expected one for each of 2 tasks"),
-        ({"tasks": 3}, "tasks must divide the number of classes"),
-        ({"order": [0, 2]}, "order must have each of 0 to 1 once"),
+        ({"tasks": 3}, "tasks: got 3, expected a divisor of the number of classes, 10"),
+        ({"order": [0, 2]}, r"order: got \[0, 2\], expected each of 0 to 1 once"),
         (
             {"validation": 0.001},
             "validation: got 0.001 of the [0-9]+ samples of task '0-4', which is",
         ),
-        ({"model": "alexnet", "hidden": None}, "sides of 20 or more"),
+        ({"model": "alexnet", "hidden": None}, "with sides of at least 20"),
     ],
 )
 def test_refused_before_anything_is_written(
@@ -260,43 +293,43 @@ def test_refused_before_anything_is_written(
     monkeypatch.setitem(METHODS, "needs-sgd", NeedsSgd)
     given = {name: v for name, v in {**SMALL, **values}.items() if v is not None}
     with pytest.raises(ValueError, match=message):
-        runs.run(config.read(given), tmp_path / "run")
+        run(Config.read(given), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_directories_that_cannot_be_used(choice: Path, tmp_path: Path) -> None:
     before = (choice / "environment.json").read_bytes()
     with pytest.raises(FileExistsError, match="--resume goes on with it"):
-        runs.run(config.read(CHOICE), choice)
+        run(Config.read(CHOICE), choice)
     with pytest.raises(ValueError, match="is another run: seeds was 2 and is 3"):
-        runs.run(config.read({**CHOICE, "seeds": 3}), choice, resume=True)
+        run(Config.read({**CHOICE, "seeds": 3}), choice, resume=True)
     with pytest.raises(FileNotFoundError, match="where no run has begun"):
-        runs.run(config.read(CHOICE), tmp_path / "run", resume=True)
+        run(Config.read(CHOICE), tmp_path / "run", resume=True)
     assert (choice / "environment.json").read_bytes() == before
 
 
 def test_a_checkpoint_of_another_run_is_no_divergence(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    comparison = config.read({**SMALL, "methods": {"finetune": {}}})
-    runs.run(comparison, out)
+    config = Config.read({**SMALL, "methods": {"finetune": {}}})
+    run(config, out)
     (out / "finetune-seed0" / "result.json").unlink()
     path = out / "finetune-seed0" / "checkpoint.safetensors"
     state = checkpoint.unpack(checkpoint.load(path))
     state["run"]["lr"] = 0.5
     checkpoint.save(checkpoint.pack(state), path)
     with pytest.raises(ValueError, match=r"got a run with lr 0\.5, expected 0\.01"):
-        runs.run(comparison, out, resume=True)
+        run(config, out, resume=True)
     assert not (out / "finetune-seed0" / "result.json").exists()
 
 
 def test_a_damaged_checkpoint_is_no_divergence(tmp_path: Path) -> None:
-    comparison = config.read({**SMALL, "methods": ["finetune"]})
-    runs.run(comparison, tmp_path)
+    config = Config.read({**SMALL, "methods": ["finetune"]})
+    run(config, tmp_path)
     (tmp_path / "finetune-seed0" / "result.json").unlink()
     path = tmp_path / "finetune-seed0" / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"checkpoint.safetensors: got a damaged file"):
-        runs.run(comparison, tmp_path, resume=True)
+        run(config, tmp_path, resume=True)
     assert not (tmp_path / "finetune-seed0" / "result.json").exists()
 
 
@@ -321,8 +354,8 @@ def test_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     fake = SimpleNamespace(SummaryWriter=Writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    comparison = config.read({**SMALL, "methods": ["finetune"], "validation": 0.2})
-    runs.run(comparison, tmp_path / "run", tensorboard=True)
+    config = Config.read({**SMALL, "methods": ["finetune"], "validation": 0.2})
+    run(config, tmp_path / "run", tensorboard=True)
     seen = written["run/tensorboard/finetune-seed0"]
     task = ["accuracy/average", "accuracy/task 0"]
     epochs = [[("loss", n), ("validation", n)] for n in (1, 2, 3, 4)]
@@ -346,7 +379,7 @@ def test_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_events_without_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ModuleNotFoundError, match=r"run: pip install tensorboard"):
-        runs.run(Config(), tmp_path / "run", tensorboard=True)
+        run(Config(), tmp_path / "run", tensorboard=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -357,7 +390,8 @@ def test_events_without_their_package(tmp_path: Path, monkeypatch: pytest.Monkey
 STOPPED = """
 import os, signal, sys
 import torch
-from mas_ext import cli, learning
+from mas_ext import cli
+from mas_ext.training import run as learning
 
 moment, count, signum = sys.argv[1], int(sys.argv[2]), getattr(signal, sys.argv[3])
 seen = 0
@@ -387,7 +421,7 @@ raise SystemExit(cli.main(sys.argv[4:]))
 
 def stopped(moment: str, count: int, by: str, out: Path) -> "subprocess.CompletedProcess[str]":
     file = out.with_name("config.toml")
-    file.write_text(config.dump(config.read(CHOICE)))
+    file.write_text(Config.read(CHOICE).toml())
     words = [moment, str(count), by, "run", "--config", str(file), "--out", str(out)]
     return subprocess.run(
         [sys.executable, "-c", STOPPED, *words], capture_output=True, text=True, check=False
@@ -437,7 +471,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert stopped(moment, count, "SIGKILL", out).returncode == -9
     finished = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     assert not (out / "table.md").exists()
-    runs.run(config.read(CHOICE), out, resume=True)
+    run(Config.read(CHOICE), out, resume=True)
     assert_same(out, choice)
     assert len(json.loads((out / "environment.json").read_text())) == 2
     for path, time in finished.items():
@@ -455,5 +489,5 @@ def test_ctrl_c_keeps_the_last_step(choice: Path, tmp_path: Path) -> None:
     newest = max(out.rglob("checkpoint.safetensors"), key=lambda path: path.stat().st_mtime_ns)
     at = checkpoint.unpack(checkpoint.load(newest))["at"]
     assert (newest.parent.name, at["task"], at["epoch"], at["step"]) == ("mas-seed0", 1, 1, 4)
-    runs.run(config.read(CHOICE), out, resume=True)
+    run(Config.read(CHOICE), out, resume=True)
     assert_same(out, choice)

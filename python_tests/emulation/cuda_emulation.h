@@ -125,10 +125,10 @@ inline void load_transposed(unsigned (&to)[4], const void* row) {
 
 template <class T>
 void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  struct Held {
+  struct Operands {
     unsigned a[4], b[2];
   };
-  const auto held = cuda_emulation::exchanged(Held{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const auto operands = cuda_emulation::exchanged(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
   const unsigned lane = threadIdx.x % cuda_emulation::kWarp;
   const auto number = [](unsigned pair, unsigned half) {
     return load(T{static_cast<std::uint16_t>(pair >> (half * 16))});
@@ -137,8 +137,8 @@ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b
     const unsigned row = lane / 4 + e / 2 * 8;
     const unsigned column = lane % 4 * 2 + e % 2;
     for (unsigned k = 0; k < 16; ++k) {
-      const unsigned left = held[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
-      const unsigned right = held[column * 4 + k % 8 / 2].b[k / 8];
+      const unsigned left = operands[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
+      const unsigned right = operands[column * 4 + k % 8 / 2].b[k / 8];
       c[e] += number(left, k % 2) * number(right, k % 2);
     }
   }

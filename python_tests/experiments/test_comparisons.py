@@ -60,7 +60,7 @@ def test_on_pretrained(tmp_path: Path) -> None:
     experiment = small("on-pretrained", epochs=[0, 1])
     page = reproduce(experiment, "on-pretrained", tmp_path)
     results = Results(tmp_path / "on-pretrained.json", experiment.protocol())
-    assert experiment.base.network(experiment.scenario(0), 0).keep_statistics
+    assert experiment.network(experiment.scenario(0), 0).keep_statistics
     accuracies = [final(results, method)[1] for method in ("finetune", "mas", "si")]
     assert len({accuracy[0, 0] for accuracy in accuracies}) == 1
     assert accuracies[0][0, 0] > 0.8
@@ -93,7 +93,7 @@ def test_importance_is_taken_from_as_many_samples_as_told(monkeypatch: pytest.Mo
         made[name] = given
 
     monkeypatch.setattr("experiments.comparison.create", create)
-    monkeypatch.setattr("experiments.comparison.measured", lambda *given: {})
+    monkeypatch.setattr("experiments.comparison.train", lambda *given: {})
     experiment = replace(small("datasets"), max_samples=7)
     for variant in (Variant("mas", {"mode": "proximal"}), Variant("si"), Variant("finetune")):
         experiment.measure(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +26,16 @@ from experiments.compositions import (
 )
 from experiments.consistency import toy
 from experiments.embedding import Embedding, RankingEWC, ranks, rivals, shortfall
-from experiments.experiment import Cell, Found
 from experiments.facts import glyphs as glyphs_of
 from experiments.facts import scores
-from experiments.learned import GRID, choose, chosen
+from experiments.learned import GRID, trained
 from experiments.official_demo import Reestimated
 from experiments.regression import VARIANTS, Arm, GaussianEWC
 from mas_ext import models
+from mas_ext.compare.cells import Cell, Found
+from mas_ext.compare.options import Config
+from mas_ext.failures import Diverged, Vanished
+from mas_ext.methods import Method
 from mas_ext.methods.method import Training
 
 ROOT = Path(__file__).parents[2]
@@ -128,41 +130,33 @@ def test_where(tmp_path: Path) -> None:
     assert {"a": 2, "b": None} not in results
 
 
-@pytest.mark.parametrize(
-    ("best", "tried"),
-    [
-        (1e2, [1e-2, 1e0, 1e2, 1e4, 1e6, 1e1, 1e3]),
-        (1e1, [1e-2, 1e0, 1e2, 1e4, 1e6, 1e-1, 1e1]),
-        (1e6, [1e-2, 1e0, 1e2, 1e4, 1e6, 1e5, 1e7]),
-        (1e8, [1e-2, 1e0, 1e2, 1e4, 1e6, 1e5, 1e7, 1e8, 1e9]),
-        (1e-3, [1e-2, 1e0, 1e2, 1e4, 1e6, 1e-3, 1e-1, 1e-4]),
-    ],
-)
-def test_lam_is_the_best_on_validation_data(
-    tmp_path: Path, best: float, tried: list[float]
-) -> None:
-    """With a peak at one value, of equal ones the one tried first; those that diverge never."""
-    results, cell = Results(tmp_path / "x.json", {}), {"method": "mas"}
-    asked = []
-    for needed in choose(results, cell):
-        if needed not in results:
-            assert chosen(results, cell) is None
-            asked.append(needed["lam"])
-            steps = abs(math.log10(needed["lam"] / best))
-            found = {"diverged": "nan"} if steps > 7.5 else {"validation_accuracy": 1 - steps / 10}
-            results.add(needed, found, 0.0)
-    assert asked == tried
-    assert chosen(results, cell) == best
-    assert needed["method"] == "mas"
-
-
-def test_lam_where_all_diverge(tmp_path: Path) -> None:
+def test_by_seed(tmp_path: Path) -> None:
     results = Results(tmp_path / "x.json", {})
-    for needed in choose(results, {}, grid=GRID[:4]):
-        if needed not in results:
-            results.add(needed, {"diverged": "nan"}, 0.0)
-    assert len(results.entries) == 4
-    assert chosen(results, {}, GRID[:4]) is None
+    for seed in (3, 1):
+        results.add({"lam": 1.0, "seed": seed}, {"error": seed / 2}, 0.5)
+    results.add({"lam": 1.0, "seed": 2}, {"diverged": "nan"}, 0.5)
+    results.add({"lam": 2.0, "seed": 2}, {"error": 7.0}, 0.5)
+    assert results.by_seed(lam=1.0) == {3: {"error": 1.5}, 1: {"error": 0.5}}
+
+
+class Failing(Method):
+    """Fails at the end of its first task."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def end_task(self, training: Training) -> None:
+        raise self.error
+
+
+def test_only_failed_trainings_are_results() -> None:
+    config = Config.read({"tasks": 2, "hidden": [4], "epochs": 1})
+    scenario = config.make_scenario(0)
+    for kind in (Diverged, Vanished):
+        found = trained(config, scenario, Failing(kind("importance: got nan")), 0)
+        assert found == {"diverged": "importance: got nan"}
+    with pytest.raises(ValueError, match="labels: got 3"):
+        trained(config, scenario, Failing(ValueError("labels: got 3")), 0)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -13,6 +13,7 @@ import torch
 from experiments import EXPERIMENTS, Results
 from experiments.evidence import PROPERTIES, flat, take_from
 from mas_ext import models
+from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import Method, create
 from mas_ext.methods.method import Training
 
@@ -102,6 +103,22 @@ def test_adaptive() -> None:
     """SI cannot be told; the gain of MAS is that of the four accuracies."""
     assert measured("adaptive", "si")["gain"] == 0
     assert measured("adaptive", "mas")["gain"] != 0
+
+
+def test_only_failed_trainings_are_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment: Any = EXPERIMENTS["properties"]
+    cell = {"property": "memory", "method": "mas", "lam": None, "seed": 0}
+    for kind in (Diverged, Vanished, ValueError):
+
+        def fail(make: Any, seed: int, kind: type[Exception] = kind) -> Any:
+            raise kind("labels: got 3")
+
+        monkeypatch.setattr(PROPERTIES["memory"], "measure", fail)
+        if kind is ValueError:
+            with pytest.raises(ValueError, match="labels: got 3"):
+                experiment.measure(cell)
+        else:
+            assert experiment.measure(cell) == {"diverged": "labels: got 3"}
 
 
 def test_the_table(tmp_path: Path) -> None:

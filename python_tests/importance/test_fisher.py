@@ -15,7 +15,7 @@ import mas_ext
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Omega = dict[str, Tensor]
-LABELS = ("true", "predicted", "sampled", "all")
+LABELS = ("true", "predicted", "sampled", "all", "normal")
 MODELS = [
     "mlp",
     "residual, in-place relu",
@@ -51,7 +51,7 @@ def setting(name: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
 
 
 def naive(model: nn.Module, batches: list[tuple[Tensor, Tensor]], labels: str) -> Omega:
-    """1/N sum_k (d log p(y_k | x_k) / d theta)^2; for "all", the mean over y by the model's own p."""
+    """1/N sum_k (d log p(y_k | x_k) / d theta)^2; the mean over y for "all" and "normal"."""
     model.eval()
     theta = dict(model.named_parameters())
     omega = {name: torch.zeros_like(p, requires_grad=False) for name, p in theta.items()}
@@ -61,6 +61,14 @@ def naive(model: nn.Module, batches: list[tuple[Tensor, Tensor]], labels: str) -
             samples += 1
             logits = model(x)[0]
             p = (logits.exp() / logits.exp().sum()).detach().tolist()
+            if labels == "normal":
+                for output in logits.flatten():
+                    grads = torch.autograd.grad(
+                        output, list(theta.values()), retain_graph=True, allow_unused=True
+                    )
+                    for key, g in zip(theta, grads, strict=True):
+                        omega[key] += 0 if g is None else g * g
+                continue
             if labels == "all":
                 weights = dict(enumerate(p))
             else:
@@ -84,7 +92,7 @@ def assert_close(got: Omega, expected: Omega, tolerance: float = 1e-10) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*takes the fallback:UserWarning")
-@pytest.mark.parametrize("labels", ["true", "predicted", "all"])
+@pytest.mark.parametrize("labels", ["true", "predicted", "all", "normal"])
 @pytest.mark.parametrize("name", MODELS)
 def test_fisher_is_its_definition(name: str, labels: str) -> None:
     model, batches = setting(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +17,14 @@ from hypothesis import strategies as st
 from oracles import naive
 from torch import Tensor
 
-from mas_ext.kernels import native, ops
-from mas_ext.kernels.reference import compute_dtype, decode, encode
+from mas_ext.kernels import checks
+from mas_ext.kernels.accumulate import accumulate_
+from mas_ext.kernels.dtypes import compute_dtype, from_codes, to_codes
+from mas_ext.kernels.flat_state import State
+from mas_ext.kernels.merge import merge_
+from mas_ext.kernels.penalty import add_grad_, penalty, penalty_with_grad
+from mas_ext.kernels.proximal import proximal_
+from mas_ext.kernels.registry import REGISTERED
 
 CHUNK = 8192
 
@@ -32,6 +38,9 @@ class Case(NamedTuple):
     anchor: Tensor
     alpha: Tensor
     remainder: Tensor
+
+    def state(self, native: bool) -> State:
+        return State(*self[1:], native)
 
     def rows(self, flat: Tensor, i: int) -> naive.Array:
         n = self.theta[i].numel()
@@ -135,7 +144,7 @@ def expected_value(case: Case) -> float:
 @each_rows
 def test_value(backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype, rows: int) -> None:
     case = make(dtype, omega_dtype, rows, device=backend.device)
-    value = ops.penalty(*case, backend.native)
+    value = penalty(case.theta, case.state(backend.native))
     assert value.dtype == compute_dtype(dtype)
     assert value.shape == ()
     precision = 1e-14 if dtype == torch.float64 else 2e-7
@@ -149,8 +158,8 @@ def test_new_gradient(
 ) -> None:
     case = make(dtype, omega_dtype, rows, device=backend.device)
     upstream = torch.tensor(-1.5, dtype=compute_dtype(dtype), device=backend.device)
-    value, grads = ops.penalty_with_grad(*case, upstream, backend.native)
-    assert torch.equal(value, ops.penalty(*case, backend.native))
+    value, grads = penalty_with_grad(case.theta, case.state(backend.native), upstream)
+    assert torch.equal(value, penalty(case.theta, case.state(backend.native)))
     for i, x, w, a in case.pieces():
         assert grads[i].dtype == dtype
         assert grads[i].shape == case.theta[i].shape
@@ -165,8 +174,8 @@ def test_gradient_is_added(
 ) -> None:
     case = make(dtype, omega_dtype, rows, device=backend.device)
     grads = [torch.full_like(t, 0.375) for t in case.theta]
-    value = ops.add_grad_(case.theta, grads, *case[1:], backend.native)
-    assert torch.equal(value, ops.penalty(*case, backend.native))
+    value = add_grad_(case.theta, grads, case.state(backend.native))
+    assert torch.equal(value, penalty(case.theta, case.state(backend.native)))
     for i, x, w, a in case.pieces():
         terms = np.einsum("t,ti->i", array(case.alpha), w * np.abs(x - a))
         close(grads[i], 0.375 + naive.gradient(x, w, a, array(case.alpha)), 4 * terms + 0.4)
@@ -179,7 +188,7 @@ def test_proximal_step(
 ) -> None:
     case = make(dtype, omega_dtype, rows, device=backend.device)
     pieces = list(case.pieces())
-    ops.proximal_(case.theta, *case[1:5], [], 0.25, 1.0, 0.0, backend.native)
+    proximal_(case.theta, [], case.state(backend.native), 0.25, 1.0, 0.0)
     for i, x, w, a in pieces:
         expected = naive.proximal(x, w, a, array(case.alpha), np.float64(0.25))
         close(case.theta[i], expected, np.abs(x) + 4 * np.abs(a).max(0, initial=0))
@@ -193,7 +202,7 @@ def test_proximal_step_with_second_moment(
     case = make(dtype, omega_dtype, rows, device=backend.device)
     pieces = list(case.pieces())
     moments = [torch.rand_like(t) for t in case.theta]
-    ops.proximal_(case.theta, *case[1:5], moments, 0.01, 4.0, 1e-2, backend.native)
+    proximal_(case.theta, moments, case.state(backend.native), 0.01, 4.0, 1e-2)
     for i, x, w, a in pieces:
         eta = 0.01 / (np.sqrt(4 * flat_array(moments[i])) + float(np.float32(1e-2)))
         expected = naive.proximal(x, w, a, array(case.alpha), eta)
@@ -208,7 +217,7 @@ def test_proximal_step_freezes_at_huge_strength(backend: Backend, alpha: float, 
     case.alpha.fill_(alpha)
     case.omega[:, : case.omega.shape[1] // 2] = 0
     pieces = list(case.pieces())
-    ops.proximal_(case.theta, *case[1:5], [], 1.0, 1.0, 0.0, backend.native)
+    proximal_(case.theta, [], case.state(backend.native), 1.0, 1.0, 0.0)
     for i, x, w, a in pieces:
         weight = w.sum(0)
         mean = np.einsum("ti,ti->i", w, a) / np.where(weight > 0, weight, 1)
@@ -222,8 +231,8 @@ def test_proximal_step_of_length_zero_moves_nothing(backend: Backend) -> None:
     case = make(torch.float32, device=backend.device)
     before = [t.clone() for t in case.theta]
     moments = [torch.zeros_like(t) for t in case.theta]
-    ops.proximal_(case.theta, *case[1:5], [], 0.0, 1.0, 0.0, backend.native)
-    ops.proximal_(case.theta, *case[1:5], moments, 0.0, 1.0, 0.0, backend.native)
+    proximal_(case.theta, [], case.state(backend.native), 0.0, 1.0, 0.0)
+    proximal_(case.theta, moments, case.state(backend.native), 0.0, 1.0, 0.0)
     assert all(torch.equal(t, b) for t, b in zip(case.theta, before, strict=True))
 
 
@@ -231,7 +240,7 @@ def test_a_huge_correction_of_nothing_is_nothing(backend: Backend) -> None:
     case = make(torch.float32, device=backend.device)
     pieces = list(case.pieces())
     moments = [torch.zeros_like(t) for t in case.theta]
-    ops.proximal_(case.theta, *case[1:5], moments, 0.001, 1e300, 0.01, backend.native)
+    proximal_(case.theta, moments, case.state(backend.native), 0.001, 1e300, 0.01)
     for i, x, w, a in pieces:
         expected = naive.proximal(x, w, a, array(case.alpha), np.float64(0.1))
         close(case.theta[i], expected, np.abs(x) + np.abs(a).max(0, initial=0))
@@ -242,7 +251,7 @@ def test_proximal_step_moves_nothing_at_the_anchor(backend: Backend) -> None:
     for t, offset in zip(case.theta, case.offsets, strict=True):
         t.copy_(case.anchor[0, offset : offset + t.numel()].view(t.shape))
     before = [t.clone() for t in case.theta]
-    ops.proximal_(case.theta, *case[1:5], [], 0.3, 1.0, 0.0, backend.native)
+    proximal_(case.theta, [], case.state(backend.native), 0.3, 1.0, 0.0)
     assert all(torch.equal(t, b) for t, b in zip(case.theta, before, strict=True))
 
 
@@ -253,7 +262,7 @@ def test_gradient_at_huge_strength_is_not_nan(backend: Backend, alpha: float) ->
     case.omega[:, ::2] = 0
     for sign in (1.0, -1.0):
         upstream = torch.tensor(sign, device=backend.device)
-        _, grads = ops.penalty_with_grad(*case, upstream, backend.native)
+        _, grads = penalty_with_grad(case.theta, case.state(backend.native), upstream)
         for i, x, w, a in case.pieces():
             got = flat_array(grads[i])
             assert np.all(got[w[0] == 0] == 0)
@@ -264,7 +273,7 @@ def test_gradient_at_huge_strength_is_not_nan(backend: Backend, alpha: float) ->
 def test_accumulate(backend: Backend, dtype: torch.dtype) -> None:
     grads = make(dtype, device=backend.device).theta
     omegas = [torch.full_like(g, 0.5, dtype=compute_dtype(dtype)) for g in grads]
-    ops.accumulate_(omegas, grads, 0.3, backend.native)
+    accumulate_(omegas, grads, 0.3, backend.native)
     for omega, grad in zip(omegas, grads, strict=True):
         close(omega, 0.5 + 0.3 * np.abs(flat_array(grad)))
 
@@ -273,15 +282,15 @@ def test_accumulate(backend: Backend, dtype: torch.dtype) -> None:
 def test_every_number_of_16_bits_is_read(backend: Backend, dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=backend.device).view(dtype)
     total = torch.zeros(2**16, device=backend.device)
-    ops.accumulate_([total], [every], 1.0, backend.native)
+    accumulate_([total], [every], 1.0, backend.native)
     torch.testing.assert_close(total, every.float().abs(), rtol=0, atol=0, equal_nan=True)
     # With their signs: the pull of an anchor at 0.
     finite = every[every.isfinite()]
     one = torch.ones(1, dtype=torch.float64, device=backend.device)
     omega, anchor = torch.ones(2, 1, len(finite), device=backend.device)
     anchor.zero_()
-    state = ([0], omega, anchor, one / 2, one[0])
-    _, (gradient,) = ops.penalty_with_grad([finite], *state, one[0].float(), backend.native)
+    state = State([0], omega, anchor, one / 2, one[0], backend.native)
+    _, (gradient,) = penalty_with_grad([finite], state, one[0].float())
     assert torch.equal(gradient, finite)
 
 
@@ -298,8 +307,8 @@ def test_numbers_are_rounded_to_16_bits_as_torch_does(backend: Backend, dtype: t
     x = torch.cat([x, -x]).to(backend.device)
     theta = torch.zeros(len(x), dtype=dtype, device=backend.device)
     one = torch.ones(1, dtype=torch.float64, device=backend.device)
-    state = ([0], torch.ones_like(x)[None], -x[None], one / 2, one[0])
-    _, (gradient,) = ops.penalty_with_grad([theta], *state, one[0].float(), backend.native)
+    state = State([0], torch.ones_like(x)[None], -x[None], one / 2, one[0], backend.native)
+    _, (gradient,) = penalty_with_grad([theta], state, one[0].float())
     torch.testing.assert_close(gradient, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -314,18 +323,7 @@ def test_merge(
     for t in importance:
         t.view(-1)[::6] = 0
     pieces = list(case.pieces())
-    added = ops.merge_(
-        case.omega,
-        case.anchor,
-        case.theta,
-        importance,
-        case.offsets,
-        keep,
-        0.8,
-        rule,
-        3,
-        backend.native,
-    )
+    added = merge_(case.state(backend.native), case.theta, importance, keep, 0.8, rule, 3)
     assert added.shape == (len(case.theta),)
     for i, x, w, a in pieces:
         new = 0.8 * flat_array(importance[i])
@@ -350,17 +348,14 @@ def test_merge(
 def test_merge_never_goes_below_zero(backend: Backend) -> None:
     case = make(torch.float32, shapes=[(100,)], device=backend.device)
     importance = [torch.full_like(case.theta[0], -1e9)]
-    ops.merge_(
-        case.omega, case.anchor, case.theta, importance, [0], 1.0, 1.0, "move", 0, backend.native
-    )
+    merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, "move", 0)
     assert torch.equal(case.omega[0, :100], torch.zeros(100, device=backend.device))
 
 
 def test_a_huge_gain_of_nothing_is_nothing(backend: Backend) -> None:
     case = make(torch.float32, shapes=[(100,)], device=backend.device)
     before, importance = case.omega.clone(), [torch.zeros_like(case.theta[0])]
-    args = (case.theta, importance, [0], 1.0, 1e300, "mean", 0, backend.native)
-    ops.merge_(case.omega, case.anchor, *args)
+    merge_(case.state(backend.native), case.theta, importance, 1.0, 1e300, "mean", 0)
     assert torch.equal(case.omega, before)
 
 
@@ -368,9 +363,7 @@ def test_merge_does_not_hide_nan(backend: Backend) -> None:
     case = make(torch.float32, shapes=[(10,)], device=backend.device)
     case.omega[:, ::2] = 0
     importance = [torch.full_like(case.theta[0], float("nan"))]
-    ops.merge_(
-        case.omega, case.anchor, case.theta, importance, [0], 1.0, 1.0, "mean", 0, backend.native
-    )
+    merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, "mean", 0)
     assert case.omega[0, :10].isnan().all()
 
 
@@ -379,8 +372,7 @@ def test_merge_does_not_hide_any_nan(backend: Backend, omega_dtype: torch.dtype)
     case = make(torch.float32, omega_dtype, shapes=[(1000,)], device=backend.device)
     # All bits set: whatever is added to them would make them a number.
     nan = torch.full((1000,), 0x7FFFFFFF, dtype=torch.int32, device=backend.device)
-    args = (case.theta, [nan.view(torch.float32)], [0], 1.0, 1.0, "move", 5, backend.native)
-    ops.merge_(case.omega, case.anchor, *args)
+    merge_(case.state(backend.native), case.theta, [nan.view(torch.float32)], 1.0, 1.0, "move", 5)
     assert case.omega[0, :1000].isnan().all()
 
 
@@ -391,8 +383,7 @@ def test_a_rounded_omega_grows_without_bias(backend: Backend, omega_dtype: torch
     case.omega.copy_(stored(torch.full(case.omega.shape, 8.0), omega_dtype))
     importance = [torch.full_like(case.theta[0], 0.02)]
     for entry in range(entries):
-        args = (case.theta, importance, [0], 1.0, 1.0, "mean", entry, backend.native)
-        ops.merge_(case.omega, case.anchor, *args)
+        merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, "mean", entry)
     mean = float(case.rows(case.omega, 0).mean())
     assert mean == pytest.approx(8.0 + 0.02 * entries, rel=0.005)
     # Rounded to nearest, it would never have left 8.
@@ -404,8 +395,7 @@ def test_8_bits_below_the_least_are_right_on_average(backend: Backend) -> None:
     case = make(torch.float32, torch.uint8, shapes=[(100_000,)], device=backend.device)
     case.omega.zero_()
     importance = [torch.full_like(case.theta[0], 0.3 * CODES[1])]
-    args = (case.theta, importance, [0], 1.0, 1.0, "mean", 5, backend.native)
-    ops.merge_(case.omega, case.anchor, *args)
+    merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, "mean", 5)
     assert case.omega.max() == 1
     assert float(case.rows(case.omega, 0).mean()) == pytest.approx(0.3 * CODES[1], rel=0.02)
 
@@ -415,8 +405,7 @@ def test_8_bits_stay_as_they_are_without_importance(backend: Backend) -> None:
     case.omega.copy_(torch.arange(256, dtype=torch.uint8)[None])
     importance = [torch.zeros_like(case.theta[0])]
     for entry in range(10):
-        args = (case.theta, importance, [0], 1.0, 1.0, "mean", entry, backend.native)
-        ops.merge_(case.omega, case.anchor, *args)
+        merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, "mean", entry)
     assert torch.equal(case.omega[0].cpu(), torch.arange(256, dtype=torch.uint8))
 
 
@@ -424,16 +413,15 @@ def test_8_bits_never_grow_beyond_their_largest(backend: Backend) -> None:
     case = make(torch.float32, torch.uint8, shapes=[(9,)], device=backend.device)
     importance = [torch.full_like(case.theta[0], 1e30)]
     importance[0][::2] = float("inf")
-    args = (case.theta, importance, [0], 1.0, 1.0, "move", 0, backend.native)
-    ops.merge_(case.omega, case.anchor, *args)
+    merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, "move", 0)
     assert case.omega[0, :9].tolist() == [255] * 9
 
 
 def test_codes_are_those_of_the_nearest_values() -> None:
-    assert np.array_equal(array(decode(torch.arange(256, dtype=torch.uint8))), CODES)
+    assert np.array_equal(array(from_codes(torch.arange(256, dtype=torch.uint8))), CODES)
     x = torch.exp(12 * torch.randn(3, 5000).t())
-    assert torch.equal(encode(x), stored(x, torch.uint8))
-    assert encode(torch.tensor([0.0, float("inf"), float("nan")])).tolist() == [0, 255, 255]
+    assert torch.equal(to_codes(x), stored(x, torch.uint8))
+    assert to_codes(torch.tensor([0.0, float("inf"), float("nan")])).tolist() == [0, 255, 255]
 
 
 @each_dtype
@@ -442,8 +430,8 @@ def test_every_backend_gives_the_reference_bits(
 ) -> None:
     case = make(dtype, omega_dtype, 2, device=backend.device)
     upstream = torch.tensor(0.7, dtype=compute_dtype(dtype), device=backend.device)
-    _, expected = ops.penalty_with_grad(*case, upstream, False)
-    _, got = ops.penalty_with_grad(*case, upstream, backend.native)
+    _, expected = penalty_with_grad(case.theta, case.state(False), upstream)
+    _, got = penalty_with_grad(case.theta, case.state(backend.native), upstream)
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
     one = make(dtype, omega_dtype, 1, device=backend.device)
     one.omega[:, ::3] = 0
@@ -451,7 +439,8 @@ def test_every_backend_gives_the_reference_bits(
     results = []
     for compiled in (False, backend.native):
         omega, anchor = one.omega.clone(), one.anchor.clone()
-        ops.merge_(omega, anchor, one.theta, importance, one.offsets, 1.0, 0.9, "mean", 7, compiled)
+        state = one._replace(omega=omega, anchor=anchor).state(compiled)
+        merge_(state, one.theta, importance, 1.0, 0.9, "mean", 7)
         results.append((omega, anchor))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
@@ -474,8 +463,7 @@ def test_every_backend_takes_the_reference_step(
         results = []
         for compiled in (False, backend.native):
             theta = [t.clone() for t in case.theta]
-            args = (second_moment, eta, 2.0, eps, compiled)
-            ops.proximal_(theta, *case[1:5], *args)
+            proximal_(theta, second_moment, case.state(compiled), eta, 2.0, eps)
             results.append(theta)
         for i, x, _, a in case.pieces():
             expected, got = results[0][i], results[1][i]
@@ -494,7 +482,7 @@ def test_misaligned_tensors(backend: Backend, shift: int) -> None:
         moved.append(room[shift : shift + t.numel()].copy_(t))
     grads = [torch.zeros(t.numel() + 8, device=backend.device) for t in case.theta]
     shifted = [g[shift : shift + t.numel()] for g, t in zip(grads, moved, strict=True)]
-    value = ops.add_grad_(moved, shifted, *case[1:], backend.native)
+    value = add_grad_(moved, shifted, case.state(backend.native))
     assert float(value) == pytest.approx(expected_value(case), rel=2e-7)
     for i, x, w, a in case.pieces():
         close(shifted[i], naive.gradient(x, w, a, array(case.alpha)), 1e-3)
@@ -508,7 +496,7 @@ def test_rows_of_odd_length(backend: Backend) -> None:
     omega, anchor = torch.rand(2, 3, odd, generator=torch.Generator().manual_seed(2))
     case = case._replace(omega=omega.to(backend.device), anchor=anchor.to(backend.device))
     grads = [torch.zeros_like(t) for t in case.theta]
-    value = ops.add_grad_(case.theta, grads, *case[1:], backend.native)
+    value = add_grad_(case.theta, grads, case.state(backend.native))
     assert float(value) == pytest.approx(expected_value(case), rel=2e-7)
     for i, x, w, a in case.pieces():
         close(grads[i], naive.gradient(x, w, a, array(case.alpha)), 10.0)
@@ -523,7 +511,7 @@ def test_memory_order_is_followed(backend: Backend) -> None:
     assert not theta[0].is_contiguous()
     case = case._replace(theta=theta)
     one = torch.ones((), device=backend.device)
-    _, grads = ops.penalty_with_grad(*case, one, backend.native)
+    _, grads = penalty_with_grad(case.theta, case.state(backend.native), one)
     for i, x, w, a in case.pieces():
         assert grads[i].stride() == theta[i].stride()
         close(grads[i], naive.gradient(x, w, a, array(case.alpha)), 1e-3)
@@ -532,12 +520,12 @@ def test_memory_order_is_followed(backend: Backend) -> None:
 def test_gradients_with_other_strides(backend: Backend) -> None:
     case = make(torch.float32, shapes=[(6, 7), (5,)], device=backend.device)
     grads = [torch.ones(7, 6, device=backend.device).t(), torch.ones(5, device=backend.device)]
-    ops.add_grad_(case.theta, grads, *case[1:], backend.native)
+    add_grad_(case.theta, grads, case.state(backend.native))
     for i, x, w, a in case.pieces():
         close(grads[i].contiguous(), 1 + naive.gradient(x, w, a, array(case.alpha)), 2.0)
     expanded = [torch.ones(1, device=backend.device).expand(6, 7), grads[1]]
     with pytest.raises(RuntimeError, match="single memory location"):
-        ops.add_grad_(case.theta, expanded, *case[1:], backend.native)
+        add_grad_(case.theta, expanded, case.state(backend.native))
 
 
 def test_what_goes_with_a_tensor_may_have_other_strides(backend: Backend) -> None:
@@ -547,12 +535,12 @@ def test_what_goes_with_a_tensor_may_have_other_strides(backend: Backend) -> Non
     results = []
     for companions in (like, other):
         theta = [t.clone() for t in case.theta]
-        ops.proximal_(theta, *case[1:5], companions, 0.01, 4.0, 1e-2, backend.native)
+        proximal_(theta, companions, case.state(backend.native), 0.01, 4.0, 1e-2)
         total = [torch.ones_like(t) for t in case.theta]
-        ops.accumulate_(total, companions, 0.5, backend.native)
+        accumulate_(total, companions, 0.5, backend.native)
         omega, anchor = case.omega[:1].clone(), case.anchor[:1].clone()
-        args = (case.offsets, 1.0, 0.5, "mean", 1, backend.native)
-        ops.merge_(omega, anchor, case.theta, companions, *args)
+        state = case._replace(omega=omega, anchor=anchor).state(backend.native)
+        merge_(state, case.theta, companions, 1.0, 0.5, "mean", 1)
         results.append([*theta, *total, omega, anchor])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -562,7 +550,7 @@ def test_what_goes_with_a_tensor_may_have_other_strides(backend: Backend) -> Non
 def test_more_tensors_than_a_launch_holds(backend: Backend) -> None:
     case = make(torch.float32, shapes=[(i % 5,) for i in range(1701)], device=backend.device)
     grads = [torch.zeros_like(t) for t in case.theta]
-    value = ops.add_grad_(case.theta, grads, *case[1:], backend.native)
+    value = add_grad_(case.theta, grads, case.state(backend.native))
     assert float(value) == pytest.approx(expected_value(case), rel=2e-7)
     for i, x, w, a in case.pieces():
         close(grads[i], naive.gradient(x, w, a, array(case.alpha)), 1e-3)
@@ -570,7 +558,7 @@ def test_more_tensors_than_a_launch_holds(backend: Backend) -> None:
 
 def test_only_empty_tensors(backend: Backend) -> None:
     case = make(torch.float32, shapes=[(0,), (3, 0)], device=backend.device)
-    value = ops.penalty(*case, backend.native)
+    value = penalty(case.theta, case.state(backend.native))
     assert float(value) == pytest.approx(float(case.alpha[0] * case.remainder), rel=1e-6)
 
 
@@ -578,7 +566,7 @@ def test_only_empty_tensors(backend: Backend) -> None:
 def test_what_is_not_finite_shows(backend: Backend, poison: float) -> None:
     case = make(torch.float32, shapes=[(100,)], device=backend.device)
     case.theta[0][17] = poison
-    assert not torch.isfinite(ops.penalty(*case, backend.native))
+    assert not torch.isfinite(penalty(case.theta, case.state(backend.native)))
 
 
 def test_the_same_bits_for_every_thread_count_and_run(backend: Backend) -> None:
@@ -589,9 +577,13 @@ def test_the_same_bits_for_every_thread_count_and_run(backend: Backend) -> None:
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
             if backend.native:
-                seen.add(float(ops.penalty(*case, True)))
+                seen.add(float(penalty(case.theta, case.state(True))))
             else:
-                seen.add(float(ops.penalty(*case, False)) if count == 1 else next(iter(seen)))
+                seen.add(
+                    float(penalty(case.theta, case.state(False)))
+                    if count == 1
+                    else next(iter(seen))
+                )
     finally:
         torch.set_num_threads(threads)
     assert len(seen) == 1
@@ -602,7 +594,7 @@ def test_uninitialised_memory_is_never_read(backend: Backend) -> None:
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         one = torch.ones((), device=backend.device)
-        value, grads = ops.penalty_with_grad(*case, one, backend.native)
+        value, grads = penalty_with_grad(case.theta, case.state(backend.native), one)
     finally:
         torch.use_deterministic_algorithms(False)
     assert float(value) == pytest.approx(expected_value(case), rel=2e-7)
@@ -611,7 +603,10 @@ def test_uninitialised_memory_is_never_read(backend: Backend) -> None:
 
 SNIPPET = """
 import hashlib, torch
-from mas_ext.kernels import native, ops
+from mas_ext.kernels.backends import instruction_set
+from mas_ext.kernels.flat_state import State
+from mas_ext.kernels.penalty import penalty_with_grad
+from mas_ext.kernels.proximal import proximal_
 torch.manual_seed(0)
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -619,13 +614,12 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     theta = [torch.randn(20011).to(dtype), torch.randn(37).to(dtype)]
     flat = torch.rand(2, 20096, dtype=torch.float64 if wide else torch.float32)
     alpha = torch.rand(3, dtype=torch.float64)
-    args = (theta, [0, 20032], flat, flat.sin(), alpha[:2], alpha[2])
-    value, grads = ops.penalty_with_grad(*args, torch.ones((), dtype=flat.dtype), True)
-    moments = [t.abs() for t in theta]
-    ops.proximal_(theta, *args[1:5], moments, 0.1, 2.0, 1e-8, True)
+    state = State([0, 20032], flat, flat.sin(), alpha[:2], alpha[2], True)
+    value, grads = penalty_with_grad(theta, state, torch.ones((), dtype=flat.dtype))
+    proximal_(theta, [t.abs() for t in theta], state, 0.1, 2.0, 1e-8)
     for t in (value, *grads, *theta):
         digest.update(t.detach().double().numpy().tobytes())
-print(native.instruction_set(), digest.hexdigest())
+print(instruction_set(), digest.hexdigest())
 """
 
 
@@ -636,12 +630,9 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
 # -- what is refused -------------------------------------------------------------------------------
 
 
-def refused(change: Callable[[Case], dict[str, Any]]) -> Callable[[], None]:
-    def call() -> None:
-        case = make(torch.float32, rows=2, shapes=[(4,), (3, 2)])
-        native.penalty(*case._replace(**change(case)))
-
-    return call
+def kernel(operator: Any) -> Any:
+    """The implementation: a call of the operator with a meta tensor would end at its shapes."""
+    return operator.__wrapped__
 
 
 BAD_CALLS = {
@@ -696,45 +687,49 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("name", list(BAD_CALLS))
 def test_bad_state_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_recent", [])
+    monkeypatch.setattr(checks, "_recent", [])
     change, message = BAD_CALLS[name]
+    case = make(torch.float32, rows=2, shapes=[(4,), (3, 2)])
+    case = case._replace(**change(case))
     with pytest.raises((ValueError, TypeError), match=message):
-        refused(change)()
+        kernel(penalty)(case.theta, case.state(True))
 
 
 def test_a_bad_upstream_gradient_is_refused() -> None:
     case = make(torch.float32, shapes=[(4,), (3, 2)])
     for bad in (torch.ones(2), torch.ones(1), torch.ones((), device="meta")):
         with pytest.raises(ValueError, match="grad_output: got"):
-            native.penalty_with_grad(*case, bad)
+            kernel(penalty_with_grad)(case.theta, case.state(True), bad)
 
 
 def test_importance_of_another_precision_is_refused() -> None:
     for omega, grad in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
         with pytest.raises(ValueError, match=r"grad\[0\]: got .*, expected one that adds up in"):
-            native.accumulate_([torch.zeros(4, dtype=omega)], [torch.ones(4, dtype=grad)], 1.0)
+            accumulate_([torch.zeros(4, dtype=omega)], [torch.ones(4, dtype=grad)], 1.0, True)
 
 
 def test_what_was_checked_once_is_known_by_its_offsets_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_recent", [])
+    monkeypatch.setattr(checks, "_recent", [])
     case = make(torch.float32, shapes=[(4,), (3, 2)])
     for offsets in ([0, 64], [64, 0], [64, 100]):
         moved = case._replace(offsets=offsets)
-        assert float(native.penalty(*moved)) == pytest.approx(expected_value(moved), rel=2e-7)
+        value = float(kernel(penalty)(moved.theta, moved.state(True)))
+        assert value == pytest.approx(expected_value(moved), rel=2e-7)
     # The caller's list may change after the call.
     offsets = [8, 64]
-    native.penalty(*case._replace(offsets=offsets))
+    state = case._replace(offsets=offsets).state(True)
+    kernel(penalty)(case.theta, state)
     offsets[1] = 10**9
     with pytest.raises(ValueError, match="omega: got"):
-        native.penalty(*case._replace(offsets=offsets))
+        kernel(penalty)(case.theta, state)
 
 
 def test_few_of_the_checked_lists_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_recent", [])
+    monkeypatch.setattr(checks, "_recent", [])
     for n in range(1, 40):
-        native.accumulate_([torch.zeros(n)], [torch.ones(n)], 1.0)
-    assert len(native._recent) == 16
-    assert native._recent[0].signature.tensors[0][2] == (39,)
+        accumulate_([torch.zeros(n)], [torch.ones(n)], 1.0, True)
+    assert len(checks._recent) == 16
+    assert checks._recent[0].layouts[0][2] == (39,)
 
 
 def test_bad_gradients_are_refused_before_anything_is_written() -> None:
@@ -747,7 +742,7 @@ def test_bad_gradients_are_refused_before_anything_is_written() -> None:
         ([good[0], good[1].to("meta")], "grad.1.: got .* on meta"),
     ):
         with pytest.raises(ValueError, match=message):
-            native.add_grad_(case.theta, bad, *case[1:])
+            kernel(add_grad_)(case.theta, bad, case.state(True))
         assert torch.equal(good[0], torch.zeros(4))
 
 
@@ -815,23 +810,23 @@ def operator_calls(case: Case, compiled: bool) -> dict[str, tuple[Any, ...]]:
     theta = [t.clone() for t in case.theta]
     like = [torch.rand_like(t) for t in theta]
     one = torch.ones((), dtype=compute_dtype(theta[0].dtype))
-    state = (case.offsets, case.omega.clone(), case.anchor.clone(), case.alpha)
+    state = case._replace(omega=case.omega.clone(), anchor=case.anchor.clone()).state(compiled)
     return {
-        "penalty": (theta, *state, case.remainder, compiled),
-        "penalty_with_grad": (theta, *state, case.remainder, one, compiled),
-        "add_grad_": (theta, like, *state, case.remainder, compiled),
-        "proximal_": (theta, *state, like, 0.1, 1.5, 1e-8, compiled),
+        "penalty": (theta, *state),
+        "penalty_with_grad": (theta, *state, one),
+        "add_grad_": (theta, like, *state),
+        "proximal_": (theta, like, *state, 0.1, 1.5, 1e-8),
         "sgd_": (
             *(theta, like, [torch.rand_like(t) for t in theta], *state),
-            *(0.1, 0.9, 0.1, 0.01, 0.5, False, False, True, one, one, compiled),
+            *(0.1, 0.9, 0.1, 0.01, 0.5, False, False, True, one, one),
         ),
         "adamw_": (
             *(theta, like, *([torch.rand_like(t) for t in theta] for _ in range(3))),
             *([torch.ones(()) for _ in theta], *state),
-            *(0.1, 0.9, 0.99, 1e-8, 0.01, False, one, None, compiled),
+            *(0.1, 0.9, 0.99, 1e-8, 0.01, False, one, None),
         ),
         "accumulate_": (like, theta, 0.5, compiled),
-        "merge_": (*state[1:3], theta, like, case.offsets, 1.0, 0.5, "mean", 1, compiled),
+        "merge_": (*state, theta, like, 1.0, 0.5, "mean", 1),
         "per_sample_": (
             torch.rand(1, 2, 2, 3),
             torch.rand(4, 5, 2),
@@ -844,9 +839,9 @@ def operator_calls(case: Case, compiled: bool) -> dict[str, tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("name", list(ops._SCHEMAS))
+@pytest.mark.parametrize("name", sorted(REGISTERED))
 def test_opcheck(name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_recent", [])
+    monkeypatch.setattr(checks, "_recent", [])
     args = operator_calls(make(torch.float32, shapes=[(4,), (3, 2)]), compiled)[name]
     torch.library.opcheck(getattr(torch.ops.mas_ext, name).default, args)
 
@@ -854,22 +849,21 @@ def test_opcheck(name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> 
 def test_opcheck_of_the_gradient(backend: Backend) -> None:
     case = make(torch.float32, shapes=[(4,), (3, 2)], device=backend.device)
     theta = [t.requires_grad_() for t in case.theta]
-    torch.library.opcheck(ops.penalty, (theta, *case[1:], backend.native))
+    torch.library.opcheck(torch.ops.mas_ext.penalty.default, (theta, *case.state(backend.native)))
 
 
 @each_rows
 def test_gradcheck(backend: Backend, rows: int) -> None:
     case = make(torch.float64, torch.float64, rows, [(4,), (3, 2)], backend.device)
     theta = [t.requires_grad_() for t in case.theta]
-    assert torch.autograd.gradcheck(
-        lambda *t: ops.penalty(list(t), *case[1:], backend.native), theta
-    )
+    state = case.state(backend.native)
+    assert torch.autograd.gradcheck(lambda *t: penalty(list(t), state), theta)
 
 
 def test_double_backward_is_refused(backend: Backend) -> None:
     case = make(torch.float64, shapes=[(4,)], device=backend.device)
     theta = [t.requires_grad_() for t in case.theta]
-    value = ops.penalty(theta, *case[1:], backend.native)
+    value = penalty(theta, case.state(backend.native))
     (grad,) = torch.autograd.grad(value, theta, create_graph=True)
     with pytest.raises(NotImplementedError, match="create_graph"):
         grad.sum().backward()
@@ -907,7 +901,7 @@ def test_any_shape(
     ]
     case = case._replace(theta=theta)
     grads = [torch.zeros_like(t) for t in theta]
-    value = ops.add_grad_(theta, grads, *case[1:], backend.native)
+    value = add_grad_(theta, grads, case.state(backend.native))
     assert float(value) == pytest.approx(expected_value(case), rel=1e-6)
     for i, x, w, a in case.pieces():
         terms = np.einsum("t,ti->i", array(case.alpha), w * np.abs(x - a))

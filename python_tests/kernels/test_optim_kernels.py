@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from kernels.test_kernels import Case, array, close, each_dtype, each_rows, flat
 from oracles import naive
 from torch import Tensor
 
-from mas_ext.kernels import native, ops, optim_native
+from mas_ext.kernels import checks
+from mas_ext.kernels.flat_state import State
+from mas_ext.kernels.optim import adamw_, sgd_
 
 Array = naive.Array
 
@@ -38,10 +41,10 @@ def run_sgd(
 ) -> None:
     o = {"momentum": 0.0, "dampening": 0.0, "decay": 0.0, "nesterov": False, "first": False}
     o |= options
-    ops.sgd_(
-        *(case.theta, grad, buffer if o["momentum"] else [], *case[1:5]),
+    sgd_(
+        *(case.theta, grad, buffer if o["momentum"] else [], case.state(backend.native)),
         *(0.125, o["momentum"], o["dampening"], o["decay"], ETA, o["nesterov"], o["first"]),
-        *(proximal, scale, overflow, backend.native),
+        *(proximal, scale, overflow),
     )
 
 
@@ -56,9 +59,9 @@ def run_adamw(
     overflow: Tensor | None = None,
 ) -> None:
     largest = moments[2] if len(moments) == 3 else []
-    ops.adamw_(
-        *(case.theta, grad, *moments[:2], largest, step, *case[1:5]),
-        *(0.125, 0.75, 0.5, 0.25, 0.5, proximal, scale, overflow, backend.native),
+    adamw_(
+        *(case.theta, grad, *moments[:2], largest, step, case.state(backend.native)),
+        *(0.125, 0.75, 0.5, 0.25, 0.5, proximal, scale, overflow),
     )
 
 
@@ -184,8 +187,8 @@ def test_without_a_penalty(backend: Backend) -> None:
     grad, buffer = inputs(case, 1)
     before = [flat_array(t) for t in case.theta]
     old = [flat_array(b) for b in buffer]
-    none: Any = None
-    free = Case(case.theta, [-1] * len(grad), none, none, none, none)
+    empty = State.empty(len(grad), torch.device(backend.device), backend.native)
+    free = Case(case.theta, *empty[:-1])
     run_sgd(free, grad, buffer, SGD["momentum"], True, backend)
     for i, x in enumerate(before):
         close(case.theta[i], x - 0.125 * (0.9 * old[i] + flat_array(grad[i])), 1.0)
@@ -245,7 +248,9 @@ def test_misaligned_and_strided_tensors(backend: Backend) -> None:
 
 SNIPPET = """
 import hashlib, torch
-from mas_ext.kernels import native, ops, optim_native
+from mas_ext.kernels.backends import instruction_set
+from mas_ext.kernels.flat_state import State
+from mas_ext.kernels.optim import adamw_, sgd_
 torch.manual_seed(0)
 digest = hashlib.sha256()
 for threads in (1, 2):
@@ -253,16 +258,15 @@ for threads in (1, 2):
     torch.manual_seed(0)
     x, g, m, v, w = (torch.rand(100_003) for _ in range(5))
     step, alpha = torch.zeros(()), torch.tensor([0.7], dtype=torch.float64)
-    state = ([0], w[None], g[None].clone(), alpha)
+    state = State([0], w[None], g[None].clone(), alpha, alpha[0], True)
     for proximal in (False, True):
-        ops.sgd_([x], [g], [m], *state, 0.1, 0.9, 0.1, 0.01, 0.5, False, False, proximal, None, None, True)
-        ops.adamw_([x], [g], [m], [v], [], [step], *state, 0.1, 0.9, 0.99, 1e-8, 0.01, proximal, None,
-            None, True)
+        sgd_([x], [g], [m], state, 0.1, 0.9, 0.1, 0.01, 0.5, False, False, proximal, None, None)
+        adamw_([x], [g], [m], [v], [], [step], state, 0.1, 0.9, 0.99, 1e-8, 0.01, proximal, None, None)
     bits = [t.numpy().tobytes() for t in (x, m, v)]
     digest.update(bits[0])
     assert threads == 1 or bits == first
     first = bits
-print(native.instruction_set(), digest.hexdigest())
+print(instruction_set(), digest.hexdigest())
 """
 
 
@@ -270,10 +274,21 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits() -> None:
     refuse_other_bits(SNIPPET)
 
 
+WIDE = {"dtype": torch.float64}
+STATE = State(
+    [0, 4],
+    torch.ones(1, 10),
+    torch.ones(1, 10),
+    torch.ones(1, **WIDE),
+    torch.ones((), **WIDE),
+    True,
+)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"offsets": [0, -2]}, r"offsets.1.: got -2"),
+        ({"state": STATE._replace(offsets=[0, -2])}, r"offsets.1.: got -2"),
         ({"exp_avg": [torch.zeros(4)]}, "exp_avg: got 1 tensors, expected 2"),
         ({"exp_avg_sq": [torch.zeros(4), torch.zeros(6).double()]}, r"exp_avg_sq.1.: got"),
         ({"max_exp_avg_sq": [torch.zeros(3), torch.zeros(6)]}, r"max_exp_avg_sq.0.: got"),
@@ -282,13 +297,13 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits() -> None:
         ({"step": [torch.zeros(()), torch.zeros(()).double()]}, "step: got torch.float64"),
         ({"scale": torch.ones(2)}, r"scale: got torch.float32 on cpu of shape \(2,\)"),
         ({"overflow": torch.ones((), device="meta")}, "overflow: got torch.float32 on meta"),
-        ({"omega": torch.zeros(1, 9)}, "omega: got .* at least 10"),
+        ({"state": STATE._replace(omega=torch.zeros(1, 9))}, "omega: got .* at least 10"),
     ],
 )
 def test_bad_calls_are_refused_before_anything_is_written(
     change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_recent", [])
+    monkeypatch.setattr(checks, "_recent", [])
     theta = [torch.ones(4), torch.ones(6)]
     like = [torch.ones(4), torch.ones(6)]
     arguments: dict[str, Any] = {
@@ -298,10 +313,7 @@ def test_bad_calls_are_refused_before_anything_is_written(
         "exp_avg_sq": like,
         "max_exp_avg_sq": [],
         "step": [torch.zeros(()), torch.zeros(())],
-        "offsets": [0, 4],
-        "omega": torch.ones(1, 10),
-        "anchor": torch.ones(1, 10),
-        "alpha": torch.ones(1, dtype=torch.float64),
+        "state": STATE,
         "lr": 0.1,
         "beta1": 0.9,
         "beta2": 0.9,
@@ -312,5 +324,5 @@ def test_bad_calls_are_refused_before_anything_is_written(
         "overflow": None,
     }
     with pytest.raises(ValueError, match=message):
-        optim_native.adamw_(**{**arguments, **change})
+        inspect.unwrap(adamw_)(**{**arguments, **change})
     assert all(torch.equal(t, torch.ones_like(t)) for t in (*theta, *like))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from hypothesis import strategies as st
 from oracles import naive
 from torch import Tensor
 
-from mas_ext.kernels import ops, per_sample_native, reference
-from mas_ext.kernels.reference import compute_dtype
+from mas_ext.kernels import per_sample
+from mas_ext.kernels.dtypes import compute_dtype
+from mas_ext.kernels.per_sample import per_sample_
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Of the sum of the absolute values of all terms.
@@ -74,7 +76,7 @@ def check(use: Use, square: bool, compiled: bool) -> None:
     taps, positions = use.omega.shape[2], use.grad.shape[1]
     rows = np.arange(positions)[None] if use.rows is None else use.rows.cpu().numpy()
     assert rows.shape == (taps, positions)
-    ops.per_sample_(*use, square, compiled)
+    per_sample_(*use, square, compiled)
     shape = list(use.omega.shape)
     expected = before + naive.per_sample(*operands, rows, shape, square)
     terms = before + naive.per_sample(*map(np.abs, operands), rows, shape, square)
@@ -139,7 +141,7 @@ def test_a_convolution(backend: Backend) -> None:
     omega = torch.zeros(2, 2, 9, 3, device=backend.device)
     operands = [t.flatten(2).transpose(1, 2).to(backend.device) for t in (grad, image)]
     operands = [t.contiguous() for t in operands]
-    ops.per_sample_(omega, *operands, rows.to(backend.device), False, backend.native)
+    per_sample_(omega, *operands, rows.to(backend.device), False, backend.native)
     expected = sum(
         torch.nn.grad.conv2d_weight(i[None], (4, 3, 3, 3), g[None], 2, 1, groups=2).abs()
         for i, g in zip(image.double(), grad.double(), strict=True)
@@ -149,9 +151,9 @@ def test_a_convolution(backend: Backend) -> None:
 
 
 def test_chunks_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_TEMPORARY", 2000)
+    monkeypatch.setattr(per_sample, "_TEMPORARY", 2000)
     check(make(SIZES["few positions"]), False, False)
-    monkeypatch.setattr(reference, "_TEMPORARY", 1)
+    monkeypatch.setattr(per_sample, "_TEMPORARY", 1)
     check(make(SIZES["groups"]), True, False)
 
 
@@ -179,7 +181,7 @@ def test_what_is_not_finite_shows(
     for square in (False, True):
         use = make(SIZES[name], dtype, backend.device)
         use.grad[0, 0, 0] = bad
-        ops.per_sample_(*use, square, backend.native)
+        per_sample_(*use, square, backend.native)
         # inf times a row of zeros is NaN.
         assert not use.omega[0, 0].isfinite().any()
         assert use.omega[0, 1:].isfinite().all()
@@ -190,7 +192,7 @@ def test_what_is_not_finite_shows(
 def test_the_same_bits_on_every_run(backend: Backend, sizes: Sizes) -> None:
     uses = [make(sizes, device=backend.device) for _ in range(3)]
     for use in uses:
-        ops.per_sample_(*use, False, backend.native)
+        per_sample_(*use, False, backend.native)
     assert all(torch.equal(use.omega, uses[0].omega) for use in uses)
 
 
@@ -205,7 +207,7 @@ def test_the_same_bits_for_every_thread_count(sizes: Sizes) -> None:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
             use = make(sizes)
-            ops.per_sample_(*use, False, True)
+            per_sample_(*use, False, True)
             results.append(use.omega)
     finally:
         torch.set_num_threads(threads)
@@ -223,7 +225,8 @@ def test_uninitialised_memory_is_never_read(backend: Backend) -> None:
 
 SNIPPET = """
 import sys, torch
-from mas_ext.kernels import native, ops
+from mas_ext.kernels.backends import instruction_set
+from mas_ext.kernels.per_sample import per_sample_
 results = []
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     for groups, outputs, channels in ((1, 137, 70), (2, 3, 5), (70, 1, 1)):
@@ -232,9 +235,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         rows = torch.randint(-1, 50, (3, 50), dtype=torch.int32)
         wide = dtype == torch.float64
         omega = torch.zeros(groups, outputs, 3, channels, dtype=dtype if wide else torch.float32)
-        ops.per_sample_(omega, grad, input, rows, False, True)
+        per_sample_(omega, grad, input, rows, False, True)
         results.append(omega)
-torch.save((native.instruction_set(), results), sys.argv[1])
+torch.save((instruction_set(), results), sys.argv[1])
 """
 
 
@@ -314,7 +317,7 @@ def test_what_a_gpu_can_not_count_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     backends.choose("emulated", monkeypatch)
     many = torch.zeros(1, 1, 1).expand(1, 1 << 30, 1)
     with pytest.raises(ValueError, match="expected less than 1073741824 samples, channels, and"):
-        ops.per_sample_(torch.zeros(1, 1, 1, 1), many, many, None, False, True)
+        per_sample_(torch.zeros(1, 1, 1, 1), many, many, None, False, True)
 
 
 @pytest.mark.parametrize("name", list(BAD_USES))
@@ -323,7 +326,7 @@ def test_bad_uses_are_refused_before_anything_is_written(name: str) -> None:
     use = change(make(SIZES["groups"]))
     before = use.omega.clone()
     with pytest.raises((ValueError, TypeError), match=message):
-        per_sample_native.per_sample_(*use, False)
+        inspect.unwrap(per_sample_)(*use, False, True)
     assert torch.equal(use.omega, before)
 
 
@@ -333,25 +336,25 @@ def test_rows_are_looked_at_again_only_when_they_changed(monkeypatch: pytest.Mon
     monkeypatch.setattr(Tensor, "aminmax", lambda t: looked.append(t) or aminmax(t))
     use = make(SIZES["groups"])
     assert use.rows is not None
-    ops.per_sample_(*use, False, True)
-    ops.per_sample_(*use, False, True)
+    per_sample_(*use, False, True)
+    per_sample_(*use, False, True)
     assert len(looked) == 1
     use.rows[1, 3] = 9
     with pytest.raises(ValueError, match="to 9, expected"):
-        ops.per_sample_(*use, False, True)
+        per_sample_(*use, False, True)
     use.rows.data = torch.full_like(use.rows, 10)
     with pytest.raises(ValueError, match="from 10 to 10"):
-        ops.per_sample_(*use, False, True)
+        per_sample_(*use, False, True)
     with torch.inference_mode():
         rows = torch.zeros_like(use.rows)
-        ops.per_sample_(*use[:3], rows, False, True)
+        per_sample_(*use[:3], rows, False, True)
         rows.fill_(11)
         with pytest.raises(ValueError, match="from 11 to 11"):
-            ops.per_sample_(*use[:3], rows, False, True)
+            per_sample_(*use[:3], rows, False, True)
 
 
 def test_a_batch_is_split_where_omega_is_small_and_there_is_enough_for_each_part() -> None:
-    splits = per_sample_native._splits
+    splits = per_sample._splits
     # 4,194,304 elements at once on a GPU, 262,144 on a CPU, over the 36,864 of a 3 x 3 convolution by 64.
     assert splits("cuda", 36_864, 128, 256) == 114
     assert splits("cpu", 36_864, 128, 256) == 8
@@ -364,10 +367,10 @@ def test_a_batch_is_split_where_omega_is_small_and_there_is_enough_for_each_part
 
 def test_tables_are_forgotten_with_their_tensors() -> None:
     use = make(SIZES["groups"])
-    ops.per_sample_(*use, False, True)
-    known = len(per_sample_native._seen)
+    per_sample_(*use, False, True)
+    known = len(per_sample._seen)
     del use
-    assert len(per_sample_native._seen) == known - 1
+    assert len(per_sample._seen) == known - 1
 
 
 def test_the_extension_refuses_what_its_caller_should_have() -> None:

@@ -43,6 +43,7 @@ def compare(method: Method, naive: NaiveEWC, importance_epochs: int = 0) -> None
         optimizer=naive.optimizer,
         lr=naive.lr,
         importance_epochs=importance_epochs,
+        squared=naive.squared,
     )
     for got, right in zip(found, naive.learn(model.first, log), strict=True):
         assert_close(got, right)
@@ -70,6 +71,24 @@ def test_adam_in_gradient_mode() -> None:
 
 def test_the_mean_over_all_labels() -> None:
     compare(EWC(LAM, labels="all"), NaiveEWC("class", labels="all"))
+
+
+@pytest.mark.parametrize("importance_epochs", [0, 1])
+@pytest.mark.parametrize("setting", ["task", "domain"])
+def test_regression(setting: str, importance_epochs: int) -> None:
+    naive = NaiveEWC(setting, squared=True)
+    compare(EWC(LAM, labels="normal"), naive, importance_epochs)
+    naive = NaiveEWC(setting, squared=True, gamma=0.7)
+    compare(OnlineEWC(LAM, gamma=0.7, labels="normal"), naive, importance_epochs)
+
+
+@pytest.mark.parametrize("name", ["ewc", "online-ewc", "imm-mode"])
+def test_labels_without_a_cross_entropy_are_refused(name: str) -> None:
+    for labels in ("true", "sampled"):
+        with pytest.raises(
+            ValueError, match=f"labels: got '{labels}' with a task loss .* 'normal'"
+        ):
+            learn(methods.create(name, labels=labels), "domain", squared=True)
 
 
 def test_importance_gathered_in_the_last_epoch() -> None:

@@ -62,7 +62,8 @@ class NaiveIMM(Naive):
 
 
 def compare(method: IMM, naive: NaiveIMM, **settings: Any) -> None:
-    model, log, found = learn(method, naive.setting, optimizer=naive.optimizer, **settings)
+    settings = {"optimizer": naive.optimizer, "squared": naive.squared, **settings}
+    model, log, found = learn(method, naive.setting, **settings)
     for got, right in zip(found, naive.learn(model.first, log), strict=True):
         assert_close(got, right)
 
@@ -82,6 +83,12 @@ def test_the_mode(setting: str) -> None:
 def test_the_mode_by_what_was_observed_in_training() -> None:
     naive = NaiveIMM("class", by_fisher=True)
     compare(ModeIMM(labels="true"), naive, importance_epochs=1)
+
+
+@pytest.mark.parametrize("setting", ["task", "domain"])
+def test_regression(setting: str) -> None:
+    compare(MeanIMM(lam=0.3), NaiveIMM(setting, lam=0.3, squared=True))
+    compare(ModeIMM(labels="normal"), NaiveIMM(setting, by_fisher=True, squared=True))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

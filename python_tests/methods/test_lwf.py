@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import naive_distillation as naive
+from oracles import naive_training
 from torch import nn
 
 from mas_ext.methods import SETTINGS, Setting, create
@@ -43,6 +44,31 @@ def test_three_tasks_are_those_of_a_naive_loop(setting: Setting) -> None:
     assert learner.state_dict().keys() == expected.keys()
     for name, parameter in learner.named_parameters():
         torch.testing.assert_close(parameter, expected[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("setting", ["task", "domain"])
+def test_outputs_that_are_no_logits_are_kept_by_their_squared_distance(setting: Setting) -> None:
+    method = LwF(lam=0.7, warm_up=0)
+    run = naive_training.start(method, setting, squared=True, epochs=1)
+    steps = naive_training.steps(run)
+    while run.at.task < 2:
+        next(steps)
+    next(steps)
+    assert method.teacher is not None
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 5, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    before = [method.teacher(x, k).detach() for k in range(len(method.teacher.heads))]
+    now = [run.model(x, k) for k in range(len(run.model.heads))]
+    assert len(before) == (2 if setting == "task" else 1)
+    assert not any(map(torch.equal, before, now))
+    own = (now[-1] - y).square().sum() / 10
+    squares = [(a - b).square().sum() / 10 for a, b in zip(now, before, strict=False)]
+    softmax = [naive.distance(a, b, 2.0) for a, b in zip(now, before, strict=False)]
+    for name, distances in ((None, squares), ("squared", squares), ("softmax", softmax)):
+        method.distance = name
+        expected = own + 0.7 * torch.stack(distances).sum()
+        got = method.loss(run.training, x, y)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -149,6 +175,7 @@ def test_under_autocast_the_loss_is_nearly_the_same() -> None:
         ({"temperature": 0.0}, "temperature: got 0.0, expected a finite number above 0"),
         ({"temperature": float("inf")}, "temperature: got inf"),
         ({"warm_up": -1}, "warm_up: got -1, expected at least 0"),
+        ({"distance": "l2"}, "distance: got 'l2', expected 'softmax' or 'squared'"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:

@@ -91,6 +91,14 @@ def test_variants(name: str, setting: str) -> None:
         assert_close(got, right)
 
 
+@pytest.mark.parametrize("name", ["mas", "mas-alpha"])
+def test_regression(name: str) -> None:
+    naive = NaiveMAS("task", consistent=name == "mas-alpha", squared=True)
+    model, log, found = learn(methods.create(name, lam=LAM), "task", squared=True)
+    for got, right in zip(found, naive.learn(model.first, log), strict=True):
+        assert_close(got, right)
+
+
 def test_importance_from_some_samples() -> None:
     """Those that come first in the task's own order, in which importance is taken from all samples, too."""
     few, read = methods.MAS(LAM, max_samples=3), []

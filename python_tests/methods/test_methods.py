@@ -107,6 +107,7 @@ OTHER = {
     "reconstruction": 1.0,
     "epochs": 5,
     "lr": 0.5,
+    "distance": "squared",
 }
 
 
@@ -114,7 +115,8 @@ OTHER = {
 def test_what_a_method_was_made_with_is_in_its_options(name: str) -> None:
     own = methods.create(name).options()
     assert own == methods.create(name).options()
-    for option in methods.options(name):
+    for option, default in methods.options(name).items():
+        assert getattr(methods.create(name), option) == default
         special = {("ebll", "alpha"): 0.5, ("local-mas", "importance"): "exact"}
         value = special.get((name, option), OTHER[option])
         assert methods.create(name, **{option: value}).options() != own, option

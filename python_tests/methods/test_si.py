@@ -52,7 +52,7 @@ class NaiveSI(Naive):
 
 
 def compare(naive: NaiveSI, **settings: Any) -> list[Weights]:
-    settings = {"optimizer": naive.optimizer, **settings}
+    settings = {"optimizer": naive.optimizer, "squared": naive.squared, **settings}
     model, log, found = learn(SI(LAM, XI, naive.mode), naive.setting, **settings)
     for got, right in zip(found, naive.learn(model.first, log), strict=True):
         assert_close(got, right)
@@ -64,6 +64,11 @@ def compare(naive: NaiveSI, **settings: Any) -> list[Weights]:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_si_is_its_path_integral(setting: str, optimizer: str, mode: Mode) -> None:
     compare(NaiveSI(setting, optimizer, mode=mode))
+
+
+@pytest.mark.parametrize("setting", ["task", "domain"])
+def test_regression(setting: str) -> None:
+    compare(NaiveSI(setting, squared=True))
 
 
 def test_sums_below_zero_count_as_zero() -> None:

@@ -30,7 +30,7 @@ each_mode = pytest.mark.parametrize("mode", ["gradient", "proximal"])
 each_optimizer = pytest.mark.parametrize("optimizer", [optim.SGD, optim.AdamW])
 
 
-def fused(s: Settings, parameters: Any) -> optim.Fused:
+def fused(s: Settings, parameters: Any) -> Any:
     return FUSED[s.optimizer](parameters, **s.options)
 
 
@@ -196,7 +196,7 @@ def test_a_copy_has_no_penalty_as_it_has_no_hooks(optimizer: Any) -> None:
     stepping = optimizer(case.model.parameters(), lr=0.1)
     case.penalty.attach(stepping)
     copied = copy.deepcopy(stepping)
-    copied.join(case.penalty, "gradient")
+    copied.attach(case.penalty, "gradient")
     with pytest.raises(RuntimeError, match="penalty attached"):
         case.penalty.attach(stepping)
 
@@ -345,7 +345,7 @@ def test_a_sparse_gradient_is_refused() -> None:
 
 @each_optimizer
 @each_mode
-def test_a_streamed_state_goes_by_hooks(optimizer: Any, mode: Any) -> None:
+def test_an_offloaded_state_goes_by_hooks(optimizer: Any, mode: Any) -> None:
     paths = []
     for place in (None, "cpu"):
         case = held()

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mas_ext.methods import Method, Training
 from mas_ext.models import MultiHead
 from mas_ext.optim.hooks import Mode
-from mas_ext.scenarios import Scenario, Tensors, from_datasets
+from mas_ext.scenarios import Scenario, Task, Tensors, from_datasets
 from mas_ext.state import files as checkpoint
 from mas_ext.training.run import Learning
 from mas_ext.training.settings import Settings
@@ -34,6 +35,18 @@ def scenario(setting: str) -> Scenario:
         data = Tensors(centres[y] + 0.7 * noise, y + (0 if setting == "domain" else 2 * task))
         pairs.append((data, data))
     return from_datasets(pairs)
+
+
+def regression() -> Scenario:
+    """Two outputs per task, of other functions of the input in every task."""
+    generator = torch.Generator().manual_seed(2)
+    tasks = []
+    for task in range(TASKS):
+        x = torch.randn(SAMPLES, INPUTS, generator=generator, dtype=torch.float64)
+        weights = torch.randn(INPUTS, 2, generator=generator, dtype=torch.float64)
+        data = Tensors(x, (x @ weights).sin() + task)
+        tasks.append(Task(str(task), data, data, outputs=2))
+    return Scenario(tuple(tasks))
 
 
 class Network(MultiHead):
@@ -77,17 +90,23 @@ def steps(learning: Learning) -> Generator[None, None, None]:
 
 
 def start(
-    method: Method, setting: str, seed: int = 0, device: str = "cpu", **settings: Any
+    method: Method,
+    setting: str,
+    seed: int = 0,
+    device: str = "cpu",
+    squared: bool = False,
+    **settings: Any,
 ) -> Learning:
-    """A run that is about to begin; its data have batches of 8, 8 and 4 samples."""
+    """A run that is about to begin; its data have batches of 8, 8 and 4 samples; squared: a regression."""
     torch.manual_seed(seed)
     chosen = {"optimizer": "sgd", "lr": 0.05, "epochs": 2, "batch_size": 8, **settings}
     return Learning(
         Network(),
         method,
         Settings(setting=setting, **chosen),  # type: ignore[arg-type]
-        scenario(setting),
+        regression() if squared else scenario(setting),
         torch.device(device),
+        F.mse_loss if squared else F.cross_entropy,
     )
 
 
@@ -146,7 +165,8 @@ def assert_close(got: Weights, right: Weights) -> None:
 class Naive:
     """Cross entropy + sum over terms of sum omega (theta - anchor)^2, step by step.
 
-    Subclasses make terms, (omega, anchor), at the end of tasks.
+    Subclasses make terms, (omega, anchor), at the end of tasks. squared: the mean squared error instead, and
+    the Fisher information of normal outputs.
     """
 
     setting: str
@@ -156,6 +176,7 @@ class Naive:
     decay: float = 0.0
     mode: Mode = "gradient"
     labels: str = "true"
+    squared: bool = False
     theta: Weights = field(default_factory=dict)
     terms: list[tuple[Weights, Weights]] = field(default_factory=list)
 
@@ -206,9 +227,14 @@ class Naive:
         found = torch.autograd.grad(value(theta), list(theta.values()), allow_unused=True)
         return {n: g for n, g in zip(theta, found, strict=True) if g is not None}
 
+    def loss(self, batch: Batch, theta: Weights) -> Tensor:
+        """The task loss, 0-dim."""
+        if self.squared:
+            return ((self.logits(batch.x, theta) - batch.y) ** 2).sum() / batch.y.numel()
+        return -self.log_p(batch.x, theta)[torch.arange(len(batch.y)), batch.y].mean()
+
     def step(self, number: int, batch: Batch) -> None:
-        rows = torch.arange(len(batch.y))
-        g = self.gradients(lambda theta: -self.log_p(batch.x, theta)[rows, batch.y].mean())
+        g = self.gradients(lambda theta: self.loss(batch, theta))
         if self.clip is not None:
             norm = float(sum(t.square().sum() for t in g.values())) ** 0.5
             g = {n: t * min(1.0, self.clip / (norm + 1e-6)) for n, t in g.items()}
@@ -244,6 +270,12 @@ class Naive:
     def fisher(self, x: Tensor, y: Tensor) -> Weights:
         """Sum over samples of (d log p(y) / d theta)^2, for the true y or the mean over all."""
         total = {n: torch.zeros_like(t) for n, t in self.held().items()}
+        if self.squared:
+            for sample in x.split(1):
+                for c in range(y.shape[1]):
+                    g = self.gradients(lambda theta: self.logits(sample, theta)[0, c])  # noqa: B023
+                    total = {name: t + g[name].square() for name, t in total.items()}
+            return total
         for sample, true in zip(x.split(1), y.tolist(), strict=True):
             p = self.log_p(sample, self.theta)[0].exp().tolist()
             chosen = {true: 1.0} if self.labels == "true" else dict(enumerate(p))

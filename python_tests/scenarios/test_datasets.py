@@ -61,6 +61,7 @@ def test_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("MAS_EXT_DATA", str(env))
+    env.mkdir()
 
     with pytest.raises(FileNotFoundError) as error:
         data.load("mnist")
@@ -76,6 +77,25 @@ def test_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(FileNotFoundError, match=f"^mnist is not in {given}: put MNIST/raw"):
         data.load("mnist", given)
+
+
+def test_a_folder_of_the_environment_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not passed over: data of another folder would be taken for it."""
+    monkeypatch.chdir(tmp_path)
+    write_idx_folder(tmp_path / "data" / "MNIST" / "raw")
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "dta", tmp_path / "file"):
+        monkeypatch.setenv("MAS_EXT_DATA", str(wrong))
+        with pytest.raises(
+            FileNotFoundError, match=f"^MAS_EXT_DATA: got '{wrong}', expected a fol"
+        ):
+            data.load("mnist")
+        assert data.load("mnist", tmp_path / "data")[0].x.shape == (6, 1, 2, 3)
+        data.load("digits")
+    monkeypatch.setenv("MAS_EXT_DATA", "")
+    assert data.load("mnist")[0].x.shape == (6, 1, 2, 3)
 
 
 def test_digits_are_all_there_and_always_the_same() -> None:

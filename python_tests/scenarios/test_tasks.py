@@ -78,17 +78,17 @@ def test_a_transform_is_given_whole_batches_and_only_what_is_read() -> None:
         (
             torch.ones(3, 2),
             torch.zeros(2, dtype=torch.int64),
-            "x: got shape .*, expected an input for each of the 2 labels",
+            "x: got shape .*, expected an input for each of the 2 targets",
         ),
         (
             torch.tensor(1.0),
             torch.zeros(1, dtype=torch.int64),
-            r"got shape \(\), expected an input for each of the 1 labels",
+            r"got shape \(\), expected an input for each of the 1 targets",
         ),
         (
             torch.ones(3, 2),
-            torch.zeros(3),
-            r"y: got torch.float32 of shape .*, expected integers \(N,\)",
+            torch.zeros(3, dtype=torch.complex64),
+            r"y: got torch.complex64 of shape .*, expected integers \(N,\) or floats",
         ),
         (torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.int64), r"of shape \(3, 1\)"),
     ],
@@ -115,6 +115,15 @@ def test_labels_of_any_data_set(dataset: Dataset) -> None:
     assert found.dtype == torch.int64
     assert found.tolist() == [5, 0, 3, 3]
     assert [int(dataset[i][1]) for i in range(4)] == [5, 0, 3, 3]
+
+
+def test_targets_that_are_no_labels() -> None:
+    y = torch.randn(4, 2)
+    data = Tensors(torch.ones(4, 3), y)
+    assert torch.equal(data.batch(torch.tensor([2, 0]))[1], y[[2, 0]])
+    assert torch.equal(data.subset(torch.tensor([1])).y, y[[1]])
+    with pytest.raises(ValueError, match=r"labels: got torch.float32, expected integers"):
+        from_datasets([(data, data)])
 
 
 # Tasks and scenarios

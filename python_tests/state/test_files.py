@@ -227,7 +227,7 @@ def test_ctrl_c_keeps_the_old_file_and_leaves_no_other(
 
 KILLED = """
 import os, signal, sys, torch
-from mas_ext import checkpoint
+from mas_ext.state import files as checkpoint
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save({"a": torch.ones(1000)}, sys.argv[1])
 """

@@ -14,8 +14,9 @@ from oracles import naive
 from torch import Tensor, nn
 
 from mas_ext import FusedMASPenalty
-from mas_ext.kernels import ops
-from mas_ext.state import offloading as streaming
+from mas_ext.kernels.flat_state import State
+from mas_ext.kernels.penalty import add_grad_
+from mas_ext.state import offloading
 
 LAM = 0.7
 ALPHA = np.full(2, LAM)
@@ -79,7 +80,7 @@ class Case:
 
 @pytest.fixture(params=BLOCKS)
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(streaming, "BLOCK", request.param)
+    monkeypatch.setattr(offloading, "BLOCK", request.param)
     return int(request.param)
 
 
@@ -185,16 +186,13 @@ def test_no_kernel_sees_more_than_a_block(block: int, monkeypatch: pytest.Monkey
     case = Case()
     seen: list[int] = []
     elements: list[int] = []
-    add_grad_ = ops.add_grad_
 
-    def watched(
-        theta: list[Tensor], grad: list[Tensor], offsets: Any, omega: Tensor, *rest: Any
-    ) -> Any:
-        seen.append(omega.shape[1])
+    def watched(theta: list[Tensor], grad: list[Tensor], state: State) -> Tensor:
+        seen.append(state.omega.shape[1])
         elements.append(sum(t.numel() for t in theta))
-        return add_grad_(theta, grad, offsets, omega, *rest)
+        return add_grad_(theta, grad, state)
 
-    monkeypatch.setattr(ops, "add_grad_", watched)
+    monkeypatch.setattr("mas_ext.penalty.add_grad_", watched)
     case.penalty.add_grad_()
     assert max(seen) <= block
     assert sum(elements) == len(case.theta())
@@ -203,7 +201,7 @@ def test_no_kernel_sees_more_than_a_block(block: int, monkeypatch: pytest.Monkey
 
 
 def test_memory_is_that_of_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "BLOCK", 256)
+    monkeypatch.setattr(offloading, "BLOCK", 256)
     model = nn.Linear(300, 200)
     penalty = FusedMASPenalty(model, state_device="cpu")
     penalty.consolidate([torch.randn(2, 300)])
@@ -258,8 +256,8 @@ def test_another_device_is_refused() -> None:
 def test_from_pinned_memory_to_a_gpu(store: str) -> None:
     case = Case(torch.float32, "cuda", store=store, omega_dtype=torch.float32)
     (group,) = case.penalty._state.memory.groups
-    assert group.omega.is_pinned()
-    assert group.anchor.is_pinned()
+    assert group.state.omega.is_pinned()
+    assert group.state.anchor.is_pinned()
     for p in case.model.parameters():
         p.grad = torch.zeros_like(p)
     case.penalty.add_grad_()  # whatever is made once is there
@@ -276,7 +274,7 @@ def test_from_pinned_memory_to_a_gpu(store: str) -> None:
 
 @pytest.mark.cuda
 def test_a_gpu_holds_the_buffers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "BLOCK", 1 << 16)
+    monkeypatch.setattr(offloading, "BLOCK", 1 << 16)
     model = nn.Linear(2048, 2048, device="cuda")
     importance = {name: torch.rand_like(p) for name, p in model.named_parameters()}
     penalty = FusedMASPenalty(model, merge="sum", state_device="cpu")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from mas_ext.scenarios import Task, Tensors
-from mas_ext.training.samples import Part, Stream, split
+from mas_ext.training.samples import Stream, TaskSamples, split_batches
 
 CLASSES = ((3, 10), (-7, 4, 100))
 TAKEN = (torch.tensor([5, 0, 3]), torch.tensor([1, 6, 2, 0]))
@@ -28,7 +28,9 @@ def stream(*in_memory: bool) -> Stream:
     for task, memory in enumerate(in_memory):
         x, y = samples(task)
         data: Dataset = Tensors(x, y) if memory else TensorDataset(x, y)
-        parts.append(Part(Task(str(task), data, data, CLASSES[task]), data, TAKEN[task], 2 * task))
+        parts.append(
+            TaskSamples(Task(str(task), data, data, CLASSES[task]), data, TAKEN[task], 2 * task)
+        )
     return Stream(parts)
 
 
@@ -69,7 +71,7 @@ def test_samples_labels_and_batches(in_memory: tuple[bool, bool]) -> None:
 )
 def test_no_sample_is_alone_in_the_last_batch(count: int, size: int, expected: list[int]) -> None:
     order = torch.arange(count).flip(0)
-    parts = split(order, size)
+    parts = split_batches(order, size)
     assert [len(part) for part in parts] == expected
     assert [i for part in parts for i in part.tolist()] == order.tolist()
 
@@ -89,7 +91,7 @@ class Read(Dataset[Any]):
 
 def test_workers_read() -> None:
     data = Read()
-    part = Part(Task("0", data, data, (0,)), data, torch.arange(2))
+    part = TaskSamples(Task("0", data, data, (0,)), data, torch.arange(2))
     for workers in (0, 1):
         (batch,) = Stream([part], workers).batches([torch.arange(2)])
         assert bool((batch[0] == os.getpid()).all()) == (workers == 0)

@@ -10,14 +10,12 @@ README.md walks through it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from mas_ext._hints import outer_stacklevel
 from mas_ext.importance import batches
 from mas_ext.importance.evaluation import Evaluate, Labelled
 from mas_ext.importance.exact.fallback import Fallback, one_by_one
@@ -27,8 +25,9 @@ from mas_ext.importance.exact.rules import RULES
 from mas_ext.importance.exact.sample_layout import LAYOUT_KINDS, LayoutKind
 from mas_ext.importance.exact.tracing import Tape, UsesOf
 from mas_ext.importance.gradients import Totals, zeros
-from mas_ext.kernels import native
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels import backends
+from mas_ext.kernels.backends import Backend
+from mas_ext.kernels.warning import warn
 
 # Samples that are run alone to check: an odd number, so that it divides few other sizes by chance.
 _CHECKED = 3
@@ -193,7 +192,7 @@ class Exact:
 
     def _tape(self, samples: int, theta: Mapping[str, Tensor]) -> Tape:
         fast = {name: p for name, p in theta.items() if name not in self.fallback}
-        native_serves = native.serves(next(iter(theta.values())).device, self.backend)
+        native_serves = backends.serves(next(iter(theta.values())).device, self.backend)
         return Tape(fast, self.layouts(fast), samples, RULES, self.square, native_serves)
 
     def _forward(
@@ -235,10 +234,9 @@ class Exact:
         if new:
             warned |= names
             shown = ", ".join(new[:8]) + (f" and {len(new) - 8} more" if len(new) > 8 else "")
-            warnings.warn(
+            warn(
                 f"importance of {shown}: takes the fallback, exact but slower, since {reason}",
                 UserWarning,
-                stacklevel=outer_stacklevel(),
             )
 
 

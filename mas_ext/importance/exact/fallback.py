@@ -13,7 +13,7 @@ from mas_ext.importance.evaluation import Evaluate, Labelled
 from mas_ext.importance.exact.gradient_forms import CHUNK, magnitude
 from mas_ext.importance.exact.precision import differ, lowest_precision
 from mas_ext.importance.gradients import Totals, accumulate_gradients, zeros
-from mas_ext.kernels.native import Backend
+from mas_ext.kernels.backends import Backend
 
 # More samples at once gain little.
 _MOST_AT_ONCE = 64

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mas_ext.kernels import ops
+from mas_ext.kernels.per_sample import per_sample_
 
 # Numbers written out at once where a sample's gradient can't be avoided.
 CHUNK = 1 << 24
@@ -91,7 +91,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Product:
-    """g_k = left_k^T right_k over positions: linear layers and convolutions.
+    """g_k = left_k^T right_k, a sum over positions: weights of linear layers and convolutions.
 
     g_k[group, o, t, c] = sum_p left[k, p, (group, o)] right[k, rows[t, p], (group, c)], where -1 in rows
     stands for zeros, and the parameter has the order (group, o, c, t). left: (samples, positions,
@@ -140,7 +140,7 @@ class Product:
             t if t.stride(2) == 1 else t.clone(memory_format=torch.contiguous_format)
             for t in (left, right)
         )
-        ops.per_sample_(omega, left, right, self.rows, square, native)
+        per_sample_(omega, left, right, self.rows, square, native)
 
     def may_be_nonzero(self, like: Tensor) -> bool:
         if self.samples * like.numel() <= CHUNK:

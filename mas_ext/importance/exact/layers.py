@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mas_ext.importance.exact.gradient_forms import Dense, Lookup, PerSample, Product
 from mas_ext.importance.exact.sample_layout import SampleLayout
-from mas_ext.kernels.reference import compute_dtype
+from mas_ext.kernels.dtypes import compute_dtype
 
 
 def channels(x: Tensor) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from mas_ext.importance.exact.layers import Layer
 from mas_ext.importance.exact.nodes import BroadcastNode, LayerNode, ParameterUse, TrackedTensor
 from mas_ext.importance.exact.sample_layout import LayoutKind, SampleLayout
 from mas_ext.importance.gradients import Totals, gradient
-from mas_ext.kernels.reference import compute_dtype
+from mas_ext.kernels.dtypes import compute_dtype
 
 # Stands for a function: (tape, function, *its arguments) -> its result, or NotImplemented.
 FunctionRule = Callable[..., Any]

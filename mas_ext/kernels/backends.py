@@ -1,0 +1,103 @@
+"""Which kernels serve a device: the compiled ones of mas_ext._C, or plain PyTorch and why."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch  # before _C: one OpenMP runtime, torch's, then serves both
+from torch import Tensor
+
+from mas_ext.kernels.dtypes import DTYPES
+from mas_ext.kernels.warning import warn
+
+try:
+    import mas_ext._C as _compiled  # not "from mas_ext": its error would speak of a circular import
+except ImportError as error:
+    _C: Any = None
+    WHY_NOT: str | None = f"the compiled extension is missing ({error})"
+else:
+    _C, WHY_NOT = _compiled, None
+
+Backend = Literal["auto", "native", "reference"]
+
+_REQUIRED = os.environ.get("MAS_EXT_REQUIRE_NATIVE", "")
+if _REQUIRED not in ("", "0", "1"):
+    raise ValueError(f"MAS_EXT_REQUIRE_NATIVE: got {_REQUIRED!r}, expected '0' or '1'")
+if WHY_NOT is not None and _REQUIRED == "1":
+    raise ImportError(f"MAS_EXT_REQUIRE_NATIVE is 1, but {WHY_NOT}")
+_announced = False
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why the compiled kernels can't serve a device, or None where they can."""
+    if WHY_NOT is not None:
+        return WHY_NOT
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"there are no compiled kernels for {device.type} devices"
+    if torch.version.hip is not None or not hasattr(_C, "cuda"):
+        return "the extension was built without CUDA kernels (no nvcc was found)"
+    return None
+
+
+def instruction_set() -> str | None:
+    """The instruction set that the CPU kernels chose, None without compiled kernels."""
+    return None if WHY_NOT else str(_C.instruction_set())
+
+
+def serves(device: torch.device, backend: Backend) -> bool:
+    """Whether the compiled kernels do the work on a device.
+
+    "auto": where they can, else plain PyTorch, with one warning per process; "native": a RuntimeError where
+    they can't; "reference": never.
+    """
+    if backend == "reference":
+        return False
+    reason = why_not(device)
+    if reason is not None and backend == "native":
+        raise RuntimeError(f'backend: got "native", but {reason}')
+    if reason is not None:
+        _announce_fallback(reason)
+    return reason is None
+
+
+def _announce_fallback(reason: str) -> None:
+    global _announced
+    if not _announced:
+        _announced = True
+        warn(
+            f"mas_ext uses plain PyTorch, slower and with more memory: {reason}; `mas-ext info` "
+            "tells more",
+            RuntimeWarning,
+        )
+
+
+def _device_kernels(device: torch.device) -> tuple[Any, int, AbstractContextManager[Any]]:
+    """The device's kernels, their last argument, and the context in which they are launched."""
+    if device.type == "cpu":
+        return _C.cpu, torch.get_num_threads(), nullcontext()
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return _C.cuda, stream, torch.cuda.device(device)
+
+
+def launch(kernel: str, device: torch.device, *arguments: Any) -> None:
+    """Run a compiled kernel on a device: on torch's number of CPU threads, or on the current stream.
+
+    Tensors, lists of them and dtypes go down as addresses and numbers: the caller has checked them.
+    """
+    kernels, where, context = _device_kernels(device)
+    with context:
+        getattr(kernels, kernel)(*map(_lowered, arguments), where)
+
+
+def _lowered(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, torch.dtype):
+        return DTYPES[argument]
+    if isinstance(argument, (list, tuple)):
+        return [_lowered(x) for x in argument]
+    return argument

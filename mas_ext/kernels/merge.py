@@ -1,0 +1,72 @@
+"""One task's importance into the merged state, in one pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mas_ext.kernels.backends import launch
+from mas_ext.kernels.checks import check_like, check_state, check_tensors
+from mas_ext.kernels.dtypes import compute_dtype, finite, omega_values, round_stochastically
+from mas_ext.kernels.flat_state import CHANGED_STATE, State, flat_view
+from mas_ext.kernels.registry import operator
+
+_ANCHOR_RULES = {"mean": 0, "move": 1, "keep": 2}
+
+
+@operator(
+    f"({CHANGED_STATE}, Tensor[] theta, Tensor[] importance, float keep, float gain, str anchor_rule, "
+    "int entry) -> Tensor",
+    shapes=lambda state, theta, *_: state.omega.new_empty(len(theta), dtype=torch.float64),
+)
+def merge_(
+    state: State,
+    theta: Sequence[Tensor],
+    importance: Sequence[Tensor],
+    keep: float,
+    gain: float,
+    anchor_rule: str,
+    entry: int,
+) -> Tensor:
+    """One task into omega and anchor of a state of one row: W' = max(0, keep W + gain Omega_t).
+
+    `anchor_rule`: "mean" (keep is 1): A' = A + w / W' (theta - A) with w = gain Omega_t, and theta where
+    W is 0; "move": A' = theta; "keep": A' = A. Returns, for each tensor, what the merge adds to the
+    remainder: sum W w / W' (theta - A)^2 under "mean", else 0, as a float64 tensor of shape (tensors,).
+    bfloat16 and uint8 omegas are rounded stochastically by a hash of (index in the row, entry).
+    """
+    if not state.native:
+        added = torch.zeros(len(theta), dtype=torch.float64, device=state.omega.device)
+        for i, (x, new, offset) in enumerate(zip(theta, importance, state.offsets, strict=True)):
+            dtype = compute_dtype(x.dtype)
+            w = finite(torch.tensor(gain, dtype=torch.float64, device=x.device), dtype) * new
+            omega, anchor = (flat_view(t[0], offset, x) for t in (state.omega, state.anchor))
+            old = omega_values(omega, dtype)
+            total = (torch.tensor(keep, dtype=dtype, device=x.device) * old + w).clamp(min=0)
+            if anchor_rule == "mean":
+                share = torch.where((old > 0) & (total > 0), w / total, torch.ones_like(w))
+                distance = x.to(dtype) - anchor
+                pull = old * share * distance
+                added[i] = (pull.double() * distance.double()).sum()
+                anchor.copy_(torch.where(old > 0, anchor + share * distance, x.to(dtype)))
+            elif anchor_rule == "move":
+                anchor.copy_(x)
+            index = torch.arange(offset, offset + x.numel(), device=x.device)
+            index = flat_view(index, 0, x)
+            omega.copy_(round_stochastically(total, omega.dtype, index, entry))
+        return added
+    known = check_tensors("theta", theta, state.offsets)
+    if anchor_rule not in _ANCHOR_RULES:
+        raise ValueError(f"anchor_rule: got {anchor_rule!r}, expected one of {[*_ANCHOR_RULES]}")
+    # alpha and the remainder are not read; they may lie on another device.
+    one = torch.ones(1, dtype=torch.float64, device=known.device)
+    compiled = check_state(known, state._replace(alpha=one, remainder=one[0]))
+    importance = check_like("importance", importance, known, compute_dtype(known.dtype))
+    remainder = torch.empty(len(theta), dtype=torch.float64, device=known.device)
+    partial = torch.empty(known.compiled.chunks, dtype=torch.float64, device=known.device)
+    rule = (keep, gain, _ANCHOR_RULES[anchor_rule], entry)
+    outputs = (partial, remainder)
+    launch("merge", known.device, known.compiled, compiled, theta, importance, *rule, *outputs)
+    return remainder

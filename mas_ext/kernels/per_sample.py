@@ -1,0 +1,190 @@
+"""Exact per-sample importance of one use of a weight: omega += sum_b abs(M_b), or its square.
+
+M_b, the weight's gradient of sample b, never reaches memory where the kernel is compiled.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mas_ext.kernels.backends import launch
+from mas_ext.kernels.dtypes import DTYPES, compute_dtype
+from mas_ext.kernels.registry import operator
+
+# A small omega is no work for a whole machine: the batch is then split, and each part summed into a
+# tensor of its own. Splits depend on shapes alone, so that the number of threads changes no bit.
+_ELEMENTS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 22}
+# Fewer in a part are not worth its tensor: samples on a CPU, samples times positions on a GPU.
+_SAMPLES_A_SPLIT = 4
+_POSITIONS_A_SPLIT = 256
+
+
+class _Seen(NamedTuple):
+    """A table of rows that was looked at, as it was then."""
+
+    version: int
+    address: int
+    least: int
+    greatest: int
+
+
+_seen = WeakTensorKeyDictionary()
+
+
+def _range(rows: Tensor) -> tuple[int, int]:
+    """The least and the greatest row; remembered, because to look waits for the device."""
+    if rows.numel() == 0:
+        return 0, -1
+    if rows.is_inference():  # has no version that would tell of a change
+        least, greatest = rows.aminmax()
+        return int(least), int(greatest)
+    seen: _Seen | None = _seen.get(rows)
+    if seen is None or (seen.version, seen.address) != (rows._version, rows.data_ptr()):
+        least, greatest = rows.aminmax()
+        seen = _Seen(rows._version, rows.data_ptr(), int(least), int(greatest))
+        _seen[rows] = seen
+    return seen.least, seen.greatest
+
+
+def _check_operand(name: str, t: Tensor, columns: int, like: Tensor) -> None:
+    if t.dtype != like.dtype or t.device != like.device or t.dim() != 3 or t.shape[2] != columns:
+        raise ValueError(
+            f"{name}: got {t.dtype} on {t.device} of shape {tuple(t.shape)}, expected {like.dtype} "
+            f"on {like.device} of shape (samples, positions, {columns})"
+        )
+    if columns > 1 and t.stride(2) != 1:
+        raise ValueError(
+            f"{name}: got strides {t.stride()}, expected 1 in the last dimension (contiguous rows)"
+        )
+
+
+def _check(omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None) -> None:
+    if grad.dtype not in DTYPES:
+        raise TypeError(f"grad: got {grad.dtype}, expected one of {[*map(str, DTYPES)]}")
+    dtype = compute_dtype(grad.dtype)
+    if (
+        omega.dtype != dtype
+        or omega.device != grad.device
+        or omega.dim() != 4
+        or not omega.is_contiguous()
+    ):
+        raise ValueError(
+            f"omega: got {omega.dtype} on {omega.device} of shape {tuple(omega.shape)}, strides "
+            f"{omega.stride()}, expected a contiguous (groups, outputs, taps, channels) tensor of "
+            f"{dtype} on {grad.device}"
+        )
+    groups, outputs, taps, channels = omega.shape
+    _check_operand("grad", grad, groups * outputs, grad)
+    _check_operand("input", input, groups * channels, grad)
+    batch, positions = grad.shape[:2]
+    if input.shape[0] != batch:
+        raise ValueError(f"input: got {input.shape[0]} samples, expected {batch} like grad")
+    if rows is None:
+        if taps != 1:
+            raise ValueError(f"rows: got None for {taps} taps, expected a ({taps}, P) tensor")
+        if input.shape[1] != positions:
+            raise ValueError(
+                f"input: got {input.shape[1]} positions, expected {positions} like grad"
+            )
+        return
+    if (
+        rows.dtype != torch.int32
+        or rows.device != grad.device
+        or rows.shape != (taps, positions)
+        or not rows.is_contiguous()
+    ):
+        raise ValueError(
+            f"rows: got {rows.dtype} on {rows.device} of shape {tuple(rows.shape)}, strides "
+            f"{rows.stride()}, expected contiguous torch.int32 on {grad.device} of shape "
+            f"({taps}, {positions})"
+        )
+    least, greatest = _range(rows)
+    if least < -1 or greatest >= input.shape[1]:
+        raise ValueError(
+            f"rows: got numbers from {least} to {greatest}, expected -1 to {input.shape[1] - 1}, "
+            "rows of input"
+        )
+
+
+def _splits(device: str, size: int, batch: int, positions: int) -> int:
+    wanted = -(-_ELEMENTS_AT_ONCE[device] // size)
+    if device == "cuda":
+        return max(1, min(wanted, batch, batch * positions // _POSITIONS_A_SPLIT))
+    return max(1, min(wanted, batch // _SAMPLES_A_SPLIT))
+
+
+# Temporary tensors of the plain version, in bytes, unless a single sample needs more.
+_TEMPORARY = 64 << 20
+
+
+def _plain(omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None, square: bool) -> None:
+    groups, outputs, taps, channels = omega.shape
+    batch, positions = grad.shape[:2]
+    if positions == 1 and rows is None:  # |g^T x| = |g|^T |x|: one product of matrices
+        g, x = (t[:, 0].to(omega.dtype) for t in (grad, input))
+        g, x = (t.square() if square else t.abs() for t in (g, x))
+        g, x = g.view(batch, groups, outputs), x.view(batch, groups, channels)
+        omega[:, :, 0].baddbmm_(g.permute(1, 2, 0), x.transpose(0, 1))
+        return
+    # The operands are held twice, as gathered and as bmm wants them.
+    operands = positions * groups * (outputs + taps * channels) + input[:1].numel()
+    size = (2 * operands + 2 * omega.numel()) * omega.element_size()
+    step = max(1, _TEMPORARY // max(size, 1))
+    for start in range(0, batch, step):
+        g = grad[start : start + step].to(omega.dtype)
+        x = input[start : start + step].to(omega.dtype)
+        if rows is not None:
+            x = torch.cat([x, x.new_zeros(len(x), 1, x.shape[2])], 1)
+            x = x.index_select(1, rows.remainder(x.shape[1]).flatten())
+        g = g.reshape(len(g), positions, groups, outputs)
+        x = x.reshape(len(x), taps, positions, groups, channels)
+        m = torch.einsum("bpgo,btpgc->bgotc", g, x)
+        omega += (m.square_() if square else m.abs_()).sum(0)
+
+
+@operator(
+    "(Tensor(a!) omega, Tensor grad, Tensor input, Tensor? rows, bool square, bool native) -> ()"
+)
+def per_sample_(
+    omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None, square: bool, native: bool
+) -> None:
+    """One use of a weight by B samples: omega += sum_b abs(M_b), or of its square, M_b the gradient of b.
+
+    M_b[g, o, t, c] = sum_p grad[b, p, g * outputs + o] * input[b, rows[t, p], g * channels + c], where a
+    row of -1 counts as zeros, and position p sees row p if `rows` is None (with one tap). omega: (groups,
+    outputs, taps, channels), float64 for float64 operands, else float32; grad: (B, P, groups * outputs);
+    input: (B, R, groups * channels); rows: (taps, P).
+
+    A table of rows is looked at once: keep it, rather than a new one for each call.
+    """
+    if not native:
+        _plain(omega, grad, input, rows, square)
+        return
+    _check(omega, grad, input, rows)
+    batch, positions = grad.shape[:2]
+    if 0 in (batch, positions, omega.numel()):
+        return
+    one_position = positions == 1 and rows is None
+    if one_position and grad.device.type == "cuda":
+        _plain(omega, grad, input, rows, square)  # one product of matrices
+        return
+    splits = 1 if one_position else _splits(grad.device.type, omega.numel(), batch, positions)
+    partial = omega.new_zeros(splits * omega.numel() if splits > 1 else 0)
+    launch(
+        "per_sample",
+        grad.device,
+        omega,
+        grad,
+        input,
+        0 if rows is None else rows,
+        partial,
+        (*omega.shape, batch, positions),
+        (*grad.stride()[:2], *input.stride()[:2]),
+        grad.dtype,
+        splits,
+        square,
+    )

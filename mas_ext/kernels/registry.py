@@ -1,0 +1,73 @@
+"""The kernels as PyTorch operators: one decorator is all that registers a kernel."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from mas_ext.kernels.flat_state import State
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_library = torch.library.Library("mas_ext", "DEF")
+# Every operator's name.
+REGISTERED: list[str] = []
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+def operator(
+    schema: str,
+    shapes: Callable[..., Any] = _nothing,
+    keep: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register a function of tensors as torch.ops.mas_ext.NAME, and put a call of that in its place.
+
+    A parameter called `state` is a State for Python, and its fields one by one for the operator.
+
+    Args:
+        schema: the operator's, without its name; STATE stands for the state.
+        shapes: the results as empty tensors, of the same arguments, for tracing; None for an operator that
+            returns nothing.
+        keep: called with (ctx, flat inputs, output) before `backward`.
+        backward: called with (ctx, *gradients of the outputs), returns those of the flat inputs.
+    """
+
+    def register(kernel: Callable[P, R]) -> Callable[P, R]:
+        name = kernel.__name__
+        parameters = list(inspect.signature(kernel).parameters)
+        start = parameters.index("state") if "state" in parameters else len(parameters)
+        stop = start + len(State._fields)
+
+        def of_flat(function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
+                return function(*args[:start], State(*args[start:stop]), *args[stop:])
+
+            return run if "state" in parameters else function
+
+        _library.define(name + schema)
+        _library.impl(name, of_flat(kernel), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mas_ext::{name}", of_flat(shapes), lib=_library)
+        if backward is not None:
+            torch.library.register_autograd(
+                f"mas_ext::{name}", backward, setup_context=keep, lib=_library
+            )
+        REGISTERED.append(name)
+        flat = getattr(torch.ops.mas_ext, name).default
+
+        @functools.wraps(kernel)
+        def call(*args: Any, **named: Any) -> Any:
+            state = args[start] if "state" in parameters else ()
+            return flat(*args[:start], *state, *args[start + 1 :], **named)
+
+        return call
+
+    return register
