@@ -1,4 +1,4 @@
-"""The steps of SGD and AdamW with the penalty inside, as a gradient before or a proximal step behind.
+"""The steps of SGD and AdamW with the penalty inside, as a gradient before or a proximal step after.
 
 Of float32 parameters SGD moves 28 bytes each with momentum and 20 without, AdamW 36, and 44 with amsgrad.
 """
@@ -34,7 +34,7 @@ _AMP = "bool proximal, Tensor? scale, Tensor? overflow"
 def _gradient(
     x: Tensor, i: int, grad: Tensor, state: State, proximal: bool, scale: Tensor | None
 ) -> Tensor:
-    """The gradient of tensor i, unscaled, with the penalty's unless that comes behind the step."""
+    """The gradient of tensor i, unscaled, with the penalty's unless that comes after the step."""
     dtype = compute_dtype(x.dtype)
     g = grad.to(dtype) if scale is None else grad.to(dtype) * (1 / scale.double()).to(dtype)
     if proximal or state.offsets[i] < 0:
@@ -126,7 +126,7 @@ def sgd_(
     scale: Tensor | None,
     overflow: Tensor | None,
 ) -> None:
-    """One step of torch.optim.SGD with the penalty's gradient, or its proximal step of length eta behind it.
+    """One step of torch.optim.SGD with the penalty's gradient, or its proximal step of length eta after it.
 
     A tensor with an offset of -1 is stepped without the penalty. Without momentum there are no buffers;
     `first`: they are empty yet. Gradients are `scale` times too large, and nothing happens where `overflow`
@@ -172,7 +172,7 @@ def adamw_(
     scale: Tensor | None,
     overflow: Tensor | None,
 ) -> None:
-    """One step of torch.optim.AdamW with the penalty's gradient, or its proximal step behind it, as sgd_.
+    """One step of torch.optim.AdamW with the penalty's gradient, or its proximal step after it, as sgd_.
 
     `step`: float32 scalars, which grow by 1. max_exp_avg_sq is empty without amsgrad. The proximal step's
     length is lr / (sqrt(v_hat) + eps).
