@@ -26,7 +26,7 @@ from mas_ext.parameters.ranks import Ranks, Together, refuse_unused
 from mas_ext.parameters.tracked_model import TrackedModel, whole_model
 from mas_ext.state import files as checkpoint
 from mas_ext.state.buffers import Group
-from mas_ext.state.merge_rules import AlphaSum, Merge, MergeRule, StateDevice, Store, check_lam
+from mas_ext.state.merge_rules import AlphaSum, Merge, MergeRule, StateDevice, Store, check_factor
 from mas_ext.state.offloading import group_penalty, run_kernel
 from mas_ext.state.quadratic import FORMAT, Consolidation, check_format
 
@@ -109,7 +109,7 @@ class FusedMASPenalty(nn.Module):
         else:
             raise ValueError(f"importance: got {importance!r}, expected one of {tuple(ESTIMATORS)}")
         rule = MergeRule(merge, store, alpha_sum, gamma, omega_dtype, backend, state_device)
-        self._state = Consolidation(rule, check_lam(lam))
+        self._state = Consolidation(rule, check_factor(lam, "lam"))
         self._tracked = TrackedModel(model, exclude)
         if omega_dtype == torch.uint8 and self._tracked.sharding is not None:
             raise ValueError(
@@ -169,7 +169,7 @@ class FusedMASPenalty(nn.Module):
 
     @torch.no_grad()
     def add_grad_to(self, only: Collection[int], times: Tensor | None = None) -> None:
-        """add_grad_ for the parameters with these ids alone, and only while they are trained.
+        """add_grad_ for the parameters with these ids that require a gradient.
 
         times: a factor, for gradients that are scaled; it is read on the device.
         """
