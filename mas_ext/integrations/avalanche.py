@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mas_ext.compat import AveragedFromFirst, BatchMeans
-from mas_ext.importance import FisherSum, ImportanceSum
-from mas_ext.importance import Method as Importance
+from mas_ext.importance import EstimatorName, FisherSum, ImportanceSum
 from mas_ext.importance.fisher import Labels
 from mas_ext.importance.objectives import Objective
 from mas_ext.integrations.loading import own_part
@@ -108,7 +107,7 @@ class MASPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
         alpha: float = 0.5,
         verbose: bool = False,
         *,
-        importance: Importance | Literal["avalanche"] = "exact",
+        importance: EstimatorName | Literal["avalanche"] = "exact",
         objective: Objective = "l2",
         merge: Merge | None = None,
         step: Mode = "gradient",
