@@ -21,7 +21,7 @@ from mas_ext.metrics import interval_text, mean_interval
 from mas_ext.models import MultiHead, mlp
 from mas_ext.scenarios import Scenario, Tensors
 from mas_ext.scenarios import datasets as data
-from mas_ext.scenarios.named import build, permuted, standardised
+from mas_ext.scenarios.named import make_scenario, permuted, standardised
 from mas_ext.trainer import Trainer
 
 BATCH = 32
@@ -69,7 +69,9 @@ class Memory(Property):
     strengths = False
 
     def measure(self, make: Callable[[], Method], seed: int) -> Found:
-        return {"held": fit(network(seed), make(), build("split-digits"), 1, seed).held_bytes}
+        return {
+            "held": fit(network(seed), make(), make_scenario("split-digits"), 1, seed).held_bytes
+        }
 
     def holds(self, founds: Sequence[Found], references: Mapping[str, Sequence[Found]]) -> bool:
         return all(found["held"][-1] <= 1.1 * found["held"][1] for found in founds)
@@ -204,7 +206,7 @@ class Order(Property):
 
     def measure(self, make: Callable[[], Method], seed: int) -> Found:
         """The evidence of one order of the tasks, that of the seed."""
-        scenario = build("split-digits", order="random", seed=seed)
+        scenario = make_scenario("split-digits", order="random", seed=seed)
         last = fit(network(0), make(), scenario, 5, 0).accuracy[-1].tolist()
         names = [task.name for task in scenario.tasks]
         return {"accuracy": dict(sorted(zip(names, last, strict=True)))}
@@ -245,7 +247,7 @@ def network(seed: int) -> MultiHead:
 
 def mixed(seed: int) -> Scenario:
     """The ten digits, then again with their pixels in another order."""
-    return standardised(permuted(*data.load("digits"), 2, seed))
+    return standardised(permuted(*data.load_dataset("digits"), 2, seed))
 
 
 def fit(model: MultiHead, method: Method, scenario: Scenario, epochs: Any, seed: int) -> Any:

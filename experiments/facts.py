@@ -76,7 +76,7 @@ def glyphs(digits: bool, folder: str | None) -> tuple[Glyphs, Glyphs, Glyphs]:
     )
     found: tuple[Glyphs, Glyphs, Glyphs] = {}, {}, {}
     for name, words in sets:
-        for part, samples in zip(("train", "test"), data.load(name, folder), strict=True):
+        for part, samples in zip(("train", "test"), data.load_dataset(name, folder), strict=True):
             x, y = samples.batch(torch.arange(len(samples)))
             for label, word in enumerate(words):
                 own = shrunk(x[y == label])
