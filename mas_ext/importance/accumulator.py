@@ -17,9 +17,9 @@ from mas_ext.importance import objectives
 from mas_ext.importance.batch import Batch
 from mas_ext.importance.evaluation import (
     Evaluate,
-    EvaluationMode,
     Forward,
     Labelled,
+    RunMode,
     Values,
     default_forward,
     evaluating,
@@ -79,7 +79,7 @@ class ImportanceSum:
         estimator: Estimator | None = None,
         values: Values | None = None,
         labels: LabelSource | None = None,
-        mode: EvaluationMode = evaluating,
+        mode: RunMode = evaluating,
     ) -> None:
         if method not in ESTIMATORS:
             raise ValueError(f"method: got {method!r}, expected one of {tuple(ESTIMATORS)}")
