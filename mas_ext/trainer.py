@@ -21,7 +21,7 @@ from mas_ext.state import files
 from mas_ext.training.run import Epoch, Learning, Result
 from mas_ext.training.settings import Settings
 
-# Called with an Epoch at its end, and at the end of a task with what was found so far.
+# Called with an Epoch at its end, and at the end of a task with the Result so far.
 Callback = Callable[[Epoch | Result], object]
 
 
