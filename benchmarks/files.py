@@ -70,7 +70,7 @@ def save(result: Result, path: Path) -> None:
 
 
 def report(result: Result, lines: Iterable[str]) -> str:
-    """These lines between what was measured and why forms are missing."""
+    """A result as text: what was measured, these lines, and why forms are missing."""
     words = [
         f"{result['model']}, {result['dtype']}: {result['parameters']:,} parameters, {result['device']}, "
         f"{result['threads']} threads, {result['repeats']} repeats; medians with 95 % intervals"

@@ -76,14 +76,14 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def held_bytes(penalty: FusedMASPenalty) -> int:
-    """What the penalty's omega and anchors take."""
+def storage_bytes(penalty: FusedMASPenalty) -> int:
+    """Bytes of all omegas and anchors of a penalty."""
     states = [*penalty.omega.values(), *penalty.anchor.values()]
     storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in states)}
     return sum(storages.values())
 
 
-def state_bytes(penalty: FusedMASPenalty) -> int:
+def element_bytes(penalty: FusedMASPenalty) -> int:
     """Bytes of one omega and one anchor."""
     states = [*penalty.omega.values(), *penalty.anchor.values()]
     return states[0].element_size() + states[-1].element_size()

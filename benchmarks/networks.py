@@ -14,10 +14,10 @@ from mas_ext.models import residual
 
 
 class Network(NamedTuple):
-    """How to make it, and batches for it.
+    """A network and its batches.
 
     shape: of one sample. samples: in a batch, on a CPU and on a GPU. outputs: the last dimension of what it
-    returns. tokens: whether its inputs are tokens, as many as there are outputs, instead of real numbers.
+    returns. tokens: its inputs are tokens, of as many kinds as there are outputs, instead of real numbers.
     """
 
     make: Callable[[], nn.Module]
@@ -42,12 +42,8 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = network.make().eval()
-        x = (
-            torch.randint(network.outputs, shape)
-            if network.tokens
-            else torch.randn(shape).to(dtype)
-        )
-    return model.to(device, dtype), x.to(device)
+        x = torch.randint(network.outputs, shape) if network.tokens else torch.randn(shape)
+    return model.to(device, dtype), x.to(device, x.dtype if network.tokens else dtype)
 
 
 def _with_ten_outputs(name: str, shape: tuple[int, ...]) -> nn.Module:

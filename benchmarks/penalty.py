@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks import pictures
 from benchmarks.files import copies, measure, parser, report
-from benchmarks.memory import held_bytes, plain_copies, state_bytes
+from benchmarks.memory import element_bytes, plain_copies, storage_bytes
 from mas_ext.compare.bench import (
     ETA,
     FLOATS,
@@ -178,7 +178,7 @@ def run(
     parameters = Parameters(network)
     skipped = too_large(penalties, history)
     found, compile_seconds = _usable(every_form(network, penalties, history), skipped)
-    touched = 2 * sum(p.nbytes for p in parameters.theta) + held_bytes(penalties[1])
+    touched = 2 * sum(p.nbytes for p in parameters.theta) + storage_bytes(penalties[1])
     other = torch.ones(OTHER_BYTES // 4, device=device)
 
     def work() -> None:
@@ -200,12 +200,12 @@ def run(
             for name, taken in zip(copied, samples, strict=False)
         }
         own = samples[len(copied)]
-        size, state = parameters.theta[0].element_size(), state_bytes(penalties[1])
+        size, state = parameters.theta[0].element_size(), element_bytes(penalties[1])
         rows = []
         for form, taken in zip(found, samples[len(copied) :], strict=True):
             time, moved = median(taken), moved_bytes(form.name, size, state)
             speed = moved and moved * parameters.count / time["median"]
-            held = held_bytes(penalties[form.tasks]) / parameters.count
+            held = storage_bytes(penalties[form.tasks]) / parameters.count
             row = {
                 "name": form.name,
                 "tasks": form.tasks,

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from benchmarks import memory
 from benchmarks.files import batch, copies, measure, parser, report
-from benchmarks.memory import held_bytes, plain_copies, state_bytes
+from benchmarks.memory import element_bytes, plain_copies, storage_bytes
 from benchmarks.networks import STEP, build
 from mas_ext import optim
 from mas_ext.compare.bench import EAGER, LAM, after_tasks, eager_loss, too_large
@@ -59,7 +59,7 @@ Before = Callable[[Tensor], Tensor]
 def training(
     model: str, samples: int | None, device: str, dtype: torch.dtype
 ) -> tuple[nn.Module, Tensor, Callable[[], Tensor]]:
-    """One of networks.STEP in train mode, its batch, and cross entropy on random classes; always the same."""
+    """One of networks.STEP in train mode, its batch, and what computes its loss on random classes."""
     chosen = STEP[model]
     network, x = build(chosen, samples, device, dtype)
     network.train()
@@ -91,7 +91,7 @@ def every_step(
     size, count = theta[0].element_size(), sum(p.numel() for p in theta)
     penalties, history = after_tasks(network, tasks)
     first, penalty = next(iter(penalties.items()))
-    held, read = held_bytes(penalty), size + state_bytes(penalty)
+    held, read = storage_bytes(penalty), size + element_bytes(penalty)
     skipped.update(too_large(penalties, history))
     state: Any = OPTIMIZERS[name](theta, LR).state
 
@@ -110,7 +110,7 @@ def every_step(
     yield Step(PLAIN, 0, plain)
     for t, each in penalties.items():
         step = attached(each, "gradient")
-        yield Step("attach", t, step, held_bytes(each), count * (read + 2 * size))
+        yield Step("attach", t, step, storage_bytes(each), count * (read + 2 * size))
         if t <= len(history):
             step = partial(plain, before=partial(_add, partial(eager_loss, theta, history[:t])))
             yield Step(EAGER, t, step, t * 2 * size * count)
@@ -139,8 +139,8 @@ def _one_pass(
     """Steps of optimizers that need one pass; they share their state."""
     state: dict[Any, Any] = defaultdict(dict)
     first, penalty = next(iter(penalties.items()))
-    read = sum(p.numel() for p in theta) * state_bytes(penalty)
-    held, write = held_bytes(penalty), 2 * sum(p.nbytes for p in theta)
+    read = sum(p.numel() for p in theta) * element_bytes(penalty)
+    held, write = storage_bytes(penalty), 2 * sum(p.nbytes for p in theta)
 
     def step(
         own: bool, penalty: FusedMASPenalty | None = None, mode: Mode = "gradient"
@@ -157,7 +157,7 @@ def _one_pass(
     yield Step(attached, first, step(False, penalty), held, read + write + write // 2, FUSED)
     yield Step(proximal, first, step(True, penalty, "proximal"), held, read, FUSED)
     for t, each in penalties.items():
-        yield Step(ours, t, step(True, each), held_bytes(each), read, FUSED)
+        yield Step(ours, t, step(True, each), storage_bytes(each), read, FUSED)
 
 
 def _step(
@@ -282,7 +282,7 @@ def run(
 
 
 def _peak(step: Step, parameters: Sequence[Tensor], device: str) -> int:
-    """Of a step that is not the first, which makes the optimizer's state."""
+    """Bytes at the peak of a step that is not the first, which makes the optimizer's state."""
     step.call()
     for p in parameters:
         p.grad = None

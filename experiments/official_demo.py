@@ -146,7 +146,7 @@ class OfficialDemo(Experiment):
 
     def scenario(self) -> Scenario:
         """The digits in the authors' pairs."""
-        train, test = data.load(self.dataset, self.data)
+        train, test = data.load_dataset(self.dataset, self.data)
 
         def of(pair: tuple[int, int], part: Tensors) -> Tensors:
             return part.subset(torch.isin(part.y, torch.tensor(pair)))

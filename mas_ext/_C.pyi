@@ -1,4 +1,4 @@
-"""The compiled kernels: integers in, exceptions out. Only mas_ext/kernels/*native.py call them."""
+"""The compiled kernels: integers in, exceptions out. Only mas_ext/kernels/ calls them, after its checks."""
 
 from collections.abc import Sequence
 

@@ -1,10 +1,12 @@
 """Memory Aware Synapses for PyTorch: learning one task after another without forgetting.
 
 `FusedMASPenalty` holds a model's important parameters near their old values; `estimate_importance`
-measures how important they are, without labels; `info` tells which kernels do the work.
+measures how important they are, without labels, and `check_importance` tells how exactly; `info` tells which
+kernels do the work.
 """
 
 from mas_ext.importance import FisherSum, estimate_fisher, estimate_importance
+from mas_ext.importance.check import check_importance
 from mas_ext.info import info
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.state.sharded_files import load_distributed
@@ -14,6 +16,7 @@ __all__ = [
     "FisherSum",
     "FusedMASPenalty",
     "Trainer",
+    "check_importance",
     "estimate_fisher",
     "estimate_importance",
     "info",

@@ -1,4 +1,4 @@
-"""What to say about a name that nobody knows."""
+"""What to say about an unknown name."""
 
 from __future__ import annotations
 

@@ -9,15 +9,16 @@ Avalanche 0.6 (plugins/mas.py) and FACIL (approach/mas.py).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mas_ext.importance import Forward, ImportanceSum, objectives
-from mas_ext.importance.accumulator import evaluating
-from mas_ext.importance.objectives import Objective
+from mas_ext.importance import Forward, ImportanceSum
+from mas_ext.importance.evaluation import evaluating
+from mas_ext.importance.objectives import Objective, values
 from mas_ext.kernels.backends import Backend
 from mas_ext.penalty import FusedMASPenalty
 
@@ -47,39 +48,29 @@ class BatchMeans(ImportanceSum):
         max_outputs: int = 64,
         backend: Backend = "auto",
     ) -> None:
-        """See the class."""
-        super().__init__("batch", objective, forward, exclude, max_outputs, backend)
-        self.training = training
-        self._values = self._means
-
-    def empty(self) -> BatchMeans:
-        """A new sum of nothing, with the same settings."""
-        return BatchMeans(
-            self.objective,
-            self.forward,
-            self.exclude,
-            self.training,
-            self.max_outputs,
-            self.backend,
+        super().__init__(
+            "batch",
+            objective,
+            forward,
+            exclude,
+            max_outputs,
+            backend,
+            values=partial(_mean_values, objective=objective, max_outputs=max_outputs),
+            mode=_training if training else evaluating,
         )
+        self.training = training
 
-    def add(self, model: nn.Module, batch: Any) -> None:
-        """Add a batch, as ImportanceSum.add; in training mode buffers stay as the pass left them."""
-        before = self.samples
-        super().add(model, batch)
-        self.samples = min(before + 1, self.samples)
 
-    def _means(self, output: Tensor, batch: Any, samples: int) -> Tensor:
-        summed = objectives.values(output, batch, samples, self.objective, self.max_outputs)
-        return summed / samples
-
-    def _passing(self, model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
-        return (_training if self.training else evaluating)(model, device)
+def _mean_values(
+    output: Tensor, labels: Tensor | None, samples: int, objective: Objective, max_outputs: int
+) -> Tensor:
+    """The mean of the objectives over a batch, which counts as one sample: shape (1, K)."""
+    return values(output, labels, samples, objective, max_outputs).mean(0, keepdim=True)
 
 
 @contextmanager
 def _training(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """As `evaluating`, but in training mode; buffers and random state go on from where the pass left them."""
+    """Training mode for a pass; buffers and random state then go on from where the pass left them."""
     cuda = device.type == "cuda"
     with evaluating(model, device):
         model.train()
@@ -103,36 +94,17 @@ class Averaged(FusedMASPenalty):
         progress: bool = False,
         importance: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """See FusedMASPenalty.consolidate; weight multiplies Omega_t beside 1 - gamma."""
+        """End of a task: FusedMASPenalty.consolidate with Omega_t times weight (1 - gamma)."""
         share = 1 - self._state.rule.gamma
         super().consolidate(batches, weight * share, progress, importance)
 
 
 class AveragedFromFirst(FusedMASPenalty):
-    """As Averaged, but a parameter's first Omega_t is its W: at the first task, and where a head is new."""
+    """Averaged, but a parameter's first Omega_t is its W: at the first task, and where a head is new."""
 
-    def consolidate(
-        self,
-        batches: Iterable[Any] | None = None,
-        weight: float = 1.0,
-        progress: bool = False,
-        importance: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """See FusedMASPenalty.consolidate."""
-        if importance is None:
-            theta = self._held.parameters()
-            pending = self._pending
-
-            def gathered() -> ImportanceSum:
-                return pending if batches is None else self._gathered(batches, progress)
-
-            importance = self._ranks.sum(gathered, self.model, theta).mean()
-            self._pending = pending.empty()
-        known, share = self._state.memory.parts(), 1 - self._state.rule.gamma
-        mixed = {
-            name: omega * share if name in known else omega for name, omega in importance.items()
-        }
-        super().consolidate(weight=weight, importance=mixed)
+    def _merged(self, importance: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        known, share = self._consolidated(), 1 - self._state.rule.gamma
+        return {n: omega * share if n in known else omega for n, omega in importance.items()}
 
 
 def official(

@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
-from mas_ext.importance import METHODS, Forward, ImportanceSum, Method, gather
+from mas_ext.importance import ESTIMATORS, EstimatorName, Forward, ImportanceSum, gather
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.penalty import add_grad_
 from mas_ext.kernels.proximal import proximal_
 from mas_ext.optim.fused import FusedOptimizer
 from mas_ext.optim.hooks import Handle, Mode, register_hook
-from mas_ext.parameters.fsdp import whole, whole_tensor
-from mas_ext.parameters.names import check_patterns
+from mas_ext.parameters.fsdp import whole_tensor
+from mas_ext.parameters.names import ModelView, check_patterns
 from mas_ext.parameters.ranks import Ranks, Together, refuse_unused
-from mas_ext.parameters.tracked_model import Bound, HeldModel
+from mas_ext.parameters.tracked_model import TrackedModel, whole_model
 from mas_ext.state import files as checkpoint
-from mas_ext.state.merge_rules import AlphaSum, Merge, MergeRule, StateDevice, Store, check_lam
+from mas_ext.state.buffers import Group
+from mas_ext.state.merge_rules import AlphaSum, Merge, MergeRule, StateDevice, Store, check_factor
 from mas_ext.state.offloading import group_penalty, run_kernel
 from mas_ext.state.quadratic import FORMAT, Consolidation, check_format
 
@@ -81,7 +83,7 @@ class FusedMASPenalty(nn.Module):
         self,
         model: nn.Module,
         lam: float = 1.0,
-        importance: Method | ImportanceSum = "exact",
+        importance: EstimatorName | ImportanceSum = "exact",
         objective: Objective = "l2",
         forward: Forward | None = None,
         merge: Merge = "consistent",
@@ -102,14 +104,14 @@ class FusedMASPenalty(nn.Module):
                     f"exclude: got {tuple(exclude)}, expected {importance.exclude} as in importance"
                 )
             self._pending = importance.empty()
-        elif importance in METHODS:
+        elif importance in ESTIMATORS:
             self._pending = ImportanceSum(importance, objective, forward, exclude, backend=backend)
         else:
-            raise ValueError(f"importance: got {importance!r}, expected one of {tuple(METHODS)}")
+            raise ValueError(f"importance: got {importance!r}, expected one of {tuple(ESTIMATORS)}")
         rule = MergeRule(merge, store, alpha_sum, gamma, omega_dtype, backend, state_device)
-        self._state = Consolidation(rule, check_lam(lam))
-        self._held = HeldModel(model, exclude)
-        if omega_dtype == torch.uint8 and self._held.sharding is not None:
+        self._state = Consolidation(rule, check_factor(lam, "lam"))
+        self._tracked = TrackedModel(model, exclude)
+        if omega_dtype == torch.uint8 and self._tracked.sharding is not None:
             raise ValueError(
                 "omega_dtype: got uint8 for a model sharded by fully_shard, expected a floating-point dtype: "
                 "each rank's part would have a range of its own"
@@ -134,8 +136,8 @@ class FusedMASPenalty(nn.Module):
             RuntimeError: DistributedDataParallel with find_unused_parameters=True.
         """
         refuse_unused(self.model)
-        held = self._held
-        values = [group_penalty(g, held.local(theta)) for g, theta in held.bound(self._state)]
+        tracked = self._tracked
+        values = [group_penalty(g, tracked.local(theta)) for g, theta in self.bound()]
         return self._total(values) if values else _NOTHING.clone()
 
     @torch.no_grad()
@@ -148,15 +150,18 @@ class FusedMASPenalty(nn.Module):
         Returns:
             The value, detached.
         """
-        held = self._held
-        bound = held.bound(self._state)
+        tracked = self._tracked
+        bound = self.bound()
         if not all(p.requires_grad for _, theta in bound for p in theta):
             value = self.forward()
             self.add_grad_to({id(p) for _, theta in bound for p in theta})
             return value
         values = [
             run_kernel(
-                add_grad_, g, g.state, [held.local(theta), held.local([_grad(p) for p in theta])]
+                add_grad_,
+                g,
+                g.state,
+                [tracked.local(theta), tracked.local([_grad(p) for p in theta])],
             )
             for g, theta in bound
         ]
@@ -164,15 +169,15 @@ class FusedMASPenalty(nn.Module):
 
     @torch.no_grad()
     def add_grad_to(self, only: Collection[int], times: Tensor | None = None) -> None:
-        """add_grad_ for the parameters with these ids alone, and only while they are trained.
+        """add_grad_ for the parameters with these ids that require a gradient.
 
         times: a factor, for gradients that are scaled; it is read on the device.
         """
-        for g, theta in self._held.bound(self._state):
+        for g, theta in self.bound():
             chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in only]
             if chosen:
-                own = self._held.local([theta[i] for i in chosen])
-                grads = self._held.local([_grad(theta[i]) for i in chosen])
+                own = self._tracked.local([theta[i] for i in chosen])
+                grads = self._tracked.local([_grad(theta[i]) for i in chosen])
                 run_kernel(add_grad_, g, g.subset(chosen, times), [own, grads])
 
     @torch.no_grad()
@@ -198,12 +203,12 @@ class FusedMASPenalty(nn.Module):
         """
         wanted = {id(p) for p in parameters}
         length, times = (1.0, eta) if isinstance(eta, Tensor) else (eta, None)
-        for g, theta in self._held.bound(self._state):
+        for g, theta in self.bound():
             chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in wanted]
             if chosen:
                 picked = [theta[i] for i in chosen]
                 moments = [second_moment[id(p)] for p in picked] if second_moment else []
-                tensors = [self._held.local(picked), self._held.local(moments)]
+                tensors = [self._tracked.local(picked), self._tracked.local(moments)]
                 state = g.subset(chosen, times)
                 run_kernel(proximal_, g, state, tensors, length, correction, eps)
 
@@ -255,9 +260,27 @@ class FusedMASPenalty(nn.Module):
             return optimizer.attach(self, mode)
         return register_hook(self, optimizer, mode, eta)
 
-    def bound(self) -> Bound:
-        """Each group of the state with its parameters as they are now; for mas_ext.optim."""
-        return self._held.bound(self._state)
+    def bound(self) -> list[tuple[Group, list[Tensor]]]:
+        """The state's groups with their parameters as they are now; the state follows what has changed."""
+        found = self._tracked.find(self._state.memory.groups)
+        if found is None:
+            self._fit()
+            found = self._tracked.find(self._state.memory.groups)
+            if found is None:
+                raise RuntimeError("the model's parameters change while the penalty is computed")
+        return found
+
+    # Unlike torch.compiler.disable, this does not import the compiler with the package.
+    @_disable_dynamo
+    def _fit(self) -> None:
+        """Have the state follow parameters that were moved, cast, widened, removed or brought back."""
+        view = self._tracked.view(self._consolidated())
+        self._state.fit(self._tracked.own_parameters(view))
+        self._tracked.bind(self._state.memory.groups, view)
+
+    def _consolidated(self) -> set[str]:
+        memory = self._state.memory
+        return {*memory.absent, *(name for group in memory.groups for name in group.names)}
 
     # -- tasks -------------------------------------------------------------------------------------
 
@@ -285,12 +308,8 @@ class FusedMASPenalty(nn.Module):
                 Diverged, a FloatingPointError, too: parameters, outputs or importance that are not finite;
                 Vanished: importance at the level of rounding, under merge "consistent".
         """
-        if importance is not None and batches is None and not self._pending.samples:
-            given = importance
-            self._add(lambda: {n: whole_tensor(t) for n, t in given.items()}, weight, True)
-            return
 
-        def collect() -> ImportanceSum:
+        def collect(view: ModelView) -> ImportanceSum:
             observed = self._pending.samples or None
             given = {"batches": batches, "importance": importance, "observed samples": observed}
             found = [name for name, value in given.items() if value is not None]
@@ -300,10 +319,19 @@ class FusedMASPenalty(nn.Module):
                     f"batches: got importance from {' and '.join(found) or 'nowhere'}, expected one of "
                     "batches, importance= and samples observed by observe(batch)"
                 )
-            return self._pending if batches is None else self._gathered(batches, progress)
+            return self._pending if batches is None else self._gathered(view, batches, progress)
 
-        self._add(lambda: self._mean(collect), weight, move_anchor=True)
+        def find(view: ModelView) -> Mapping[str, Tensor]:
+            if importance is not None and batches is None and not self._pending.samples:
+                return {name: whole_tensor(t) for name, t in importance.items()}
+            return self._mean(view, lambda: collect(view))
+
+        self._add(lambda view: self._merged(find(view)), weight, move_anchor=True)
         self._pending = self._pending.empty()
+
+    def _merged(self, importance: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What consolidate merges of a task's importance: all of it."""
+        return importance
 
     def observe(self, batch: Any) -> None:
         """Gather importance online: averaged over all samples observed since the last consolidation.
@@ -312,8 +340,8 @@ class FusedMASPenalty(nn.Module):
         every rank calls it as often, with a batch of no samples where it has none, and saves after
         consolidate only.
         """
-        with whole(self.model):
-            self._pending.add(self.model, batch)
+        with whole_model(self.model, self.exclude) as view:
+            self._pending.add(view, batch)
 
     def adapt(self, batches: Iterable[Any], weight: float = 1.0) -> None:
         """Unlabelled data met in deployment: one more weighted entry.
@@ -321,7 +349,11 @@ class FusedMASPenalty(nn.Module):
         Under "consistent" and "sum" its anchor is the present parameters, under "latest" and "decay" the
         anchor stays. See consolidate.
         """
-        self._add(lambda: self._mean(lambda: self._gathered(batches)), weight, move_anchor=False)
+
+        def find(view: ModelView) -> Mapping[str, Tensor]:
+            return self._mean(view, lambda: self._gathered(view, batches))
+
+        self._add(find, weight, move_anchor=False)
 
     def set_weight(self, t: int, w: float) -> None:
         """Change the weight of entry t; store "per_task" only."""
@@ -330,20 +362,20 @@ class FusedMASPenalty(nn.Module):
     def drop(self, t: int) -> None:
         """Forget entry t; store "per_task" only."""
         self._state.drop(self._task(t))
-        self._held.fit(self._state)
+        self._fit()
 
     def rename(self, old: str, new: str) -> None:
         """What is remembered of parameter `old` counts for parameter `new` from now on."""
         self._state.rename(old, new)
-        self._held.rename(old, new)
-        self._held.fit(self._state)
+        self._tracked.rename(old, new)
+        self._fit()
 
     # -- reading -----------------------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module:
         """The model whose parameters are held."""
-        return self._held.model
+        return self._tracked.model
 
     @property
     def exclude(self) -> tuple[str, ...]:
@@ -417,10 +449,10 @@ class FusedMASPenalty(nn.Module):
         state = self._state
         numbers = {"format": FORMAT, "lam": state.lam, "scale": state.scale, "alpha": state.alpha}
         about = {**numbers, **settings}
-        if self._held.sharding is None:
+        if self._tracked.sharding is None:
             checkpoint.save(tensors, path, about)
         else:
-            self._held.sharding.on_first_rank(
+            self._tracked.sharding.on_first_rank(
                 tensors, lambda found: checkpoint.save(found, path, about)
             )
 
@@ -470,8 +502,8 @@ class FusedMASPenalty(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         found = {**self._state.tensors(), **self._pending.tensors()}
-        if self._held.sharding is not None:
-            found = self._held.sharding.join_state(found)
+        if self._tracked.sharding is not None:
+            found = self._tracked.sharding.join_state(found)
         destination.update({prefix + key: t.detach() for key, t in found.items()})
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -495,18 +527,18 @@ class FusedMASPenalty(nn.Module):
         return nn.modules.module._IncompatibleKeys([], [])
 
     def _load(self, found: Mapping[str, Tensor]) -> None:
-        self._held.follow(self._state)
-        theta = self._held.own_parameters()
-        if self._held.sharding is None:
+        view = self._tracked.view(self._consolidated())
+        theta = self._tracked.own_parameters(view)
+        if self._tracked.sharding is None:
             found = {key: whole_tensor(t) for key, t in found.items()}
         else:
-            found = self._held.sharding.own_state(found)
+            found = self._tracked.sharding.own_state(found)
         pending = self._pending.empty()
         observed = {key: t for key, t in found.items() if key.startswith("pending")}
         pending.load_tensors(observed, theta)
         self._state.load_tensors({k: t for k, t in found.items() if k not in observed}, theta)
         self._pending = pending
-        self._held.bind(self._state)
+        self._tracked.bind(self._state.memory.groups, view)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -522,7 +554,7 @@ class FusedMASPenalty(nn.Module):
             wide = any(v.dtype == torch.float64 for v in values)
             total = torch.stack([v.to(total.device, torch.float64) for v in values]).sum()
             total = total.to(torch.float64 if wide else torch.float32)
-        return total if self._held.sharding is None else self._held.sharding.sum(total)
+        return total if self._tracked.sharding is None else self._tracked.sharding.sum(total)
 
     def _task(self, t: int) -> int:
         if self._state.rule.store != "per_task":
@@ -531,34 +563,35 @@ class FusedMASPenalty(nn.Module):
             raise IndexError(f"t: got {t}, expected a number from 0 to {self.num_tasks - 1}")
         return t
 
-    def _gathered(self, batches: Iterable[Any], progress: bool = False) -> ImportanceSum:
+    def _gathered(
+        self, view: ModelView, batches: Iterable[Any], progress: bool = False
+    ) -> ImportanceSum:
         total = self._pending.empty()
-        gather(total, self.model, batches, progress=progress)
+        gather(total, view, batches, progress=progress)
         return total
 
-    def _mean(self, collect: Callable[[], ImportanceSum]) -> dict[str, Tensor]:
+    def _mean(self, view: ModelView, collect: Callable[[], ImportanceSum]) -> dict[str, Tensor]:
         """The mean over all ranks' samples of what each collects."""
-        theta = self._held.parameters()
-        total = self._ranks.sum(collect, self.model, theta)
+        theta = view.parameters()
+        summed = self._ranks.sum(lambda: collect().totals, view.model, theta)
+        total = self._pending.with_totals(summed)
         if total.sums and self._state.rule.merge == "consistent":
             total.refuse_rounding_noise(theta)
         # What was observed is still there if a check fails.
-        return total.mean() if total is self._pending else total.into_mean()
+        return total.mean() if total.sums is self._pending.sums else total.into_mean()
 
     def _add(
-        self, find: Callable[[], Mapping[str, Tensor]], weight: float, move_anchor: bool
+        self, find: Callable[[ModelView], Mapping[str, Tensor]], weight: float, move_anchor: bool
     ) -> None:
         """Merge the importance that is found while every rank has the whole model."""
-        held = self._held
-        held.follow(self._state)
-        with whole(self.model):
-            theta = held.parameters()
-            self._state.add_task(theta, find(), weight, move_anchor, held.sharding)
-        held.bind(self._state)
+        with self._tracked.whole(self._consolidated()) as view:
+            omega, sharding = find(view), self._tracked.sharding
+            self._state.add_task(view.parameters(), omega, weight, move_anchor, sharding)
+        self._tracked.bind(self._state.memory.groups, view)
 
     def _quadratic(self) -> dict[str, tuple[Tensor, Tensor]]:
-        self._held.bound(self._state)
-        join = self._held.join
+        self.bound()
+        join = self._tracked.join
         return {n: (join(n, w), join(n, a)) for n, (w, a) in self._state.quadratic().items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedMASPenalty:

@@ -164,7 +164,7 @@ def test_a_changed_model_is_followed_outside_of_the_graph(whole: bool) -> None:
     rest = penalty.omega["1.bias"].clone(), penalty.anchor["1.bias"].clone()
     model[1] = nn.Linear(3, 5).double()
     if whole:
-        with pytest.raises(Exception, match=r"HeldModel\.fit"):
+        with pytest.raises(Exception, match=r"FusedMASPenalty\._fit"):
             compiled()
         penalty()
     expected = (omega * (model[1].weight[:2] - anchor) ** 2).sum()

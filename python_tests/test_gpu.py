@@ -232,7 +232,7 @@ def on_gpu(batch: Any) -> Any:
 @pytest.mark.parametrize("name", test_exact.CASES)
 def test_every_model_gets_its_definition(name: str, dtype: torch.dtype) -> None:
     case, (model, batches) = test_exact.CASES[name], test_exact.prepared(name, dtype)
-    with test_exact.generic_way() as messages:
+    with test_exact.fallback_warnings() as messages:
         omega = test_exact.run(case, model.cuda(), [on_gpu(batch) for batch in batches])
     assert {t.device.type for t in omega.values()} == {"cuda"}
     expected, _ = test_exact.expected(name)
@@ -254,9 +254,9 @@ def convolutional() -> nn.Module:
     )
 
 
-@pytest.mark.filterwarnings("error:importance of .* takes the generic way:UserWarning")
+@pytest.mark.filterwarnings("error:importance of .* takes the fallback:UserWarning")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 5e-2)])
-def test_rounding_of_tensor_cores_is_no_reason_for_the_generic_way(
+def test_rounding_of_tensor_cores_is_no_reason_for_the_fallback(
     dtype: torch.dtype, tolerance: float
 ) -> None:
     """With TF32, as convolutions have by default, and in 16 bits: coarse, but the same importance."""
@@ -271,7 +271,7 @@ def test_rounding_of_tensor_cores_is_no_reason_for_the_generic_way(
     test_exact.assert_close({n: t.cpu() for n, t in omega.items()}, expected, tolerance)
 
 
-@pytest.mark.filterwarnings("error:importance of .* takes the generic way:UserWarning")
+@pytest.mark.filterwarnings("error:importance of .* takes the fallback:UserWarning")
 def test_nor_is_it_in_a_deep_network() -> None:
     """Whose errors of TF32 add up: ResNet-18."""
     model, x = networks.build(networks.IMPORTANCE["resnet18"], 6)

@@ -651,6 +651,7 @@ def test_the_public_names() -> None:
         "FisherSum",
         "FusedMASPenalty",
         "Trainer",
+        "check_importance",
         "estimate_fisher",
         "estimate_importance",
         "info",

@@ -15,7 +15,7 @@ from mas_ext.kernels import backends
 from mas_ext.kernels.warning import warn
 from mas_ext.methods.mas import MAS
 from mas_ext.scenarios import Tensors, from_datasets
-from mas_ext.state.merge_rules import Rule
+from mas_ext.state.merge_rules import MergeRule
 from mas_ext.state.quadratic import Consolidation
 
 
@@ -31,7 +31,7 @@ def line_of(category: type[Warning], message: str, call: Callable[[], object]) -
 def test_consolidation() -> None:
     frozen = nn.Linear(2, 1).requires_grad_(False)
     x, message = torch.randn(3, 2), "nothing is consolidated"
-    penalty, state = FusedMASPenalty(frozen, merge="latest"), Consolidation(Rule(), 1.0)
+    penalty, state = FusedMASPenalty(frozen, merge="latest"), Consolidation(MergeRule(), 1.0)
     for line in (
         line_of(RuntimeWarning, message, lambda: penalty.consolidate([x])),
         line_of(RuntimeWarning, message, lambda: penalty.adapt([x])),
@@ -69,7 +69,7 @@ class Scripted(nn.Module):
 
 def test_the_fallback_of_a_parameter() -> None:
     model, x = Scripted(), torch.randn(4, 2)
-    line = line_of(UserWarning, "takes the generic way", lambda: estimate_importance(model, [x]))
+    line = line_of(UserWarning, "takes the fallback", lambda: estimate_importance(model, [x]))
     assert "estimate_importance(model, [x])" in line
 
 

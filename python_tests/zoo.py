@@ -24,8 +24,8 @@ Forward = Callable[[Any, Any], Tensor]
 class Case(NamedTuple):
     """A model, its inputs, and what is known of it.
 
-    `may` names the parameters that may go the generic way, "*" standing for all; whatever is not in it has to
-    be fast. `must`: it can't go another way, so that the user has to be told. `noise` names parameters whose
+    `may` names the parameters that may take the fallback, "*" standing for all; whatever is not in it has to be
+    fast. `must`: it can't go another way, so that the user has to be told. `noise` names parameters whose
     gradient is zero but for rounding. `sizes` are those of the batches.
     """
 

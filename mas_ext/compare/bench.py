@@ -1,6 +1,6 @@
 """`mas-ext bench`: the time of one call of the penalty, beside other ways to compute it.
 
-benchmarks/penalty.py, which is in the repository alone, adds torch.compile, CUDA graphs, cold caches and bytes.
+benchmarks/penalty.py, which is not installed, adds torch.compile, CUDA graphs, cold caches and bytes.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ def parameters_of(model: str, device: str, dtype: str) -> nn.Module:
 def after_tasks(
     network: nn.Module, tasks: Sequence[int]
 ) -> tuple[dict[int, FusedMASPenalty], list[TaskState]]:
-    """The penalty after each number of tasks, ascending, and the state of the first tasks one by one.
+    """The penalty after each of these numbers of tasks, ascending, and the state of every single task.
 
-    Of more than one task it is as many as eager autograd has memory for. Omega: random numbers in [0, 1) plus
-    t / 100 for task t, counted from 0; the anchors are the parameters as they are.
+    The latter is of the first tasks only, as many as eager autograd has memory for, but at least one. Omega of
+    task t, counted from 0, is t / 100 plus random numbers in [0, 1); anchors are the parameters as they are.
     """
     if min(tasks) < 1:
         raise ValueError(f"tasks: got {tasks}, expected numbers from 1 up")
@@ -144,7 +144,7 @@ class Form(NamedTuple):
 def forms(
     network: nn.Module, penalties: Mapping[int, FusedMASPenalty], history: Sequence[TaskState]
 ) -> list[Form]:
-    """This library's forms, add_grad_ after one task first, and what others write for the same."""
+    """This library's forms, add_grad_ after one task first, and other ways to the same result."""
     theta = [*network.parameters()]
     grads = [p.grad for p in theta if p.grad is not None]
     state = [p.detach() for p in theta], grads, *history[0]
@@ -160,7 +160,7 @@ def forms(
 
 
 def backward(loss: Callable[[], Tensor]) -> None:
-    """The gradient of a loss."""
+    """Add the gradient of a loss to .grad."""
     loss().backward()
 
 

@@ -7,19 +7,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mas_ext.importance.accumulator import METHODS, ImportanceSum, Method, gather
+from mas_ext.importance.accumulator import (
+    ESTIMATORS,
+    EstimatorName,
+    ImportanceSum,
+    estimate,
+    gather,
+)
+from mas_ext.importance.evaluation import Forward
 from mas_ext.importance.fisher import FisherSum, estimate_fisher
 from mas_ext.importance.objectives import Objective
-from mas_ext.importance.single_samples import Forward
 from mas_ext.kernels.backends import Backend
 from mas_ext.parameters.names import check_patterns
 
 __all__ = [
-    "METHODS",
+    "ESTIMATORS",
+    "EstimatorName",
     "FisherSum",
     "Forward",
     "ImportanceSum",
-    "Method",
     "estimate_fisher",
     "estimate_importance",
     "gather",
@@ -29,7 +35,7 @@ __all__ = [
 def estimate_importance(
     model: nn.Module,
     batches: Iterable[Any],
-    method: Method = "exact",
+    method: EstimatorName = "exact",
     objective: Objective = "l2",
     forward: Forward | None = None,
     max_samples: int | None = None,
@@ -48,8 +54,8 @@ def estimate_importance(
     models whose samples interact. That all samples are there is then proven: once for each way through the
     model and each size of batch, which takes the time of two to five batches more; or, where data may decide
     where rows go (routing, indices, numbers that Python reads), batch by batch, for about twice the time.
-    What can't be proven takes the generic way, and a warning says so. Not found out: samples that interact,
-    but not among those that were run alone.
+    What can't be proven takes the fallback, which runs samples alone, and a warning says so; check_importance
+    tells why. Not found out: samples that interact, but not among those that were run alone.
 
     Args:
         model: any module. Parameters that require a gradient take part.
@@ -77,5 +83,4 @@ def estimate_importance(
     """
     check_patterns(model, exclude)
     total = ImportanceSum(method, objective, forward, exclude, max_outputs, backend)
-    gather(total, model, batches, max_samples, progress)
-    return total.into_mean()
+    return estimate(total, model, batches, max_samples, progress)

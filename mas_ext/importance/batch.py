@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
-from mas_ext.importance.single_samples import Evaluate, Totals, accumulate_gradients, zeros
+from mas_ext.importance.evaluation import Evaluate, Labelled
+from mas_ext.importance.gradients import Totals, accumulate_gradients, zeros
 from mas_ext.kernels.backends import Backend
 
 
 class Batch:
-    """sum over outputs of abs(sum over the batch of d objective / d theta): one backward pass an output.
+    """sum over outputs of abs(sum over the batch of d objective / d theta): one backward pass per output.
 
     Positive and negative samples cancel.
     """
 
     def __init__(self, backend: Backend) -> None:
-        """backend: see kernels.backends.serves."""
         self.backend = backend
 
     def __call__(
-        self, evaluate: Evaluate, batch: Any, samples: int, theta: Mapping[str, Tensor]
+        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
     ) -> tuple[Totals, Tensor]:
         """The sums by name, and the objectives."""
         _, values = evaluate(batch, samples)

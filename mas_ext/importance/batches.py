@@ -19,8 +19,8 @@ def mapped(batch: Any, f: Callable[[Tensor], Tensor]) -> Any:
         items = {key: mapped(item, f) for key, item in batch.items()}
         if not isinstance(batch, UserDict):
             return items
-        # A tokenizer's batch, for one: its items are attributes, too. Other mappings may share their
-        # items with a copy, which would then change those of the caller.
+        # A tokenizer's batch has its items as attributes, too. Other mappings may share their items with a
+        # copy, which would then change the caller's.
         kept = copy.copy(batch)
         kept.update(items)
         return kept
@@ -63,7 +63,7 @@ def size(batch: Any) -> int:
     return samples
 
 
-def part(batch: Any, start: int, stop: int) -> Any:
+def between(batch: Any, start: int, stop: int) -> Any:
     """The samples from start to stop."""
     return mapped(batch, lambda t: t[start:stop])
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mas_ext.failures import Diverged
-from mas_ext.importance import batches as batch_of
-from mas_ext.importance.accumulator import ImportanceSum, evaluating, gather
+from mas_ext.importance.accumulator import ImportanceSum, LabelSource, estimate
+from mas_ext.importance.evaluation import Forward
 from mas_ext.importance.exact.driver import Exact
-from mas_ext.importance.single_samples import Forward
 from mas_ext.kernels.backends import Backend
 from mas_ext.parameters.names import check_patterns
 
 Labels = Literal["true", "predicted", "sampled", "all", "normal"]
-LABELS = ("true", "predicted", "sampled", "all", "normal")
 IGNORED = -100  # positions without a label, as in torch.nn.functional.cross_entropy
 
 
@@ -28,7 +27,7 @@ def _log_probabilities(output: Tensor) -> Tensor:
     return (output if output.dtype.itemsize >= 4 else output.float()).log_softmax(-1)
 
 
-def _true_labels(batch: Any) -> Tensor:
+def _true_labels(batch: Any, output: Callable[[], Tensor], start: int) -> Tensor:
     """The batch's second item, or what a mapping calls "labels"."""
     if isinstance(batch, Mapping):
         labels = batch["labels"] if "labels" in batch else [*batch.values(), None][1]
@@ -42,65 +41,28 @@ def _true_labels(batch: Any) -> Tensor:
     return labels
 
 
-class FisherSum(ImportanceSum):
-    """The sum over samples of (d log p(y | x) / d theta)^2: see estimate_fisher."""
-
-    def __init__(
-        self,
-        labels: Labels = "true",
-        forward: Forward | None = None,
-        exclude: Sequence[str] = (),
-        seed: int = 0,
-        backend: Backend = "auto",
-    ) -> None:
-        """See estimate_fisher."""
-        if labels not in LABELS:
-            raise ValueError(f"labels: got {labels!r}, expected one of {LABELS}")
-        super().__init__(forward=forward, exclude=exclude, backend=backend)
-        self.labels, self.seed = labels, seed
-        self._model_forward = self.forward
-        self.forward = lambda model, pair: self._model_forward(model, pair["batch"])
-        self._values = {"all": _of_all, "normal": _of_normal}.get(labels, _of_labels)
-        self._estimator = Exact(backend, square=True)
-
-    def empty(self) -> FisherSum:
-        """A new sum of nothing, with the same settings."""
-        other = FisherSum(self.labels, self._model_forward, self.exclude, self.seed, self.backend)
-        other._estimator = self._estimator
-        return other
-
-    def add(self, model: nn.Module, batch: Any) -> None:
-        """Add a batch, as ImportanceSum.add; its labels are settled before its samples are told apart."""
-        pair = {"batch": batch}
-        if self.labels == "true":
-            pair["labels"] = _true_labels(batch)
-        elif self.labels in ("predicted", "sampled") and batch_of.size(batch):
-            pair["labels"] = self._own_labels(model, batch)
-        super().add(model, pair)
-
-    def refuse_rounding_noise(self, theta: Mapping[str, Tensor]) -> None:
-        """Nothing: squares vanish with the gradients of a network that has learned its labels."""
-
-    def _own_labels(self, model: nn.Module, batch: Any) -> Tensor:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        with evaluating(model, device), torch.no_grad():
-            output = self._model_forward(model, batch_of.copied(batch_of.to(batch, device)))
-            p = _log_probabilities(output).exp()
-        if self.labels == "predicted":
-            return p.argmax(-1)
-        if not p.isfinite().all():
-            raise Diverged(
-                "output: got NaN or Inf, expected finite logits to draw labels from; where training diverged, "
-                "a smaller lr or lam helps"
-            )
-        generator = torch.Generator(p.device).manual_seed(self.seed + self.samples)
-        drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator)
-        return drawn.view(p.shape[:-1])
+@torch.no_grad()
+def _predicted_labels(batch: Any, output: Callable[[], Tensor], start: int) -> Tensor:
+    return _log_probabilities(output()).exp().argmax(-1)
 
 
-def _of_labels(output: Tensor, pair: Any, samples: int) -> Tensor:
+@torch.no_grad()
+def _sampled_labels(batch: Any, output: Callable[[], Tensor], start: int, seed: int) -> Tensor:
+    p = _log_probabilities(output()).exp()
+    if not p.isfinite().all():
+        raise Diverged(
+            "output: got NaN or Inf, expected finite logits to draw labels from; where training diverged, "
+            "a smaller lr or lam helps"
+        )
+    generator = torch.Generator(p.device).manual_seed(seed + start)
+    drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator)
+    return drawn.view(p.shape[:-1])
+
+
+def _of_labels(output: Tensor, labels: Tensor | None, samples: int) -> Tensor:
     """log p of the labels, shape (samples, 1)."""
-    log_p, labels = _log_probabilities(output), pair["labels"]
+    assert labels is not None
+    log_p = _log_probabilities(output)
     if labels.shape != log_p.shape[:-1]:
         raise ValueError(
             f"labels: got shape {tuple(labels.shape)}, expected {tuple(log_p.shape[:-1])} for an output "
@@ -117,7 +79,7 @@ def _of_labels(output: Tensor, pair: Any, samples: int) -> Tensor:
     return picked.reshape(samples, -1).sum(1, keepdim=True)
 
 
-def _of_all(output: Tensor, pair: Any, samples: int) -> Tensor:
+def _of_all(output: Tensor, labels: Tensor | None, samples: int) -> Tensor:
     """sqrt(p) log p of every class, shape (samples, classes): squares of its gradients carry the weight p."""
     log_p = _log_probabilities(output)
     if log_p.dim() != 2:
@@ -127,9 +89,51 @@ def _of_all(output: Tensor, pair: Any, samples: int) -> Tensor:
     return log_p.detach().exp().sqrt() * log_p
 
 
-def _of_normal(output: Tensor, pair: Any, samples: int) -> Tensor:
+def _of_normal(output: Tensor, labels: Tensor | None, samples: int) -> Tensor:
     """Every output f_c, shape (samples, outputs): the mean over y of (d log p)^2 is sum_c (d f_c)^2."""
     return output.reshape(samples, -1)
+
+
+class FisherSum(ImportanceSum):
+    """The sum over samples of (d log p(y | x) / d theta)^2, gathered batch by batch.
+
+    Args:
+        labels: "true", "predicted", "sampled", "all" or "normal", see estimate_fisher.
+        forward: forward(model, batch) -> logits (samples, ..., classes); by default of the first item.
+        exclude: fnmatch patterns on the names of parameters to leave out.
+        seed: of the labels that are drawn.
+        backend: "auto", "native" or "reference".
+    """
+
+    def __init__(
+        self,
+        labels: Labels = "true",
+        forward: Forward | None = None,
+        exclude: Sequence[str] = (),
+        seed: int = 0,
+        backend: Backend = "auto",
+    ) -> None:
+        sources: dict[str, LabelSource | None] = {
+            "true": _true_labels,
+            "predicted": _predicted_labels,
+            "sampled": partial(_sampled_labels, seed=seed),
+            "all": None,
+            "normal": None,
+        }
+        if labels not in sources:
+            raise ValueError(f"labels: got {labels!r}, expected one of {tuple(sources)}")
+        super().__init__(
+            forward=forward,
+            exclude=exclude,
+            backend=backend,
+            estimator=Exact(backend, square=True),
+            values={"all": _of_all, "normal": _of_normal}.get(labels, _of_labels),
+            labels=sources[labels],
+        )
+        self.labels, self.seed = labels, seed
+
+    def refuse_rounding_noise(self, theta: Mapping[str, Tensor]) -> None:
+        """Refuse nothing: squares vanish with the gradients of a network that has learned its labels."""
 
 
 def estimate_fisher(
@@ -173,5 +177,4 @@ def estimate_fisher(
     """
     check_patterns(model, exclude)
     total = FisherSum(labels, forward, exclude, seed, backend)
-    gather(total, model, batches, max_samples, progress)
-    return total.into_mean()
+    return estimate(total, model, batches, max_samples, progress)

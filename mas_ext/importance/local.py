@@ -1,4 +1,4 @@
-"""`local`: l-MAS, the Hebbian variant: every layer for itself, in a forward pass alone."""
+"""`local`: l-MAS, the Hebbian variant: every layer by itself, from a forward pass."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mas_ext.importance.evaluation import Evaluate, Labelled
 from mas_ext.importance.exact.driver import Exact
-from mas_ext.importance.exact.layers import Layer, bias_use
-from mas_ext.importance.exact.nodes import Spot
+from mas_ext.importance.exact.layers import Layer
+from mas_ext.importance.exact.nodes import ParameterUse
 from mas_ext.importance.exact.rules import RULES
 from mas_ext.importance.exact.tracing import Tape
-from mas_ext.importance.single_samples import Evaluate, Totals, zeros
+from mas_ext.importance.gradients import Totals, zeros
 from mas_ext.kernels import backends
 from mas_ext.kernels.backends import Backend
 
@@ -29,20 +30,19 @@ class Local:
     """
 
     def __init__(self, backend: Backend) -> None:
-        """backend: see kernels.backends.serves."""
         self.backend = backend
         self._exact = Exact(backend)
 
     def __call__(
-        self, evaluate: Evaluate, batch: Any, samples: int, theta: Mapping[str, Tensor]
+        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
     ) -> tuple[Totals, Tensor]:
         """The sums by name, and the objectives of the model's output."""
         tape, values = self._run(evaluate, batch, samples, theta)
         if samples > 1 and not self._exact.knows(tape, batch):
             self._exact(evaluate, batch, samples, theta)
             tape, values = self._run(evaluate, batch, samples, theta)
-        outside = sorted(tape.misfits | self._exact.generic)
-        # What is not finite is no proof of a misfit; it is refused for that, later.
+        outside = sorted(tape.unhandled | self._exact.fallback.keys())
+        # Numbers that are not finite prove nothing of uses; they are refused for that, later.
         if outside and values.isfinite().all():
             raise ValueError(
                 f'importance of {", ".join(outside)}: "local" is that of layers, and the model uses this '
@@ -51,7 +51,7 @@ class Local:
         return zeros(theta) | tape.finish(), values
 
     def _run(
-        self, evaluate: Evaluate, batch: Any, samples: int, theta: Mapping[str, Tensor]
+        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
     ) -> tuple[_LocalTape, Tensor]:
         serves = backends.serves(next(iter(theta.values())).device, self.backend)
         layouts = self._exact.layouts(theta)
@@ -67,12 +67,12 @@ class _Pending(NamedTuple):
     y: Tensor
     x: Tensor
     layer: Layer
-    spots: Sequence[Spot | None]
+    uses: Sequence[ParameterUse | None]
     bias: Tensor | None
 
 
 class _LocalTape(Tape):
-    """Notes uses on the way forward, where more may come until the end: the gradient of |y|^2 is 2 y."""
+    """Records gradients on the way forward, where a ReLU may still come: the gradient of |y|^2 is 2 y."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -85,22 +85,22 @@ class _LocalTape(Tape):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        spots: Sequence[Spot | None],
+        uses: Sequence[ParameterUse | None],
     ) -> Tensor:
         """The layer, its input held constant."""
         y = layer.forward(x, weight, bias)
-        self._pending[id(y)] = _Pending(y, x, layer, spots, bias)
+        self._pending[id(y)] = _Pending(y, x, layer, uses, bias)
         return y
 
-    def _spread(
-        self, spot: Spot, p: Tensor, shape: Sequence[int], y_shape: Sequence[int]
+    def _broadcast(
+        self, use: ParameterUse, p: Tensor, shape: Sequence[int], y_shape: Sequence[int]
     ) -> Tensor:
-        self.misfits.add(spot.slot.name)
-        return super()._spread(spot, p, shape, y_shape)
+        self.unhandled.add(use.source.name)
+        return p.view(tuple(shape)).expand(tuple(y_shape))
 
     @torch.no_grad()
     def before(self, func: Callable[..., Any], args: Sequence[Any]) -> None:
-        """What a function does to outputs shows whether they count as they are."""
+        """Settle the layers whose outputs a function takes: it shows whether a ReLU is next."""
         for t in args:
             if id(t) in self._pending:
                 self._settle(self._pending.pop(id(t)), after_relu=func in _RELU)
@@ -109,12 +109,12 @@ class _LocalTape(Tape):
                 self._settle(self._pending.pop(key), after_relu=False)
 
     def _settle(self, pending: _Pending, after_relu: bool) -> None:
-        y, x, layer, (weight_spot, bias_spot), bias = pending
+        y, x, layer, (weight_use, bias_use), bias = pending
         grad = 2 * (F.relu(y) if after_relu else y)
-        if weight_spot is not None:
-            self.note(weight_spot, layer.weight_use(grad, x, weight_spot.fold))
-        if bias_spot is not None and bias is not None:
-            self.note(bias_spot, bias_use(layer, grad, bias, bias_spot.fold))
+        if weight_use is not None:
+            self.record(weight_use, layer.weight_gradients(grad, x, weight_use.layout))
+        if bias_use is not None and bias is not None:
+            self.record(bias_use, layer.bias_gradients(grad, bias, bias_use.layout))
 
     @torch.no_grad()
     def finish(self) -> Totals:

@@ -1,9 +1,9 @@
-"""What the importance is the sensitivity of: one or several numbers per sample, from the output."""
+"""What importance is the sensitivity of: one or several numbers per sample, from the output."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -12,19 +12,19 @@ Objective = Literal["l2", "l1", "vector"] | Callable[[Tensor], Tensor]
 NAMES = ("l2", "l1", "vector")
 
 
-def check(objective: Objective) -> None:
+def check_objective(objective: Objective) -> None:
     """Raise a ValueError unless the objective is one of the names or a callable."""
     if not callable(objective) and objective not in NAMES:
         raise ValueError(f"objective: got {objective!r}, expected one of {NAMES} or a callable")
 
 
 def values(
-    output: Tensor, batch: Any, samples: int, objective: Objective, max_outputs: int
+    output: Tensor, labels: Tensor | None, samples: int, objective: Objective, max_outputs: int
 ) -> Tensor:
     """The objective per sample, shape (samples, K): K = 1, and the number of outputs for "vector".
 
     "l2": sum of squared outputs (Aljundi et al. 2018, section 4.1); "l1": sum of absolute outputs;
-    "vector": every output for itself; a callable: output -> tensor of shape (samples,).
+    "vector": every output by itself; a callable: output -> tensor of shape (samples,). Labels play no part.
     """
     if not isinstance(output, Tensor):
         raise TypeError(

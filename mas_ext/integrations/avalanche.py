@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mas_ext.compat import AveragedFromFirst, BatchMeans
-from mas_ext.importance import FisherSum, ImportanceSum
-from mas_ext.importance import Method as Importance
+from mas_ext.importance import EstimatorName, FisherSum, ImportanceSum
 from mas_ext.importance.fisher import Labels
 from mas_ext.importance.objectives import Objective
 from mas_ext.integrations.loading import own_part
@@ -108,14 +107,13 @@ class MASPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
         alpha: float = 0.5,
         verbose: bool = False,
         *,
-        importance: Importance | Literal["avalanche"] = "exact",
+        importance: EstimatorName | Literal["avalanche"] = "exact",
         objective: Objective = "l2",
         merge: Merge | None = None,
         step: Mode = "gradient",
         exclude: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        """See the class."""
         super().__init__(step)
         check_share(alpha, "alpha")
         self.verbose = verbose
@@ -129,11 +127,9 @@ class MASPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
         self._options = {"lam": lambda_reg, "exclude": exclude, **rule, **options}
 
     def build(self, model: nn.Module) -> FusedMASPenalty:
-        """See QuadraticPlugin."""
         return self._kind(model, importance=self._estimator, **self._options)
 
     def consolidate(self, penalty: FusedMASPenalty, batches: Iterable[Any]) -> None:
-        """See QuadraticPlugin."""
         penalty.consolidate(batches, progress=self.verbose)
 
 
@@ -170,7 +166,6 @@ class EWCPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
         exclude: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        """See the class."""
         super().__init__(step)
         if mode not in ("separate", "online"):
             raise ValueError(f"mode: got {mode!r}, expected 'separate' or 'online'")
@@ -192,7 +187,6 @@ class EWCPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
         self._options = {"lam": ewc_lambda, "exclude": exclude, **rule, **options}
 
     def build(self, model: nn.Module) -> FusedMASPenalty:
-        """See QuadraticPlugin."""
         return FusedMASPenalty(model, importance=self._estimator, **self._options)
 
 
@@ -226,7 +220,6 @@ class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  #
         step: Mode = "gradient",
         **options: Any,
     ) -> None:
-        """See the class."""
         super().__init__(step)
         if not eps > 0:
             raise ValueError(f"eps: got {eps}, expected more than 0")
@@ -237,12 +230,10 @@ class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  #
         self._path = PathIntegral({})
 
     def build(self, model: nn.Module) -> FusedMASPenalty:
-        """See QuadraticPlugin."""
         exclude = _excluded(model, self._excluded)
         return FusedMASPenalty(model, merge="latest", exclude=exclude, **self._options)
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """See QuadraticPlugin."""
         super().before_training_exp(strategy, *args, **kwargs)
         assert self.penalty is not None
         experience = strategy.clock.train_exp_counter
@@ -251,7 +242,6 @@ class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  #
         self._path = PathIntegral(theta)
 
     def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """See QuadraticPlugin."""
         self._path.before_step(strategy.optimizer, (), {})
         super().before_update(strategy, *args, **kwargs)
 

@@ -53,7 +53,6 @@ class MASCallback(Callback):
         name: str = "",
         **options: Any,
     ) -> None:
-        """See the class."""
         check_mode(mode)
         check_batches(batches)
         self.lam, self.batches, self.mode, self.name, self.options = (

@@ -37,7 +37,7 @@ Of = Literal["tokens", "logits", "hidden"]
 
 
 class ModelOutput:
-    """What of a model's output importance is the sensitivity of: a `forward` for FusedMASPenalty.
+    """A `forward` for FusedMASPenalty: the part of a model's output whose sensitivity is the importance.
 
     "tokens": the logits of the tokens that follow in the text, (N, positions - 1, 1);
     "logits": those of every position, (N, positions, vocabulary);
@@ -53,7 +53,6 @@ class ModelOutput:
     """
 
     def __init__(self, of: Of = "tokens", last: int | None = None) -> None:
-        """See the class."""
         if of not in ("tokens", "logits", "hidden"):
             raise ValueError(f"of: got {of!r}, expected 'tokens', 'logits' or 'hidden'")
         if last is not None and last < 1:
@@ -116,7 +115,6 @@ class MASCallback(TrainerCallback):
         forward: Forward | None = None,
         **options: Any,
     ) -> None:
-        """See the class."""
         check_mode(mode)
         check_batches(batches)
         self.batches, self.mode = batches, mode
@@ -200,7 +198,6 @@ class MASTrainerMixin:
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """See Trainer."""
         own: Any = super()
         loss, outputs = own.compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs

@@ -1,1 +1,1 @@
-"""The kernels: operators (ops), their compiled implementation (native) and specification (reference)."""
+"""The kernels, one file each: specification in plain PyTorch, compiled call, operator and gradient."""

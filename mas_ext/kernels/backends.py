@@ -99,5 +99,5 @@ def _lowered(argument: Any) -> Any:
     if isinstance(argument, torch.dtype):
         return DTYPES[argument]
     if isinstance(argument, (list, tuple)):
-        return [_lowered(x) for x in argument]
+        return [x.data_ptr() if isinstance(x, Tensor) else _lowered(x) for x in argument]
     return argument

@@ -1,4 +1,4 @@
-"""The steps of SGD and AdamW with the penalty inside, as a gradient before or a proximal step behind.
+"""The steps of SGD and AdamW with the penalty inside, as a gradient before or a proximal step after.
 
 Of float32 parameters SGD moves 28 bytes each with momentum and 20 without, AdamW 36, and 44 with amsgrad.
 """
@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from mas_ext.kernels.backends import launch
-from mas_ext.kernels.checks import (
-    Checked,
-    check_like,
-    check_partial_state,
-    check_tensors,
-    copy_back,
-)
+from mas_ext.kernels.checks import check_like, check_partial_state, check_tensors, copy_back
 from mas_ext.kernels.dtypes import compute_dtype
 from mas_ext.kernels.flat_state import STATE, State
 from mas_ext.kernels.penalty import gradients
@@ -34,7 +28,7 @@ _AMP = "bool proximal, Tensor? scale, Tensor? overflow"
 def _gradient(
     x: Tensor, i: int, grad: Tensor, state: State, proximal: bool, scale: Tensor | None
 ) -> Tensor:
-    """The gradient of tensor i, unscaled, with the penalty's unless that comes behind the step."""
+    """The gradient of tensor i, unscaled, with the penalty's unless that comes after the step."""
     dtype = compute_dtype(x.dtype)
     g = grad.to(dtype) if scale is None else grad.to(dtype) * (1 / scale.double()).to(dtype)
     if proximal or state.offsets[i] < 0:
@@ -59,7 +53,6 @@ def _put(t: Tensor, new: Tensor, overflow: Tensor | None) -> None:
 
 def _launch(
     kernel: str,
-    known: Checked,
     theta: Sequence[Tensor],
     grad: Sequence[Tensor],
     moments: Mapping[str, Sequence[Tensor]],
@@ -69,6 +62,7 @@ def _launch(
     scale: Tensor | None,
     overflow: Tensor | None,
 ) -> None:
+    known = check_tensors("theta", theta, state.offsets)
     compiled = check_partial_state(known, state) if len(state.alpha) else None
     grad = check_like("grad", grad, known, known.dtype)
     written = [check_like(name, m, known, known.dtype) for name, m in moments.items()]
@@ -126,17 +120,16 @@ def sgd_(
     scale: Tensor | None,
     overflow: Tensor | None,
 ) -> None:
-    """One step of torch.optim.SGD with the penalty's gradient, or its proximal step of length eta behind it.
+    """One step of torch.optim.SGD with the penalty's gradient, or its proximal step of length eta after it.
 
     A tensor with an offset of -1 is stepped without the penalty. Without momentum there are no buffers;
     `first`: they are empty yet. Gradients are `scale` times too large, and nothing happens where `overflow`
     is not 0: float32 scalars, or None.
     """
     if state.native:
-        known = check_tensors("theta", theta, state.offsets)
         moments = {"momentum_buffer": momentum_buffer} if momentum else {}
         numbers = (lr, momentum, dampening, weight_decay, eta, nesterov, first)
-        _launch("sgd", known, theta, grad, moments, state, numbers, proximal, scale, overflow)
+        _launch("sgd", theta, grad, moments, state, numbers, proximal, scale, overflow)
         return
     for i, (x, g) in enumerate(zip(theta, grad, strict=True)):
         dtype = compute_dtype(x.dtype)
@@ -172,21 +165,20 @@ def adamw_(
     scale: Tensor | None,
     overflow: Tensor | None,
 ) -> None:
-    """One step of torch.optim.AdamW with the penalty's gradient, or its proximal step behind it, as sgd_.
+    """One step of torch.optim.AdamW with the penalty's gradient, or its proximal step after it, as sgd_.
 
     `step`: float32 scalars, which grow by 1. max_exp_avg_sq is empty without amsgrad. The proximal step's
     length is lr / (sqrt(v_hat) + eps).
     """
     if state.native:
-        known = check_tensors("theta", theta, state.offsets)
         moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         if max_exp_avg_sq:
             moments["max_exp_avg_sq"] = max_exp_avg_sq
         if len(step) != len(theta):
             raise ValueError(f"step: got {len(step)} tensors, expected {len(theta)}")
-        counts = [_address("step", t, known.device) for t in step]
+        counts = [_address("step", t, theta[0].device) for t in step]
         numbers = (counts, lr, beta1, beta2, eps, weight_decay)
-        _launch("adamw", known, theta, grad, moments, state, numbers, proximal, scale, overflow)
+        _launch("adamw", theta, grad, moments, state, numbers, proximal, scale, overflow)
         return
     for i, (x, g) in enumerate(zip(theta, grad, strict=True)):
         dtype = compute_dtype(x.dtype)

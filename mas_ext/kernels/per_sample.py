@@ -36,7 +36,7 @@ _seen = WeakTensorKeyDictionary()
 
 
 def _range(rows: Tensor) -> tuple[int, int]:
-    """The least and the greatest row; remembered, because to look waits for the device."""
+    """The least and the greatest row; kept, because looking waits for the device."""
     if rows.numel() == 0:
         return 0, -1
     if rows.is_inference():  # has no version that would tell of a change
@@ -130,7 +130,7 @@ def _plain(omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None, squa
         g, x = g.view(batch, groups, outputs), x.view(batch, groups, channels)
         omega[:, :, 0].baddbmm_(g.permute(1, 2, 0), x.transpose(0, 1))
         return
-    # The operands are held twice, as gathered and as bmm wants them.
+    # The operands take memory twice: gathered, and as bmm wants them.
     operands = positions * groups * (outputs + taps * channels) + input[:1].numel()
     size = (2 * operands + 2 * omega.numel()) * omega.element_size()
     step = max(1, _TEMPORARY // max(size, 1))

@@ -11,12 +11,10 @@ import torch
 
 from mas_ext.kernels.flat_state import State
 
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _library = torch.library.Library("mas_ext", "DEF")
-# Every operator's name.
-REGISTERED: list[str] = []
 
 
 def _nothing(*args: Any) -> None:
@@ -28,7 +26,7 @@ def operator(
     shapes: Callable[..., Any] = _nothing,
     keep: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Register a function of tensors as torch.ops.mas_ext.NAME, and put a call of that in its place.
 
     A parameter called `state` is a State for Python, and its fields one by one for the operator.
@@ -41,7 +39,7 @@ def operator(
         backward: called with (ctx, *gradients of the outputs), returns those of the flat inputs.
     """
 
-    def register(kernel: Callable[P, R]) -> Callable[P, R]:
+    def register(kernel: Callable[_P, _R]) -> Callable[_P, _R]:
         name = kernel.__name__
         parameters = list(inspect.signature(kernel).parameters)
         start = parameters.index("state") if "state" in parameters else len(parameters)
@@ -60,7 +58,6 @@ def operator(
             torch.library.register_autograd(
                 f"mas_ext::{name}", backward, setup_context=keep, lib=_library
             )
-        REGISTERED.append(name)
         flat = getattr(torch.ops.mas_ext, name).default
 
         @functools.wraps(kernel)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mas_ext.importance import ImportanceSum
-from mas_ext.importance import Method as Importance
+from mas_ext.importance import EstimatorName, ImportanceSum
 from mas_ext.importance.objectives import Objective
 from mas_ext.methods.quadratic import Estimated
 from mas_ext.optim.hooks import Mode
@@ -32,7 +31,7 @@ class MAS(Estimated):
     """
 
     lam: float = 1.0
-    importance: Importance = "exact"
+    importance: EstimatorName = "exact"
     objective: Objective = "l2"
     merge: Merge = "latest"
     alpha_sum: AlphaSum = "tasks"

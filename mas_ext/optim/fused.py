@@ -30,7 +30,7 @@ from mas_ext.optim.step_size import STEP_SIZES, StepSizes, adam_steps, sgd_eta, 
 from mas_ext.parameters.names import is_sharded
 from mas_ext.state.buffers import Group
 
-# What torch's optimizers can do besides, and these can't.
+# Options of torch's optimizers that these lack.
 _REFUSED = ("foreach", "maximize", "differentiable")
 
 
@@ -38,7 +38,7 @@ _REFUSED = ("foreach", "maximize", "differentiable")
 class _Bucket:
     """Parameters of one device and dtype that one call steps, with the offsets of their state in its group.
 
-    An offset of -1 is a parameter without a penalty; no group is a bucket of such alone.
+    An offset of -1 is a parameter without a penalty; a bucket of only such parameters has no group.
     """
 
     group: Group | None = None
@@ -88,7 +88,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, with the penalty's gradient in it or its proximal step behind it."""
+        """One step, with the penalty's gradient in it or its proximal step after it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -105,7 +105,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; what this optimizer can't do is refused."""
         super().add_param_group(param_group)
         self._check()
 
@@ -194,12 +193,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     as they are. A parameter without .grad gets one in gradient mode, as by add_grad_.
 
     Args:
-        params: as torch's.
+        params, momentum, dampening, weight_decay, nesterov: as torch's.
         lr: a number, or a tensor on the CPU.
-        momentum: as torch's.
-        dampening: as torch's.
-        weight_decay: as torch's.
-        nesterov: as torch's.
 
     Raises:
         ValueError: foreach, maximize or differentiable, in a group of parameters.
@@ -256,12 +251,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     gradient mode, as by add_grad_.
 
     Args:
-        params: as torch's.
+        params, betas, eps, weight_decay, amsgrad: as torch's.
         lr: a number, or a tensor on the CPU.
-        betas: as torch's.
-        eps: as torch's.
-        weight_decay: as torch's.
-        amsgrad: as torch's.
 
     Raises:
         ValueError: foreach, maximize or differentiable, in a group of parameters.

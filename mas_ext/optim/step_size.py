@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mas_ext.state.merge_rules import check_factor
+
 
 class Step(NamedTuple):
     """Parameters that share a step size: eta, or eta / (sqrt(v correction) + eps) with v by parameter's id."""
@@ -25,8 +27,7 @@ StepSizes = Callable[[dict[str, Any], Mapping[Tensor, Mapping[str, Any]]], Itera
 
 def constant(eta: float) -> StepSizes:
     """The step size eta for all parameters; a ValueError unless it is finite and at least 0."""
-    if not 0 <= eta < float("inf"):
-        raise ValueError(f"eta: got {eta}, expected a finite number from 0 up")
+    eta = check_factor(eta, "eta")
     return lambda group, state: iter([Step(group["params"], eta)])
 
 

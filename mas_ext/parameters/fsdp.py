@@ -1,7 +1,7 @@
-"""Models under fully_shard (FSDP2): their parameters whole for a while, and what is remembered in shards.
+"""Models under fully_shard (FSDP2): whole parameters for a while, and a state that is sharded like them.
 
-Nothing of torch.distributed is imported here that the model's own sharding has not: it takes long, and torch
-may be built without it.
+Nothing of torch.distributed is imported here unless the model's own sharding has imported it: that takes long,
+and torch may be built without it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mas_ext.parameters.names import Binding, check_whole, is_sharded, named_parameters
+from mas_ext.parameters.names import Binding, ModelView, check_whole, is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,17 +31,20 @@ def _units(model: nn.Module) -> list[Any]:
     fsdp = sys.modules.get(_FSDP)
     if fsdp is None:
         return []
+    units = []
     for name, module in model.named_modules():
         if isinstance(module, fsdp.FullyShardedDataParallel):
             raise TypeError(
                 f"model: got FullyShardedDataParallel at {name!r}, expected fully_shard (FSDP2) or "
                 "DistributedDataParallel"
             )
-    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+        if isinstance(module, fsdp.FSDPModule):
+            units.append(module)
+    return units
 
 
 def _resharded(model: nn.Module) -> list[Any]:
-    """Those modules, with their sharded parameters in place."""
+    """The modules that fully_shard was applied to, with their sharded parameters in place."""
     units = _units(model)
     for unit in units:
         unit.reshard()
@@ -49,7 +52,7 @@ def _resharded(model: nn.Module) -> list[Any]:
 
 
 def _fsdp_parameters(model: nn.Module) -> list[Any]:
-    """What fully_shard keeps of each parameter: its `sharded_param`, whatever hangs in the module now.
+    """FSDP's own records of the parameters; their `sharded_param` is the same whatever hangs in the module now.
 
     Where a unit is not resharded after its forward pass, as the root, whole parameters hang in the modules
     until the backward pass, and nothing public tells which sharded ones they stand for.
@@ -70,19 +73,19 @@ def group_of(model: nn.Module) -> ProcessGroup | None:
     return parameters[0].sharded_param.device_mesh.get_group() if parameters else None
 
 
-def present_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """named_parameters as the optimizer knows them: under fully_shard, the sharded ones."""
+def optimizer_view(model: nn.Module, exclude: Sequence[str] = ()) -> ModelView:
+    """The view of a model as its optimizer knows it: under fully_shard, the sharded parameters are in place."""
     _resharded(model)
-    return named_parameters(model, exclude)
+    return ModelView(model, exclude)
 
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Every rank has whole parameters in the model, and FSDP's hooks rest; then all is as it was.
+    """Put whole parameters into the model on every rank, without FSDP's hooks; afterwards all is as it was.
 
-    To be entered by all ranks together. Inside there is no communication: each runs the model as often as
-    its own samples need, where FSDP's hooks would wait for passes that other ranks don't make. That takes the
-    memory of all parameters on each rank, in their own dtype.
+    All ranks enter together. Inside there is no communication: each rank runs the model as often as its own
+    samples need, where FSDP's hooks would wait for passes that other ranks don't make. It takes the memory of
+    all parameters on each rank, in their own dtype.
     """
     units = _resharded(model)
     modules = [*model.modules()] if units else []
@@ -96,7 +99,7 @@ def whole(model: nn.Module) -> Iterator[None]:
     for _, _, p in parameters:
         if id(p) not in found:
             found[id(p)] = nn.Parameter(whole_tensor(p.detach()), p.requires_grad)
-    # Everything that changes for a while: (dictionary, key, what is there, what shall be).
+    # Everything that changes for a while: (dictionary, key, old value, new value).
     changes: list[tuple[dict[str, Any], str, Any, Any]] = [
         (owner, key, p, found[id(p)]) for owner, key, p in parameters
     ]
@@ -119,11 +122,11 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 def whole_tensor(t: Tensor) -> Tensor:
-    """The whole of a tensor; if it is sharded, to be called by all ranks together."""
+    """The whole of a tensor, which is its own if it is not sharded; all ranks call it together."""
     return t.full_tensor() if is_sharded(t) else t
 
 
-def local(tensors: Iterable[Any]) -> list[Tensor]:
+def local_parts(tensors: Iterable[Any]) -> list[Tensor]:
     """This rank's parts of sharded tensors, differentiable."""
     return [t.to_local() for t in tensors]
 
@@ -131,15 +134,13 @@ def local(tensors: Iterable[Any]) -> list[Tensor]:
 class ShardedBinding(Binding):
     """Finds the sharded parameters also while FSDP has whole ones in their places."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        """See Binding."""
-        _resharded(model)
-        super().__init__(model, names)
-        kept = {id(p.sharded_param): p for p in _fsdp_parameters(model)}
+    def __init__(self, view: ModelView, names: Sequence[str]) -> None:
+        super().__init__(view, names)
+        _resharded(view.model)
+        kept = {id(p.sharded_param): p for p in _fsdp_parameters(view.model)}
         self._kept = [kept[id(p)] for p in super().parameters()]
 
     def parameters(self) -> list[Tensor]:
-        """See Binding."""
         return [p.sharded_param for p in self._kept]
 
 
@@ -151,18 +152,18 @@ class _Shard(NamedTuple):
     shape: tuple[int, ...]
 
     def rows(self, number: int) -> _Shard:
-        """That of a stack of such tensors."""
+        """The layout of a stack of such tensors."""
         return _Shard(self.mesh, self.dim + 1, (number, *self.shape))
 
     def own(self, t: Tensor) -> Tensor:
-        """This rank's piece of a tensor, which may be sharded in any way."""
+        """This rank's piece of a tensor that may be whole or sharded in any way."""
         t = whole_tensor(t.detach())
         rank, pieces = self.mesh.get_local_rank(), t.chunk(self.mesh.size(), self.dim)
         piece = pieces[rank] if rank < len(pieces) else t.narrow(self.dim, 0, 0)
         return piece.clone(memory_format=torch.contiguous_format)  # no view that keeps the whole
 
     def join(self, own: Tensor) -> Tensor:
-        """The tensor that every rank has its own piece of."""
+        """The sharded tensor, from every rank's own piece."""
         from torch.distributed.tensor import DTensor, Shard
 
         like = torch.empty(self.shape, device="meta")
@@ -173,7 +174,7 @@ class _Shard(NamedTuple):
 
 
 def _shard_of(name: str, p: Tensor) -> _Shard:
-    """How a parameter lies; a TypeError that names it unless it is sharded once, over one mesh dimension."""
+    """How a parameter is sharded; a TypeError that names it unless once, over a mesh of one dimension."""
     from torch.distributed.tensor import DTensor, Shard
 
     if not isinstance(p, DTensor):
@@ -191,14 +192,16 @@ def _shard_of(name: str, p: Tensor) -> _Shard:
 
 
 class Sharding:
-    """How the parameters of one model, and what is remembered of them, lie over the ranks."""
+    """How the parameters of one model, and the state that belongs to them, are spread over the ranks.
+
+    Args:
+        theta: parameters by name, as fully_shard left them; at least one.
+
+    Raises:
+        TypeError: a parameter that is sharded in another way, or not at all.
+    """
 
     def __init__(self, theta: Mapping[str, Tensor]) -> None:
-        """theta: by name, as fully_shard left them; at least one.
-
-        Raises:
-            TypeError: a parameter that is sharded in another way, or not at all.
-        """
         self._shards = {name: _shard_of(name, p) for name, p in theta.items()}
         first, *others = self._shards.items()
         for name, shard in others:
@@ -212,7 +215,7 @@ class Sharding:
 
     @staticmethod
     def of(model: nn.Module, theta: Mapping[str, Tensor]) -> Sharding | None:
-        """That of these parameters of a model; None where each rank has the whole.
+        """The sharding of these parameters of a model; None where each rank has the whole.
 
         Raises:
             TypeError: parameters that are sharded in another way, or only some of them.
@@ -231,15 +234,15 @@ class Sharding:
                 )
         return found
 
-    def follow(self, theta: Mapping[str, Tensor], remembered: Collection[str]) -> None:
-        """Take over how the parameters lie now.
+    def follow(self, theta: Mapping[str, Tensor], consolidated: Collection[str]) -> None:
+        """Take over how the parameters are sharded now.
 
         Raises:
-            TypeError: as when made.
-            ValueError: one that is remembered lies otherwise than before.
+            TypeError: a parameter that is sharded in another way, or not at all.
+            ValueError: a consolidated parameter that is sharded otherwise than before.
         """
         now = Sharding(theta)._shards
-        for name in now.keys() & self._shards.keys() & set(remembered):
+        for name in now.keys() & self._shards.keys() & set(consolidated):
             before = self._shards[name]
             if now[name] != before:
                 raise ValueError(
@@ -250,7 +253,7 @@ class Sharding:
         self._shards |= now
 
     def rename(self, old: str, new: str) -> None:
-        """What is known of one name holds for another."""
+        """Let what is known of one name hold for another."""
         self._shards[new] = self._shards[old]
 
     def own(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -258,27 +261,27 @@ class Sharding:
         return {name: self._shards[name].own(t) for name, t in named.items()}
 
     def join(self, name: str, own: Tensor) -> Tensor:
-        """The tensor like a parameter that every rank has its own piece of."""
+        """The sharded tensor like a parameter, from every rank's own piece."""
         return self._shards[name].join(own)
 
     def sum(self, value: Tensor) -> Tensor:
-        """A value summed over the ranks, the same bits on all; its gradient is that of the own part."""
+        """A value summed over the ranks, the same bits on all; its gradient is the gradient of the own part."""
         total = value.detach().clone()
         dist.all_reduce(total, group=self.group)
         return value - value.detach() + total
 
     def share(self, remainders: Tensor) -> None:
-        """An equal share for every rank of what they have added up, each from its own pieces."""
+        """Give every rank an equal share of the sum over the ranks, in place."""
         dist.all_reduce(remainders, group=self.group)
         remainders /= self._ranks
 
     # -- a state: omega.NAME and anchor.NAME of shape (rows, *shape), remainder.NAME, and others -------
 
     def join_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """That of all ranks, from this one's.
+        """The state of all ranks, from this one's.
 
         Raises:
-            RuntimeError: samples that were observed; each rank has its own.
+            RuntimeError: there are observed samples, of which each rank has its own.
         """
         _refuse_observed(state)
         found = dict(state)
@@ -291,12 +294,12 @@ class Sharding:
         return found
 
     def own_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's, from that of all: sharded in any way, or whole.
+        """This rank's state, from the state of all ranks, whose tensors are whole or sharded in any way.
 
         Raises:
             ValueError: a shape that does not fit.
             KeyError: a parameter that the model lacks.
-            RuntimeError: samples that were observed.
+            RuntimeError: there are observed samples.
         """
         _refuse_observed(state)
         found = dict(state)
@@ -317,7 +320,7 @@ class Sharding:
         return found
 
     def on_first_rank(self, state: Mapping[str, Tensor], write: Callable[[Named], None]) -> None:
-        """Call `write` with the whole tensors on the first rank; an error there is one on all ranks."""
+        """Call `write` with the whole tensors on the first rank; an error there is raised on all ranks."""
         first = dist.get_rank(self.group) == 0
         whole_state = {}
         for key, t in state.items():

@@ -22,22 +22,25 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MISSING = torch.empty(0, device="meta")
 
 Layout = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
-Path = tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
+# A module as a child: its parent's dictionary of children, its key there, and itself.
+_Child = tuple[dict[str, nn.Module | None], str, nn.Module]
 
 
-class _Slot(NamedTuple):
-    """Where a parameter hangs: its module's dictionary, and the module's own place in its parents."""
+class _Place(NamedTuple):
+    """Where a parameter hangs: its module's dictionary, its key there, and the modules on the way."""
 
     parameter: nn.Parameter
     owner: dict[str, nn.Parameter | None]
     key: str
-    path: Path
+    path: tuple[_Child, ...]
 
 
-def _walk(module: nn.Module, prefix: str, path: Path) -> Iterator[tuple[str, _Slot]]:
+def _walk(
+    module: nn.Module, prefix: str = "", path: tuple[_Child, ...] = ()
+) -> Iterator[tuple[str, _Place]]:
     for key, parameter in module._parameters.items():
         if parameter is not None:
-            yield prefix + key, _Slot(parameter, module._parameters, key, path)
+            yield prefix + key, _Place(parameter, module._parameters, key, path)
     for key, child in module._modules.items():
         if child is not None:
             hidden = key in _WRAPPERS or (key == "module" and isinstance(module, PARALLEL))
@@ -45,27 +48,38 @@ def _walk(module: nn.Module, prefix: str, path: Path) -> Iterator[tuple[str, _Sl
             yield from _walk(child, inner, (*path, (module._modules, key, child)))
 
 
-def _slots(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, _Slot]:
-    found: dict[int, tuple[str, _Slot]] = {}
-    excluded = set()
-    for name, slot in _walk(model, "", ()):
-        found.setdefault(id(slot.parameter), (name, slot))
-        if any(fnmatchcase(name, pattern) for pattern in exclude):
-            excluded.add(id(slot.parameter))
-    return {name: slot for key, (name, slot) in found.items() if key not in excluded}
-
-
-def named_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """The model's parameters by name, each once, without the excluded ones.
+class ModelView:
+    """A model and the places of its parameters by name: one walk, handed down for the length of a call.
 
     Names are those of the bare model: wrappers by torch.compile, DDP, DataParallel, FSDP and activation
     checkpointing leave no trace. A tied parameter counts once, under its first name, and is excluded by any.
 
     Args:
         model: any module.
-        exclude: fnmatch patterns on whole names.
+        exclude: fnmatch patterns on whole names, of parameters to leave out.
     """
-    return {name: slot.parameter for name, slot in _slots(model, exclude).items()}
+
+    def __init__(self, model: nn.Module, exclude: Sequence[str] = ()) -> None:
+        self.model = model
+        first: dict[int, tuple[str, _Place]] = {}
+        excluded = set()
+        for name, place in _walk(model):
+            first.setdefault(id(place.parameter), (name, place))
+            if any(fnmatchcase(name, pattern) for pattern in exclude):
+                excluded.add(id(place.parameter))
+        self.places = {name: place for key, (name, place) in first.items() if key not in excluded}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters by name, as they are now: whole ones while FSDP has gathered them."""
+        # A scripted module's dictionary has no get().
+        present = {n: place for n, place in self.places.items() if place.key in place.owner}
+        found = {name: place.owner[place.key] for name, place in present.items()}
+        return {name: p for name, p in found.items() if p is not None}
+
+
+def named_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """The model's parameters by name, each once, without the excluded ones; arguments as ModelView's."""
+    return ModelView(model, exclude).parameters()
 
 
 def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
@@ -74,7 +88,7 @@ def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(exclude, str):
         raise TypeError(f"exclude: got the string {exclude!r}, expected a sequence of patterns")
-    names = [name for name, _ in _walk(model, "", ())]
+    names = [name for name, _ in _walk(model)]
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
@@ -130,23 +144,18 @@ class Binding:
     """Finds named parameters of a model again, on every step, in microseconds.
 
     A parameter is looked up in the dictionary of the module that owns it. `intact` tells whether those
-    modules still hang where they hung, so that a replaced head is noticed.
+    modules still hang where they hung, so that a replaced head is noticed. A name that the model lacks is found
+    as an empty tensor.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        """Look the names up; one that the model lacks is found as an empty tensor ever after."""
-        slots = _slots(model)
-        self._places = [
-            (slots[name].owner, slots[name].key) if name in slots else ({}, "") for name in names
+    def __init__(self, view: ModelView, names: Sequence[str]) -> None:
+        found = [view.places.get(name) for name in names]
+        self._places = [({}, "") if place is None else (place.owner, place.key) for place in found]
+        children = (child for place in found if place is not None for child in place.path)
+        self._path = [
+            *{(id(parent), key): (parent, key, c) for parent, key, c in children}.values()
         ]
-        path = {
-            (id(place[0]), place[1]): place
-            for name in names
-            if name in slots
-            for place in slots[name].path
-        }
-        self._path = list(path.values())
-        self._model, self._class = model, type(model)
+        self._model, self._class = view.model, type(view.model)
 
     def intact(self) -> bool:
         """Whether every module on the way to a parameter is still the one that was bound."""

@@ -12,8 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mas_ext.importance import ImportanceSum
-from mas_ext.importance.single_samples import zeros
 from mas_ext.kernels.dtypes import compute_dtype
 from mas_ext.parameters.fsdp import group_of
 
@@ -23,8 +21,16 @@ if TYPE_CHECKING:  # torch may be built without it
 Together = Literal["auto"]
 
 
+class SampleSums(NamedTuple):
+    """Importance summed over samples, by parameter name; how many samples; the sum of |objective| over them."""
+
+    sums: dict[str, Tensor]
+    samples: int
+    objective_sum: float
+
+
 def refuse_unused(model: nn.Module) -> None:
-    """Raise a RuntimeError for DDP that would reduce gradients before the penalty's are there."""
+    """Raise a RuntimeError for DDP that would reduce gradients before the penalty has added its own."""
     if (
         isinstance(model, DistributedDataParallel)
         and model.find_unused_parameters
@@ -37,10 +43,13 @@ def refuse_unused(model: nn.Module) -> None:
 
 
 class Ranks:
-    """Which ranks' data count together: those of a process group, "auto" that of DDP, None each its own."""
+    """The ranks whose data count together.
+
+    Args:
+        process_group: a group; "auto": that of the model's DDP or fully_shard; None: each rank by itself.
+    """
 
     def __init__(self, process_group: ProcessGroup | Together | None) -> None:
-        """See FusedMASPenalty."""
         if isinstance(process_group, str) and process_group != "auto":
             raise ValueError(
                 f"process_group: got {process_group!r}, expected 'auto', a process group or None"
@@ -51,8 +60,8 @@ class Ranks:
         """The process group of a model's data; None where this rank is by itself.
 
         Raises:
-            ValueError: a model without DDP or fully_shard on one of several ranks, and no word on what it is
-                part of; or another group than that which a model is sharded over.
+            ValueError: "auto" for a model without DDP or fully_shard on one of several ranks; or another group
+                than the one that a model is sharded over.
         """
         shards = group_of(model)
         if shards is not None:
@@ -87,12 +96,12 @@ class Ranks:
             )
 
     def sum(
-        self, collect: Callable[[], ImportanceSum], model: nn.Module, theta: Mapping[str, Tensor]
-    ) -> ImportanceSum:
-        """What `collect` returns, summed over the ranks: the same bits on every one of them.
+        self, collect: Callable[[], SampleSums], model: nn.Module, theta: Mapping[str, Tensor]
+    ) -> SampleSums:
+        """Sum what `collect` returns over the ranks: the same bits on every one of them.
 
-        A rank may have no samples. An error on one rank is an error on all; none is left waiting. The model
-        has the first rank's buffers meanwhile, as DDP's passes have: each rank has seen other batches.
+        A rank may have no samples. An error on one rank is an error on all; none is left waiting. Meanwhile the
+        model has the first rank's buffers, as in DDP's passes: each rank has seen other batches.
 
         Args:
             collect: gathers this rank's importance.
@@ -106,24 +115,24 @@ class Ranks:
         group = self.group(model)
         if group is None:
             return collect()
-        own, failure = None, None
+        own, failure = SampleSums({}, 0, 0.0), None
         try:
             with _first_rank_buffers(model, group):
                 own = collect()
         except Exception as error:
             failure = error
-        news = _exchanged(_news(own, failure, theta), group)
+        reports: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(reports, _report(own, failure, theta), group)
         if failure is not None:
             raise failure
-        _refuse_failures(news)
-        assert own is not None
-        total = own.empty()
-        total.samples = sum(n.samples for n in news)
-        total.objective_sum = math.fsum(n.objective_sum for n in news)
-        names = next((n.kinds for n in news if n.samples), {})
-        mine = own.sums if own.samples else zeros({name: theta[name] for name in names})
-        total.sums = _added({name: mine[name] for name in names}, group)
-        return total
+        _refuse_failures(reports)
+        names = next(([*r.kinds] for r in reports if r.samples), [])
+        mine = {n: own.sums[n] if own.samples else _zeros(theta[n]) for n in names}
+        return SampleSums(
+            _reduced(mine, group),
+            sum(r.samples for r in reports),
+            math.fsum(r.objective_sum for r in reports),
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # a process group can't be copied
@@ -131,7 +140,7 @@ class Ranks:
 
 @contextmanager
 def _first_rank_buffers(model: nn.Module, group: ProcessGroup) -> Iterator[None]:
-    """The first rank's running statistics and other buffers in place of one's own, which come back."""
+    """Replace this rank's running statistics and other buffers by the first rank's for a while."""
     kinds: dict[torch.device, list[Tensor]] = {}
     for buffer in model.buffers():
         kinds.setdefault(buffer.device, []).append(buffer)
@@ -150,44 +159,39 @@ def _first_rank_buffers(model: nn.Module, group: ProcessGroup) -> Iterator[None]
             b.copy_(own)
 
 
-class _News(NamedTuple):
-    """What a rank tells the others before the sums."""
+class _Report(NamedTuple):
+    """What a rank tells the others before the sums are added up."""
 
     error: str | None
     samples: int
     objective_sum: float
-    # Shape and dtype of the importance by name; without samples, of all that it could have.
+    # Shape and dtype of the importance by name; without samples, of every parameter.
     kinds: dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def _news(
-    own: ImportanceSum | None, failure: Exception | None, theta: Mapping[str, Tensor]
-) -> _News:
-    if own is None:
-        return _News(f"{type(failure).__name__}: {failure}", 0, 0.0, {})
-    sums = own.sums if own.samples else theta
-    kinds = {name: (tuple(t.shape), compute_dtype(t.dtype)) for name, t in sums.items()}
-    return _News(None, own.samples, own.objective_sum, kinds)
+def _report(own: SampleSums, failure: Exception | None, theta: Mapping[str, Tensor]) -> _Report:
+    if failure is not None:
+        return _Report(f"{type(failure).__name__}: {failure}", 0, 0.0, {})
+    like = own.sums if own.samples else theta
+    kinds = {name: (tuple(t.shape), compute_dtype(t.dtype)) for name, t in like.items()}
+    return _Report(None, own.samples, own.objective_sum, kinds)
 
 
-def _exchanged(news: _News, group: ProcessGroup) -> list[_News]:
-    """Every rank's, in the order of the ranks."""
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, news, group)
-    return found
+def _zeros(p: Tensor) -> Tensor:
+    return torch.zeros_like(p, dtype=compute_dtype(p.dtype), requires_grad=False)
 
 
-def _refuse_failures(news: list[_News]) -> None:
-    """The same error on every rank, or none."""
-    for rank, n in enumerate(news):
-        if n.error is not None:
-            raise RuntimeError(f"importance: rank {rank} failed with {n.error}")
-    first = next((rank for rank, n in enumerate(news) if n.samples), 0)
-    expected = news[first].kinds
-    for rank, n in enumerate(news):
-        different = expected.items() - n.kinds.items()
-        if n.samples:
-            different |= n.kinds.items() - expected.items()
+def _refuse_failures(reports: list[_Report]) -> None:
+    """Raise the same error on every rank, or none."""
+    for rank, report in enumerate(reports):
+        if report.error is not None:
+            raise RuntimeError(f"importance: rank {rank} failed with {report.error}")
+    first = next((rank for rank, report in enumerate(reports) if report.samples), 0)
+    expected = reports[first].kinds
+    for rank, report in enumerate(reports):
+        different = expected.items() - report.kinds.items()
+        if report.samples:
+            different |= report.kinds.items() - expected.items()
         if different:
             raise ValueError(
                 f"importance of {min(name for name, _ in different)!r}: got another shape or dtype, or "
@@ -195,7 +199,7 @@ def _refuse_failures(news: list[_News]) -> None:
             )
 
 
-def _added(sums: dict[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
+def _reduced(sums: dict[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
     """The sums over the ranks, in one reduction for each device and dtype."""
     kinds: dict[Any, list[str]] = {}
     for name, t in sums.items():

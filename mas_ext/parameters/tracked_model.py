@@ -1,135 +1,126 @@
-"""The model that a penalty holds, found again after copying, and its parameters, found on every step."""
+"""The model of a penalty, whole for the length of a call; its parameters, found on every step."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
-from mas_ext.parameters.fsdp import ShardedBinding, Sharding, local, present_parameters
-from mas_ext.parameters.names import Binding, layouts
-from mas_ext.state.buffers import Group
-from mas_ext.state.quadratic import Consolidation
-
-Bound = list[tuple[Group, list[Tensor]]]
+from mas_ext.parameters.fsdp import ShardedBinding, Sharding, local_parts, optimizer_view, whole
+from mas_ext.parameters.names import Binding, Layout, ModelView, layouts
 
 
-class HeldModel:
-    """A strong reference to a model: copied together with it this holds the copy, alone the same one."""
+class ParameterGroup(Protocol):
+    """Parameters by name, and their layouts when the group was made."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def layout(self) -> Sequence[Layout]: ...
+
+
+G = TypeVar("G", bound=ParameterGroup)
+
+
+@contextmanager
+def whole_model(model: nn.Module, exclude: Sequence[str] = ()) -> Iterator[ModelView]:
+    """The view of a model that is whole on every rank until the end; all ranks enter together."""
+    view = optimizer_view(model, exclude)
+    with whole(model):
+        yield view
+
+
+class TrackedModel:
+    """A strong reference to a model: copied together with it this refers to the copy, alone to the same one.
+
+    Args:
+        model: any module.
+        exclude: fnmatch patterns on the names of parameters that don't count.
+    """
 
     def __init__(self, model: nn.Module, exclude: Sequence[str]) -> None:
-        """exclude: fnmatch patterns on the names of parameters that don't count."""
-        self._find: Callable[[], nn.Module] = _Always(model)
-        self._exclude = tuple(exclude)
+        self._model, self._exclude = model, tuple(exclude)
+        self._memo: dict[int, Any] | None = None
         self._bindings: list[Binding] = []
-        self.sharding = Sharding.of(model, self.parameters())
+        self.sharding = Sharding.of(model, optimizer_view(model, exclude).parameters())
 
     @property
     def model(self) -> nn.Module:
         """The model."""
-        return self._find()
+        if self._memo is not None:  # of the deep copy that made this, complete only after it
+            self._model, self._memo = self._memo.get(id(self._model), self._model), None
+        return self._model
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that count, by name, as they are now."""
-        return present_parameters(self.model, self._exclude)
+    def view(self, consolidated: Collection[str]) -> ModelView:
+        """The parameters as the optimizer knows them, after taking over how they are sharded now.
 
-    def local(self, tensors: list[Tensor]) -> list[Tensor]:
-        """What of the parameters, or of tensors like them, this rank has."""
-        return tensors if self.sharding is None else local(tensors)
-
-    def follow(self, state: Consolidation) -> None:
-        """Take over how the parameters are sharded now; those that the state knows must be as they were."""
-        theta = self.parameters()
+        Raises:
+            TypeError: fully_shard after this was made, or parameters that are sharded in another way.
+            ValueError: a consolidated parameter that is sharded otherwise than before.
+        """
+        view = optimizer_view(self.model, self._exclude)
+        theta = view.parameters()
         if self.sharding is not None:
-            self.sharding.follow(theta, state.memory.parts())
+            self.sharding.follow(theta, consolidated)
         elif Sharding.of(self.model, theta) is not None:
             raise TypeError(
                 "model: got fully_shard after the penalty was made, expected before; a new penalty takes the "
                 "old one's state_dict()"
             )
+        return view
+
+    @contextmanager
+    def whole(self, consolidated: Collection[str]) -> Iterator[ModelView]:
+        """A view of the model with whole parameters on every rank until the end; all ranks enter together."""
+        view = self.view(consolidated)
+        with whole(self.model):
+            yield view
+
+    def local(self, tensors: list[Tensor]) -> list[Tensor]:
+        """This rank's parts of parameters, or of tensors like them."""
+        return tensors if self.sharding is None else local_parts(tensors)
 
     @torch.no_grad()
-    def own_parameters(self) -> dict[str, Tensor]:
-        """What of the parameters this rank has, by name."""
-        theta = self.parameters()
+    def own_parameters(self, view: ModelView) -> dict[str, Tensor]:
+        """This rank's parts of the parameters by name."""
+        theta = view.parameters()
         return dict(zip(theta, self.local([*theta.values()]), strict=True))
 
     def join(self, name: str, own: Tensor) -> Tensor:
-        """The tensor like a parameter of which this rank has a part."""
+        """The tensor like a parameter, from this rank's part of it."""
         return own if self.sharding is None else self.sharding.join(name, own)
 
     def rename(self, old: str, new: str) -> None:
-        """What is remembered of one parameter counts for another."""
+        """Let what is known of one parameter hold for another."""
         if self.sharding is not None:
             self.sharding.rename(old, new)
 
-    def bound(self, state: Consolidation) -> Bound:
-        """The state's groups with their parameters as they are now; it follows what has changed."""
-        bound = self._lookup(state)
-        if bound is None:
-            self.fit(state)
-            bound = self._lookup(state)
-            if bound is None:
-                raise RuntimeError("the model's parameters change while the penalty is computed")
-        return bound
-
-    # Unlike torch.compiler.disable, this does not import the compiler with the package.
-    @_disable_dynamo
-    def fit(self, state: Consolidation) -> None:
-        """Have the state follow the parameters."""
-        self.follow(state)
-        state.fit(self.own_parameters())
-        self.bind(state)
-
-    def bind(self, state: Consolidation) -> None:
-        """Look up the parameters of the state's groups, which are new ones."""
+    def bind(self, groups: Sequence[ParameterGroup], view: ModelView) -> None:
+        """Have `find` look these groups' parameters up where they hang in the view."""
         binding = Binding if self.sharding is None else ShardedBinding
-        self._bindings = [binding(self.model, g.names) for g in state.memory.groups]
+        self._bindings = [binding(view, group.names) for group in groups]
 
-    def _lookup(self, state: Consolidation) -> Bound | None:
-        groups = state.memory.groups
+    def find(self, groups: Sequence[G]) -> list[tuple[G, list[Tensor]]] | None:
+        """The groups with their parameters as they are now; None where a layout is not that of its group."""
         if len(self._bindings) != len(groups):
-            self.bind(state)
-        bound = []
+            self.bind(groups, optimizer_view(self.model, self._exclude))
+        found = []
         for group, binding in zip(groups, self._bindings, strict=True):
             theta = binding.parameters()
             if not binding.intact() or layouts(self.local(theta)) != group.layout:
                 return None
-            bound.append((group, theta))
-        return bound
+            found.append((group, theta))
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bindings": []}
+        return {**self.__dict__, "_model": self.model, "_memo": None, "_bindings": []}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HeldModel:
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrackedModel:
         copied = copy.copy(self)
-        copied._find = _Copied(self.model, memo)
+        copied._memo = memo
         return copied
-
-
-class _Always:
-    """Finds the model: always this one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __call__(self) -> nn.Module:
-        return self._model
-
-
-class _Copied:
-    """Finds the model's copy in a deep copy's memo, which is complete only after the copying."""
-
-    def __init__(self, model: nn.Module, memo: dict[int, Any]) -> None:
-        self._model, self._memo = model, memo
-
-    def __call__(self) -> nn.Module:
-        self._model, self._memo = self._memo.get(id(self._model), self._model), {}
-        return self._model
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Always, (self(),)

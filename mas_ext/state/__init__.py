@@ -1,1 +1,1 @@
-"""What is remembered of the tasks: one quadratic, how tasks are merged into it, where it lies, its files."""
+"""The state of consolidation: one quadratic, the merge rules, its buffers and files."""

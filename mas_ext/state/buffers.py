@@ -143,7 +143,7 @@ def _zeros(tensors: list[Tensor], names: list[str], rows: int, rule: MergeRule) 
         end += -(-x.numel() // _ALIGNMENT) * _ALIGNMENT
     offloaded = rule.state_device is not None
     place = rule.state_device or device
-    # Only from pinned memory does a copy leave the host alone.
+    # Only copies from pinned memory are asynchronous.
     pinned = offloaded and device.type == "cuda"
     wide = rule.omega_dtype == torch.float64 and dtype != torch.float64
 

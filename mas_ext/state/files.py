@@ -33,7 +33,7 @@ def save(
 ) -> None:
     """Write the tensors; the file that was there before survives until the new one is complete.
 
-    about: JSON for readers without this library, as the file's metadata "mas_ext"; `load` leaves it alone.
+    about: JSON for readers without this library, as the file's metadata "mas_ext"; `load` ignores it.
 
     Raises:
         OSError: the file can't be written; the old one is as it was.

@@ -1,10 +1,10 @@
-"""How tasks are put together: the merge rules, and the factor alpha_t that each task's importance gets."""
+"""The merge rules: how tasks are put together, and the factor alpha_t that each task's importance gets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -15,12 +15,7 @@ Store = Literal["merged", "per_task"]
 AlphaSum = Literal["tasks", "lam"]
 StateDevice = Literal["cpu"] | None
 
-_OMEGA_DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "uint8": torch.uint8,
-}
+_OMEGA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
 
 
 class TaskEntry(NamedTuple):
@@ -32,7 +27,10 @@ class TaskEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class MergeRule:
-    """How tasks are put together: the constructor arguments of the penalty that concern the state.
+    """The constructor arguments of the penalty that concern the state.
+
+    Raises:
+        ValueError: what is not one of the choices.
 
     alpha per task, with S_t = sum_i Omega_t,i and weights w_t: "consistent": alpha_t S_t / w_t equal for
     all t and sum_t alpha_t = lam sum_t w_t (alpha_sum "tasks") or lam ("lam"), the consistency extension
@@ -49,13 +47,12 @@ class MergeRule:
     state_device: StateDevice = None
 
     def __post_init__(self) -> None:
-        """Refuse what is not one of the choices."""
-        _check_choice("merge", self.merge, ("consistent", "sum", "latest", "decay"))
-        _check_choice("store", self.store, ("merged", "per_task"))
-        _check_choice("alpha_sum", self.alpha_sum, ("tasks", "lam"))
-        _check_choice("backend", self.backend, ("auto", "native", "reference"))
+        _check_choice("merge", self.merge, get_args(Merge))
+        _check_choice("store", self.store, get_args(Store))
+        _check_choice("alpha_sum", self.alpha_sum, get_args(AlphaSum))
+        _check_choice("backend", self.backend, get_args(Backend))
         _check_choice("state_device", self.state_device, (None, "cpu"))
-        _check_choice("omega_dtype", self.omega_dtype, tuple(_OMEGA_DTYPES.values()))
+        _check_choice("omega_dtype", self.omega_dtype, _OMEGA_DTYPES)
         check_share(self.gamma, "gamma")
         if self.store == "per_task" and not self.own_anchors:
             raise ValueError(
@@ -96,22 +93,14 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def check_share(share: float, name: str) -> None:
-    """A ValueError for an argument of this name that is no share."""
+    """Raise a ValueError for an argument of this name that is not from 0 to 1."""
     if not 0 <= share <= 1:
         raise ValueError(f"{name}: got {share}, expected a number from 0 to 1")
 
 
-def check_lam(lam: float) -> float:
-    """The strength as a float; a ValueError unless it is finite and at least 0."""
-    lam = float(lam)
-    if not 0 <= lam < float("inf"):
-        raise ValueError(f"lam: got {lam}, expected a finite number from 0 up")
-    return lam
-
-
-def check_weight(weight: float) -> float:
-    """A task's weight as a float; a ValueError unless it is finite and at least 0."""
-    weight = float(weight)
-    if not 0 <= weight < float("inf"):
-        raise ValueError(f"weight: got {weight}, expected a finite number from 0 up")
-    return weight
+def check_factor(factor: float, name: str) -> float:
+    """An argument of this name as a float; a ValueError unless it is finite and at least 0."""
+    factor = float(factor)
+    if not 0 <= factor < float("inf"):
+        raise ValueError(f"{name}: got {factor}, expected a finite number from 0 up")
+    return factor

@@ -7,7 +7,7 @@ on one block of omega and anchor, a stream of its own fetches the next, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -148,48 +148,32 @@ def _blocks(theta: Sequence[Tensor], state: State) -> Iterator[tuple[list[_Piece
         [torch.empty(len(flat), width, dtype=flat.dtype, device=device) for flat in stored]
         for _ in cut[:2]
     ]
-    side, nothing = _SideStream(device), torch.zeros_like(state.remainder)
+    nothing = torch.zeros_like(state.remainder)
+    gpu = device.type == "cuda"  # a CPU does one thing after the other
+    current: Any = torch.cuda.current_stream(device) if gpu else None
+    side: Any = torch.cuda.Stream(device) if gpu else None
 
     def fetch(k: int) -> None:
         start, stop = spans[k]
-        with side.after_current():
+        if gpu:
+            side.wait_stream(current)
+        with torch.cuda.stream(side) if gpu else nullcontext():
             for buffer, flat in zip(buffers[k % 2], stored, strict=True):
                 for to, row in zip(buffer, flat, strict=True):
                     to[: stop - start].copy_(row[start:stop], non_blocking=True)
 
+    def wait() -> None:
+        if gpu:
+            current.wait_stream(side)
+
     fetch(0)
     try:
         for k, pieces in enumerate(cut):
-            side.join()
+            wait()
             if k + 1 < len(cut):
                 fetch(k + 1)
             offsets = [p.offset - spans[k][0] for p in pieces]
             omega, anchor = buffers[k % 2]
             yield pieces, State(offsets, omega, anchor, state.alpha, nothing, state.native)
     finally:
-        side.join()  # buffers are given back to the current stream
-
-
-class _SideStream:
-    """A stream beside the current one; on a CPU there is only one order of things."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._streams = (
-            (torch.cuda.current_stream(device), torch.cuda.Stream(device))
-            if device.type == "cuda"
-            else None
-        )
-
-    def after_current(self) -> AbstractContextManager[Any]:
-        """What is done within comes after what the current stream was given so far."""
-        if self._streams is None:
-            return nullcontext()
-        current, side = self._streams
-        side.wait_stream(current)
-        return torch.cuda.stream(side)
-
-    def join(self) -> None:
-        """What the current stream is given from now on comes after what was done on the side."""
-        if self._streams is not None:
-            current, side = self._streams
-            current.wait_stream(side)
+        wait()  # buffers are given back to the current stream

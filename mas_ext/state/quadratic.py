@@ -2,7 +2,7 @@
 
 sum_t alpha_t Omega_t (theta - theta*_t)^2 is a quadratic in theta. It is kept as
 scale * (sum_i W_i (theta_i - A_i)^2 + r) in two buffers (store "merged"), or task by task (store
-"per_task"). The state knows parameters by name, as tensors; it knows no model and no estimator.
+"per_task"). Parameters are named tensors here; models and estimators are not known.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from mas_ext.parameters.fsdp import Sharding
 from mas_ext.parameters.names import check_supported
 from mas_ext.state import files as checkpoint
 from mas_ext.state.buffers import Group, Memory, ParameterState, build_groups
-from mas_ext.state.merge_rules import MergeRule, TaskEntry, check_lam, check_weight
+from mas_ext.state.merge_rules import MergeRule, TaskEntry, check_factor
 
 FORMAT = 1
 
 
 @dataclass
 class Consolidation:
-    """The memory and the rules by which it changes; a change builds the new before it drops the old."""
+    """What is known of the tasks, and the rule by which it changes; a change is made whole or not at all."""
 
     rule: MergeRule
     lam: float
@@ -70,26 +70,18 @@ class Consolidation:
 
     def set_lam(self, lam: float) -> None:
         """Change the strength, in place where captured graphs read it."""
-        self.lam = check_lam(lam)
-        self._write_alpha(self.memory)
+        self.lam = check_factor(lam, "lam")
+        self._take_over(self.memory)
 
     def set_weight(self, task: int, weight: float) -> None:
         """Change one task's weight, in place where captured graphs read alpha."""
         entries = list(self.memory.entries)
-        entries[task] = entries[task]._replace(weight=check_weight(weight))
-        memory = self.memory._replace(entries=entries)
-        self._write_alpha(memory)
-        self.memory = memory
+        entries[task] = entries[task]._replace(weight=check_factor(weight, "weight"))
+        self._take_over(self.memory._replace(entries=entries))
 
     def fit(self, theta: Mapping[str, Tensor]) -> None:
         """Follow parameters that were moved, cast, widened, removed or brought back."""
-        parts = self.memory.parts()
-        known = {name: x for name, x in theta.items() if name in parts}
-        groups = build_groups(known, parts, self._rows(len(self.memory.entries)), self.rule)
-        absent = {name: p for name, p in parts.items() if name not in theta}
-        memory = Memory(self.memory.entries, groups, absent)
-        self._write_alpha(memory)
-        self.memory = memory
+        self._take_over(self._fitted(self.memory.entries, self.memory.parts(), theta))
 
     def add_task(
         self,
@@ -107,8 +99,8 @@ class Consolidation:
                 but under "latest", where W <- max(0, W + Omega_t) (Zenke et al. 2017 integrate signed terms).
             weight: multiplies Omega_t (and 1/S_t under "consistent").
             move_anchor: under "latest" and "decay", whether the anchor moves to theta.
-            sharding: where the state is that of this rank's part of the parameters: how they are parted. theta
-                and importance are whole, so that every rank finds the same S_t, and the same mistakes.
+            sharding: how the parameters are sharded, if this is the state of one rank's shards. theta and
+                importance are whole, so that every rank finds the same S_t and the same mistakes.
 
         Raises:
             Diverged: parameters or importance that are not finite.
@@ -116,7 +108,7 @@ class Consolidation:
             ValueError: importance that is negative or of another shape.
             TypeError: importance that is no tensor.
         """
-        weight = check_weight(weight)
+        weight = check_factor(weight, "weight")
         total = self._check_importance(theta, importance)
         if total is None:
             warn(
@@ -141,7 +133,7 @@ class Consolidation:
         known = {name: theta[name].detach() for name in names}
         merged = self.rule.store == "merged"
         gain = self.rule.gain(entry) if merged else 1.0
-        groups = build_groups(known, old, self._rows(len(entries)), self.rule, importance, gain)
+        groups = build_groups(known, old, self._rows(entries), self.rule, importance, gain)
         if merged:
             self._merge(groups, known, importance, entry, move_anchor)
         else:
@@ -150,9 +142,7 @@ class Consolidation:
             for group in groups:
                 sharding.share(group.remainders)
                 group.add_up()
-        memory = Memory(entries, groups, {})
-        self._write_alpha(memory)
-        self.memory = memory
+        self._take_over(Memory(entries, groups, {}))
 
     def drop(self, task: int) -> None:
         """Forget one task; store "per_task" only."""
@@ -166,7 +156,7 @@ class Consolidation:
         self.memory = Memory(entries, [], parts)
 
     def rename(self, old: str, new: str) -> None:
-        """What was remembered under one name counts for another from now on."""
+        """Give the state of one parameter to another name."""
         parts = self.memory.parts()
         if old not in parts:
             raise KeyError(f"old: got {old!r}, expected one of the consolidated parameters")
@@ -180,7 +170,7 @@ class Consolidation:
     def _check_importance(
         self, theta: Mapping[str, Tensor], importance: Mapping[str, Tensor]
     ) -> float | None:
-        """S, after every check; None where there is nothing to consolidate."""
+        """S_t, after every check; None where there is nothing to consolidate."""
         if not importance:
             return None
         sums = []
@@ -231,8 +221,8 @@ class Consolidation:
                 )
         return total
 
-    def _rows(self, entries: int) -> int:
-        return 1 if self.rule.store == "merged" else entries
+    def _rows(self, entries: list[TaskEntry]) -> int:
+        return 1 if self.rule.store == "merged" else len(entries)
 
     def _write_row(
         self,
@@ -280,13 +270,26 @@ class Consolidation:
             group.remainders += added.to(group.remainders.device) * group.unit
             group.add_up()
 
-    def _write_alpha(self, memory: Memory) -> None:
+    def _fitted(
+        self,
+        entries: list[TaskEntry],
+        parts: Mapping[str, ParameterState],
+        theta: Mapping[str, Tensor],
+    ) -> Memory:
+        """The parts in new groups for these parameters; those of absent ones are set aside."""
+        known = {name: x for name, x in theta.items() if name in parts}
+        absent = {name: p for name, p in parts.items() if name not in theta}
+        return Memory(entries, build_groups(known, parts, self._rows(entries), self.rule), absent)
+
+    def _take_over(self, memory: Memory) -> None:
+        """Hold this from now on, with the factors that the kernels take."""
         if self.rule.store == "merged":
             alpha = [self.rule.scale(self.lam, memory.entries)]
         else:
             alpha = self.rule.alpha(self.lam, memory.entries)
         for group in memory.groups:
             group.state.alpha.copy_(torch.tensor(alpha, dtype=torch.float64) * group.unit)
+        self.memory = memory
 
     # -- state dict --------------------------------------------------------------------------------
 
@@ -323,22 +326,19 @@ class Consolidation:
             name: ParameterState(*(found[f"{kind}.{name}"] for kind in ParameterState._fields))
             for name in config["names"]
         }
-        rows = self._rows(len(entries))
+        rows = self._rows(entries)
         for name, p in parts.items():
             if name not in theta and name not in config["absent"]:
                 raise KeyError(f"state: got {name!r}, which the model has no parameter for")
             shape = (rows, *theta[name].shape) if name in theta else tuple(p.omega.shape)
             _check_part(name, p, shape)
-        known = {name: x for name, x in theta.items() if name in parts}
-        absent = {name: p for name, p in parts.items() if name not in theta}
-        memory = Memory(entries, build_groups(known, parts, rows, self.rule), absent)
+        memory = self._fitted(entries, parts, theta)
         self.lam = lam
-        self._write_alpha(memory)
-        self.memory = memory
+        self._take_over(memory)
 
 
 def check_format(found: Mapping[str, Tensor]) -> None:
-    """A ValueError for a state of another format: to be asked first, it may differ in anything else."""
+    """Raise a ValueError for a state of another format, which may differ in anything else."""
     got = checkpoint.decode("config", found.get("config")).get("format")
     if got != FORMAT:
         hint = "; update mas_ext" if isinstance(got, int) and got > FORMAT else ""
@@ -348,9 +348,10 @@ def check_format(found: Mapping[str, Tensor]) -> None:
 def _numbers(config: Mapping[str, Any]) -> tuple[float, list[TaskEntry]]:
     """lam and the entries of a loaded state, checked."""
     try:
-        lam = check_lam(config["lam"])
+        lam = check_factor(config["lam"], "lam")
         entries = [
-            TaskEntry(float(total), check_weight(weight)) for total, weight in config["entries"]
+            TaskEntry(float(total), check_factor(weight, "weight"))
+            for total, weight in config["entries"]
         ]
     except (TypeError, ValueError) as error:
         raise ValueError(

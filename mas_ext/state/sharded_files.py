@@ -1,40 +1,49 @@
-"""Penalties read from checkpoints of torch.distributed.checkpoint, written on any number of ranks."""
+"""A penalty's state read from torch.distributed.checkpoint, written on any number of ranks."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mas_ext.parameters.fsdp import present_parameters
+from mas_ext.parameters.fsdp import optimizer_view
 from mas_ext.parameters.names import is_sharded
-from mas_ext.penalty import FusedMASPenalty
+
+
+class StateOwner(Protocol):
+    """A FusedMASPenalty."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
 
 
 def load_distributed(
-    penalty: FusedMASPenalty, checkpoint_id: str | os.PathLike[str], key: str = "penalty"
+    penalty: StateOwner, checkpoint_id: str | os.PathLike[str], key: str = "penalty"
 ) -> None:
     """Read what `dcp.save({key: penalty.state_dict(), ...}, checkpoint_id=...)` wrote, on any number of ranks.
 
-    dcp.load reads only into tensors that are there, and a new penalty has none yet. To be called by all ranks
+    dcp.load reads only into tensors that exist already, and a new penalty has none yet. All ranks call it
     together; each reads its own part.
 
     Args:
-        penalty: of a model with the same parameters, sharded by fully_shard or whole.
+        penalty: a FusedMASPenalty of a model with the same parameters, sharded by fully_shard or whole.
         checkpoint_id: the checkpoint's directory.
-        key: that of the penalty's state in what was saved.
+        key: the key of the penalty's state in what was saved.
 
     Raises:
         KeyError: nothing with that key in the checkpoint, or a parameter that the model lacks.
-        ValueError: as FusedMASPenalty.load_state_dict.
+        ValueError: wrong shapes, NaN, another merge rule, store or format.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = FileSystemReader(checkpoint_id)
-    theta = present_parameters(penalty.model)
+    theta = optimizer_view(penalty.model).parameters()
     state: dict[str, Any] = {}
     saved = reader.read_metadata().state_dict_metadata
     for name, entry in saved.items():
@@ -50,7 +59,7 @@ def load_distributed(
 
 
 def _empty(entry: Any, like: Tensor | None) -> Tensor:
-    """Where a saved tensor fits: beside a parameter, rows first, and sharded as that is."""
+    """A tensor to read a saved one into: beside a parameter, rows first, and sharded as the parameter is."""
     from torch.distributed import tensor
 
     dtype, rows = entry.properties.dtype, len(entry.size) > 0

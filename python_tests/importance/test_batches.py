@@ -50,7 +50,7 @@ X, Y = torch.arange(8.0).view(4, 2), torch.arange(4)
 def test_a_part_of_any_batch(batch: Any, kept: type) -> None:
     assert batches.first(batch) is X
     assert batches.size(batch) == 4
-    part = batches.part(batch, 1, 3)
+    part = batches.between(batch, 1, 3)
     assert type(part) is kept
     values = list(part.values() if hasattr(part, "values") else part)
     assert torch.equal(values[0], X[1:3])

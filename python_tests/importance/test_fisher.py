@@ -91,7 +91,7 @@ def assert_close(got: Omega, expected: Omega, tolerance: float = 1e-10) -> None:
         assert error <= tolerance * float(right.norm()), name
 
 
-@pytest.mark.filterwarnings("ignore:.*generic way:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*takes the fallback:UserWarning")
 @pytest.mark.parametrize("labels", ["true", "predicted", "all", "normal"])
 @pytest.mark.parametrize("name", MODELS)
 def test_fisher_is_its_definition(name: str, labels: str) -> None:

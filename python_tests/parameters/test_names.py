@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from mas_ext import FusedMASPenalty, estimate_importance
 from mas_ext.parameters.names import (
     Binding,
+    ModelView,
     check_patterns,
     check_supported,
     layouts,
@@ -266,14 +267,41 @@ def test_dense_parameters_are_supported(weight: Tensor) -> None:
 
 def test_a_binding_finds_the_parameters_in_the_order_of_the_names() -> None:
     model = Net()
-    found = Binding(model, ["head.bias", "scale", "module.0.weight"]).parameters()
+    found = Binding(ModelView(model), ["head.bias", "scale", "module.0.weight"]).parameters()
     expected = [model.head.bias, model.scale, model.module[0].weight]
     assert [id(p) for p in found] == [id(p) for p in expected]
 
 
+def test_a_call_walks_over_the_parameters_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many batches there are, and whatever needs the parameters on the way."""
+    walks: list[nn.Module] = []
+    init = ModelView.__init__
+
+    def counted(view: ModelView, model: nn.Module, exclude: Any = ()) -> None:
+        walks.append(model)
+        init(view, model, exclude)
+
+    model, batches = Net(), [torch.randn(3, 3), torch.randn(2, 3)]
+    penalty = FusedMASPenalty(model)
+    monkeypatch.setattr(ModelView, "__init__", counted)
+    for act in (
+        lambda: penalty.consolidate(batches),
+        lambda: penalty.observe(batches[0]),
+        lambda: penalty.consolidate(),
+        lambda: penalty.adapt(batches),
+        lambda: estimate_importance(model, batches),
+    ):
+        walks.clear()
+        act()
+        assert walks == [model]
+    walks.clear()
+    penalty()
+    assert not walks
+
+
 def test_a_binding_notices_replaced_modules_on_every_level() -> None:
     model = nn.Sequential(Net(), Net())
-    binding = Binding(model, ["0.module.0.weight"])
+    binding = Binding(ModelView(model), ["0.module.0.weight"])
     assert binding.intact()
     model[0].head = nn.Linear(4, 7)
     model[1] = Net()
@@ -284,14 +312,14 @@ def test_a_binding_notices_replaced_modules_on_every_level() -> None:
         lambda: model.__setitem__(0, Net()),
         lambda: model.__delitem__(0),
     ):
-        binding = Binding(model, ["0.module.0.weight"])
+        binding = Binding(ModelView(model), ["0.module.0.weight"])
         replace()
         assert not binding.intact()
 
 
 def test_a_binding_returns_replaced_parameters_and_shows_missing_ones_in_their_layout() -> None:
     model = Net()
-    binding = Binding(model, ["head.weight", "scale"])
+    binding = Binding(ModelView(model), ["head.weight", "scale"])
     before = layouts(binding.parameters())
 
     model.head.weight = nn.Parameter(torch.ones(2, 4))
@@ -315,7 +343,7 @@ def test_a_binding_returns_replaced_parameters_and_shows_missing_ones_in_their_l
 
 def test_a_binding_notices_dtype_device_and_strides() -> None:
     model = Net()
-    binding = Binding(model, NAMES)
+    binding = Binding(ModelView(model), NAMES)
     before = layouts(binding.parameters())
     for change in (
         lambda: model.double(),
@@ -328,6 +356,6 @@ def test_a_binding_notices_dtype_device_and_strides() -> None:
 
 def test_a_binding_shows_a_name_that_the_model_lacks() -> None:
     model = Net()
-    binding = Binding(model, ["scale", "nothing"])
+    binding = Binding(ModelView(model), ["scale", "nothing"])
     assert layouts(binding.parameters())[0] == layouts([model.scale])[0]
     assert layouts(binding.parameters())[1] != layouts([model.scale])[0]

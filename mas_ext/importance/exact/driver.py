@@ -1,54 +1,48 @@
 """`exact`: the sum over samples of abs(per-sample gradient), as MAS defines it, at the speed of a batch.
 
 The uses of parameters that have a rule are followed through one forward and backward pass (tracing.py). How the
-samples lie in a model's tensors is found out, never guessed: on the first batch, and whenever a model
-takes another path, a few samples are run alone too. Where a parameter's sums then differ, another layout
-is tried, and if none is right it takes the generic way, which runs samples alone (single_samples.py,
-fallback.py). That all samples lie so is then proven, for all batches or, where data decide, for every single
-one (layout_proof.py).
+samples lie in a model's tensors is found out, never guessed: on the first batch, and whenever a model takes
+another path, a few samples are run alone too. Where a parameter's sums then differ, another layout is tried,
+and if none is right the parameter goes to the fallback, which runs samples alone (fallback.py). That all
+samples lie so is then proven, for all batches or, where data decide, for every single one (layout_proof.py).
+README.md walks through it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from mas_ext.importance import batches
-from mas_ext.importance.exact import layout_proof as proof
-from mas_ext.importance.exact.fallback import Generic
-from mas_ext.importance.exact.layers import Layout
+from mas_ext.importance.evaluation import Evaluate, Labelled
+from mas_ext.importance.exact.fallback import Fallback, one_by_one
+from mas_ext.importance.exact.layout_proof import keeps_rows, layout_violations
+from mas_ext.importance.exact.precision import Precision, differ, lowest_precision
 from mas_ext.importance.exact.rules import RULES
-from mas_ext.importance.exact.tracing import Path, Tape
-from mas_ext.importance.single_samples import (
-    Evaluate,
-    Precision,
-    Totals,
-    differ,
-    lowest_precision,
-    one_by_one,
-    zeros,
-)
+from mas_ext.importance.exact.sample_layout import LAYOUT_KINDS, LayoutKind
+from mas_ext.importance.exact.tracing import Tape, UsesOf
+from mas_ext.importance.gradients import Totals, zeros
 from mas_ext.kernels import backends
 from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.warning import warn
 
 # Samples that are run alone to check: an odd number, so that it divides few other sizes by chance.
-CHECKED = 3
-NO_RULE = "the model uses it in a way for which there is no rule"
-LAYOUTS: tuple[Layout, ...] = ("leading", "inner", "trailing", "none")
+_CHECKED = 3
+_NO_RULE = "no rule fits how the model uses it"
+_RANDOM = "the model draws random numbers"
 # What a sum that should be zero may come to, in units of rounding of the largest tensor's sum.
-NOISE = 32
+_NOISE = 32
 
-# Models whose user was told which parameters take the generic way.
-_told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-
+# The parameters that a model's user was warned of. Python's own memory of warnings, one a line, is lost with
+# every catch_warnings().
+_warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 # What a proof holds for: the functions called, the uses of parameters, the number of samples, and which
 # sizes in the batch are 1: along such a dimension, rows in several orders are the same.
-Signature = tuple[tuple[str, ...], frozenset[Path], int, tuple[tuple[bool, ...], ...]]
+Signature = tuple[tuple[str, ...], frozenset[UsesOf], int, tuple[tuple[bool, ...], ...]]
 
 
 class Run(NamedTuple):
@@ -58,13 +52,13 @@ class Run(NamedTuple):
     values: Tensor
     totals: Totals
     signature: Signature
-    paths: set[Path]
+    uses: set[UsesOf]
     # Uses that were not proven before, and have a gradient.
-    active: set[tuple[Path, int]]
+    active: set[tuple[UsesOf, int]]
     # Parameters that the pass can't answer for.
-    misfits: set[str]
+    unhandled: set[str]
     # Parameters used on rows of other samples than they are taken for.
-    strangers: set[str]
+    violations: set[str]
     # The lowest one that the model computed in.
     precision: Precision
 
@@ -73,26 +67,30 @@ class Exact:
     """sum over samples of abs(d objective / d theta), or of its square (Aljundi et al. 2018, equation 2).
 
     Remembers what it found out about a model.
+
+    Args:
+        backend: "auto", "native" or "reference".
+        square: whether squares are summed, for the Fisher information.
     """
 
     def __init__(self, backend: Backend, square: bool = False) -> None:
-        """backend: see kernels.backends.serves; square: for the Fisher information."""
         self.backend, self.square = backend, square
-        self._layouts: dict[str, Layout] = {}
-        # Parameters that take the generic way.
-        self.generic: set[str] = set()
-        self._checked: set[Path] = set()
+        self._layouts: dict[str, LayoutKind] = {}
+        # Parameters that go to the fallback, and why.
+        self.fallback: dict[str, str] = {}
+        self._checked: set[UsesOf] = set()
         self._functions: set[tuple[str, ...]] = set()
         # Uses whose gradient was not zero when they were checked: a wrong one would have shown.
-        self._proven: set[tuple[Path, int]] = set()
+        self._proven: set[tuple[UsesOf, int]] = set()
         # Whether data may decide where the samples are, so that every batch needs a proof of its own.
         self._open: dict[Signature, bool] = {}
-        self._alone = Generic(backend, square)
+        self._single_samples = Fallback(backend, square)
 
     def __call__(
-        self, evaluate: Evaluate, batch: Any, samples: int, theta: Mapping[str, Tensor]
+        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
     ) -> tuple[Totals, Tensor]:
         """The sums by name, and the objectives."""
+        _refuse_batch_statistics(evaluate.model)
         if samples == 1:
             totals, _, values = one_by_one(evaluate, batch, 1, theta, self.square, self.backend)
             return totals, values
@@ -100,49 +98,49 @@ class Exact:
         checked = 0
         run = self._run(evaluate, batch, samples, theta) if self._functions else None
         while True:
-            known = self._layouts.copy(), self.generic.copy()
+            known = self._layouts.copy(), self.fallback.copy()
             if run is None or (checked < samples and self._to_be_checked(run, new=not alone)):
-                stop = min(checked + CHECKED, samples)
+                stop = min(checked + _CHECKED, samples)
                 start = max(0, min(checked, stop - 2))  # one sample alone would agree with anything
-                few = batches.part(batch, start, stop)
+                few = batches.between(batch, start, stop)
                 alone.append((start, self.learn(evaluate, few, theta)))
                 checked = stop
-            elif run.strangers:
-                self._condemn(evaluate.model, run.strangers)
+            elif run.violations:
+                self._send_to_fallback(evaluate.model, run.violations)
             else:
-                unknown = {name for name, _ in run.paths - self._checked}
-                self._condemn(evaluate.model, unknown | run.misfits)
-                if known == (self._layouts, self.generic):
+                unknown = {name for name, _ in run.uses - self._checked}
+                self._send_to_fallback(evaluate.model, unknown | run.unhandled)
+                if known == (self._layouts, self.fallback):
                     break
-            if run is None or known != (self._layouts, self.generic):
+            if run is None or known != (self._layouts, self.fallback):
                 run = self._run(evaluate, batch, samples, theta)
         for start, output in alone:
             together = run.output[start : start + len(output)]
-            if theta.keys() - self.generic and differ(together, output, run.precision):
+            if theta.keys() - self.fallback and differ(together, output, run.precision):
                 raise _interacting(output, together)
         self._functions.add(run.signature[0])
-        generic = {name: p for name, p in theta.items() if name in self.generic}
-        others = self._alone(evaluate, batch, samples, generic) if generic else {}
-        unused = theta.keys() - run.totals.keys() - generic.keys()
+        slow = {name: p for name, p in theta.items() if name in self.fallback}
+        others = self._single_samples(evaluate, batch, samples, slow) if slow else {}
+        unused = theta.keys() - run.totals.keys() - slow.keys()
         return {**zeros({name: theta[name] for name in unused}), **run.totals, **others}, run.values
 
     def _to_be_checked(self, run: Run, new: bool) -> bool:
         """Whether the model took another path, or a use has its first gradient."""
-        if new and not (run.signature[0] in self._functions and run.paths <= self._checked):
+        if new and not (run.signature[0] in self._functions and run.uses <= self._checked):
             return True
         return not run.active <= self._proven
 
-    def layouts(self, theta: Mapping[str, Tensor]) -> Mapping[str, Layout]:
+    def layouts(self, theta: Mapping[str, Tensor]) -> Mapping[str, LayoutKind]:
         """How the samples lie where each parameter is used, as far as is known."""
         for name in theta:
-            self._layouts.setdefault(name, LAYOUTS[0])
+            self._layouts.setdefault(name, LAYOUT_KINDS[0])
         return self._layouts
 
-    def knows(self, tape: Tape, batch: Any) -> bool:
+    def knows(self, tape: Tape, batch: Labelled) -> bool:
         """Whether what was found out holds for a pass without looking at it."""
-        return tape.paths() <= self._checked and not self._open.get(_signature(tape, batch), True)
+        return tape.uses() <= self._checked and not self._open.get(_signature(tape, batch), True)
 
-    def learn(self, evaluate: Evaluate, few: Any, theta: Mapping[str, Tensor]) -> Tensor:
+    def learn(self, evaluate: Evaluate, few: Labelled, theta: Mapping[str, Tensor]) -> Tensor:
         """Compare a few samples with themselves alone, to find out how the model uses its parameters.
 
         Returns their outputs alone.
@@ -158,28 +156,29 @@ class Exact:
                 _, again, _ = one_by_one(evaluate, few, samples, {}, self.square, self.backend)
                 if not differ(again, output, run.precision):
                     raise _interacting(output, run.output)
-                self._condemn(evaluate.model, {*theta}, "the model draws random numbers")
-            noise = NOISE * run.precision.eps * largest
+                self._send_to_fallback(evaluate.model, {*theta}, _RANDOM)
+            noise = _NOISE * run.precision.eps * largest
             wrong = {
                 name
-                for name in theta.keys() - self.generic
-                if name in run.misfits | run.strangers
+                for name in theta.keys() - self.fallback
+                if name in run.unhandled | run.violations
                 or differ(run.totals.get(name), expected[name], run.precision, noise)
             }
-            last = {name for name in wrong if self._layouts[name] == LAYOUTS[-1]}
-            self._condemn(evaluate.model, last)
+            last = {name for name in wrong if self._layouts[name] == LAYOUT_KINDS[-1]}
+            self._send_to_fallback(evaluate.model, last)
             for name in wrong - last:
-                self._layouts[name] = LAYOUTS[LAYOUTS.index(self._layouts[name]) + 1]
+                tried = LAYOUT_KINDS.index(self._layouts[name])
+                self._layouts[name] = LAYOUT_KINDS[tried + 1]
             if not wrong:
                 break
             passed = self._forward(evaluate, few, samples, theta)
         self._functions.add(run.signature[0])
-        self._checked |= run.paths
+        self._checked |= run.uses
         self._proven |= run.active
         return output
 
     def _run(
-        self, evaluate: Evaluate, batch: Any, samples: int, theta: Mapping[str, Tensor]
+        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
     ) -> Run:
         """A pass of a batch of several samples, whose rows are proven to be theirs."""
         tape, output, values, signature = self._forward(evaluate, batch, samples, theta)
@@ -187,18 +186,17 @@ class Exact:
             precision = _precision(tape, output)
             del tape, output, values  # one graph at a time
             tape = self._tape(samples, theta)
-            self._open[signature] = not proof.keeps_rows(evaluate, batch, tape, precision)
+            self._open[signature] = not keeps_rows(evaluate, batch, tape, precision)
             tape, output, values, signature = self._forward(evaluate, batch, samples, theta)
         return self._backward(tape, output, values, signature)
 
     def _tape(self, samples: int, theta: Mapping[str, Tensor]) -> Tape:
-        direct = {name: p for name, p in theta.items() if name not in self.generic}
+        fast = {name: p for name, p in theta.items() if name not in self.fallback}
         native_serves = backends.serves(next(iter(theta.values())).device, self.backend)
-        layouts = self.layouts(direct)
-        return Tape(direct, layouts, samples, RULES, self.square, native_serves)
+        return Tape(fast, self.layouts(fast), samples, RULES, self.square, native_serves)
 
     def _forward(
-        self, evaluate: Evaluate, batch: Any, samples: int, theta: Mapping[str, Tensor]
+        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
     ) -> tuple[Tape, Tensor, Tensor, Signature]:
         tape = self._tape(samples, theta)
         with tape:
@@ -208,37 +206,47 @@ class Exact:
     def _backward(
         self, tape: Tape, output: Tensor, values: Tensor, signature: Signature, few: bool = False
     ) -> Run:
-        paths = {path[0]: path for path in tape.paths()}
-        uses = {(path, i) for path in paths.values() for i in range(len(path[1]))}
-        tape.watched = {(path[0], i) for path, i in uses - self._proven}
+        by_name = {uses[0]: uses for uses in tape.uses()}
+        found = {(uses, i) for uses in by_name.values() for i in range(len(uses[1]))}
+        tape.watched = {(uses[0], i) for uses, i in found - self._proven}
         precision = _precision(tape, output)
-        strangers = set()
+        violations = set()
         if tape.theta and values.requires_grad and (few or self._open.get(signature)):
-            strangers = proof.strangers(tape, values, precision)
+            violations = layout_violations(tape, values, precision)
         totals = tape.backward(values) if tape.theta else {}
         return Run(
             output.detach(),
             values.detach(),
             totals,
             signature,
-            {*paths.values()},
-            {(paths[name], i) for name, i in tape.active},
-            tape.misfits,
-            strangers,
+            {*by_name.values()},
+            {(by_name[name], i) for name, i in tape.active},
+            tape.unhandled,
+            violations,
             precision,
         )
 
-    def _condemn(self, model: nn.Module, names: set[str], reason: str = NO_RULE) -> None:
-        """Send parameters the generic way, and say so once."""
-        self.generic |= names
-        told = _told.setdefault(model, set())
-        new = sorted(names - told)
+    def _send_to_fallback(self, model: nn.Module, names: set[str], reason: str = _NO_RULE) -> None:
+        """Leave parameters to the fallback, and say so once for each model."""
+        self.fallback = dict.fromkeys(names, reason) | self.fallback
+        warned = _warned.setdefault(model, set())
+        new = sorted(names - warned)
         if new:
-            told |= names
+            warned |= names
             shown = ", ".join(new[:8]) + (f" and {len(new) - 8} more" if len(new) > 8 else "")
             warn(
-                f"importance of {shown}: takes the generic way, exact but slower, since {reason}",
+                f"importance of {shown}: takes the fallback, exact but slower, since {reason}",
                 UserWarning,
+            )
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"model: {name or type(module).__name__} normalises over the batch even in eval "
+                "mode (it has no running statistics), so that a sample has no gradient of its own; "
+                'use method="batch" or another normalisation'
             )
 
 
@@ -247,15 +255,15 @@ def _precision(tape: Tape, output: Tensor) -> Precision:
     return lowest_precision(dtypes, output.is_cuda)
 
 
-def _signature(tape: Tape, batch: Any) -> Signature:
+def _signature(tape: Tape, batch: Labelled) -> Signature:
     ones: list[tuple[bool, ...]] = []
 
-    def note(t: Tensor) -> Tensor:
+    def note_sizes(t: Tensor) -> Tensor:
         ones.append(tuple(size == 1 for size in t.shape))
         return t
 
-    batches.mapped(batch, note)
-    return tuple(tape.functions), frozenset(tape.paths()), tape.samples, tuple(ones)
+    batches.mapped(batch, note_sizes)
+    return tuple(tape.functions), frozenset(tape.uses()), tape.samples, tuple(ones)
 
 
 def _interacting(alone: Tensor, together: Tensor) -> ValueError:

@@ -1,4 +1,4 @@
-"""A parameter's per-sample gradients, in the forms in which layers give them, summed without B x P numbers.
+"""A parameter's per-sample gradients in the forms in which layers have them, never as B x P numbers.
 
 Each form stands for numbers g of shape (samples, *parameter): dense(i, j) writes some samples out, total() is
 sum_k abs(g_k), or sum_k g_k^2, in a contiguous float32 or float64 tensor of the parameter's shape.
@@ -20,8 +20,8 @@ from mas_ext.kernels.per_sample import per_sample_
 CHUNK = 1 << 24
 
 
-class Use(Protocol):
-    """One use of a parameter in a forward pass."""
+class PerSample(Protocol):
+    """The per-sample gradients of a parameter from one of its uses in a forward pass."""
 
     @property
     def samples(self) -> int:
@@ -33,69 +33,64 @@ class Use(Protocol):
     def total(self, like: Tensor, square: bool, native: bool) -> Tensor:
         """sum_k f(g_k), f = abs or square; contiguous, in the dtype and shape of `like`."""
 
-    def may_count(self, like: Tensor) -> bool:
-        """False where g is zero, which is not always found out where g is large."""
+    def may_be_nonzero(self, like: Tensor) -> bool:
+        """False only where g is zero; where it is large, that is not always found out."""
 
-    def joined(self, other: Use) -> Use | None:
-        """The sum of both as one of the same form, or None where there is none."""
+    def joined(self, other: PerSample) -> PerSample | None:
+        """The sum of both in the same form, or None where there is none."""
 
 
-def measure(g: Tensor, square: bool) -> Tensor:
+def magnitude(g: Tensor, square: bool) -> Tensor:
     """abs or square, elementwise."""
     return g.square() if square else g.abs()
 
 
-def total_of(uses: Sequence[Use], like: Tensor, square: bool, native: bool) -> Tensor:
-    """sum_k f(sum over uses of g_k): uses of one sample add up before the abs."""
-    rest = list(uses)
-    together: list[Use] = []
-    while rest:
-        kind = type(rest[0])
-        same = [use for use in rest if type(use) is kind]
-        rest = [use for use in rest if type(use) is not kind]
-        joined: list[Use] = []
-        for use in same:
-            joint = joined[-1].joined(use) if joined else None
-            joined[-1:] = [joint] if joint is not None else [*joined[-1:], use]
-        together += joined
-    if len(together) == 1:
-        return together[0].total(like, square, native)
+def total_of(terms: Sequence[PerSample], like: Tensor, square: bool, native: bool) -> Tensor:
+    """sum_k f(sum over terms of g_k): the uses of a parameter by one sample add up before the abs."""
+    joined: list[PerSample] = []
+    for kind in dict.fromkeys(map(type, terms)):
+        first, *others = (term for term in terms if type(term) is kind)
+        joined.append(first)
+        for term in others:
+            joint = joined[-1].joined(term)
+            joined[-1:] = [joined[-1], term] if joint is None else [joint]
+    if len(joined) == 1:
+        return joined[0].total(like, square, native)
     total = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     step = max(1, CHUNK // max(1, total.numel()))
-    for start in range(0, together[0].samples, step):
-        stop = min(start + step, together[0].samples)
-        g = reduce(torch.add, (use.dense(start, stop, total) for use in together))
-        total += measure(g, square).sum(0)
+    for start in range(0, joined[0].samples, step):
+        stop = min(start + step, joined[0].samples)
+        g = reduce(torch.add, (term.dense(start, stop, total) for term in joined))
+        total += magnitude(g, square).sum(0)
     return total
 
 
 @dataclass(frozen=True)
-class Rows:
+class Dense:
     """g itself, shape (samples, *parameter): for biases and other small parameters."""
 
     g: Tensor
 
     @property
     def samples(self) -> int:
-        """See Use."""
         return self.g.shape[0]
 
     def dense(self, start: int, stop: int, like: Tensor) -> Tensor:
-        """See Use."""
         g = self.g[start:stop].to(like.dtype)
         return g.reshape(len(g), *like.shape)
 
     def total(self, like: Tensor, square: bool, native: bool) -> Tensor:
-        """See Use."""
-        return measure(self.dense(0, self.samples, like), square).sum(0)
+        return magnitude(self.dense(0, self.samples, like), square).sum(0)
 
-    def may_count(self, like: Tensor) -> bool:
-        """See Use."""
+    def may_be_nonzero(self, like: Tensor) -> bool:
         return bool(self.g.any())
 
-    def joined(self, other: Use) -> Use | None:
-        """See Use."""
-        return Rows(self.g + other.g) if isinstance(other, Rows) else None
+    def joined(self, other: PerSample) -> PerSample | None:
+        if not isinstance(other, Dense):
+            return None
+        return Dense(
+            self.g.flatten(1) + other.g.flatten(1)
+        )  # one may have been seen in another shape
 
 
 @dataclass(frozen=True)
@@ -115,7 +110,6 @@ class Product:
 
     @property
     def samples(self) -> int:
-        """See Use."""
         return self.left.shape[0]
 
     @property
@@ -124,7 +118,6 @@ class Product:
         return self.groups, outputs, 1 if self.rows is None else self.rows.shape[0], channels
 
     def dense(self, start: int, stop: int, like: Tensor) -> Tensor:
-        """See Use."""
         groups, outputs, taps, channels = self._kernel_shape
         left, right = (t[start:stop].to(like.dtype) for t in (self.left, self.right))
         if self.rows is not None:
@@ -137,7 +130,6 @@ class Product:
         return torch.matmul(left, right).view(len(left), *like.shape)
 
     def total(self, like: Tensor, square: bool, native: bool) -> Tensor:
-        """See Use."""
         omega = torch.zeros(self._kernel_shape, dtype=like.dtype, device=like.device)
         self._run(omega, square, native)
         if omega.shape[2] > 1:
@@ -154,14 +146,12 @@ class Product:
         )
         per_sample_(omega, left, right, self.rows, square, native)
 
-    def may_count(self, like: Tensor) -> bool:
-        """See Use."""
+    def may_be_nonzero(self, like: Tensor) -> bool:
         if self.samples * like.numel() <= CHUNK:
             return bool(self.dense(0, self.samples, like).any())
         return bool(self.left.any()) and bool(self.right.any())
 
-    def joined(self, other: Use) -> Use | None:
-        """See Use."""
+    def joined(self, other: PerSample) -> PerSample | None:
         if not isinstance(other, Product) or self._kernel_shape != other._kernel_shape:
             return None
         left = torch.cat([self.left, other.left], 1)
@@ -187,11 +177,9 @@ class Lookup:
 
     @property
     def samples(self) -> int:
-        """See Use."""
         return self.ids.shape[0]
 
     def dense(self, start: int, stop: int, like: Tensor) -> Tensor:
-        """See Use."""
         rows, width = like.shape[0] + 1, like.shape[1]  # row 0 takes what doesn't count
         table = like.new_zeros((stop - start) * rows, width)
         key, g = self._by_sample(start, stop, rows, like.dtype)
@@ -199,10 +187,9 @@ class Lookup:
         return table.view(stop - start, rows, width)[:, 1:]
 
     def total(self, like: Tensor, square: bool, native: bool) -> Tensor:
-        """See Use."""
         rows = like.shape[0] + 1
         key, g = self._by_sample(0, self.samples, rows, like.dtype)
-        row, added = _summed(key % rows, measure(g, square))
+        row, added = _summed(key % rows, magnitude(g, square))
         total = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
         counted = row > 0
         total[row[counted] - 1] = added[counted]
@@ -216,12 +203,10 @@ class Lookup:
         key = (sample * rows + self.ids[start:stop] + 1).flatten()
         return _summed(key, self.grad[start:stop].flatten(0, 1).to(dtype))
 
-    def may_count(self, like: Tensor) -> bool:
-        """See Use."""
+    def may_be_nonzero(self, like: Tensor) -> bool:
         return bool(self.grad.any())
 
-    def joined(self, other: Use) -> Use | None:
-        """See Use."""
+    def joined(self, other: PerSample) -> PerSample | None:
         if not isinstance(other, Lookup):
             return None
         return Lookup(torch.cat([self.ids, other.ids], 1), torch.cat([self.grad, other.grad], 1))

@@ -1,11 +1,11 @@
 """Proof that the rows of a model's tensors belong to the samples that they are taken for.
 
 Backward is linear. With each sample's objective times a factor of its own, the gradient of a sample's row is
-multiplied by that factor; that of another sample's row by another one, and that of a mixture by none. The
-factors are powers of two, so that even rounding is the same.
+multiplied by that factor; the gradient of another sample's row by another one, and that of a mixture by none.
+The factors are powers of two, so that even rounding is the same.
 
-`strangers` proves one batch. `keeps_rows` proves, once, every batch in which a model does the same: there,
-random numbers stand for all that a backward pass remembers of the data.
+`layout_violations` proves one batch. `keeps_rows` proves, once, every batch in which a model does the same:
+there, random numbers stand for all that a backward pass remembers of the data.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mas_ext.importance.exact.nodes import NODES, Spot
+from mas_ext.importance.evaluation import Evaluate, Labelled
+from mas_ext.importance.exact.nodes import LayerNode, ParameterUse
+from mas_ext.importance.exact.precision import Precision
 from mas_ext.importance.exact.tracing import Tape
-from mas_ext.importance.single_samples import Evaluate, Precision
 
 # How many random numbers are drawn; a tensor has them again and again. A prime, so that its rows differ.
 _DRAWN = 4099
@@ -35,8 +36,8 @@ _WITHIN_SAMPLES = re.compile("^(Mul|Div)Backward|MaxPool|ScaledDotProduct")
 _BUILT_IN = re.compile(r"Backward\d+$|^(torch::autograd::)?(CopyBackwards|AccumulateGrad)$")
 
 
-class Seen(NamedTuple):
-    """A use: the size of every row's gradient over the factor of the row's sample, and its rounding."""
+class RowSizes(NamedTuple):
+    """Of a use: the size of every row's gradient over the factor of the row's sample, and its rounding."""
 
     name: str
     sizes: Tensor
@@ -44,15 +45,15 @@ class Seen(NamedTuple):
     rounding: float
 
 
-def strangers(tape: Tape, values: Tensor, precision: Precision) -> set[str]:
-    """Parameters used on rows that, in this batch, are not those of the samples they are taken for.
+def layout_violations(tape: Tape, values: Tensor, precision: Precision) -> set[str]:
+    """The parameters used on rows that, in this batch, are not of the samples that they are taken for.
 
     The graph stays for the backward pass proper.
     """
     generator = torch.Generator().manual_seed(0)
     columns = (torch.rand(values.shape[1], generator=generator) + 0.5).to(values)
     plain, *others = (
-        _look(tape, values, columns.expand_as(values), factors, precision.reach)
+        _row_sizes(tape, values, columns.expand_as(values), factors, precision.reach)
         for factors in _factors(len(values), precision.reach, values.device)
     )
     return {
@@ -63,7 +64,7 @@ def strangers(tape: Tape, values: Tensor, precision: Precision) -> set[str]:
     }
 
 
-def keeps_rows(evaluate: Evaluate, batch: Any, tape: Tape, precision: Precision) -> bool:
+def keeps_rows(evaluate: Evaluate, batch: Labelled, tape: Tape, precision: Precision) -> bool:
     """Whether rows belong to the samples they are taken for, in this and all batches of these shapes.
 
     False where no proof is found: where data choose among rows, or decide what Python does, where a function
@@ -81,7 +82,7 @@ def keeps_rows(evaluate: Evaluate, batch: Any, tape: Tape, precision: Precision)
             memory.noise = _Noise(output.device, draw)
             start = memory.noise(output, 0)
             plain, *others = (
-                _look(tape, output, start, factors, precision.reach, memory.noise)
+                _row_sizes(tape, output, start, factors, precision.reach, memory.noise)
                 for factors in _factors(tape.samples, precision.reach, output.device)
             )
             if any(seen.sizes.numel() and not seen.sizes.any() for seen in plain):
@@ -90,7 +91,7 @@ def keeps_rows(evaluate: Evaluate, batch: Any, tape: Tape, precision: Precision)
                 for seen, scaled in zip(plain, other, strict=True):
                     if not _agree(seen, scaled, precision):
                         return False
-    except Exception:  # random numbers were too strange; whatever else is wrong shows without them
+    except Exception:  # caused by the random numbers; whatever else is wrong shows without them
         return False
     return not tape.replayed
 
@@ -108,14 +109,14 @@ def _factors(samples: int, reach: int, device: torch.device) -> Iterator[Tensor]
 
 
 class _Noise:
-    """Random numbers instead of a tensor's. None is zero, and hides what it is multiplied by."""
+    """Random numbers instead of a tensor's; none is zero, which would hide what it is multiplied by."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
         self._drawn = torch.rand(_DRAWN, generator=generator, device=device) / 2 + 0.25
 
     def __call__(self, like: Tensor, number: int) -> Tensor:
-        """The same ones for the same number."""
+        """Random numbers like a tensor's, equal for equal `number`."""
         count = like.numel()
         drawn = self._drawn.roll(number * 9973)
         if like.dtype in _INTEGERS:
@@ -125,17 +126,17 @@ class _Noise:
         return drawn.repeat(count // _DRAWN + 1)[:count].view(like.shape)
 
 
-def _look(
+def _row_sizes(
     tape: Tape, y: Tensor, start: Tensor, factors: Tensor, reach: int, noise: _Noise | None = None
-) -> list[Seen]:
-    """What a backward pass sees at every use, in turn.
+) -> list[RowSizes]:
+    """The sizes of gradients that a backward pass meets at every use, in turn.
 
     start: d objective / d y, but for the factors; noise: what gradients start anew from at every use, where
     a row has one.
     """
-    found: list[Seen] = []
+    found: list[RowSizes] = []
 
-    def witness(spots: Sequence[Spot], grad: Tensor) -> Tensor:
+    def observer(uses: Sequence[ParameterUse], grad: Tensor) -> Tensor:
         if grad.dim() > 1:
             dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
             rows = torch.linalg.vector_norm(grad, 1, -1, keepdim=True, dtype=dtype)
@@ -143,19 +144,19 @@ def _look(
             rows = grad.abs()
         limits = torch.finfo(grad.dtype)
         rounding = 2.0**reach * limits.eps * limits.tiny * grad.numel() / max(1, rows.numel())
-        for spot in spots:
-            each = spot.fold.each(factors.to(rows.dtype), rows)
-            found.append(Seen(spot.slot.name, rows / each, rounding))
+        for use in uses:
+            each = use.layout.expand(factors.to(rows.dtype), rows)
+            found.append(RowSizes(use.source.name, rows / each, rounding))
         if noise is not None:
             grad = noise(grad, len(found)).mul_((rows > 0) * each)
         return grad
 
     each = factors.reshape(-1, *[1] * (y.dim() - 1))
-    tape.witness(witness, y, (start * each).to(y.dtype))
+    tape.observe(observer, y, (start * each).to(y.dtype))
     return found
 
 
-def _agree(plain: Seen, scaled: Seen, precision: Precision) -> bool:
+def _agree(plain: RowSizes, scaled: RowSizes, precision: Precision) -> bool:
     """Whether sizes are the same, but for functions that add up in a random order."""
     most = precision.order * plain.sizes + plain.rounding
     return bool(((scaled.sizes - plain.sizes).abs() <= most).all())
@@ -208,7 +209,7 @@ def _choosing(y: Tensor) -> bool:
                 waiting.append(child)
             if child is not None:
                 parents[child].append(node)
-    waiting = [node for node in parents if getattr(node, "_forward_cls", None) in NODES]
+    waiting = [node for node in parents if getattr(node, "_forward_cls", None) is LayerNode]
     between = {*waiting}
     while waiting:
         for node in parents[waiting.pop()]:
@@ -220,7 +221,7 @@ def _choosing(y: Tensor) -> bool:
 
 def _chooses(node: Any) -> bool:
     if isinstance(node, BackwardCFunction):
-        return type(node)._forward_cls not in NODES  # type: ignore[attr-defined]
+        return type(node)._forward_cls is not LayerNode  # type: ignore[attr-defined]
     if _WITHIN_SAMPLES.search(node.name()):
         return False
     kept = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]

@@ -1,7 +1,7 @@
 """The torch functions that use parameters, and the layer (layers.py) that each of them is.
 
-A function that is not here, or a call of which a rule says NotImplemented, runs as it is; the parameters that
-it uses then take the generic way.
+A function that is not here, or a call for which a rule returns NotImplemented, runs as it is; the parameters
+that it uses then go to the fallback.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from mas_ext.importance.exact.layers import (
     Standardised,
     channels,
 )
-from mas_ext.importance.exact.tracing import Rule, Tape
+from mas_ext.importance.exact.tracing import FunctionRule, Tape
 
-RULES: dict[Callable[..., Any], Rule] = {}
+RULES: dict[Callable[..., Any], FunctionRule] = {}
 
 
-def _rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """The decorated function (tape, func, *arguments of func) stands for these functions."""
+def _rule(*functions: Callable[..., Any]) -> Callable[[FunctionRule], FunctionRule]:
+    """Let the decorated function (tape, func, *arguments of func) stand for these functions."""
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: FunctionRule) -> FunctionRule:
         RULES.update(dict.fromkeys(functions, rule))
         return rule
 
@@ -37,7 +37,7 @@ def _rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
 
 
 def _named(*names: str) -> list[Callable[..., Any]]:
-    """The functions of these names, as methods and in torch, where there are such."""
+    """The functions of these names that exist as methods of Tensor and in torch."""
     places = [(where, name) for where in (Tensor, torch) for name in names]
     return [getattr(where, name) for where, name in places if hasattr(where, name)]
 
@@ -53,7 +53,7 @@ def _linear(
 
 @_rule(*_named("matmul", "__matmul__", "mm"))
 def _matmul(tape: Tape, func: Any, input: Tensor, other: Tensor) -> Any:
-    if other.dim() != 2 or not (tape.slot(other) or tape.untransposed(other) is not None):
+    if other.dim() != 2 or not (tape.tracked(other) or tape.untransposed(other) is not None):
         return NotImplemented
     return _matrix(tape, func, input, other, None, transposed=True)
 
@@ -77,7 +77,7 @@ def _addmm(
 def _matrix(
     tape: Tape, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
 ) -> Any:
-    """y = x weight^T, or x weight; a use of a transpose is noted as one of the matrix itself."""
+    """y = x weight^T, or x weight; a use of a transpose is recorded as one of the matrix itself."""
     if x.dim() < 2:
         return NotImplemented
     whole = tape.untransposed(weight)
@@ -155,7 +155,7 @@ def _affine(
     bias: Tensor | None,
     shape: tuple[int, ...],
 ) -> Tensor:
-    """What comes behind a normalisation."""
+    """The weight and bias behind a normalisation."""
     if weight is None:
         weight = x.new_ones(shape)
     return tape.layer(func, Affine(shape), x, weight, bias, x.shape)
@@ -251,7 +251,7 @@ def _batch_norm(
 @_rule(torch.prelu)
 def _prelu(tape: Tape, func: Any, input: Tensor, weight: Tensor) -> Any:
     shape = channels(input) if weight.numel() > 1 else (1,)
-    slope = tape.spread(func, weight, shape, input.shape)
+    slope = tape.broadcast(func, weight, shape, input.shape)
     return NotImplemented if slope is None else F.relu(input) - slope * F.relu(-input)
 
 
@@ -267,15 +267,15 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    slot = tape.slot(weight)
-    if slot is None or max_norm is not None or scale_grad_by_freq:
+    tracked = tape.tracked(weight)
+    if tracked is None or max_norm is not None or scale_grad_by_freq:
         return NotImplemented
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    if tape.layouts[slot.name] == "none":
+    if tape.layouts[tracked.name] == "none":
         # The same rows for all samples, such as those of positions: a part of the table.
-        tape.mention(func, slot)
-        return tape.part(slot, func(input, weight, padding_idx))
+        tape.record_use(func, tracked)
+        return tape.part(tracked, func(input, weight, padding_idx))
     return tape.layer(func, Embedding(padding_idx), input, weight, None, input.shape)
 
 
@@ -289,10 +289,12 @@ def _embedding(
 def _elementwise(tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Any:
     tensors = [t for t in args if isinstance(t, Tensor)]
     y_shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    spread = [tape.spread(func, t, t.shape, y_shape) if tape.slot(t) else t for t in tensors]
-    if any(t is None for t in spread):
+    expanded = [
+        tape.broadcast(func, t, t.shape, y_shape) if tape.tracked(t) else t for t in tensors
+    ]
+    if any(t is None for t in expanded):
         return NotImplemented
-    found = iter(spread)
+    found = iter(expanded)
     return func(*(next(found) if isinstance(t, Tensor) else t for t in args), **kwargs)
 
 
@@ -302,8 +304,8 @@ def _expand(tape: Tape, func: Any, input: Tensor, *sizes: Any, **kwargs: Any) ->
     shape = (1,) * (result.dim() - input.dim()) + tuple(input.shape)
     if any(a not in (1, b) for a, b in zip(shape, result.shape, strict=True)):
         return NotImplemented  # repeated in blocks
-    spread = tape.spread(func, input, input.shape, result.shape)
-    return NotImplemented if spread is None else spread
+    expanded = tape.broadcast(func, input, input.shape, result.shape)
+    return NotImplemented if expanded is None else expanded
 
 
 @_rule(
@@ -317,8 +319,8 @@ def _expand(tape: Tape, func: Any, input: Tensor, *sizes: Any, **kwargs: Any) ->
 )
 def _selection(tape: Tape, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Elements of a parameter in another order or shape, each at most once."""
-    slot = tape.slot(input)
-    if slot is None or input.dtype.itemsize < 4:  # sums of 16-bit numbers would be rounded
+    tracked = tape.tracked(input)
+    if tracked is None or input.dtype.itemsize < 4:  # sums of 16-bit numbers would be rounded
         return NotImplemented
     result = func(input, *args, **kwargs)
     if isinstance(result, Tensor) and (result.dtype != input.dtype or result is input):
@@ -327,7 +329,7 @@ def _selection(tape: Tape, func: Any, input: Tensor, *args: Any, **kwargs: Any) 
     if turned and result.shape == input.t().shape and result.stride() == input.t().stride():
         tape.transpose(input, result)
         return result
-    return tape.part(slot, result)
+    return tape.part(tracked, result)
 
 
 @_rule(F.multi_head_attention_forward)

@@ -1,10 +1,10 @@
 """Follows a forward pass, and finds where and how parameters are used.
 
 A TorchFunctionMode sees every call of a torch function. Where one uses a parameter in a way that has a rule
-(rules.py), an autograd Function takes its place whose backward gives the input's gradient and notes the
-parameter's per-sample gradients (gradient_forms.py); the parameter's own gradient is never formed. Whatever
-else happens to a parameter is left to autograd, which then reports a gradient for it: a sign that the uses
-noted are not all.
+(rules.py), an autograd Function takes its place (nodes.py) whose backward gives the input's gradient and
+reports the parameter's per-sample gradients (gradient_forms.py); the parameter's own gradient is never formed.
+Whatever else happens to a parameter is left to autograd, which then has a gradient for it: a sign that not all
+of its uses were handled.
 """
 
 from __future__ import annotations
@@ -19,74 +19,81 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mas_ext.importance.exact.gradient_forms import Use, total_of
-from mas_ext.importance.exact.layers import Fold, Layer, Layout
-from mas_ext.importance.exact.nodes import LayerNode, Slot, Spot, SpreadNode
-from mas_ext.importance.single_samples import Totals, gradient
+from mas_ext.importance.exact.gradient_forms import PerSample, total_of
+from mas_ext.importance.exact.layers import Broadcast, Layer
+from mas_ext.importance.exact.nodes import LayerNode, ParameterUse, TrackedTensor
+from mas_ext.importance.exact.sample_layout import LayoutKind, SampleLayout
+from mas_ext.importance.gradients import Totals, gradient
 from mas_ext.kernels.dtypes import compute_dtype
 
 # Stands for a function: (tape, function, *its arguments) -> its result, or NotImplemented.
-Rule = Callable[..., Any]
+FunctionRule = Callable[..., Any]
 
 
-class Mention(NamedTuple):
-    """That a function uses a parameter, and how the samples lie there."""
+class UseRecord(NamedTuple):
+    """The use of a parameter by a function, and how the samples lay there."""
 
     function: str
-    layout: Layout
+    layout: LayoutKind
     shape: torch.Size
     # Whether samples have more than one row: with one each, "leading" and "trailing" are the same.
     several: bool
 
 
-# Sees, on the way back, the uses in one call and the gradient of its result: the gradient to go on with.
-Witness = Callable[[Sequence[Spot], Tensor], Tensor]
 # All uses of a parameter in a forward pass: a check of these is valid for every pass with the same.
-Path = tuple[str, tuple[Mention, ...]]
+UsesOf = tuple[str, tuple[UseRecord, ...]]
+# Sees, on the way back, the uses in one call and the gradient of its result: the gradient to go on with.
+Observer = Callable[[Sequence[ParameterUse], Tensor], Tensor]
 
 
 class Tape(TorchFunctionMode):
-    """The uses of some parameters in one forward pass: `with Tape(...) as tape`, then `tape.backward`."""
+    """The uses of some parameters in one forward pass: `with Tape(...) as tape`, then `tape.backward`.
+
+    Args:
+        theta: parameters by name.
+        layouts: how the samples lie where each is used.
+        samples: how many there are.
+        rules: what stands for which function (rules.py).
+        square: whether squares are summed, or absolute values.
+        native: whether the compiled kernels sum them.
+    """
 
     def __init__(
         self,
         theta: Mapping[str, Tensor],
-        layouts: Mapping[str, Layout],
+        layouts: Mapping[str, LayoutKind],
         samples: int,
-        rules: Mapping[Callable[..., Any], Rule],
+        rules: Mapping[Callable[..., Any], FunctionRule],
         square: bool,
         native: bool,
     ) -> None:
-        """theta: parameters by name; layouts: how the samples lie where each is used; rules: what stands
-        for which function (rules.py).
-        """
         super().__init__()
         self.samples, self.square, self.native = samples, square, native
         self.layouts = layouts
-        # Parameters that are used in a way that does not fit their layout.
-        self.misfits: set[str] = set()
+        # Parameters with a use that no rule handles, or that does not fit their layout.
+        self.unhandled: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
         self.functions: list[str] = []
-        # Uses to look at, and those of them with a gradient that is not zero.
+        # Uses to look at, by name and number, and those of them with a gradient that is not zero.
         self.watched: set[tuple[str, int]] = set()
         self.active: set[tuple[str, int]] = set()
         # Whether parts of the model ran again on the way back.
         self.replayed = False
         self.theta = theta
         self._rules = rules
-        self._mentions: dict[str, list[Mention]] = {}
-        self._slots = {id(p): Slot(name, p) for name, p in theta.items()}
+        self._records: dict[str, list[UseRecord]] = {}
+        self._tracked = {id(p): TrackedTensor(name, p) for name, p in theta.items()}
         self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
         self._columns = 0
         self._expected: Counter[int] = Counter()
-        self._held: dict[int, list[Use]] = {}
+        self._gradients: dict[int, list[PerSample]] = {}
         self._totals: dict[int, Tensor] = {}
         self._replaying = False
-        self._witness: Witness | None = None
+        self._observer: Observer | None = None
 
-    def paths(self) -> set[Path]:
+    def uses(self) -> set[UsesOf]:
         """The uses of every parameter that was used."""
-        return {(name, tuple(mentions)) for name, mentions in self._mentions.items()}
+        return {(name, tuple(records)) for name, records in self._records.items()}
 
     # -- forward -----------------------------------------------------------------------------------
 
@@ -108,7 +115,7 @@ class Tape(TorchFunctionMode):
         self.replayed |= self._replaying
         self.before(func, args)
         rule = self._rules.get(func)
-        if rule is not None and any(self._mentioned([*args, *kwargs.values()])):
+        if rule is not None and any(self._tracked_in([*args, *kwargs.values()])):
             result = rule(self, func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -117,24 +124,24 @@ class Tape(TorchFunctionMode):
     def before(self, func: Callable[..., Any], args: Sequence[Any]) -> None:
         """Called before every function."""
 
-    def slot(self, t: Any) -> Slot | None:
-        """The parameter that a tensor is, or is a part of."""
-        return self._slots.get(id(t))
+    def tracked(self, t: Any) -> TrackedTensor | None:
+        """The parameter, or the part of one, that a tensor is."""
+        return self._tracked.get(id(t))
 
-    def _mentioned(self, values: Iterable[Any]) -> Iterator[Slot]:
+    def _tracked_in(self, values: Iterable[Any]) -> Iterator[TrackedTensor]:
         for value in values:
             if isinstance(value, (tuple, list)):
-                yield from self._mentioned(value)
-            slot = self.slot(value) or self.slot(self.untransposed(value))
-            if slot is not None:
-                yield slot
+                yield from self._tracked_in(value)
+            tracked = self.tracked(value) or self.tracked(self.untransposed(value))
+            if tracked is not None:
+                yield tracked
 
-    def part(self, whole: Slot, result: Any) -> Any:
-        """A tensor, or several, made of elements of a parameter: the same, and remembered as parts."""
+    def part(self, whole: TrackedTensor, result: Any) -> Any:
+        """A tensor, or several, made of elements of a parameter: the same, and tracked as parts of it."""
         if isinstance(result, (tuple, list)):
             return type(result)(self.part(whole, item) for item in result)
         leaf = result.detach().requires_grad_()
-        self._slots[id(leaf)] = Slot(whole.name, leaf, result, whole)
+        self._tracked[id(leaf)] = TrackedTensor(whole.name, leaf, result, whole)
         return leaf
 
     def transpose(self, source: Tensor, result: Tensor) -> None:
@@ -146,26 +153,28 @@ class Tape(TorchFunctionMode):
         found = self._transposes.get(id(t))
         return None if found is None else found[1]
 
-    def mention(self, func: Callable[..., Any], slot: Slot, several: bool = False) -> int:
-        """Write down that a function uses a parameter; the how manieth use it is."""
-        mentions = self._mentions.setdefault(slot.name, [])
+    def record_use(
+        self, func: Callable[..., Any], tracked: TrackedTensor, several: bool = False
+    ) -> int:
+        """Write down that a function uses a parameter; the number of this use."""
+        records = self._records.setdefault(tracked.name, [])
         if not self._replaying:
-            layout, shape = self.layouts[slot.name], self.theta[slot.name].shape
-            mentions.append(Mention(func.__name__, layout, shape, several))
-        return len(mentions) - 1
+            layout, shape = self.layouts[tracked.name], self.theta[tracked.name].shape
+            records.append(UseRecord(func.__name__, layout, shape, several))
+        return len(records) - 1
 
-    def spot(
-        self, func: Callable[..., Any], slot: Slot | None, y_shape: Sequence[int]
-    ) -> Spot | None:
-        """A use of a parameter to compute y; None, and a misfit, where the samples can't lie so."""
-        if slot is None:
+    def use(
+        self, func: Callable[..., Any], tracked: TrackedTensor | None, y_shape: Sequence[int]
+    ) -> ParameterUse | None:
+        """A use of a parameter to compute y; None, and unhandled, where the samples can't lie so in y."""
+        if tracked is None:
             return None
-        fold = Fold(self.samples, self.layouts[slot.name], self._columns)
-        fits = fold.fits(y_shape)
-        number = self.mention(func, slot, fits and fold.rows(y_shape) > 1)
+        layout = SampleLayout(self.samples, self.layouts[tracked.name], self._columns)
+        fits = layout.fits(y_shape)
+        number = self.record_use(func, tracked, fits and layout.rows(y_shape) > 1)
         if fits:
-            return Spot(slot, number, fold)
-        self.misfits.add(slot.name)
+            return ParameterUse(tracked, number, layout)
+        self.unhandled.add(tracked.name)
         return None
 
     def layer(
@@ -177,23 +186,22 @@ class Tape(TorchFunctionMode):
         bias: Tensor | None,
         y_shape: Sequence[int],
     ) -> Tensor:
-        """layer.forward(x, weight, bias), with the uses of weight and bias noted on the way back.
+        """layer.forward(x, weight, bias), with gradients of weight and bias recorded on the way back.
 
-        y_shape: that of the result, as far as it says where the samples are.
+        y_shape: the shape of the result, as far as it says where the samples are.
         """
-        slots = [self.slot(t) for t in (weight, bias)]
-        spots = [self.spot(func, slot, y_shape) for slot in slots]
-        # What needs a gradient but can't be noted is left to autograd.
+        uses = [self.use(func, self.tracked(t), y_shape) for t in (weight, bias)]
+        # What needs a gradient but has no use that can be recorded is left to autograd.
         left = [
-            spot is None and t is not None and t.requires_grad
-            for spot, t in zip(spots, (weight, bias), strict=True)
+            use is None and t is not None and t.requires_grad
+            for use, t in zip(uses, (weight, bias), strict=True)
         ]
         if left[0]:
             y = layer.forward(x, weight, None)
-            if bias is not None and spots[1] is not None:
-                return y + self._spread(spots[1], bias, layer.bias_shape(y, bias), y.shape)
+            if bias is not None and uses[1] is not None:
+                return y + self._broadcast(uses[1], bias, layer.bias_shape(y, bias), y.shape)
         else:
-            y = self.apply(layer, x, weight, None if left[1] else bias, spots)
+            y = self.apply(layer, x, weight, None if left[1] else bias, uses)
         return y + bias.view(layer.bias_shape(y, bias)) if bias is not None and any(left) else y
 
     def apply(
@@ -202,32 +210,31 @@ class Tape(TorchFunctionMode):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        spots: Sequence[Spot | None],
+        uses: Sequence[ParameterUse | None],
     ) -> Tensor:
         """The layer as an autograd Function."""
-        self._expect(*spots)
-        y: Tensor = LayerNode.apply(self, layer, spots, x, weight, bias)  # type: ignore[no-untyped-call]
+        self._expect(*uses)
+        y: Tensor = LayerNode.apply(self, layer, uses, x, weight, bias)  # type: ignore[no-untyped-call]
         self.dtypes.add(y.dtype)
         return y
 
-    def spread(
+    def broadcast(
         self, func: Callable[..., Any], p: Tensor, shape: Sequence[int], y_shape: Sequence[int]
     ) -> Tensor | None:
-        """A parameter, seen with a shape, expanded to y's shape; None where that can't be noted."""
-        spot = self.spot(func, self.slot(p), y_shape)
-        if spot is None:
+        """A parameter, seen with a shape, expanded to y's shape; None where that can't be recorded."""
+        use = self.use(func, self.tracked(p), y_shape)
+        if use is None:
             return None
-        if spot.fold.spread_over(p.new_zeros(()).expand(y_shape), shape) is None:
-            self.misfits.add(spot.slot.name)
+        if use.layout.varies(shape, len(y_shape)):
+            self.unhandled.add(use.source.name)
             return None
-        return self._spread(spot, p, shape, y_shape)
+        return self._broadcast(use, p, shape, y_shape)
 
-    def _spread(
-        self, spot: Spot, p: Tensor, shape: Sequence[int], y_shape: Sequence[int]
+    def _broadcast(
+        self, use: ParameterUse, p: Tensor, shape: Sequence[int], y_shape: Sequence[int]
     ) -> Tensor:
-        self._expect(spot)
-        spread: Tensor = SpreadNode.apply(self, spot, p, tuple(shape), tuple(y_shape))  # type: ignore[no-untyped-call]
-        return spread
+        layer = Broadcast(tuple(shape), tuple(y_shape))
+        return self.apply(layer, p.new_empty(0), p, None, (use, None))
 
     @contextmanager
     def columns(self, number: int) -> Iterator[None]:
@@ -254,72 +261,72 @@ class Tape(TorchFunctionMode):
 
     # -- backward ----------------------------------------------------------------------------------
 
-    def _expect(self, *spots: Spot | None) -> None:
+    def _expect(self, *uses: ParameterUse | None) -> None:
         if not self._replaying:
-            self._expected.update(id(spot.slot.tensor) for spot in spots if spot is not None)
+            self._expected.update(id(use.source.tensor) for use in uses if use is not None)
 
     @torch.no_grad()
-    def witness(self, witness: Witness, y: Tensor, grad: Tensor) -> None:
-        """A backward pass from y, of gradient grad, in which a witness sees all uses; none is noted."""
-        self._replaying, self._witness = True, witness
-        tensors = [slot.tensor for slot in self._slots.values()]
+    def observe(self, observer: Observer, y: Tensor, grad: Tensor) -> None:
+        """A backward pass from y, of gradient grad, in which an observer sees all uses; nothing is recorded."""
+        self._replaying, self._observer = True, observer
+        tensors = [tracked.tensor for tracked in self._tracked.values()]
         try:
             with self:
                 torch.autograd.grad(y, tensors, grad, retain_graph=True, allow_unused=True)
         finally:
-            self._witness = None
+            self._observer = None
 
-    def witnessed(self, spots: Sequence[Spot | None], grad: Tensor) -> Tensor | None:
-        """The gradient to go on with; None where uses are to be noted."""
-        if self._witness is None:
+    def observed(self, uses: Sequence[ParameterUse | None], grad: Tensor) -> Tensor | None:
+        """The gradient to go on with; None where per-sample gradients are to be recorded."""
+        if self._observer is None:
             return None
-        return self._witness([spot for spot in spots if spot is not None], grad)
+        return self._observer([use for use in uses if use is not None], grad)
 
-    def note(self, spot: Spot, use: Use) -> None:
-        """Take a use; once all uses of a tensor are there, their total."""
-        key, name = id(spot.slot.tensor), (spot.slot.name, spot.number)
-        if name in self.watched and use.may_count(spot.slot.tensor):
-            self.active.add(name)
-        self._held.setdefault(key, []).append(use)
-        if len(self._held[key]) == self._expected[key]:
-            self._add(key)
+    def record(self, use: ParameterUse, gradients: PerSample) -> None:
+        """Take the gradients of a use; once all uses of a tensor are there, their total."""
+        key, place = id(use.source.tensor), (use.source.name, use.number)
+        if place in self.watched and gradients.may_be_nonzero(use.source.tensor):
+            self.active.add(place)
+        self._gradients.setdefault(key, []).append(gradients)
+        if len(self._gradients[key]) == self._expected[key]:
+            self._add_up(key)
 
-    def _add(self, key: int) -> None:
-        uses = self._held.pop(key)
-        tensor = self._slots[key].tensor
+    def _add_up(self, key: int) -> None:
+        gradients = self._gradients.pop(key)
+        tensor = self._tracked[key].tensor
         dtype = compute_dtype(tensor.dtype)
         like = torch.empty((), dtype=dtype, device=tensor.device).expand(tensor.shape)
-        self._totals[key] = total_of(uses, like, self.square, self.native)
+        self._totals[key] = total_of(gradients, like, self.square, self.native)
 
     @torch.no_grad()
     def backward(self, values: Tensor) -> Totals:
         """sum over samples and columns of abs (or square) of d values / d theta, by name.
 
-        What autograd has a gradient for was used in a way that was not noted: a misfit.
+        A parameter that autograd has a gradient for has a use that was not recorded: it is unhandled.
         """
-        slots = [*self._slots.values()]
+        tracked = [*self._tracked.values()]
         totals: Totals = {}
         # Checkpointed parts run again on the way back, and must do so as they did before.
         self._replaying = True
         with self:
             for c in range(values.shape[1]):
-                found = gradient(values, c, {i: slot.tensor for i, slot in enumerate(slots)})
-                self.misfits |= {slots[i].name for i in found}
+                found = gradient(values, c, {i: part.tensor for i, part in enumerate(tracked)})
+                self.unhandled |= {tracked[i].name for i in found}
                 for name, total in self.collect().items():
                     totals[name] = totals[name].add_(total) if name in totals else total
         return totals
 
     def collect(self) -> Totals:
-        """The totals of all uses noted since the last time, by name."""
-        for key in [*self._held]:
-            self._add(key)
-        for slot in reversed(self._slots.values()):  # parts come after what they are parts of
-            self._unite(slot)
+        """The totals of all gradients recorded since the last time, by name."""
+        for key in [*self._gradients]:
+            self._add_up(key)
+        for tracked in reversed(self._tracked.values()):  # parts come after what they are parts of
+            self._add_to_whole(tracked)
         found, self._totals = self._totals, {}
         return {name: found[id(p)] for name, p in self.theta.items() if id(p) in found}
 
-    def _unite(self, part: Slot) -> None:
-        """Add a part's total to that of what it is a part of; a misfit if they overlap."""
+    def _add_to_whole(self, part: TrackedTensor) -> None:
+        """Add a part's total to the total of what it is a part of; unhandled if parts overlap."""
         if part.whole is None or part.origin is None or id(part.tensor) not in self._totals:
             return
         total = self._totals.pop(id(part.tensor))
@@ -333,7 +340,7 @@ class Tape(TorchFunctionMode):
             self._totals[key] = torch.zeros_like(found)
         before = self._totals[key]
         if ((before > 0) * 1 + count > 1).any():
-            self.misfits.add(part.name)
+            self.unhandled.add(part.name)
         before += found
 
 

@@ -1,0 +1,66 @@
+"""Gradients of objectives, and sums of their absolute values or squares, by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mas_ext.kernels import backends
+from mas_ext.kernels.accumulate import accumulate_
+from mas_ext.kernels.backends import Backend
+from mas_ext.kernels.dtypes import compute_dtype
+
+Totals = dict[str, Tensor]
+
+_Key = TypeVar("_Key")
+
+
+def zeros(theta: Mapping[str, Tensor]) -> Totals:
+    """Totals of 0 like these parameters."""
+    return {
+        name: torch.zeros_like(p, dtype=compute_dtype(p.dtype), requires_grad=False)
+        for name, p in theta.items()
+    }
+
+
+def gradient(values: Tensor, c: int, theta: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+    """d sum_k values[k, c] / d theta by key; absent where there is none. To be called for c = 0, 1, ..."""
+    if not values.requires_grad:
+        raise ValueError(
+            "output: got one that depends on no parameter, expected a differentiable one"
+        )
+    with torch.enable_grad():
+        column = values[:, c].sum()
+    found = torch.autograd.grad(
+        column, [*theta.values()], retain_graph=c + 1 < values.shape[1], allow_unused=True
+    )
+    dense = (g.to_dense() if g is not None and g.is_sparse else g for g in found)
+    return {name: g for name, g in zip(theta, dense, strict=True) if g is not None}
+
+
+def accumulate(totals: Totals, found: Mapping[str, Tensor], square: bool, backend: Backend) -> None:
+    """totals += abs(found), or its square, by name."""
+    if square:
+        for name, g in found.items():
+            g = g.to(totals[name].dtype)
+            totals[name].addcmul_(g, g)
+        return
+    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for name, g in found.items():
+        into, added = kinds.setdefault((g.device, g.dtype), ([], []))
+        into.append(totals[name])
+        added.append(g)
+    for (device, _), (into, added) in kinds.items():
+        accumulate_(into, added, 1.0, backends.serves(device, backend))
+
+
+def accumulate_gradients(
+    totals: Totals, values: Tensor, theta: Mapping[str, Tensor], square: bool, backend: Backend
+) -> None:
+    """totals += abs(d sum_k values[k, c] / d theta), or its square, for every c."""
+    for c in range(values.shape[1]):
+        # No name for the gradients, which would keep them while the next ones are computed.
+        accumulate(totals, gradient(values, c, theta), square, backend)
