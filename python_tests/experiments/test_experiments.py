@@ -32,7 +32,7 @@ from experiments.facts import glyphs as glyphs_of
 from experiments.facts import scores
 from experiments.learned import GRID, trained
 from experiments.loops import SquaredGradients
-from experiments.official_demo import Reestimated
+from experiments.official_demo import Reestimated, paced
 from experiments.regression import VARIANTS, Arm
 from mas_ext import models
 from mas_ext.compare.cells import Cell, Found
@@ -230,19 +230,26 @@ def test_official_demo(tmp_path: Path) -> None:
     assert theirs[0].startswith("| re-estimated, batch | 0.01 |")
 
 
+def test_later_tasks_have_a_learning_rate_of_their_own() -> None:
+    make, rates = paced(0.25), []
+    for _ in range(3):
+        optimizer = make([torch.nn.Parameter(torch.ones(1))], 0.5)
+        rates += [group["lr"] for group in optimizer.param_groups]
+        assert optimizer.param_groups[0]["momentum"] == 0.9
+    assert rates == [0.5, 0.25, 0.25]
+
+
 def test_reestimated_importance_is_of_all_tasks_at_the_present_weights() -> None:
     torch.manual_seed(0)
     model = models.mlp((3,), (4,))
     data = [(torch.randn(5, 3), torch.arange(5) % 2) for _ in range(2)]
     method = Reestimated()
-    method.later_lr = 0.25
     for task in range(2):
         model.add_head(2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         parts = (*[model, optimizer, task, "task", task], lambda n, task=task: [data[task]])
         training = Training(*parts, lambda p: torch.optim.SGD(p, lr=0.5))
         method.begin_task(training)
-        assert optimizer.param_groups[0]["lr"] == (0.5 if task == 0 else 0.25)
         with torch.no_grad():
             model.backbone[1].weight.add_(0.1)
         method.end_task(training)
