@@ -18,7 +18,7 @@ RESULTS = ROOT / "experiments" / "results"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 without the data that are needed, 130 if interrupted."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parsed(argv)
     try:
         if arguments.page:
             write_page(ROOT / "docs")
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line says."""
     listed = "\n".join(f"  {name:<16}{each.title}" for name, each in EXPERIMENTS.items())
     parser = argparse.ArgumentParser(
         prog="python -m experiments",
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     default = "experiments/results, with --quick out/experiments"
     add("--out", metavar="DIR", help=f"for results and pictures; default: {default}")
     add("--page", action="store_true", help="only write docs/RESULTS.md from experiments/results")
-    return parser
+    return parser.parse_args(argv)
 
 
 def run_experiments(arguments: argparse.Namespace) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from experiments.experiment import Experiment, Page, Results
+from experiments.learned import importance_of_head
 from experiments.tables import percent, titled
 from mas_ext.compare.cells import Cell, Found
 from mas_ext.compare.charts import canvas, legend, look
 from mas_ext.compare.options import Config
-from mas_ext.importance import estimate_importance
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import Training
@@ -72,13 +72,16 @@ PARTS: dict[str, Callable[[Tensor, Tensor, torch.Generator], Images]] = {
 }
 
 
-class Held(MAS):
-    """MAS that begins with a given importance, and learns one more task."""
+class GivenImportance(MAS):
+    """MAS of later tasks, with an importance that is given.
 
-    def __init__(self, lam: float, importance: Mapping[str, Tensor]) -> None:
-        """lam, and Omega by name."""
+    It is scaled to a total strength: only what is important differs.
+    """
+
+    def __init__(self, lam: float, importance: Mapping[str, Tensor], strength: float) -> None:
         super().__init__(lam)
-        self.given = importance
+        scale = strength / total(importance)
+        self.given = {name: scale * each for name, each in importance.items()}
 
     def begin_task(self, training: Training) -> None:
         if training.task == 0:
@@ -133,13 +136,12 @@ class Adaptivity(Experiment):
         learned = self.base.network(scenario, seed)
         Trainer(learned, Finetune(), **vars(settings)).fit(Scenario(scenario.tasks[:1]))
         sources = {"training data": first.x, "test data": met.x, "part": met.x[met.part]}
-        omegas = {source: importance(learned, x) for source, x in sources.items()}
+        omegas = {
+            source: importance_of_head(learned, 0, x.split(100)) for source, x in sources.items()
+        }
         found, strength = [], total(omegas["training data"])
         for source, lam in self._variants():
-            given = omegas[source or "training data"]
-            # All of the same strength: only what is important differs.
-            scale = strength / total(given)
-            method = Held(lam, {name: scale * each for name, each in given.items()})
+            method = GivenImportance(lam, omegas[source or "training data"], strength)
             model, epochs = copy.deepcopy(learned), [0, *settings.epochs_of(1)]
             result = Trainer(model, method, **{**vars(settings), "epochs": epochs}).fit(scenario)
             after = {"after": shares(model, tested), "new": result.accuracy[1, 1]}
@@ -244,16 +246,6 @@ class Adaptivity(Experiment):
         figure.supxlabel("lost on the rest, % points", fontsize="medium")
         figure.supylabel("lost on the part, % points", fontsize="medium")
         return figure
-
-
-def importance(model: MultiHead, x: Tensor) -> dict[str, Tensor]:
-    """Omega of the backbone by the first head, from images without labels."""
-    return estimate_importance(model, x.split(100), forward=_first_head, exclude=["heads.*"])
-
-
-def _first_head(model: MultiHead, x: Tensor) -> Tensor:
-    output: Tensor = model(x, 0)
-    return output
 
 
 def total(omega: Mapping[str, Tensor]) -> float:

@@ -1,13 +1,16 @@
-"""A ResNet-20 that was trained on CIFAR-10, images that it did not see, and CIFAR-100 as it sees it."""
+"""A ResNet-20 that was trained on CIFAR-10, images that it did not see, and CIFAR-100 as it sees it.
+
+All raise DataError where a file is missing.
+"""
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from experiments.manifest import find
 from mas_ext import models
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, Tensors, split
@@ -20,12 +23,8 @@ SEEN = Standardisation(torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229,
 
 
 def trained(folder: str | None) -> MultiHead:
-    """The network, whose first head tells CIFAR-10's classes apart.
-
-    Raises:
-        FileNotFoundError: its weights are missing.
-    """
-    path = _path("resnet20_cifar10.th", folder)
+    """The network, whose first head tells CIFAR-10's classes apart."""
+    path = find("resnet20", "resnet20_cifar10.th", folder)
     network = models.resnet20((3, 32, 32))
     models.load_backbone(network, path)
     network.add_head(10)
@@ -36,12 +35,8 @@ def trained(folder: str | None) -> MultiHead:
 
 
 def unseen(folder: str | None) -> Tensors:
-    """1,000 of CIFAR-10's test images.
-
-    Raises:
-        FileNotFoundError: they are missing.
-    """
-    path = _path("cifar10_test1k.npz", folder)
+    """1,000 of CIFAR-10's test images."""
+    path = find("cifar10-test", "cifar10_test1k.npz", folder)
     with np.load(path) as arrays:
         return images(path, arrays["x_test"], arrays["y_test"]).transformed(SEEN)
 
@@ -54,11 +49,7 @@ def groups(folder: str | None) -> Scenario:
 
 @functools.cache
 def features(folder: str | None) -> Scenario:
-    """CIFAR-100 in ten tasks, as the network's features, (64,), which a processor can learn.
-
-    Raises:
-        FileNotFoundError: its weights, or the images, are missing.
-    """
+    """CIFAR-100 in ten tasks, as the network's features, (64,), which a processor can learn."""
     network = trained(folder).eval()
 
     def seen(part: Tensors) -> Tensors:
@@ -71,11 +62,3 @@ def features(folder: str | None) -> Scenario:
 
     train, test = (seen(part) for part in data.load_dataset("cifar100", folder))
     return split(train, test, 10, "cifar100-features")
-
-
-def _path(name: str, folder: str | None) -> Path:
-    places = [place / name for place in data.folders(folder)]
-    path = next((place for place in places if place.exists()), None)
-    if path is None:
-        raise FileNotFoundError(f"{name} is missing, expected at {places[0]}")
-    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -13,13 +12,12 @@ from torch import Tensor
 
 from experiments.cifar import features
 from experiments.experiment import Experiment, Page, Results
-from experiments.learned import lam_option, matrix, scenario_of, trained
+from experiments.learned import importance_of_head, lam_option, matrix, scenario_of, trained
 from experiments.tables import percent, table, titled
 from mas_ext import models
 from mas_ext.compare.cells import Cell, Found
 from mas_ext.compare.charts import canvas, legend, look
 from mas_ext.compare.options import Config
-from mas_ext.importance import estimate_importance
 from mas_ext.methods import create
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.mas import MAS
@@ -258,9 +256,7 @@ def toy(scales: Sequence[float], method: str, lam: float, seed: int, steps: int)
                 loss.backward()
                 optimizer.step()
             handle.remove()
-            forward = functools.partial(_head, task)
-            omega = estimate_importance(network, [learn], forward=forward, exclude=["heads.*"])
-            penalty.consolidate(importance=omega)
+            penalty.consolidate(importance=importance_of_head(network, task, [learn]))
             with torch.no_grad():
                 squares = [
                     (network(test, k)[:, 0] - y[400:, k]).square().mean() / y[400:, k].var()
@@ -268,8 +264,3 @@ def toy(scales: Sequence[float], method: str, lam: float, seed: int, steps: int)
                 ]
             error.append([float(square) for square in squares])
         return {"error": error, "alpha": penalty.alpha}
-
-
-def _head(head: int, network: models.MultiHead, x: Tensor) -> Tensor:
-    output: Tensor = network(x, head)
-    return output

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.adaptivity import Held, total
+from experiments.adaptivity import GivenImportance, total
 from experiments.compositions import Fact, batches_of_facts, paint, shrunk
 from experiments.embedding import VARIANTS, Embedding, ranks
 from experiments.experiment import Page, Results
@@ -183,11 +183,8 @@ class Facts(InOwnLoop):
         omegas = {"all": importance(model, x)}
         omegas |= {name: importance(model, x[part[y]]) for name, part in parts.items()}
         found = []
-        for source, lam in self.held():
-            given = omegas[source or "all"]
-            # All of the same strength: only what is important differs.
-            scale = total(omegas["all"]) / total(given)
-            method = Held(lam, {name: scale * each for name, each in given.items()})
+        for source, lam in self.importances():
+            method = GivenImportance(lam, omegas[source or "all"], total(omegas["all"]))
             later = copy.deepcopy(model)
             method.begin_task(self.begun(later, 0, pictures))
             for task in range(1, TASKS):
@@ -197,7 +194,7 @@ class Facts(InOwnLoop):
             found.append({"source": source, "lam": lam, "kept": kept, "new": sum(new) / len(new)})
         return {"before": self.kept(model, parts, pictures), "variants": found}
 
-    def held(self) -> list[tuple[str | None, float]]:
+    def importances(self) -> list[tuple[str | None, float]]:
         """Sources of importance, and strengths."""
         return [(None, 0.0), *((source, lam) for lam in self.lams for source in ("all", *PARTS))]
 
@@ -243,7 +240,7 @@ class Facts(InOwnLoop):
             before = [percent([f["before"][part][k] for f in founds]) for k in (0, 1)]
             rows = [("before", "", *before, "", str(len(founds)))]
             by_source: dict[Any, list[list[float]]] = {}
-            for i, (source, lam) in enumerate(self.held()):
+            for i, (source, lam) in enumerate(self.importances()):
                 if source in (None, "all", part):
                     each = [f["variants"][i] for f in founds]
                     columns = [[f["kept"][part][k] for f in each] for k in (0, 1)]

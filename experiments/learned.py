@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,7 +16,9 @@ from experiments.experiment import Experiment, Results
 from mas_ext.compare.cells import Cell, Found, choose, decades
 from mas_ext.compare.options import Config, Purpose
 from mas_ext.compare.sweep import train
+from mas_ext.importance import estimate_importance
 from mas_ext.methods import Method
+from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, Tensors, named
 
 # Where every method's lam is looked for.
@@ -96,6 +98,13 @@ def fewer(scenario: Scenario, train: int, test: int | None = None, seed: int = 0
         for task in scenario.tasks
     ]
     return Scenario(tuple(tasks), scenario.name)
+
+
+def importance_of_head(model: MultiHead, head: int, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Omega of the backbone by the outputs of one head, from inputs without labels."""
+    return estimate_importance(
+        model, batches, forward=lambda model, x: model(x, head), exclude=["heads.*"]
+    )
 
 
 def matrix(found: Found) -> Tensor:

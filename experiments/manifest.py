@@ -27,13 +27,9 @@ def check_data(names: Iterable[str], folder: str | None) -> None:
     Raises:
         DataError: a file is missing or has another content, or other data would be read in its place.
     """
-    manifest = read_toml(MANIFEST)
     for name in names:
-        for file, expected in manifest[name]["sha256"].items():
+        for file, expected in read_toml(MANIFEST)[name]["sha256"].items():
             path = find(name, file, folder)
-            if path is None:
-                origin = manifest[name]["origin"]
-                raise DataError(f"{file} is missing; it is from {origin}")
             packed = path.read_bytes()
             content = gzip.decompress(packed) if path.suffix == ".gz" else packed
             found = hashlib.sha256(content).hexdigest()
@@ -41,8 +37,12 @@ def check_data(names: Iterable[str], folder: str | None) -> None:
                 raise DataError(f"{path}: got content of SHA-256 {found}, expected {expected}")
 
 
-def find(name: str, file: str, folder: str | None) -> Path | None:
-    """Where a file of a data set will be read from, plain or as .gz; None if it is missing."""
+def find(name: str, file: str, folder: str | None) -> Path:
+    """Where a file of a data set is read from, plain or as .gz.
+
+    Raises:
+        DataError: it is missing, or other data would be read first.
+    """
     places = folders(folder)
     if name == "digits":
         places = [Path(import_extra("sklearn.datasets").__path__[0]) / "data"]
@@ -53,4 +53,5 @@ def find(name: str, file: str, folder: str | None) -> Path | None:
         for path in (place / file, place / f"{file}.gz"):
             if path.exists():
                 return path
-    return None
+    origin, where = read_toml(MANIFEST)[name]["origin"], ", ".join(map(str, places))
+    raise DataError(f"{file} is not in {where}; it is from {origin}")

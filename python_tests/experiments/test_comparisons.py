@@ -14,6 +14,7 @@ from image_files import write_npz
 from experiments import EXPERIMENTS, Results, cifar, reproduce
 from experiments.comparison import Variant
 from experiments.learned import fewer
+from experiments.manifest import DataError
 from mas_ext import models
 from mas_ext.scenarios import Scenario, Task, Tensors
 
@@ -158,5 +159,5 @@ def test_a_network_that_knows_cifar10(tmp_path: Path) -> None:
 
 
 def test_no_data(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"resnet20_cifar10\.th is missing"):
+    with pytest.raises(DataError, match=r"resnet20_cifar10\.th is not in .*; it is from https://"):
         cifar.trained(str(tmp_path))

@@ -38,7 +38,8 @@ def test_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["cost", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     out, err = capsys.readouterr()
     assert not out
-    assert err.startswith("error: MNIST/raw/train-images-idx3-ubyte is missing; it is from https:")
+    where = f"MNIST/raw/train-images-idx3-ubyte is not in {tmp_path}; it is from https:"
+    assert err.startswith(f"error: {where}")
     assert err.count("\n") == 1
     assert not list((tmp_path / "out").iterdir())
 
