@@ -19,7 +19,7 @@ from mas_ext.importance.evaluation import (
     Evaluate,
     Forward,
     Labelled,
-    Mode,
+    RunMode,
     Values,
     default_forward,
     evaluating,
@@ -79,7 +79,7 @@ class ImportanceSum:
         estimator: Estimator | None = None,
         values: Values | None = None,
         labels: LabelSource | None = None,
-        mode: Mode = evaluating,
+        mode: RunMode = evaluating,
     ) -> None:
         if method not in ESTIMATORS:
             raise ValueError(f"method: got {method!r}, expected one of {tuple(ESTIMATORS)}")

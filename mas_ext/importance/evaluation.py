@@ -18,7 +18,7 @@ Forward = Callable[[Any, Any], Tensor]
 # (output, labels, samples) -> the objectives, shape (rows, K). Each row counts as one sample.
 Values = Callable[[Tensor, Tensor | None, int], Tensor]
 # (model, device) -> the state in which the model is run, and afterwards back to the state before.
-Mode = Callable[[nn.Module, torch.device], AbstractContextManager[None]]
+RunMode = Callable[[nn.Module, torch.device], AbstractContextManager[None]]
 
 _RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mas_ext.importance.evaluation import Evaluate, Labelled
 from mas_ext.importance.exact.driver import Exact
-from mas_ext.importance.exact.layers import Layer, bias_gradients
+from mas_ext.importance.exact.layers import Layer
 from mas_ext.importance.exact.nodes import ParameterUse
 from mas_ext.importance.exact.rules import RULES
 from mas_ext.importance.exact.tracing import Tape
@@ -96,7 +96,7 @@ class _LocalTape(Tape):
         self, use: ParameterUse, p: Tensor, shape: Sequence[int], y_shape: Sequence[int]
     ) -> Tensor:
         self.unhandled.add(use.source.name)
-        return super()._broadcast(use, p, shape, y_shape)
+        return p.view(tuple(shape)).expand(tuple(y_shape))
 
     @torch.no_grad()
     def before(self, func: Callable[..., Any], args: Sequence[Any]) -> None:
@@ -114,7 +114,7 @@ class _LocalTape(Tape):
         if weight_use is not None:
             self.record(weight_use, layer.weight_gradients(grad, x, weight_use.layout))
         if bias_use is not None and bias is not None:
-            self.record(bias_use, bias_gradients(layer, grad, bias, bias_use.layout))
+            self.record(bias_use, layer.bias_gradients(grad, bias, bias_use.layout))
 
     @torch.no_grad()
     def finish(self) -> Totals:

@@ -13,7 +13,7 @@ from mas_ext.parameters.fsdp import optimizer_view
 from mas_ext.parameters.names import is_sharded
 
 
-class Penalty(Protocol):
+class StateOwner(Protocol):
     """A FusedMASPenalty."""
 
     @property
@@ -23,7 +23,7 @@ class Penalty(Protocol):
 
 
 def load_distributed(
-    penalty: Penalty, checkpoint_id: str | os.PathLike[str], key: str = "penalty"
+    penalty: StateOwner, checkpoint_id: str | os.PathLike[str], key: str = "penalty"
 ) -> None:
     """Read what `dcp.save({key: penalty.state_dict(), ...}, checkpoint_id=...)` wrote, on any number of ranks.
 

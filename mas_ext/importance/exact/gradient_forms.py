@@ -86,7 +86,11 @@ class Dense:
         return bool(self.g.any())
 
     def joined(self, other: PerSample) -> PerSample | None:
-        return Dense(self.g + other.g) if isinstance(other, Dense) else None
+        if not isinstance(other, Dense):
+            return None
+        return Dense(
+            self.g.flatten(1) + other.g.flatten(1)
+        )  # one may have been seen in another shape
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,40 +19,38 @@ def channels(x: Tensor) -> tuple[int, ...]:
     return (x.shape[1], *[1] * (x.dim() - 2))
 
 
-class Layer(Protocol):
+class Layer:
     """y = f(x, weight) + bias, linear in weight and bias."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y."""
+        raise NotImplementedError
 
     def bias_shape(self, y: Tensor, bias: Tensor) -> tuple[int, ...]:
         """The shape with which the bias is broadcast to y."""
+        return tuple(bias.shape)
 
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """d y / d x applied to y's gradient."""
+        """d y / d x applied to y's gradient, where x has one."""
+        raise NotImplementedError
 
     def weight_gradients(self, grad: Tensor, x: Tensor, layout: SampleLayout) -> PerSample:
         """The weight's per-sample gradients."""
+        raise NotImplementedError
 
-
-def bias_gradients(layer: Layer, grad: Tensor, bias: Tensor, layout: SampleLayout) -> Dense:
-    """A bias's per-sample gradients: the gradient of y, summed over all that the bias is broadcast along."""
-    g = layout.sum_to(grad, layer.bias_shape(grad, bias))
-    assert g is not None, "a layer's bias does not differ along the samples"
-    return Dense(g.reshape(-1, *bias.shape))
+    def bias_gradients(self, grad: Tensor, bias: Tensor, layout: SampleLayout) -> PerSample:
+        """The bias's per-sample gradients: y's, summed over all that the bias is broadcast along."""
+        return Dense(layout.sum_to(grad, self.bias_shape(grad, bias)))
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Layer):
     """y = x weight^T + bias over the last dimension; transposed: y = x weight + bias."""
 
     transposed: bool = False
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.t() if self.transposed else weight, bias)
-
-    def bias_shape(self, y: Tensor, bias: Tensor) -> tuple[int, ...]:
-        return tuple(bias.shape)
 
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         weight = weight.to(grad.dtype)
@@ -65,7 +62,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(Layer):
     """y = convolution of x with weight (outputs, inputs / groups, *kernel) + bias, zeros around x.
 
     transposed: weight is (inputs, outputs / groups, *kernel).
@@ -159,7 +156,7 @@ def _pixels_seen(
 
 
 @dataclass(frozen=True)
-class Affine:
+class Affine(Layer):
     """y = x weight + bias elementwise, as behind a normalisation; `shape`: how both are broadcast to x."""
 
     shape: tuple[int, ...]
@@ -175,13 +172,25 @@ class Affine:
         return grad * weight.view(self.shape)
 
     def weight_gradients(self, grad: Tensor, x: Tensor, layout: SampleLayout) -> PerSample:
-        g = layout.sum_to(grad * x, self.shape)
-        assert g is not None, "a norm's weight does not differ along the samples"
-        return Dense(g)
+        return Dense(layout.sum_to(grad * x, self.shape))
 
 
 @dataclass(frozen=True)
-class Standardised:
+class Broadcast(Layer):
+    """y = weight, seen with `shape` and expanded to `y_shape`; there is no x."""
+
+    shape: tuple[int, ...]
+    y_shape: tuple[int, ...]
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return weight.view(self.shape).expand(self.y_shape)
+
+    def weight_gradients(self, grad: Tensor, x: Tensor, layout: SampleLayout) -> PerSample:
+        return Dense(layout.sum_to(grad, self.shape))
+
+
+@dataclass(frozen=True)
+class Standardised(Layer):
     """y = (x - mean) / sqrt(var + eps) weight + bias by channel: BatchNorm on its running statistics.
 
     x is all that is kept of the way forward: what the weight multiplies is computed again, element by element,
@@ -205,7 +214,6 @@ class Standardised:
         shape = channels(x)
         mean = self.mean.to(compute_dtype(self.mean.dtype)).view(shape)
         g = layout.sum_to((x - mean).mul_(grad), shape)
-        assert g is not None, "a norm's weight does not differ along the samples"
         return Dense(g * self._scale().view(shape))
 
     def _scale(self) -> Tensor:
@@ -213,19 +221,13 @@ class Standardised:
 
 
 @dataclass(frozen=True)
-class Embedding:
+class Embedding(Layer):
     """y = weight[ids]; x holds the ids."""
 
     padding_idx: int | None
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.embedding(x, weight)
-
-    def bias_shape(self, y: Tensor, bias: Tensor) -> tuple[int, ...]:
-        raise AssertionError("an embedding has no bias")
-
-    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        raise AssertionError("ids have no gradient")
 
     def weight_gradients(self, grad: Tensor, x: Tensor, layout: SampleLayout) -> PerSample:
         ids = layout.features(x[..., None])[..., 0]

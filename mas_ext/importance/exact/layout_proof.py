@@ -20,7 +20,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mas_ext.importance.evaluation import Evaluate, Labelled
-from mas_ext.importance.exact.nodes import NODES, ParameterUse
+from mas_ext.importance.exact.nodes import LayerNode, ParameterUse
 from mas_ext.importance.exact.precision import Precision
 from mas_ext.importance.exact.tracing import Tape
 
@@ -209,7 +209,7 @@ def _choosing(y: Tensor) -> bool:
                 waiting.append(child)
             if child is not None:
                 parents[child].append(node)
-    waiting = [node for node in parents if getattr(node, "_forward_cls", None) in NODES]
+    waiting = [node for node in parents if getattr(node, "_forward_cls", None) is LayerNode]
     between = {*waiting}
     while waiting:
         for node in parents[waiting.pop()]:
@@ -221,7 +221,7 @@ def _choosing(y: Tensor) -> bool:
 
 def _chooses(node: Any) -> bool:
     if isinstance(node, BackwardCFunction):
-        return type(node)._forward_cls not in NODES  # type: ignore[attr-defined]
+        return type(node)._forward_cls is not LayerNode  # type: ignore[attr-defined]
     if _WITHIN_SAMPLES.search(node.name()):
         return False
     kept = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]

@@ -1,4 +1,4 @@
-"""Nodes of autograd's graph that report per-sample gradients of parameters on the way back (tracing.py)."""
+"""The node of autograd's graph that reports per-sample gradients of parameters on the way back (tracing.py)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mas_ext.importance.exact.gradient_forms import Dense, PerSample
-from mas_ext.importance.exact.layers import Layer, bias_gradients
+from mas_ext.importance.exact.gradient_forms import PerSample
+from mas_ext.importance.exact.layers import Layer
 from mas_ext.importance.exact.sample_layout import SampleLayout
 
 
@@ -80,37 +80,9 @@ class LayerNode(torch.autograd.Function):
                 ctx.tape.record(weight_use, gradients)
             if seen is None and bias_use is not None:
                 bias = bias_use.source.tensor
-                ctx.tape.record(bias_use, bias_gradients(ctx.layer, grad, bias, bias_use.layout))
+                ctx.tape.record(bias_use, ctx.layer.bias_gradients(grad, bias, bias_use.layout))
             grad = grad if seen is None else seen
             gradient = None
             if ctx.needs_input_grad[3]:
                 gradient = ctx.layer.input_gradient(grad, x, weight).to(ctx.input_dtype)
         return None, None, None, gradient, None, None
-
-
-class BroadcastNode(torch.autograd.Function):
-    """A parameter broadcast to the activations' shape."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tape: Recorder,
-        use: ParameterUse,
-        p: Tensor,
-        shape: tuple[int, ...],
-        y_shape: tuple[int, ...],
-    ) -> Tensor:
-        ctx.tape, ctx.use, ctx.shape = tape, use, shape
-        return p.detach().view(shape).expand(y_shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        with torch._C.DisableTorchFunction():
-            if ctx.tape.observed([ctx.use], grad) is None:
-                g = ctx.use.layout.sum_to(grad, ctx.shape)
-                ctx.tape.record(ctx.use, Dense(g.reshape(-1, *ctx.use.source.tensor.shape)))
-        return None, None, None, None, None
-
-
-# What the tape puts between a model's own nodes.
-NODES = (LayerNode, BroadcastNode)

@@ -72,19 +72,19 @@ class SampleLayout:
         """(samples, all pixels of its images, channels) of a tensor (images, channels, *pixels)."""
         return self.by_sample(t.movedim(1, -1).flatten(1, -2)).flatten(1, 2)
 
-    def sum_to(self, g: Tensor, shape: Sequence[int]) -> Tensor | None:
-        """(samples, *shape): g summed over all that a parameter of this shape is broadcast along.
+    def varies(self, shape: Sequence[int], dims: int) -> bool:
+        """Whether a parameter of this shape, broadcast to so many dimensions, varies with the sample."""
+        return self._aligned(shape, dims)[1 if self.kind == "inner" else 0] != 1
 
-        None where the parameter differs along the samples' dimension.
-        """
-        own = (1,) * (g.dim() - len(shape)) + tuple(shape)
-        if self.kind == "inner" and g.dim() == 2:
-            own = (1, *own)
-        i = 1 if self.kind == "inner" else 0
-        if own[i] != 1:
-            return None
+    def sum_to(self, g: Tensor, shape: Sequence[int]) -> Tensor:
+        """(samples, *shape): g summed over all that a parameter of this shape is broadcast along."""
+        own, i = self._aligned(shape, g.dim()), 1 if self.kind == "inner" else 0
         g = self.by_sample(g)
         own = (1, *own[:i], 1, *own[i + 1 :])
         dims = [d for d in range(1, g.dim()) if own[d] == 1]
         dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
         return g.sum(dims, dtype=dtype).reshape(self.samples, *shape)
+
+    def _aligned(self, shape: Sequence[int], dims: int) -> tuple[int, ...]:
+        flattened = self.kind == "inner" and dims == 2
+        return (1,) * (dims + flattened - len(shape)) + tuple(shape)

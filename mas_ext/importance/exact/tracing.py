@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mas_ext.importance.exact.gradient_forms import PerSample, total_of
-from mas_ext.importance.exact.layers import Layer
-from mas_ext.importance.exact.nodes import BroadcastNode, LayerNode, ParameterUse, TrackedTensor
+from mas_ext.importance.exact.layers import Broadcast, Layer
+from mas_ext.importance.exact.nodes import LayerNode, ParameterUse, TrackedTensor
 from mas_ext.importance.exact.sample_layout import LayoutKind, SampleLayout
 from mas_ext.importance.gradients import Totals, gradient
 from mas_ext.kernels.dtypes import compute_dtype
@@ -225,7 +225,7 @@ class Tape(TorchFunctionMode):
         use = self.use(func, self.tracked(p), y_shape)
         if use is None:
             return None
-        if use.layout.sum_to(p.new_zeros(()).expand(y_shape), shape) is None:
+        if use.layout.varies(shape, len(y_shape)):
             self.unhandled.add(use.source.name)
             return None
         return self._broadcast(use, p, shape, y_shape)
@@ -233,9 +233,8 @@ class Tape(TorchFunctionMode):
     def _broadcast(
         self, use: ParameterUse, p: Tensor, shape: Sequence[int], y_shape: Sequence[int]
     ) -> Tensor:
-        self._expect(use)
-        expanded: Tensor = BroadcastNode.apply(self, use, p, tuple(shape), tuple(y_shape))  # type: ignore[no-untyped-call]
-        return expanded
+        layer = Broadcast(tuple(shape), tuple(y_shape))
+        return self.apply(layer, p.new_empty(0), p, None, (use, None))
 
     @contextmanager
     def columns(self, number: int) -> Iterator[None]:
