@@ -79,7 +79,7 @@ def main() -> None:
     wanted += itertools.product(MODES, RATES, arguments.lam, range(arguments.seeds))
     protocol = {"hidden": HIDDEN, "epochs": EPOCHS, "batch": BATCH, "rates": RATES}
     missing = [job for job in wanted if job not in done]
-    scenario = catalogue.build("split-mnist", arguments.data) if missing else None
+    scenario = catalogue.make_scenario("split-mnist", arguments.data) if missing else None
     for job in missing:
         assert scenario is not None
         runs.append(learn(scenario, *job))

@@ -107,7 +107,7 @@ def main() -> None:
         found = {**about, "parameters": PARAMETERS, "relative_error": errors}
         save({**known, what: found}, path)
         return
-    scenario = catalogue.build(what)
+    scenario = catalogue.make_scenario(what)
     by_dtype: dict[str, list[float]] = {"float32": [], "uint8": []}
     about |= {"lam": LAM[what], "epochs": EPOCHS[what], "samples_for_importance": 1000}
     for seed in range(options.seeds):

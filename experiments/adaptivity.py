@@ -165,12 +165,12 @@ class Adaptivity(Experiment):
 
     def tasks(self, part: str, seed: int) -> tuple[Images, tuple[Tensors, Tensors], Images, Images]:
         """The first task's images to learn; the second task; the first's for importance, and to test on."""
-        train, test = data.load("digits" if self.digits else "mnist", self.data)
+        train, test = data.load_dataset("digits" if self.digits else "mnist", self.data)
         if self.digits:
             (_, mixed) = permuted(train, test, 2, seed).tasks
             second: Any = mixed.train, mixed.test
         else:
-            second = data.load("fashion-mnist", self.data)
+            second = data.load_dataset("fashion-mnist", self.data)
         generator = torch.Generator().manual_seed(seed)
 
         def some(tensors: Tensors, n: int | None = None) -> tuple[Tensor, Tensor]:

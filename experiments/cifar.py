@@ -48,7 +48,7 @@ def unseen(folder: str | None) -> Tensors:
 
 def groups(folder: str | None) -> Scenario:
     """CIFAR-100 in ten tasks of ten classes, standardised as the network's images were."""
-    train, test = (part.transformed(SEEN) for part in data.load("cifar100", folder))
+    train, test = (part.transformed(SEEN) for part in data.load_dataset("cifar100", folder))
     return split(train, test, 10)
 
 
@@ -69,7 +69,7 @@ def features(folder: str | None) -> Scenario:
             ]
         return Tensors(torch.cat(parts), part.y)
 
-    train, test = (seen(part) for part in data.load("cifar100", folder))
+    train, test = (seen(part) for part in data.load_dataset("cifar100", folder))
     return split(train, test, 10, "cifar100-features")
 
 

@@ -18,7 +18,7 @@ GLYPH = 14  # pixels of a side, as glyphs are kept
 
 
 class Spot(NamedTuple):
-    """Where a glyph is: its centre from the canvas' own, in half sides; its side as a share of the canvas'."""
+    """A glyph's place: its centre in half sides from the canvas' own, its side as a share of the canvas."""
 
     across: float = 0.0
     down: float = 0.0
@@ -68,9 +68,9 @@ ATTRIBUTES = {
 def batches_of_facts(
     glyphs: Sequence[str], tasks: int, generator: torch.Generator
 ) -> list[list[Fact]]:
-    """By task: facts with its own predicates and objects, of all subjects; none is in two tasks.
+    """By task: facts with predicates and objects of its own, of all subjects; none is in two tasks.
 
-    Of the glyphs, three fifths are subjects and the others objects.
+    Three fifths of the glyphs are subjects, the others objects.
     """
 
     def shuffled(words: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from mas_ext.compare.charts import canvas, legend, look
 from mas_ext.compare.options import Config
 from mas_ext.methods import METHODS, create
 from mas_ext.scenarios import Scenario
-from mas_ext.scenarios.named import build
+from mas_ext.scenarios.named import make_scenario
 from mas_ext.training.run import Epoch, Result
 
 BASE = Config.read(
@@ -83,7 +83,7 @@ class Cost(Experiment):
 
     def scenario(self, seed: int) -> Scenario:
         """The tasks, each with some of its samples."""
-        whole = build(self.base.scenario, self.data, self.tasks, None, seed)
+        whole = make_scenario(self.base.scenario, self.data, self.tasks, None, seed)
         return fewer(whole, self.samples, self.samples // 5, seed)
 
     def curves(self, results: Results, method: str) -> dict[str, torch.Tensor]:

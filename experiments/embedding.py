@@ -1,4 +1,4 @@
-"""An embedding of pictures among facts, and methods that learn it by a ranking loss."""
+"""An embedding of pictures among facts, its ranking loss, and the methods that learn it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.adaptivity import Held
 from experiments.compositions import Fact
-from experiments.loops import Network, SquaredGradients, Variant
+from experiments.loops import SquaredGradients, Variant
 from mas_ext.methods.finetune import Finetune
+from mas_ext.methods.joint import Joint
 from mas_ext.methods.mas import MAS
-from mas_ext.methods.method import Method, Training
+from mas_ext.methods.method import Training
 from mas_ext.methods.si import SI
 from mas_ext.models import MultiHead
 
@@ -23,13 +23,13 @@ class Embedding(MultiHead):
     """An image network and its projections for facts of one, two and three words, side by side: (N, 6 words).
 
     facts: (F, 6 words), the words' vectors in the projection for facts of that order, else 0. order: (F,).
+    words: the length of a word's vector, which is random.
     """
 
     facts: Tensor
     order: Tensor
 
     def __init__(self, facts: Sequence[Fact], words: int) -> None:
-        """words: the length of a word's vector, which is drawn by chance."""
         layers: list[nn.Module] = []
         for before, after in ((3, 16), (16, 32), (32, 64)):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
@@ -41,12 +41,16 @@ class Embedding(MultiHead):
         self.register_buffer("order", torch.tensor([len(fact) for fact in facts]))
 
     def similarity(self, output: Tensor) -> Tensor:
-        """Of (N, 6 words) to all facts, (N, F)."""
+        """Similarities to all facts: (N, 6 words) -> (N, F)."""
         return output @ self.facts.T
+
+    def ranking_loss(self, output: Tensor, y: Tensor) -> Tensor:
+        """The task loss, 0-dim: (N, 6 words), and the position of each picture's fact, (N,)."""
+        return shortfall(self.similarity(output), y, rivals(y, self.order)).mean()
 
 
 def vectors(facts: Sequence[Fact], words: int) -> Tensor:
-    """See Embedding.facts; of length 1 for each word."""
+    """Embedding.facts: of each word a vector of length 1."""
     names = sorted({word for fact in facts for word in fact})
     known = dict(zip(names, F.normalize(torch.randn(len(names), words)), strict=True))
     found = torch.zeros(len(facts), 6 * words)
@@ -69,67 +73,29 @@ def shortfall(similarity: Tensor, y: Tensor, others: Tensor) -> Tensor:
 
 
 def ranks(similarity: Tensor, y: Tensor, among: Tensor) -> Tensor:
-    """How many of these facts are at least as similar as the right one: (N, F), (N,), (N, F) -> (N,)."""
+    """The number of these facts that are at least as similar as the right one: (N, F), (N,), (N, F) -> (N,)."""
     return ((similarity >= similarity.gather(1, y[:, None])) & among).sum(1)
 
 
-class Ranking(Method):
-    """A method for embeddings: the ranking loss instead of the cross entropy."""
+class RankingEWC(SquaredGradients):
+    """EWC in which f is a picture's ranking loss, as the Fisher information needs a likelihood."""
 
-    def loss(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
-        """See Method.loss; y (N,) are positions among all facts."""
-        model = embedding(training)
-        similarity = model.similarity(training.logits(x))
-        return shortfall(similarity, y, rivals(y, model.order)).mean()
+    def entries(self, training: Training, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        assert isinstance(training.model, Embedding)
+        return y, rivals(y, training.model.order)
 
-
-def embedding(training: Training) -> Embedding:
-    """The model in training."""
-    assert isinstance(training.model, Embedding)
-    return training.model
-
-
-class Finetuning(Ranking, Finetune):
-    """On one batch of facts after another."""
-
-
-class Joint(Ranking):
-    """On all facts so far."""
-
-    joint = True
-
-
-class FactsMAS(Ranking, MAS):
-    """MAS on all three projections as they are: neither fact nor order is asked for."""
-
-
-class FactsSI(Ranking, SI):
-    """The path integral of the ranking loss."""
-
-
-class RankingEWC(Ranking, SquaredGradients):
-    """In place of the Fisher information, which needs a likelihood: f is a picture's ranking loss."""
-
-    def samples(self, training: Training, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """See SquaredGradients.samples."""
-        return x, y, rivals(y, embedding(training).order)
-
-    def outputs(self, training: Training, network: Network, *sample: Tensor) -> Tensor:
-        """See SquaredGradients.outputs."""
-        x, y, others = (each[None] for each in sample)
-        return shortfall(embedding(training).similarity(network(x)), y, others)
-
-
-class HeldFacts(Ranking, Held):
-    """Later batches of facts, held by an importance that is given."""
+    def values(self, training: Training, output: Tensor, *entries: Tensor) -> Tensor:
+        assert isinstance(training.model, Embedding)
+        y, others = entries
+        return shortfall(training.model.similarity(output), y, others)
 
 
 VARIANTS = {
-    "finetune": Variant(Finetuning),
+    "finetune": Variant(Finetune),
     "joint": Variant(Joint),
-    "mas": Variant(FactsMAS, "mas"),
-    "mas-alpha": Variant(partial(FactsMAS, merge="consistent"), "mas-alpha"),
+    "mas": Variant(MAS, "mas"),
+    "mas-alpha": Variant(partial(MAS, merge="consistent"), "mas-alpha"),
     "ewc, of the ranking loss": Variant(RankingEWC, "ewc, of the ranking loss"),
-    "si": Variant(FactsSI, "si"),
-    "mas, proximal": Variant(partial(FactsMAS, mode="proximal"), "mas"),
+    "si": Variant(SI, "si"),
+    "mas, proximal": Variant(partial(MAS, mode="proximal"), "mas"),
 }

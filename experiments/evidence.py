@@ -1,4 +1,4 @@
-"""What decides whether a method has a property: a class a property, on data that everyone has."""
+"""What decides whether a method has a property: one class per property, on data that everyone has."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from experiments.experiment import Found
+from experiments.learned import lam_option
 from experiments.regression import VARIANTS, Regression
 from experiments.tables import percent
+from mas_ext.compare.cells import Found
 from mas_ext.methods import Method, Training, create
 from mas_ext.methods.finetune import Finetune
 from mas_ext.metrics import interval_text, mean_interval
 from mas_ext.models import MultiHead, mlp
 from mas_ext.scenarios import Scenario, Tensors
 from mas_ext.scenarios import datasets as data
-from mas_ext.scenarios.named import build, permuted, standardised
+from mas_ext.scenarios.named import make_scenario, permuted, standardised
 from mas_ext.trainer import Trainer
 
 BATCH = 32
@@ -30,8 +31,8 @@ HIDDEN = (100, 100)
 class Property(ABC):
     """A column of the table.
 
-    title: of the column. evidence: what its cells show. references: methods measured beside those of the
-    table. strengths: whether every lam is tried, and the best one, by `score`, decides.
+    title: of the column. evidence: what its cells show. references: methods measured in addition to those of
+    the table. strengths: whether every lam is tried, and the best one, by `score`, decides.
     """
 
     title: ClassVar[str]
@@ -41,42 +42,41 @@ class Property(ABC):
 
     def make(self, name: str, lam: float | None) -> Method:
         """The method, with its default lam where that is None."""
-        return create(name, **({} if lam is None else {"lam": lam}))
+        return create(name, **lam_option(lam))
 
     @abstractmethod
     def measure(self, make: Callable[[], Method], seed: int) -> Found:
-        """What decides, of methods made anew for every training."""
+        """The evidence of one seed, by methods made anew for every training."""
 
     def score(self, found: Found) -> float:
-        """What the best lam has most of."""
-        raise NotImplementedError
+        """The quantity that the best lam has most of."""
+        return float(found["kept"] + found["new"])
 
     @abstractmethod
     def holds(self, founds: Sequence[Found], references: Mapping[str, Sequence[Found]]) -> bool:
-        """Whether a method has the property: what was found of it, and of the references, by seed."""
+        """Whether a method has the property, by its evidence and that of the references, one entry per seed."""
 
     @abstractmethod
     def shown(self, founds: Sequence[Found]) -> str:
-        """The evidence."""
+        """The evidence in words."""
 
 
 class Memory(Property):
-    """What is kept after five tasks is at most a tenth more than after two: new heads are there alone."""
+    """The memory kept after five tasks is at most a tenth more than after two: that of new heads alone."""
 
     title = "constant memory"
     evidence = "held after five tasks over held after two"
     strengths = False
 
     def measure(self, make: Callable[[], Method], seed: int) -> Found:
-        """See Property.measure."""
-        return {"held": fit(network(seed), make(), build("split-digits"), 1, seed).held_bytes}
+        return {
+            "held": fit(network(seed), make(), make_scenario("split-digits"), 1, seed).held_bytes
+        }
 
     def holds(self, founds: Sequence[Found], references: Mapping[str, Sequence[Found]]) -> bool:
-        """See Property.holds."""
         return all(found["held"][-1] <= 1.1 * found["held"][1] for found in founds)
 
     def shown(self, founds: Sequence[Found]) -> str:
-        """See Property.shown."""
         return f"{fmean(found['held'][-1] / found['held'][1] for found in founds):.2f}"
 
 
@@ -88,58 +88,44 @@ class Agnostic(Property):
     references = ("finetune",)
 
     def make(self, name: str, lam: float | None) -> Method:
-        """See Property.make."""
-        method: Method = VARIANTS[name].make(**({} if lam is None else {"lam": lam}))
-        return method
+        return VARIANTS[name].make(**lam_option(lam))
 
     def measure(self, make: Callable[[], Method], seed: int) -> Found:
-        """See Property.measure."""
         experiment = Regression(samples=400, epochs=30, batch_size=50)
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            found = experiment.learn(make())
-        return found if "diverged" in found else {"error": fmean(found["error"][-1])}
+            return {"error": fmean(experiment.learn(make())["error"][-1])}
 
     def score(self, found: Found) -> float:
-        """See Property.score."""
         return -float(found["error"])
 
     def holds(self, founds: Sequence[Found], references: Mapping[str, Sequence[Found]]) -> bool:
-        """See Property.holds."""
         own, tuned = (fmean(f["error"] for f in each) for each in (founds, references["finetune"]))
         return own < tuned / 2
 
     def shown(self, founds: Sequence[Found]) -> str:
-        """See Property.shown."""
         return percent([found["error"] for found in founds], 1)
 
 
 class Pretrained(Property):
-    """Of a task that was learned without the method, more than half of what fine-tuning loses is kept."""
+    """More than half of what fine-tuning loses of a task that was learned without the method is kept."""
 
     title = "on pretrained"
     evidence = "accuracy kept of such a task / on the new one, %"
     references = ("finetune",)
 
     def measure(self, make: Callable[[], Method], seed: int) -> Found:
-        """See Property.measure."""
         model, scenario = network(seed), mixed(seed)
         fit(model, Finetune(), Scenario(scenario.tasks[:1]), 10, seed)
         (before, _), (kept, new) = fit(model, make(), scenario, [0, 10], seed).accuracy
         return {"before": before, "kept": kept, "new": new}
 
-    def score(self, found: Found) -> float:
-        """See Property.score."""
-        return float(found["kept"] + found["new"])
-
     def holds(self, founds: Sequence[Found], references: Mapping[str, Sequence[Found]]) -> bool:
-        """See Property.holds."""
         tuned = fmean(found["kept"] for found in references["finetune"])
         before, kept = (fmean(found[key] for found in founds) for key in ("before", "kept"))
         return kept - tuned > (before - tuned) / 2
 
     def shown(self, founds: Sequence[Found]) -> str:
-        """See Property.shown."""
         return " / ".join(percent([found[key] for found in founds], 1) for key in ("kept", "new"))
 
 
@@ -151,7 +137,6 @@ class Unlabelled(Property):
     strengths = False
 
     def measure(self, make: Callable[[], Method], seed: int) -> Found:
-        """See Property.measure."""
         scenario = Scenario(mixed(seed).tasks[:1])
         x, y = tensors(scenario.tasks[0].train)
         half = len(x) // 2
@@ -170,11 +155,9 @@ class Unlabelled(Property):
         return {name: float((each - own).norm() / (own.norm() or 1)) for name, each in kept.items()}
 
     def holds(self, founds: Sequence[Found], references: Mapping[str, Sequence[Found]]) -> bool:
-        """See Property.holds."""
         return all(found["samples"] > 0 and found["labels"] == 0 for found in founds)
 
     def shown(self, founds: Sequence[Found]) -> str:
-        """See Property.shown."""
         moved = (fmean(found[key] for found in founds) for key in ("samples", "labels"))
         return " / ".join(f"{100 * each:.2g}" for each in moved)
 
@@ -186,7 +169,6 @@ class Adaptive(Property):
     evidence = "kept of digits told to keep minus of the others told, % points"
 
     def measure(self, make: Callable[[], Method], seed: int) -> Found:
-        """See Property.measure."""
         scenario = mixed(seed)
         order = torch.Generator().manual_seed(seed)
         digits = torch.randperm(10, generator=order)[:3]
@@ -205,17 +187,11 @@ class Adaptive(Property):
         gain = kept[True, True] - kept[False, True] + kept[False, False] - kept[True, False]
         return {"gain": gain / 2, "kept": fmean(kept.values()), "new": fmean(new)}
 
-    def score(self, found: Found) -> float:
-        """See Property.score."""
-        return float(found["kept"] + found["new"])
-
     def holds(self, founds: Sequence[Found], references: Mapping[str, Sequence[Found]]) -> bool:
-        """See Property.holds."""
         mean, half = mean_interval([found["gain"] for found in founds])
         return mean > half
 
     def shown(self, founds: Sequence[Found]) -> str:
-        """See Property.shown."""
         return percent([found["gain"] for found in founds], 1)
 
 
@@ -229,28 +205,25 @@ class Order(Property):
     QUOTIENT = 1.78
 
     def measure(self, make: Callable[[], Method], seed: int) -> Found:
-        """See Property.measure; the seed is that of the order alone."""
-        scenario = build("split-digits", order="random", seed=seed)
+        """The evidence of one order of the tasks, that of the seed."""
+        scenario = make_scenario("split-digits", order="random", seed=seed)
         last = fit(network(0), make(), scenario, 5, 0).accuracy[-1].tolist()
         names = [task.name for task in scenario.tasks]
         return {"accuracy": dict(sorted(zip(names, last, strict=True)))}
 
     def score(self, found: Found) -> float:
-        """See Property.score."""
         return fmean(found["accuracy"].values())
 
     def deviation(self, founds: Sequence[Found]) -> float:
-        """Mean over tasks."""
+        """Standard deviation over seeds of a task's accuracy, mean over tasks."""
         if len(founds) < 2:
             return 0.0
         return fmean(stdev(f["accuracy"][task] for f in founds) for task in founds[0]["accuracy"])
 
     def holds(self, founds: Sequence[Found], references: Mapping[str, Sequence[Found]]) -> bool:
-        """See Property.holds."""
         return self.deviation(founds) <= self.QUOTIENT * self.deviation(references["joint"])
 
     def shown(self, founds: Sequence[Found]) -> str:
-        """See Property.shown."""
         mean = interval_text([100 * self.score(found) for found in founds], 1)
         return f"{100 * self.deviation(founds):.2f} (mean {mean} %)"
 
@@ -266,15 +239,15 @@ PROPERTIES: dict[str, Property] = {
 
 
 def network(seed: int) -> MultiHead:
-    """Of the digits' images, with the first weights of this seed."""
+    """A network for images of the digits, with the first weights of this seed."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return mlp((1, 8, 8), HIDDEN)
 
 
 def mixed(seed: int) -> Scenario:
-    """The ten digits, then the same with their pixels in another order."""
-    return standardised(permuted(*data.load("digits"), 2, seed))
+    """The ten digits, then again with their pixels in another order."""
+    return standardised(permuted(*data.load_dataset("digits"), 2, seed))
 
 
 def fit(model: MultiHead, method: Method, scenario: Scenario, epochs: Any, seed: int) -> Any:
@@ -289,7 +262,7 @@ def tensors(part: Any) -> tuple[Tensor, Tensor]:
 
 
 def take_from(method: Method, x: Tensor, y: Tensor) -> None:
-    """What the method keeps of the first task is taken from these samples."""
+    """Have the method consolidate the first task from these samples."""
     end_task = method.end_task
 
     def told(training: Training) -> None:

@@ -121,7 +121,7 @@ def _key(cell: Cell) -> str:
 class Experiment(ABC):
     """A claim, measured. Subclasses are dataclasses whose fields say how much is measured.
 
-    data: folder of the data sets, see mas_ext.scenarios.datasets.load.
+    data: folder of the data sets, see mas_ext.scenarios.datasets.load_dataset.
     seeds: how often everything is measured.
     """
 

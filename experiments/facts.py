@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from experiments.adaptivity import total
+from experiments.adaptivity import Held, total
 from experiments.compositions import Fact, batches_of_facts, paint, shrunk
-from experiments.embedding import VARIANTS, Embedding, Finetuning, HeldFacts, ranks
-from experiments.experiment import Cell, Found, Page, Results
+from experiments.embedding import VARIANTS, Embedding, ranks
+from experiments.experiment import Page, Results
 from experiments.learned import GRID
-from experiments.loops import Batch, InOwnLoop, Variant, learn_task
+from experiments.loops import Batch, InOwnLoop, Pair, Variant, course
 from experiments.tables import number, percent, table
 from mas_ext import metrics
-from mas_ext.compare.charts import canvas, legend, look
+from mas_ext.compare.cells import Cell, Found
 from mas_ext.importance import estimate_importance
+from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.method import Method, Training
 from mas_ext.scenarios import datasets as data
 
 # Batches of facts.
 TASKS = 4
-SCORE = "validation_map"
 GARMENTS = (
     "T-shirt",
     "trouser",
@@ -43,7 +41,6 @@ GARMENTS = (
 )
 COLUMNS = ("mAP", "recall at 1", "recall at 5", "mAP in its batch")
 Glyphs = dict[str, Tensor]
-Pair = tuple[Tensor, Tensor]
 
 
 def half_of_the_subjects(facts: Sequence[Fact]) -> list[bool]:
@@ -79,7 +76,7 @@ def glyphs(digits: bool, folder: str | None) -> tuple[Glyphs, Glyphs, Glyphs]:
     )
     found: tuple[Glyphs, Glyphs, Glyphs] = {}, {}, {}
     for name, words in sets:
-        for part, samples in zip(("train", "test"), data.load(name, folder), strict=True):
+        for part, samples in zip(("train", "test"), data.load_dataset(name, folder), strict=True):
             x, y = samples.batch(torch.arange(len(samples)))
             for label, word in enumerate(words):
                 own = shrunk(x[y == label])
@@ -100,11 +97,9 @@ class Facts(InOwnLoop):
 
     title: ClassVar[str] = "Problem agnostic: facts"
     variants: ClassVar[Mapping[str, Variant]] = VARIANTS
-    score: ClassVar[str] = SCORE
+    score: ClassVar[str] = "validation_map"
     images: int = 24
     epochs: int = 8
-    batch_size: int = 128
-    lr: float = 2e-3
     words: int = 32
     lams: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
     digits: bool = False
@@ -118,7 +113,6 @@ class Facts(InOwnLoop):
         return ("digits",) if self.digits else ("mnist", "fashion-mnist")
 
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         names = ("images", "epochs", "batch_size", "lr", "words", "lams", "digits")
         return {"tasks": TASKS, **{name: getattr(self, name) for name in names}}
 
@@ -129,16 +123,12 @@ class Facts(InOwnLoop):
             yield from self.cells(results, seed)
             yield {"seed": seed, "purpose": "adaptivity"}
 
-    def measure(self, cell: Cell) -> Found:
-        """See Experiment.measure."""
-        with torch.random.fork_rng([]):
-            torch.manual_seed(cell["seed"])
-            pictures = self.pictures(cell["seed"])
-            model = Embedding([fact for facts in pictures.facts for fact in facts], self.words)
-            if cell["purpose"] == "adaptivity":
-                return self.adapt(model, pictures)
-            lam = {} if cell["lam"] is None else {"lam": cell["lam"]}
-            return self.learn(model, VARIANTS[cell["method"]].make(**lam), pictures)
+    def measure_seeded(self, cell: Cell) -> Found:
+        pictures = self.pictures(cell["seed"])
+        model = Embedding([fact for facts in pictures.facts for fact in facts], self.words)
+        if cell["purpose"] == "adaptivity":
+            return self.adapt(model, pictures)
+        return self.learn(model, self.method(cell), pictures)
 
     def pictures(self, seed: int) -> Pictures:
         """Other facts, and other pictures of them, for each seed."""
@@ -163,17 +153,15 @@ class Facts(InOwnLoop):
         """scores[column][t, k] on task k after task t; mAP on validation pictures after the last task."""
         found: dict[str, list[list[float]]] = {column: [] for column in COLUMNS}
         for task in range(TASKS):
-            loss = self.learn_one(model, method, task, pictures)
-            if not math.isfinite(loss):
-                return {"diverged": f"loss {loss} on task {task}"}
+            self.learn_facts(model, method, task, pictures)
             each = [scores(model, pictures.facts, *test) for test in pictures.test]
             for column in COLUMNS:
                 found[column].append([one[column] for one in each])
         last = [scores(model, pictures.facts, *check)["mAP"] for check in pictures.validation]
-        return {"scores": found, SCORE: sum(last) / TASKS}
+        return {"scores": found, self.score: sum(last) / TASKS}
 
-    def learn_one(self, model: Embedding, method: Method, task: int, pictures: Pictures) -> float:
-        """One batch of facts; returns the last loss."""
+    def learn_facts(self, model: Embedding, method: Method, task: int, pictures: Pictures) -> None:
+        """One batch of facts."""
         chosen_tasks = pictures.train[: task + 1] if method.joint else [pictures.train[task]]
         x, y = (torch.cat(parts) for parts in zip(*chosen_tasks, strict=True))
 
@@ -181,21 +169,15 @@ class Facts(InOwnLoop):
             for index in torch.randperm(len(x)).split(self.batch_size):
                 yield None, x[index], y[index]
 
-        return learn_task(method, self.training(model, task, pictures), self.epochs, order)
+        self.learn_task(method, self.begun(model, task, pictures), order)
 
-    def training(self, model: Embedding, task: int, pictures: Pictures) -> Training:
-        """Of this task: no head is its own."""
-
-        def batches(n: int | None) -> list[Pair]:
-            x, y = (part[:n].split(self.batch_size) for part in pictures.train[task])
-            return list(zip(x, y, strict=True))
-
-        make = partial(torch.optim.Adam, lr=self.lr)
-        return Training(model, make(model.parameters()), task, "domain", None, batches, make)
+    def begun(self, model: Embedding, task: int, pictures: Pictures) -> Training:
+        """The training of a batch of facts, of which no head is its own."""
+        return self.training(model, task, "domain", None, pictures.train[task], model.ranking_loss)
 
     def adapt(self, model: Embedding, pictures: Pictures) -> Found:
         """mAP on parts of the first task and on their rests, after all tasks, by source of importance."""
-        self.learn_one(model, Finetuning(), 0, pictures)
+        self.learn_facts(model, Finetune(), 0, pictures)
         parts = {name: torch.tensor(of(pictures.facts[0])) for name, of in PARTS.items()}
         x, y = pictures.train[0]
         omegas = {"all": importance(model, x)}
@@ -205,11 +187,11 @@ class Facts(InOwnLoop):
             given = omegas[source or "all"]
             # All of the same strength: only what is important differs.
             scale = total(omegas["all"]) / total(given)
-            method = HeldFacts(lam, {name: scale * each for name, each in given.items()})
+            method = Held(lam, {name: scale * each for name, each in given.items()})
             later = copy.deepcopy(model)
-            method.begin_task(self.training(later, 0, pictures))
+            method.begin_task(self.begun(later, 0, pictures))
             for task in range(1, TASKS):
-                self.learn_one(later, method, task, pictures)
+                self.learn_facts(later, method, task, pictures)
             new = [scores(later, pictures.facts, *test)["mAP"] for test in pictures.test[1:]]
             kept = self.kept(later, parts, pictures)
             found.append({"source": source, "lam": lam, "kept": kept, "new": sum(new) / len(new)})
@@ -233,9 +215,8 @@ class Facts(InOwnLoop):
 
     def show(self, results: Results) -> Page:
         """A table of methods, one of parts, and a picture of mAP as facts come."""
-        rows = []
-        figure, panels = canvas(2, 2, 3.6)
-        for i, name in enumerate(VARIANTS):
+        rows, by_method = [], {}
+        for name in VARIANTS:
             lam, found = self.finals(results, name)
             if not found:
                 continue
@@ -243,28 +224,15 @@ class Facts(InOwnLoop):
                 c: [torch.tensor(f["scores"][c], dtype=torch.float64) for f in found]
                 for c in COLUMNS
             }
-            maps = by_seed["mAP"]
+            by_method[name] = maps = by_seed["mAP"]
             columns = [[metrics.average_accuracy(m) for m in by_seed[c]] for c in COLUMNS]
             columns.append([float(m.diagonal().mean()) for m in maps])
             columns.append([metrics.forgetting(m) for m in maps])
-            rows.append((f"`{name}`", *(percent(c) for c in columns), number(lam), str(len(found))))
-            mean = 100 * torch.stack(maps).mean(0)
-            tasks = range(1, TASKS + 1)
-            panels[0].plot(
-                tasks, [float(mean[t, : t + 1].mean()) for t in range(TASKS)], label=name, **look(i)
-            )
-            panels[1].plot(tasks, mean[-1], **look(i))
-        for panel, words in zip(panels, ("tasks learned", "task"), strict=True):
-            panel.set_xticks(range(1, TASKS + 1))
-            panel.set_xlabel(words)
-            panel.grid(alpha=0.3)
-        panels[0].set_title("mean over the tasks so far", fontsize="medium")
-        panels[1].set_title("after the last task", fontsize="medium")
-        figure.supylabel("mAP in %", fontsize="medium")
-        legend(figure, panels[0])
+            rows.append((f"`{name}`", *map(percent, columns), number(lam), str(len(found))))
         titles = [f"{column}, %" for column in COLUMNS]
         titles = ["method", *titles, "mAP when new, %", "forgetting, % points", "lam", "seeds"]
         text = [table(titles, rows), *self._adapted(results), results.place()]
+        figure = course(by_method, "task", "mAP in %")
         return Page("\n\n".join([*text, "![mAP by task](facts.png)"]), {"facts.png": figure})
 
     def _adapted(self, results: Results) -> list[str]:

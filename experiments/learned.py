@@ -78,7 +78,7 @@ def scenario_of(config: Config, folder: str | None, seed: int) -> Scenario:
     return _built(config.scenario, folder, config.tasks, config.order, seed)
 
 
-_built = functools.lru_cache(maxsize=2)(named.build)
+_built = functools.lru_cache(maxsize=2)(named.make_scenario)
 
 
 def fewer(scenario: Scenario, train: int, test: int | None = None, seed: int = 0) -> Scenario:

@@ -22,7 +22,7 @@ def check_data(names: Iterable[str], folder: str | None) -> None:
 
     Args:
         names: of tables of the manifest.
-        folder: as in `mas_ext.scenarios.datasets.load`.
+        folder: as in `mas_ext.scenarios.datasets.load_dataset`.
 
     Raises:
         DataError: a file is missing or has another content, or other data would be read in its place.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from experiments.experiment import Experiment, Page, Results
 from experiments.learned import matrix, trained
@@ -22,6 +24,7 @@ from mas_ext.methods.method import Method, Training
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
 from mas_ext.scenarios import datasets as data
 from mas_ext.scenarios.named import standardised
+from mas_ext.training.settings import MakeOptimizer
 
 PAIRS = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 0))
 NAMES = ["/".join(map(str, pair)) for pair in PAIRS]
@@ -63,26 +66,17 @@ BASE = Config.read(
 )
 
 
-class Paced(Method):
-    """A method that learns the tasks after the first at a learning rate of their own."""
+def paced(later_lr: float) -> MakeOptimizer:
+    """SGD with momentum, at the learning rate of the first task and then at another one."""
+    tasks = itertools.count()
 
-    later_lr: float
+    def make(parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
+        return torch.optim.SGD(parameters, later_lr if next(tasks) else lr, momentum=0.9)
 
-    def begin_task(self, training: Training) -> None:
-        super().begin_task(training)
-        for group in training.optimizer.param_groups if training.task else ():
-            group["lr"] = self.later_lr
-
-
-class PacedFinetune(Paced, Finetune):
-    """Fine-tuning."""
+    return make
 
 
-class Accumulated(Paced, MAS):
-    """MAS as in the paper: W = sum of Omega_t, each estimated at the weights with which its task ended."""
-
-
-class Reestimated(Accumulated):
+class Reestimated(MAS):
     """W is estimated again after every task, at the present weights, on the data of all tasks so far."""
 
     def begin_task(self, training: Training) -> None:
@@ -105,10 +99,11 @@ class Reestimated(Accumulated):
         self.penalty.consolidate(importance=total)
 
 
-OMEGA: dict[str, type[Paced]] = {
+# By how W is made; accumulated as in the paper, W = sum of Omega_t.
+METHODS: dict[str, type[Method]] = {
     "re-estimated": Reestimated,
-    "accumulated": Accumulated,
-    "none": PacedFinetune,
+    "accumulated": MAS,
+    "none": Finetune,
 }
 
 
@@ -145,13 +140,13 @@ class OfficialDemo(Experiment):
 
     def measure(self, cell: Cell) -> Found:
         options = {} if cell["importance"] is None else {"importance": cell["importance"]}
-        method = OMEGA[cell["omega"]](**options)
-        method.later_lr = cell["later_lr"]
-        return trained(self.base, self.scenario(), method, cell["seed"])
+        method = METHODS[cell["omega"]](**options)
+        settings = replace(self.base.settings, optimizer=paced(cell["later_lr"]))
+        return trained(replace(self.base, settings=settings), self.scenario(), method, cell["seed"])
 
     def scenario(self) -> Scenario:
         """The digits in the authors' pairs."""
-        train, test = data.load(self.dataset, self.data)
+        train, test = data.load_dataset(self.dataset, self.data)
 
         def of(pair: tuple[int, int], part: Tensors) -> Tensors:
             return part.subset(torch.isin(part.y, torch.tensor(pair)))

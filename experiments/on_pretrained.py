@@ -73,7 +73,7 @@ class OnPretrained(Comparison):
     def scenario(self, seed: int) -> Scenario:
         """Images of CIFAR-10 that the network has not seen, then three groups of CIFAR-100's classes."""
         if self.base.scenario == "split-digits":
-            return split(*data.load("digits"), 2)
+            return split(*data.load_dataset("digits"), 2)
         known, order = cifar.unseen(self.data), torch.Generator().manual_seed(seed)
         index = torch.randperm(len(known), generator=order)
         parts = known.subset(index[: self.samples]), known.subset(index[self.samples :])

@@ -44,7 +44,6 @@ class Properties(Experiment):
         return ("digits",)
 
     def protocol(self) -> dict[str, Any]:
-        """See Experiment.protocol."""
         return {"hidden": HIDDEN, "batch_size": BATCH}
 
     def plan(self, results: Results) -> Iterator[Cell]:
@@ -56,7 +55,6 @@ class Properties(Experiment):
                         yield {"property": key, "method": name, "lam": lam, "seed": seed}
 
     def measure(self, cell: Cell) -> Found:
-        """See Experiment.measure."""
         each = PROPERTIES[cell["property"]]
         try:
             return each.measure(lambda: each.make(cell["method"], cell["lam"]), cell["seed"])
@@ -64,7 +62,7 @@ class Properties(Experiment):
             return {"diverged": str(error)}
 
     def best(self, results: Results, key: str, name: str) -> list[Found]:
-        """What was found with the lam that has the best mean score; those that diverged count for nothing."""
+        """The evidence with the lam that has the best mean score, of those with which nothing diverged."""
         each, known = PROPERTIES[key], []
         for lam in self._lams(each, name):
             founds = [f for _, f in results.where(property=key, method=name, lam=lam)]
@@ -75,7 +73,7 @@ class Properties(Experiment):
         return max(known, key=lambda founds: fmean(map(each.score, founds)), default=[])
 
     def show(self, results: Results) -> Page:
-        """Yes or no, with the document's word where it is another one; then the evidence."""
+        """Yes or no, in bold where the document says otherwise; then the evidence."""
         titles = ("method", *(each.title for each in PROPERTIES.values()))
         decided, evidence = [], []
         for name in (*self.methods, "finetune", "joint"):

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from mas_ext._hints import hint
 from mas_ext.methods import Method, create
-from mas_ext.methods.method import TaskLoss
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 from mas_ext.state import files
-from mas_ext.training.run import Epoch, Learning, Result, Score
+from mas_ext.training.run import Epoch, Learning, Result
 from mas_ext.training.settings import Settings
 
-# Called with an Epoch at its end, and at the end of a task with what was found so far.
+# Called with an Epoch at its end, and at the end of a task with the Result so far.
 Callback = Callable[[Epoch | Result], object]
 
 
@@ -35,11 +33,6 @@ class Trainer:
     Args:
         model: a MultiHead; heads that a task needs are added when its turn comes.
         method: a Method, or the name of one with its defaults.
-        task_loss: (output, target) -> 0-dim, the mean over a batch. Targets are positions of labels among the
-            outputs, (n,), or, of tasks without classes, what the data have.
-        score: (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better. Its mean
-            is `Result.accuracy`. None: whether the largest output is the label's; for any other loss than the
-            cross entropy minus the loss.
         device: None for the model's.
         checkpoint: a file, written after every epoch, after every task and when Ctrl-C stops the training.
             Where it exists, fit goes on from it, to the same bits (but for random augmentation in worker
@@ -58,8 +51,6 @@ class Trainer:
         model: MultiHead,
         method: Method | str = "mas",
         *,
-        task_loss: TaskLoss = F.cross_entropy,
-        score: Score | None = None,
         device: torch.device | str | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         callbacks: Sequence[Callback] = (),
@@ -71,17 +62,12 @@ class Trainer:
             )
         if not isinstance(method, (Method, str)):
             raise ValueError(f"method: got {method!r}, expected a Method or the name of one")
-        if not callable(task_loss) or not (score is None or callable(score)):
-            raise ValueError(
-                f"task_loss, score: got {task_loss!r} and {score!r}, expected callables (output, target)"
-            )
         known = [field.name for field in fields(Settings)]
         for name in settings:
             if name not in known:
                 raise TypeError(f"settings: got {name!r}, {hint(name, known)}")
         self.model = model
         self.method = create(method) if isinstance(method, str) else method
-        self.task_loss, self.score = task_loss, score
         self.settings = Settings(**settings)
         parameter = next(model.parameters(), torch.empty(0))
         self.device = torch.device(device) if device is not None else parameter.device
@@ -101,15 +87,7 @@ class Trainer:
             KeyboardInterrupt: Ctrl-C; the checkpoint, where there is one, holds the last step.
         """
         with _reproducible(self.settings, self.device), _ctrl_c(self.checkpoint) as stop:
-            run = Learning(
-                self.model,
-                self.method,
-                self.settings,
-                scenario,
-                self.device,
-                self.task_loss,
-                self.score,
-            )
+            run = Learning(self.model, self.method, self.settings, scenario, self.device)
             if self.checkpoint is not None and self.checkpoint.exists():
                 run.load_state_dict(files.unpack(files.load(self.checkpoint)))
             while run.at.task < len(scenario.tasks):

@@ -392,9 +392,7 @@ def test_what_a_task_without_classes_can_not_have() -> None:
         regress(setting="class")
     with pytest.raises(ValueError, match="balanced: got True with a task without classes"):
         regress(balanced=True)
-    with pytest.raises(
-        ValueError, match="task_loss, score: got 'mse' and None, expected callables"
-    ):
+    with pytest.raises(ValueError, match="task_loss: got 'mse', expected a callable"):
         regress(task_loss="mse")
 
 

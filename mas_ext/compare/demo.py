@@ -71,7 +71,7 @@ def run_demo(
     """Learn the five tasks with every method, with progress on stderr, and draw the accuracies.
 
     Args:
-        dataset: as in `mas_ext.scenarios.datasets.load`.
+        dataset: as in `mas_ext.scenarios.datasets.load_dataset`.
         folder: as there.
         out: the picture, a PNG file, which is overwritten.
         seed: of the initial weights and of the order of samples, the same for all methods.
@@ -88,7 +88,7 @@ def run_demo(
     if epochs is not None and epochs < 1:
         raise ValueError(f"epochs: got {epochs}, expected at least 1")
     datasets.import_extra("matplotlib")  # better now than when everything has been learned
-    scenario = split(*datasets.load(dataset, folder))
+    scenario = split(*datasets.load_dataset(dataset, folder))
     epochs = epochs or EPOCHS.get(dataset, 3)
 
     start = time.perf_counter()

@@ -272,7 +272,7 @@ class Config:
 
     def make_scenario(self, seed: int) -> Scenario:
         """The scenario, whose random parts the seed decides."""
-        return named.build(self.scenario, self.data, self.tasks, self.order, seed)
+        return named.make_scenario(self.scenario, self.data, self.tasks, self.order, seed)
 
     def network(self, scenario: Scenario, seed: int) -> MultiHead:
         """The network with its first weights, which are the same for all methods."""

@@ -3,57 +3,22 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from mas_ext.compare.charts import pictures
+from mas_ext.compare.charts import CHARTS, pictures
 from mas_ext.compare.directory import write
 from mas_ext.compare.results import Findings
 from mas_ext.compare.tables import notes, results
 
 PAGE = "report.html"
 
-# By picture, in the order of the page: what it shows, and how it is read.
-CAPTIONS = {
-    "lam": (
-        "How lam was chosen",
-        "Average accuracy on validation data over lam, mean over the seeds of the choice; a ring is "
-        "around what was taken, a cross at the bottom means that a training diverged.",
-    ),
-    "accuracy": (
-        "Accuracy over time",
-        "One panel per task: its accuracy on test data after so many tasks, mean over seeds, with the "
-        "95 % interval as a thin line that may leave the picture. A fall to the right is forgetting; a "
-        "line ends where a seed diverged. Methods stand side by side at each task, so that none hides "
-        "another.",
-    ),
-    "matrices": (
-        "Accuracy matrices",
-        "A row is what was known after so many tasks, a column what became of a task; the mean over "
-        "seeds, in the same colours for all methods, white where nothing was measured.",
-    ),
-    "forgetting": (
-        "Forgetting against average accuracy",
-        "Each small point is a seed, each large one the mean of a method; higher is better, and "
-        "further left is less forgotten.",
-    ),
-    "cost": (
-        "What it costs",
-        "Mean duration of a training step in each task, and what the method holds beside the model "
-        "after it; a line that rises is a method that grows with the tasks.",
-    ),
-    "importance": (
-        "Importance by layer",
-        "What the methods hold at the end, mean over seeds: the share of each layer in the sum of all "
-        "importance, and the mean over the layer's parameters divided by that over all parameters, "
-        "drawn from 1: to the right a parameter counts more than the average one.",
-    ),
-}
-
-TEMPLATE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+# With a section for each picture, which stays away without it.
+TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 def report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -83,24 +48,17 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
 
 def page(found: Findings, drawn: Mapping[str, bytes]) -> str:
     """The page in HTML, with these PNGs in it."""
-    config, figures = found.config, []
-    for name, (heading, caption) in CAPTIONS.items():
-        if name in drawn:
-            image = base64.b64encode(drawn[name]).decode()
-            figures += [
-                f"<h2>{escape(heading)}</h2>",
-                f'<figure><div class="wide"><img alt="{escape(heading)}" '
-                f'src="data:image/png;base64,{image}"></div>',
-                f"<figcaption>{escape(caption)}</figcaption></figure>",
-            ]
-    return TEMPLATE.substitute(
+    config, text = found.config, TEMPLATE.read_text(encoding="utf-8")
+    for name in CHARTS.keys() - drawn.keys():
+        text = re.sub(rf'<section id="{name}">.*?</section>\n', "", text, flags=re.DOTALL)
+    return Template(text).substitute(
         title=escape(f"{config.scenario}, {config.settings.setting}-incremental"),
         compared=escape(f"{', '.join(config.methods)}; seeds: {config.seeds}."),
         results=_table("numbers", results(found)),
-        notes="".join(f"<p>{escape(note)}</p>\n" for note in notes(found)),
-        figures="".join(f"{line}\n" for line in figures),
+        notes="\n".join(f"<p>{escape(note)}</p>" for note in notes(found)),
         options=_table("facts", compared(found)),
         starts=_table("facts", starts(found)),
+        **{name: base64.b64encode(picture).decode() for name, picture in drawn.items()},
     )
 
 

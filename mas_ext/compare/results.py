@@ -24,17 +24,15 @@ from mas_ext.state import files as checkpoint
 
 Layers = dict[str, tuple[float, int]]  # by layer: sum of omega, number of parameters
 
-# What is read of result.json.
-KEYS = (
-    "tasks",
-    "average_accuracy",
-    "forgetting",
-    "backward_transfer",
-    "forward_transfer",
-    "intransigence",
-    "step_seconds",
-    "held_bytes",
-)
+# Scores in result.json, and their titles in tables.
+SCORES = {
+    "average_accuracy": "average accuracy, %",
+    "forgetting": "forgetting, % points",
+    "backward_transfer": "backward transfer, % points",
+    "forward_transfer": "forward transfer, % points",
+    "intransigence": "intransigence, % points",
+}
+KEYS = ("tasks", *SCORES, "step_seconds", "held_bytes")
 
 
 class Choice(NamedTuple):

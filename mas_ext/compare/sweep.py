@@ -247,13 +247,9 @@ def train(
     joint: Tensor | None = None,
     **trainer: Any,
 ) -> Found:
-    """Learn the scenario once.
+    """Learn a scenario of T tasks once.
 
     Args:
-        model: with its first weights.
-        method: by which it learns.
-        scenario: of T tasks.
-        settings: how it learns.
         joint: accuracy of joint training on each task when it was new, (T,); None without joint training.
         trainer: further arguments of Trainer.
 

@@ -6,17 +6,8 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from mas_ext.compare.cells import Found
-from mas_ext.compare.results import Findings
+from mas_ext.compare.results import SCORES, Findings
 from mas_ext.metrics import interval_text
-
-# Columns of the report by their keys in result.json; those that are not defined for any method are left out.
-SCORES = {
-    "average_accuracy": "average accuracy, %",
-    "forgetting": "forgetting, % points",
-    "backward_transfer": "backward transfer, % points",
-    "forward_transfer": "forward transfer, % points",
-    "intransigence": "intransigence, % points",
-}
 
 
 def summary(findings: Findings) -> str:
@@ -59,7 +50,7 @@ def summary(findings: Findings) -> str:
 
 
 def results(findings: Findings) -> list[list[str]]:
-    """Titles, and one row per method, over the seeds that are finished.
+    """Titles of the scores that are defined, and one row per method, over the seeds that are finished.
 
     A method that diverged with some seed has no means, as in `summary`.
     """

@@ -36,7 +36,7 @@ Of = Literal["tokens", "logits", "hidden"]
 
 
 class ModelOutput:
-    """The output of a language model that importance is the sensitivity of: a `forward` for FusedMASPenalty.
+    """A `forward` for FusedMASPenalty: the part of a model's output whose sensitivity is the importance.
 
     "tokens": the logits of the tokens that follow in the text, (N, positions - 1, 1);
     "logits": the logits at every position, (N, positions, vocabulary);

@@ -76,7 +76,7 @@ class TrackedModel:
 
     @contextmanager
     def whole(self, consolidated: Collection[str]) -> Iterator[ModelView]:
-        """The same view of a model that is whole on every rank until the end; all ranks enter together."""
+        """A view of the model with whole parameters on every rank until the end; all ranks enter together."""
         view = self.view(consolidated)
         with whole(self.model):
             yield view

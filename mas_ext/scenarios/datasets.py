@@ -29,7 +29,7 @@ class Source(NamedTuple):
     origin: str = "arrays x_train, y_train, x_test and y_test, all of bytes"
 
 
-def load(dataset: str, folder: str | Path | None = None) -> Pair:
+def load_dataset(dataset: str, folder: str | Path | None = None) -> Pair:
     """Read a data set: samples to train and to test on.
 
     Args:

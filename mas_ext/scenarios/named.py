@@ -19,7 +19,7 @@ from mas_ext.scenarios.transforms import Canvas, Permutation, Rotation, Standard
 Folder = str | Path | None
 
 
-def build(
+def make_scenario(
     name: str,
     folder: Folder = None,
     tasks: int | None = None,
@@ -32,7 +32,7 @@ def build(
 
     Args:
         name: one of `SCENARIOS`.
-        folder: where its data are, as for `mas_ext.scenarios.datasets.load`.
+        folder: where its data are, as for `mas_ext.scenarios.datasets.load_dataset`.
         tasks: how many; None: as many as is usual.
         order: positions of the tasks in the order in which they are learned; "random": drawn by the seed.
         seed: of a random order, and of the permutations of permuted-mnist.
@@ -90,10 +90,10 @@ def recognition(folder: Folder = None, tasks: int = 8) -> Scenario:
     canvas = Canvas((3, 32, 32))
     single: list[Task] = []
     for name in names:
-        train, test = data.load(name, folder)
+        train, test = data.load_dataset(name, folder)
         pair = train.transformed(canvas), test.transformed(canvas)
         single += standardised(from_datasets([pair], [name])).tasks
-    groups = standardised(split(*data.load("cifar100", folder), tasks - len(names))).tasks
+    groups = standardised(split(*data.load_dataset("cifar100", folder), tasks - len(names))).tasks
     objects = [replace(group, name=f"cifar100 {group.name}") for group in groups]
     return Scenario((*single, *objects))
 
@@ -121,7 +121,9 @@ class Recipe(NamedTuple):
 
 
 def _split(dataset: str) -> Callable[[Folder, int, int], Scenario]:
-    return lambda folder, tasks, seed: standardised(split(*data.load(dataset, folder), tasks))
+    return lambda folder, tasks, seed: standardised(
+        split(*data.load_dataset(dataset, folder), tasks)
+    )
 
 
 SCENARIOS = {
@@ -130,17 +132,18 @@ SCENARIOS = {
     "split-fashion": Recipe(_split("fashion-mnist"), 5),
     "split-cifar100": Recipe(_split("cifar100"), 10),
     "permuted-mnist": Recipe(
-        lambda f, tasks, seed: standardised(permuted(*data.load("mnist", f), tasks, seed)), 10
+        lambda f, tasks, seed: standardised(permuted(*data.load_dataset("mnist", f), tasks, seed)),
+        10,
     ),
     "rotated-mnist": Recipe(
-        lambda f, tasks, seed: standardised(rotated(*data.load("mnist", f), tasks)), 10
+        lambda f, tasks, seed: standardised(rotated(*data.load_dataset("mnist", f), tasks)), 10
     ),
     "datasets": Recipe(lambda f, tasks, seed: recognition(f, tasks), 8),
 }
 
 
 def _in_memory(dataset: Dataset[Any]) -> Tensors:
-    assert isinstance(dataset, Tensors)  # all that `data.load` gives is
+    assert isinstance(dataset, Tensors)  # all that `data.load_dataset` gives is
     return dataset
 
 

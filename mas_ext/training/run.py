@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mas_ext import metrics
 from mas_ext.failures import Diverged
-from mas_ext.methods.method import Method, TaskLoss, Training, is_cross_entropy
+from mas_ext.methods.method import Method, Training
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 from mas_ext.state import files as checkpoint
@@ -23,9 +22,6 @@ from mas_ext.training.samples import Stream, TaskSamples, split_batches
 from mas_ext.training.settings import AMP_DTYPES, Settings
 
 EVALUATION_BATCH = 512
-
-# (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better.
-Score = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -107,11 +103,8 @@ class Learning:
         settings: Settings,
         scenario: Scenario,
         device: torch.device,
-        task_loss: TaskLoss = F.cross_entropy,
-        score: Score | None = None,
     ) -> None:
         self.model, self.method, self.settings, self.device = model, method, settings, device
-        self.task_loss, self.score = task_loss, score
         self.tasks = scenario.tasks
         self.epochs = settings.epochs_of(len(self.tasks))
         self.found = Result.nothing(len(self.tasks))
@@ -124,8 +117,7 @@ class Learning:
             raise ValueError("setting: got 'class' with a task without classes, expected another")
         if settings.balanced and not labelled:
             raise ValueError("balanced: got True with a task without classes, expected False")
-        by_label = labelled and is_cross_entropy(task_loss)
-        self._measure = score or (_hits if by_label else lambda *pair: -task_loss(*pair))
+        self._score = settings.make_score(labelled)
         if settings.setting == "domain":
             if len(set(widths)) > 1:
                 raise ValueError(
@@ -167,7 +159,7 @@ class Learning:
             settings.make_optimizer,
             self._observing,
             resumed,
-            self.task_loss,
+            settings.task_loss,
         )
         self.method.begin_task(self.training)
         if not resumed:
@@ -200,8 +192,7 @@ class Learning:
         self.model.train()
         start, before = time.perf_counter(), at.step
         try:
-            for batch in self._stream.batches(left, settings.seed):
-                x, y = (t.to(self.device, non_blocking=True) for t in batch)
+            for x, y in self._stream.batches(left, settings.seed):
                 self.optimizer.zero_grad()
                 with torch.autocast(self.device.type, precision, enabled=precision is not None):
                     loss = self.method.loss(training, x, y)
@@ -294,7 +285,7 @@ class Learning:
         joint = self.method.joint
         tasks = range(task + 1) if joint else [task]
         parts = [self._samples(k, "training", self._head(k, joint)) for k in tasks]
-        return Stream(parts, self.settings.workers)
+        return Stream(parts, self.settings.workers, self.device)
 
     def _order(self) -> Tensor:
         """The samples of the present epoch, which depend on the seed and its number alone."""
@@ -310,18 +301,15 @@ class Learning:
         """The training data in order, see Training.batches."""
         order = torch.arange(len(self._stream))[:samples]
         indices = split_batches(order, self.settings.batch_size)
-        for batch in self._stream.batches(indices, self.settings.seed):
-            x, y = (t.to(self.device, non_blocking=True) for t in batch)
-            yield x, y
+        return self._stream.batches(indices, self.settings.seed)
 
     @torch.no_grad()
     def _mean_score(self, task: int, kind: str) -> float:
         head, total = self._head(task), torch.zeros((), dtype=torch.float64, device=self.device)
-        stream = Stream([self._samples(task, kind, head)], self.settings.workers)
+        stream = Stream([self._samples(task, kind, head)], self.settings.workers, self.device)
         self.model.eval()
-        for batch in stream.batches(split_batches(torch.arange(len(stream)), EVALUATION_BATCH)):
-            x, y = (t.to(self.device, non_blocking=True) for t in batch)
-            found = self._measure(self.model(x, head), y).double()
+        for x, y in stream.batches(split_batches(torch.arange(len(stream)), EVALUATION_BATCH)):
+            found = self._score(self.model(x, head), y).double()
             total += found.sum() if found.dim() else found * len(y)
         return float(total) / len(stream)
 
@@ -386,8 +374,6 @@ class Learning:
         sizes = [[len(data) for data in (task.train, task.test)] for task in self.tasks]  # type: ignore[arg-type]
         found = {
             **self.settings.described(),
-            "task_loss": None if self.task_loss is F.cross_entropy else _name(self.task_loss),
-            "score": None if self.score is None else _name(self.score),
             "method": type(self.method).__name__,
             **{f"method's {name}": value for name, value in self.method.options().items()},
             "tasks": [[task.name, *map(int, task.classes)] for task in self.tasks],
@@ -405,16 +391,6 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value)
     return "a callable" if callable(value) else value
-
-
-def _name(function: Callable[..., Any]) -> str:
-    """The qualified name of a function, or of a callable's class."""
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
-
-
-def _hits(output: Tensor, target: Tensor) -> Tensor:
-    """Whether the largest output is the label's, (N,) bool."""
-    return output.argmax(1) == target
 
 
 def _seeded(*numbers: int) -> torch.Generator:

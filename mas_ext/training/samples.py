@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,26 +44,27 @@ def split_batches(order: Tensor, size: int) -> list[Tensor]:
 class Stream(Dataset[tuple[Tensor, Tensor]]):
     """The samples of several tasks one after another, with targets as the task loss takes them.
 
-    workers: processes that read data sets that are not in memory.
+    workers: processes that read data sets that are not in memory. device: of the batches.
     """
 
-    def __init__(self, parts: Sequence[TaskSamples], workers: int = 0) -> None:
-        self.parts, self.workers = parts, workers
-        self._ends = torch.tensor([len(part.index) for part in parts]).cumsum(0)
+    def __init__(
+        self,
+        parts: Sequence[TaskSamples],
+        workers: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        self.parts, self.workers, self.device = parts, workers, device
+        # Of each sample: the number of its part, and its position in the data set of that.
+        counts = torch.tensor([len(part.index) for part in parts])
+        self._number = torch.arange(len(parts)).repeat_interleave(counts)
+        self._index = torch.cat([part.index for part in parts])
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def _place(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The samples `index` as the numbers of their parts and positions in these."""
-        number = torch.searchsorted(self._ends, index, right=True)
-        starts = self._ends - torch.tensor([len(part.index) for part in self.parts])
-        return number, index - starts[number]
+        return len(self._index)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        number, place = self._place(torch.tensor(i))
-        part = self.parts[int(number)]
-        x, y = part.dataset[int(part.index[place])]
+        part = self.parts[int(self._number[i])]
+        x, y = part.dataset[int(self._index[i])]
         return x, part.targets(torch.as_tensor(y)[None])[0]
 
     @functools.cached_property
@@ -73,25 +74,24 @@ class Stream(Dataset[tuple[Tensor, Tensor]]):
 
     def batches(self, indices: Sequence[Tensor], seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The samples of each index, (n,) int64: x (n, ...), y (n, ...); seed: of the workers."""
-        if all(isinstance(part.dataset, Tensors) for part in self.parts):
-            for index in indices:
-                yield self._batch(index)
-        else:
+        read: Iterable[Any] = map(self._batch, indices)
+        if not all(isinstance(part.dataset, Tensors) for part in self.parts):
             # A generator of its own: what is drawn outside does not depend on where the reading began.
-            yield from DataLoader(
+            read = DataLoader(
                 self,
                 batch_sampler=[index.tolist() for index in indices],
                 num_workers=self.workers,
                 generator=torch.Generator().manual_seed(seed),
             )
+        for x, y in read:
+            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        number, place = self._place(index)
-        xs, ys = [], []
+        number, xs, ys = self._number[index], [], []
         for k in number.unique().tolist():
             part = self.parts[k]
             assert isinstance(part.dataset, Tensors)
-            x, y = part.dataset.batch(part.index[place[number == k]])
+            x, y = part.dataset.batch(self._index[index[number == k]])
             xs.append(x)
             ys.append(part.targets(y))
         return torch.cat(xs), torch.cat(ys)

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
-from mas_ext.methods.method import SETTINGS, Setting
+from mas_ext.methods.method import SETTINGS, Setting, TaskLoss, is_cross_entropy
 
+# (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better.
+Score = Callable[[Tensor, Tensor], Tensor]
 MakeOptimizer = Callable[[Iterable[nn.Parameter], float], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
 
@@ -53,6 +56,11 @@ class Settings:
         seed: of the order of samples, of new heads and of dropout.
         deterministic: torch.use_deterministic_algorithms while training.
         workers: processes that read data sets that are not in memory.
+        task_loss: (output, target) -> 0-dim, the mean over a batch. Targets are positions of labels among the
+            outputs, (n,), or, of tasks without classes, what the data have.
+        score: (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better. Its mean
+            is what Result calls accuracy. None: whether the largest output is the label's; for any other loss
+            than the cross entropy, minus the loss.
 
     Raises:
         ValueError: a value that can't be used.
@@ -73,6 +81,8 @@ class Settings:
     seed: int = 0
     deterministic: bool = False
     workers: int = 0
+    task_loss: TaskLoss = F.cross_entropy
+    score: Score | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("setting", SETTINGS), ("amp", (None, *AMP_DTYPES))):
@@ -83,6 +93,9 @@ class Settings:
             if not callable(value) and value not in known and (name, value) != ("schedule", None):
                 expected = f"one of {', '.join(known)} or a callable"
                 raise ValueError(f"{name}: got {value!r}, expected {expected}")
+        for name, function in (("task_loss", self.task_loss), ("score", self.score)):
+            if not callable(function) and (name, function) != ("score", None):
+                raise ValueError(f"{name}: got {function!r}, expected a callable (output, target)")
         counts = {"batch_size": 1, "importance_epochs": 0, "seed": 0, "workers": 0}
         for name, least in counts.items():
             value = getattr(self, name)
@@ -131,10 +144,26 @@ class Settings:
         make = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
         return make(optimizer, steps)
 
+    def make_score(self, labelled: bool) -> Score:
+        """The score, or the default one; labelled: whether targets are labels."""
+        if self.score is not None:
+            return self.score
+        if labelled and is_cross_entropy(self.task_loss):
+            return lambda output, target: output.argmax(1) == target
+        return lambda output, target: -self.task_loss(output, target)
+
     def described(self) -> dict[str, Any]:
         """The values that two runs must share for one to be resumed by the other."""
         found = {
             name: getattr(self, name) for name in self.__dataclass_fields__ if name != "workers"
         }
+        # None by default, as checkpoints that have neither are read.
+        found["task_loss"] = None if self.task_loss is F.cross_entropy else _name(self.task_loss)
+        found["score"] = None if self.score is None else _name(self.score)
         found["epochs"] = [self.epochs] if isinstance(self.epochs, int) else [*self.epochs]
         return found
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """The qualified name of a function, or of a callable's class."""
+    return str(getattr(function, "__qualname__", type(function).__qualname__))

@@ -55,7 +55,7 @@ def choice(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_network_in_the_checkpoint_has_the_accuracy_in_the_table(choice: Path) -> None:
-    train, test = data.load("digits")
+    train, test = data.load_dataset("digits")
     images = (test.x - train.x.mean()) / train.x.std(correction=0)
     for job in ("mas-seed0", "mas-seed1", "finetune-seed1"):
         state = checkpoint.unpack(checkpoint.load(choice / job / "checkpoint.safetensors"))["model"]

@@ -6,12 +6,14 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from experiments import EXPERIMENTS, Experiment, Page, Results, reproduce
@@ -29,13 +31,14 @@ from experiments.embedding import Embedding, RankingEWC, ranks, rivals, shortfal
 from experiments.facts import glyphs as glyphs_of
 from experiments.facts import scores
 from experiments.learned import GRID, trained
-from experiments.official_demo import Reestimated
-from experiments.regression import VARIANTS, Arm, GaussianEWC
+from experiments.loops import SquaredGradients
+from experiments.official_demo import Reestimated, paced
+from experiments.regression import VARIANTS, Arm
 from mas_ext import models
 from mas_ext.compare.cells import Cell, Found
 from mas_ext.compare.options import Config
 from mas_ext.failures import Diverged, Vanished
-from mas_ext.methods import Method
+from mas_ext.methods import Method, create
 from mas_ext.methods.method import Training
 
 ROOT = Path(__file__).parents[2]
@@ -227,19 +230,26 @@ def test_official_demo(tmp_path: Path) -> None:
     assert theirs[0].startswith("| re-estimated, batch | 0.01 |")
 
 
+def test_later_tasks_have_a_learning_rate_of_their_own() -> None:
+    make, rates = paced(0.25), []
+    for _ in range(3):
+        optimizer = make([torch.nn.Parameter(torch.ones(1))], 0.5)
+        rates += [group["lr"] for group in optimizer.param_groups]
+        assert optimizer.param_groups[0]["momentum"] == 0.9
+    assert rates == [0.5, 0.25, 0.25]
+
+
 def test_reestimated_importance_is_of_all_tasks_at_the_present_weights() -> None:
     torch.manual_seed(0)
     model = models.mlp((3,), (4,))
     data = [(torch.randn(5, 3), torch.arange(5) % 2) for _ in range(2)]
     method = Reestimated()
-    method.later_lr = 0.25
     for task in range(2):
         model.add_head(2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         parts = (*[model, optimizer, task, "task", task], lambda n, task=task: [data[task]])
         training = Training(*parts, lambda p: torch.optim.SGD(p, lr=0.5))
         method.begin_task(training)
-        assert optimizer.param_groups[0]["lr"] == (0.5 if task == 0 else 0.25)
         with torch.no_grad():
             model.backbone[1].weight.add_(0.1)
         method.end_task(training)
@@ -366,10 +376,12 @@ def test_fisher_information_of_normal_outputs() -> None:
     x = torch.randn(7, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     parts = (model, optimizer, 0, "task", 0, lambda n: [(x[:4], x[:4]), (x[4:], x[4:])])
-    training = Training(*parts, lambda p: torch.optim.SGD(p, lr=0.5))
-    method = GaussianEWC(lam=3.0)
-    method.begin_task(training)
-    method.end_task(training)
+    make = partial(torch.optim.SGD, lr=0.5)
+    training = Training(*parts, make, task_loss=F.mse_loss)
+    method, other = SquaredGradients(lam=3.0), create("ewc", lam=3.0, labels="normal")
+    for each in (method, other):
+        each.begin_task(training)
+        each.end_task(training)
     expected = torch.zeros(4, 3)
     for each in x:
         for c in range(2):
@@ -380,8 +392,10 @@ def test_fisher_information_of_normal_outputs() -> None:
     torch.testing.assert_close(
         method.penalty.omega["backbone.1.weight"].float(), expected, rtol=1e-5, atol=1e-7
     )
-    assert method.penalty.lam == 1.5
+    assert method.penalty.lam == other.penalty.lam == 1.5
     assert set(method.penalty.omega) == {"backbone.1.weight", "backbone.1.bias"}
+    for name, omega in other.penalty.omega.items():
+        torch.testing.assert_close(omega, method.penalty.omega[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["finetune", "lwf", "ebll", "imm-mean", "imm-mode", "mas", "si"])
@@ -393,11 +407,22 @@ def test_the_loss_of_regression(name: str) -> None:
     x, y = torch.randn(5, 3), torch.randn(5, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     parts = (model, optimizer, 0, "task", 0, lambda n: [(x, y)])
-    training = Training(*parts, lambda p: torch.optim.SGD(p, lr=0.5))
+    make = partial(torch.optim.SGD, lr=0.5)
+    training = Training(*parts, make, task_loss=F.mse_loss)
     method = VARIANTS[name].make()
     method.begin_task(training)
     expected = sum((model(a[None], 0)[0] - b).square().sum() for a, b in zip(x, y, strict=True))
     torch.testing.assert_close(method.loss(training, x, y), expected / 10)
+
+
+def test_a_regression_that_diverges_is_told() -> None:
+    quick: Any = replace(EXPERIMENTS["regression"].quick(), epochs=1, lr=1e30)
+    cell = {"method": "finetune", "lam": None, "seed": 0, "purpose": "final"}
+    before = torch.get_rng_state()
+    assert quick.measure(cell)["diverged"].startswith("loss: got nan in task 0")
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(Diverged):
+        quick.learn(create("finetune"))
 
 
 def test_seeds_that_diverged_are_left_out(tmp_path: Path) -> None:

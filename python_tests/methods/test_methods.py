@@ -23,7 +23,7 @@ SEEN = {"task": 0.04, "domain": 0.15, "class": 0.1}
 @functools.cache
 def learned(name: str, setting: methods.Setting) -> torch.Tensor:
     """accuracy[t, k] on the digits 0 to 4 and 5 to 9."""
-    scenario = catalogue.build("split-digits", tasks=2)
+    scenario = catalogue.make_scenario("split-digits", tasks=2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = models.mlp(scenario.shape, (64, 64))

@@ -253,7 +253,8 @@ def test_a_removed_handle_pulls_no_more(optimizer: Any, mode: Any) -> None:
     other = optimizer(free.model.parameters(), lr=0.1)
     path = train(case, [stepping], case.loss, 3)
     assert np.array_equal(path, train(free, [other], free.loss, 3))
-    handle = case.penalty.attach(stepping, mode)
+    case.penalty.attach(stepping, mode)
+    handle.remove()  # ended already: it is not the new one's
     assert not np.array_equal(
         train(case, [stepping], case.loss, 1), train(free, [other], free.loss, 1)
     )

@@ -100,13 +100,14 @@ def start(
     """A run that is about to begin; its data have batches of 8, 8 and 4 samples; squared: a regression."""
     torch.manual_seed(seed)
     chosen = {"optimizer": "sgd", "lr": 0.05, "epochs": 2, "batch_size": 8, **settings}
+    if squared:
+        chosen["task_loss"] = F.mse_loss
     return Learning(
         Network(),
         method,
         Settings(setting=setting, **chosen),  # type: ignore[arg-type]
         regression() if squared else scenario(setting),
         torch.device(device),
-        F.mse_loss if squared else F.cross_entropy,
     )
 
 

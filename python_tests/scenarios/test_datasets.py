@@ -19,7 +19,7 @@ from mas_ext.scenarios import datasets as data
 )
 def test_idx_folders(tmp_path: Path, dataset: str, folder: str) -> None:
     write_idx_folder(tmp_path / folder / "raw", zipped=True)
-    train, test = data.load(dataset, tmp_path)
+    train, test = data.load_dataset(dataset, tmp_path)
     assert train.x.flatten().tolist() == pytest.approx([i / 255 for i in range(36)])
     assert train.y.tolist() == [0, 1, 2, 3, 4, 5]
     assert test.y.tolist() == [0, 1, 2, 3]
@@ -35,7 +35,7 @@ def test_idx_folders(tmp_path: Path, dataset: str, folder: str) -> None:
 )
 def test_npz_files(tmp_path: Path, dataset: str, file: str) -> None:
     write_npz(tmp_path / file, 4, 4, 3)
-    train, test = data.load(dataset, tmp_path)
+    train, test = data.load_dataset(dataset, tmp_path)
     pixels = np.load(tmp_path / file)["x_test"]
     torch.testing.assert_close(test.x, torch.tensor(pixels).permute(0, 3, 1, 2) / 255)
     assert train.y.tolist() == [0, 1, 0, 1]
@@ -44,7 +44,7 @@ def test_npz_files(tmp_path: Path, dataset: str, file: str) -> None:
 def test_the_full_data_set_comes_before_its_extract(tmp_path: Path) -> None:
     write_npz(tmp_path / "kmnist10k.npz", 28, 28)
     write_idx_folder(tmp_path / "KMNIST" / "raw")
-    assert data.load("kmnist", tmp_path)[0].x.shape == (6, 1, 2, 3)
+    assert data.load_dataset("kmnist", tmp_path)[0].x.shape == (6, 1, 2, 3)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte.gz"
     missing.unlink()
     with pytest.raises(FileNotFoundError, match=f"^{missing} is missing: get it from https://"):
-        data.load("mnist", tmp_path)
+        data.load_dataset("mnist", tmp_path)
 
 
 def test_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     env.mkdir()
 
     with pytest.raises(FileNotFoundError) as error:
-        data.load("mnist")
+        data.load_dataset("mnist")
     for expected in (str(env), "data", str(home / "data"), "https://", "--data", "MAS_EXT_DATA"):
         assert expected in str(error.value)
 
@@ -73,10 +73,10 @@ def test_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_idx_folder(folder / "MNIST" / "raw")
         labels = folder / "MNIST" / "raw" / "train-labels-idx1-ubyte"
         labels.write_bytes(idx(bytes([marker] * 6), 6))
-        assert data.load("mnist")[0].y.tolist() == [marker] * 6
+        assert data.load_dataset("mnist")[0].y.tolist() == [marker] * 6
 
     with pytest.raises(FileNotFoundError, match=f"^mnist is not in {given}: put MNIST/raw"):
-        data.load("mnist", given)
+        data.load_dataset("mnist", given)
 
 
 def test_a_folder_of_the_environment_that_is_not_there(
@@ -91,15 +91,15 @@ def test_a_folder_of_the_environment_that_is_not_there(
         with pytest.raises(
             FileNotFoundError, match=f"^MAS_EXT_DATA: got '{wrong}', expected a fol"
         ):
-            data.load("mnist")
-        assert data.load("mnist", tmp_path / "data")[0].x.shape == (6, 1, 2, 3)
-        data.load("digits")
+            data.load_dataset("mnist")
+        assert data.load_dataset("mnist", tmp_path / "data")[0].x.shape == (6, 1, 2, 3)
+        data.load_dataset("digits")
     monkeypatch.setenv("MAS_EXT_DATA", "")
-    assert data.load("mnist")[0].x.shape == (6, 1, 2, 3)
+    assert data.load_dataset("mnist")[0].x.shape == (6, 1, 2, 3)
 
 
 def test_digits_are_all_there_and_always_the_same() -> None:
-    (train, test), (again, _) = data.load("digits"), data.load("digits")
+    (train, test), (again, _) = data.load_dataset("digits"), data.load_dataset("digits")
     assert train.x.shape == (1348, 1, 8, 8)
     assert test.x.shape == (449, 1, 8, 8)
     assert train.x.dtype == torch.float32
@@ -114,14 +114,14 @@ def test_digits_are_all_there_and_always_the_same() -> None:
 
 def test_digits_take_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"folder: got .* for the digits, expected none"):
-        data.load("digits", tmp_path)
+        data.load_dataset("digits", tmp_path)
 
 
 def test_unknown_dataset() -> None:
     with pytest.raises(ValueError, match="dataset: got 'kmnits', did you mean 'kmnist'"):
-        data.load("kmnits")
+        data.load_dataset("kmnits")
     with pytest.raises(ValueError, match="got 'x', choose from digits, mnist, fashion-"):
-        data.load("x")
+        data.load_dataset("x")
 
 
 def test_a_missing_extra_is_named() -> None:
@@ -224,7 +224,7 @@ def test_what_torchvision_has_not(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("torchvision")
 def test_cifars_pickles_are_left_to_torchvision(tmp_path: Path) -> None:
     (tmp_path / "cifar-100-python").mkdir()
-    train, test = data.load("cifar100", tmp_path)
+    train, test = data.load_dataset("cifar100", tmp_path)
     assert torch.equal(train.x, torch.full((4, 3, 32, 32), 51 / 255))
     assert torch.equal(test.x, torch.ones(4, 3, 32, 32))
     assert train.y.tolist() == [3, 1, 99, 0]
@@ -236,7 +236,7 @@ def test_cifars_pickles_are_not_read_without_torchvision(
     monkeypatch.setitem(sys.modules, "torchvision", None)
     (tmp_path / "cifar-10-batches-py").mkdir()
     with pytest.raises(ModuleNotFoundError, match="run: pip install torchvision"):
-        data.load("cifar10", tmp_path)
+        data.load_dataset("cifar10", tmp_path)
 
 
 # Real files, where they are at hand. Defined conditionally, so that no test is ever skipped.
@@ -244,7 +244,7 @@ def test_cifars_pickles_are_not_read_without_torchvision(
 if (SHARED / "MNIST").is_dir():
 
     def test_real_mnist() -> None:
-        train, test = data.load("mnist", SHARED)
+        train, test = data.load_dataset("mnist", SHARED)
         assert train.x.shape == (60000, 1, 28, 28)
         assert test.x.shape == (10000, 1, 28, 28)
         # Published: how often each digit occurs, the mean and the deviation of the pixels.
@@ -259,7 +259,7 @@ if (SHARED / "MNIST").is_dir():
 if (SHARED / "FashionMNIST").is_dir():
 
     def test_real_fashion() -> None:
-        train, test = data.load("fashion-mnist", SHARED)
+        train, test = data.load_dataset("fashion-mnist", SHARED)
         assert train.x.shape == (60000, 1, 28, 28)
         # Published: as many of every kind, the mean and the deviation of the pixels.
         assert train.y.bincount().tolist() == [6000] * 10
@@ -279,7 +279,7 @@ if (SHARED / "kmnist10k.npz").is_file():
         ],
     )
     def test_real_npz(dataset: str, counts: tuple[int, int], shape: tuple[int, ...]) -> None:
-        for images, count in zip(data.load(dataset, SHARED), counts, strict=True):
+        for images, count in zip(data.load_dataset(dataset, SHARED), counts, strict=True):
             assert images.x.shape == (count, *shape)
             assert images.x.min() == 0
             assert images.x.max() == 1

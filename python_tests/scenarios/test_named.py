@@ -52,21 +52,21 @@ def standard(images: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_tasks_by_name(folder: Path, name: str, tasks: int | None, expected: list[str]) -> None:
-    scenario = catalogue.build(name, folder, tasks)
+    scenario = catalogue.make_scenario(name, folder, tasks)
     assert scenario.name == name
     assert [task.name for task in scenario.tasks] == expected
 
 
 def test_digits_need_no_folder() -> None:
-    scenario = catalogue.build("split-digits")
+    scenario = catalogue.make_scenario("split-digits")
     assert [task.name for task in scenario.tasks] == ["0/1", "2/3", "4/5", "6/7", "8/9"]
     assert scenario.shape == (1, 8, 8)
 
 
 def test_permutations_are_by_the_seed_and_need_no_memory(folder: Path) -> None:
-    plain = standard(data.load("mnist", folder)[0].x)
+    plain = standard(data.load_dataset("mnist", folder)[0].x)
     mixed, again, other = (
-        catalogue.build("permuted-mnist", folder, 3, seed=seed).tasks for seed in (1, 1, 2)
+        catalogue.make_scenario("permuted-mnist", folder, 3, seed=seed).tasks for seed in (1, 1, 2)
     )
     torch.testing.assert_close(whole(mixed[0].train), plain)
     for t in (1, 2):
@@ -82,13 +82,13 @@ def test_permutations_are_by_the_seed_and_need_no_memory(folder: Path) -> None:
 
 
 def test_more_tasks_begin_with_the_same_permutations(folder: Path) -> None:
-    few, many = (catalogue.build("permuted-mnist", folder, tasks).tasks for tasks in (3, 5))
+    few, many = (catalogue.make_scenario("permuted-mnist", folder, tasks).tasks for tasks in (3, 5))
     for one, same in zip(few, many, strict=False):
         assert torch.equal(whole(one.test), whole(same.test))
 
 
 def test_angles_are_equal_steps(folder: Path) -> None:
-    train, test = data.load("mnist", folder)
+    train, test = data.load_dataset("mnist", folder)
     scenario = catalogue.rotated(train, test, tasks=4, degrees=90)
     for task, angle in zip(scenario.tasks, (0, 22.5, 45, 67.5), strict=True):
         assert torch.equal(whole(task.train), Rotation(angle)(train.x))
@@ -96,25 +96,27 @@ def test_angles_are_equal_steps(folder: Path) -> None:
 
 
 def test_data_sets_of_one_shape(folder: Path) -> None:
-    scenario = catalogue.build("datasets", folder)
+    scenario = catalogue.make_scenario("datasets", folder)
     assert [task.name for task in scenario.tasks] == [
         *("mnist", "fashion-mnist", "kmnist", "notmnist"),
         *("cifar100 0-24", "cifar100 25-49", "cifar100 50-74", "cifar100 75-99"),
     ]
     assert scenario.shape == (3, 32, 32)
     assert [len(task.classes) for task in scenario.tasks] == [4, 4, 10, 10, 25, 25, 25, 25]
-    plain = standard(data.load("kmnist", folder)[0].x)[:, 0]
+    plain = standard(data.load_dataset("kmnist", folder)[0].x)[:, 0]
     for channel in range(3):
         torch.testing.assert_close(whole(scenario.tasks[2].train)[:, channel, 2:30, 2:30], plain)
     objects = torch.cat([whole(task.train) for task in scenario.tasks[4:]])
     labels = torch.cat([task.train.y for task in scenario.tasks[4:]])
-    kept = data.load("cifar100", folder)[0]
+    kept = data.load_dataset("cifar100", folder)[0]
     torch.testing.assert_close(objects[labels == 31], standard(kept.x)[kept.y == 31])
 
 
 def test_tasks_in_a_given_or_random_order(folder: Path) -> None:
     def names(**given) -> list[str]:
-        return [task.name for task in catalogue.build("split-mnist", folder, 4, **given).tasks]
+        return [
+            task.name for task in catalogue.make_scenario("split-mnist", folder, 4, **given).tasks
+        ]
 
     assert names(order=[3, 1, 0, 2]) == ["3", "1", "0", "2"]
     assert names(order="random", seed=1) == names(order="random", seed=1)
@@ -125,19 +127,19 @@ def test_tasks_in_a_given_or_random_order(folder: Path) -> None:
 
 def test_what_cannot_be_built(folder: Path) -> None:
     with pytest.raises(ValueError, match="scenario: got 'split_mnist', did you mean 'split-mnist'"):
-        catalogue.build("split_mnist", folder)
+        catalogue.make_scenario("split_mnist", folder)
     for name in ("permuted-mnist", "rotated-mnist"):
         with pytest.raises(ValueError, match="tasks: got 0, expected at least 1"):
-            catalogue.build(name, folder, 0)
+            catalogue.make_scenario(name, folder, 0)
     for tasks in (-1, 4, 7):
         with pytest.raises(
             ValueError, match=r"tasks: got .*, expected 4 and a number of groups that divides"
         ):
-            catalogue.build("datasets", folder, tasks)
+            catalogue.make_scenario("datasets", folder, tasks)
     with pytest.raises(ValueError, match=r"order: got .*, expected each of 0 to 1 once"):
-        catalogue.build("split-mnist", folder, 2, order=[1, 1])
+        catalogue.make_scenario("split-mnist", folder, 2, order=[1, 1])
     with pytest.raises(FileNotFoundError, match="mnist is not in"):
-        catalogue.build("datasets", folder / "empty")
+        catalogue.make_scenario("datasets", folder / "empty")
 
 
 # Real files, where they are at hand. Defined conditionally, so that no test is ever skipped.
@@ -145,7 +147,7 @@ def test_what_cannot_be_built(folder: Path) -> None:
 if (SHARED / "cifar100_subset.npz").is_file() and (SHARED / "MNIST").is_dir():
 
     def test_real_data_sets() -> None:
-        scenario = catalogue.build("datasets", SHARED)
+        scenario = catalogue.make_scenario("datasets", SHARED)
         sizes = [(len(task.train), len(task.test)) for task in scenario.tasks]
         assert sizes == [(60000, 10000)] * 2 + [(8000, 2000)] * 2 + [(4000, 1000)] * 4
         assert [len(task.classes) for task in scenario.tasks] == [10] * 4 + [25] * 4

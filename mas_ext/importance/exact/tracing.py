@@ -31,7 +31,7 @@ FunctionRule = Callable[..., Any]
 
 
 class UseRecord(NamedTuple):
-    """That a function used a parameter, and how the samples lay there."""
+    """The use of a parameter by a function, and how the samples lay there."""
 
     function: str
     layout: LayoutKind
