@@ -35,10 +35,13 @@ from mas_ext.state.merge_rules import Merge, check_share
 
 
 class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """What the plugins have in common. `penalty` is there from the first experience on."""
+    """What the plugins have in common: `penalty`, from the first experience on, and when it is applied.
+
+    Args:
+        step: "gradient" or "proximal", see FusedMASPenalty.attach.
+    """
 
     def __init__(self, step: Mode = "gradient") -> None:
-        """step: how the penalty is applied, "gradient" or "proximal", see FusedMASPenalty.attach."""
         super().__init__()
         check_mode(step, "step")
         self.step = step
@@ -50,11 +53,11 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         raise NotImplementedError
 
     def consolidate(self, penalty: FusedMASPenalty, batches: Iterable[Any]) -> None:
-        """End of an experience, whose samples `batches` reads once."""
+        """Consolidate at the end of an experience, whose samples `batches` gives once."""
         penalty.consolidate(batches)
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """The model has its heads for the experience by now."""
+        """Make the penalty at the first experience; by now the model has the heads for it."""
         if self.penalty is None:
             self.penalty = self.build(strategy.model)
         self._detach()  # from a training that ended in an error
@@ -62,13 +65,13 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
             self._handle = self.penalty.attach(strategy.optimizer, mode="proximal")
 
     def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """The gradients are those of the loss, and reduced over the ranks."""
+        """Add the penalty's gradient to the loss's, which is reduced over the ranks by now."""
         assert self.penalty is not None
         if self.step == "gradient":
             strategy.loss = strategy.loss.detach() + self.penalty.add_grad_()
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Consolidate. A keyword num_workers of `strategy.train` counts here, too."""
+        """Consolidate, with the keyword num_workers of `strategy.train`."""
         self._detach()
         assert self.penalty is not None
         self.consolidate(self.penalty, _batches(strategy, kwargs.get("num_workers", 0)))
@@ -85,8 +88,8 @@ class MASPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
         penalty = lambda_reg sum_i W_i (theta_i - theta*_i)^2
         W = Omega_1, then W <- alpha W + (1 - alpha) Omega_t
 
-    where Avalanche has its own Omega_t, that of whole batches in training mode; importance="avalanche" has its
-    numbers to rounding, see compat.avalanche.
+    with Omega_t per sample, where Avalanche takes whole batches in training mode; importance="avalanche" gives
+    Avalanche's numbers, see compat.avalanche.
 
     Args:
         lambda_reg: strength.
@@ -97,7 +100,7 @@ class MASPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
         merge: instead of the average, "consistent" (MAS-alpha), "latest" (the MAS paper), "sum" or "decay"
             of FusedMASPenalty.
         step: "gradient" or "proximal", see FusedMASPenalty.attach.
-        exclude: fnmatch patterns on the names of parameters that are not held.
+        exclude: fnmatch patterns on the names of parameters to leave out.
         options: further arguments of FusedMASPenalty.
     """
 
@@ -141,16 +144,16 @@ class EWCPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
 
     F_t is the diagonal Fisher information, the mean over samples of squared gradients; Avalanche squares the
     gradient of a batch's mean, which is smaller: an ewc_lambda chosen for it is too large here. Either mode
-    holds two numbers a parameter, whatever the number of experiences.
+    keeps two numbers per parameter, whatever the number of experiences.
 
     Args:
         ewc_lambda: strength, without one-half.
         mode: "separate" or "online".
         decay_factor: with "online", share of the old importance that is kept, from 0 to 1.
-        keep_importance_data: with "separate", hold every experience by itself (store "per_task").
+        keep_importance_data: with "separate", keep every experience by itself (store "per_task").
         labels: "true", "predicted", "sampled" or "all", see estimate_fisher.
         step: "gradient" or "proximal", see FusedMASPenalty.attach.
-        exclude: fnmatch patterns on the names of parameters that are not held.
+        exclude: fnmatch patterns on the names of parameters to leave out.
         options: further arguments of FusedMASPenalty.
     """
 
@@ -203,9 +206,9 @@ class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  #
     Args:
         si_lambda: strength, of which half counts; a list has one for each experience, the last for all others.
         eps: damping, > 0.
-        excluded_parameters: names of modules or parameters, or fnmatch patterns. Those of normalisations that
-            follow the batch are excluded, too, as in Avalanche.
-        device: "as_strategy": what is kept lies where the parameters are.
+        excluded_parameters: names of modules or parameters, or fnmatch patterns. As in Avalanche, parameters
+            of normalisations that follow the batch are excluded, too.
+        device: "as_strategy": the state lies where the parameters are.
         step: "gradient" or "proximal", see FusedMASPenalty.attach.
         options: further arguments of FusedMASPenalty.
     """
@@ -246,18 +249,18 @@ class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  #
         super().before_update(strategy, *args, **kwargs)
 
     def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """The parameters have moved."""
+        """Add this step to the path integral."""
         self._path.after_step(strategy.optimizer, (), {})
 
     def consolidate(self, penalty: FusedMASPenalty, batches: Iterable[Any]) -> None:
-        """The importance comes from the path alone."""
+        """Consolidate the importance that the path integral gives; the batches are not read."""
         theta = named_parameters(penalty.model, penalty.exclude)
         penalty.consolidate(importance=self._path.importance(theta, self.eps))
         self._path = PathIntegral({})
 
 
 def _batches(strategy: Any, num_workers: int) -> Iterable[Any]:
-    """(x, y, ..., task label): the experience in its own order, as Avalanche's plugins read it."""
+    """Batches (x, y, ..., task label) of the experience in its own order, as Avalanche's plugins read it."""
     dataset = strategy.experience.dataset
     return DataLoader(
         own_part(dataset),
@@ -268,7 +271,7 @@ def _batches(strategy: Any, num_workers: int) -> Iterable[Any]:
 
 
 def _logits(model: nn.Module, batch: Any) -> Tensor:
-    """What the strategy is trained on, masks and all: by the heads of the samples' tasks."""
+    """The strategy's logits, masks included, by the heads of the samples' tasks."""
     x, task = batch[0], batch[-1]
     if is_multi_task_module(model) and (task == task[0]).all():
         task = int(task[0])  # one head, instead of rows put together from several
@@ -277,7 +280,7 @@ def _logits(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _output(model: nn.Module, batch: Any) -> Tensor:
-    """The logits, 0 instead of the large constant with which classifiers mask units not in use."""
+    """The logits, with 0 instead of the large constant with which classifiers mask unused units."""
     output = _logits(model, batch)
     masking = [m for m in model.modules() if getattr(m, "masking", False)]
     for value in {float(m.mask_value) for m in masking}:  # type: ignore[arg-type]
@@ -286,7 +289,7 @@ def _output(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _excluded(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Patterns for the parameters of these modules, or by these names, and for those of normalisations."""
+    """Patterns for the parameters of these modules, or by these names, and for parameters of normalisations."""
     theta = named_parameters(model)
     patterns = [p for name in names for p in (name, f"{name}.*") if fnmatch.filter(theta, p)]
     norms = {

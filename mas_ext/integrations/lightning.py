@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from mas_ext.integrations.loading import check_batches, once
+from mas_ext.integrations.loading import check_batches, once, penalty_of
 from mas_ext.optim.hooks import Handle, Mode, check_mode
 from mas_ext.penalty import FusedMASPenalty
 
@@ -55,20 +55,15 @@ class MASCallback(Callback):
     ) -> None:
         check_mode(mode)
         check_batches(batches)
-        self.lam, self.batches, self.mode, self.name, self.options = (
-            lam,
-            batches,
-            mode,
-            name,
-            options,
-        )
+        self.batches, self.mode, self.name = batches, mode, name
+        self.lam, self.options = lam, options
         self.penalty: FusedMASPenalty | None = None
         self._loaded: dict[str, Any] = {}
         self._handles: list[Handle] = []
 
     @property
     def state_key(self) -> str:
-        """Where its state is in a checkpoint."""
+        """The key of its state in a checkpoint."""
         key: str = self._generate_state_key(name=self.name)
         return key
 
@@ -79,16 +74,13 @@ class MASCallback(Callback):
         return dict(self.penalty.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, when training starts: the module has its precision then."""
+        """Keep a state until training starts, when the module has its precision."""
         self._loaded = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The penalty of this module, with what was remembered, of another one, too."""
-        if self.penalty is None or self.penalty.model is not pl_module:
-            self._loaded = self.state_dict()
-            group = torch.distributed.group.WORLD if trainer.world_size > 1 else None
-            options = {"process_group": group, **self.options}
-            self.penalty = FusedMASPenalty(pl_module, self.lam, **options)
+        """Make the penalty of this module, with the state so far, also of another module."""
+        options = {"lam": self.lam, **self.options}
+        self.penalty = penalty_of(pl_module, self.penalty, trainer.world_size, options)
         if self._loaded:
             self.penalty.load_state_dict(self._loaded)
             self._loaded = {}
@@ -120,7 +112,7 @@ class MASCallback(Callback):
 
 
 def _scale_left(trainer: Trainer, optimizer: Optimizer) -> torch.Tensor | None:
-    """What gradients are still multiplied by: those of an optimizer that unscales them itself (fused=True)."""
+    """The factor of gradients whose optimizer unscales them itself (fused=True)."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return None
@@ -128,7 +120,7 @@ def _scale_left(trainer: Trainer, optimizer: Optimizer) -> torch.Tensor | None:
 
 
 def _batches(trainer: Trainer) -> Iterator[Any]:
-    """The training data as the module sees them, each once."""
+    """The training data as the module sees them, each sample once."""
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader):
         raise TypeError(

@@ -1,15 +1,33 @@
-"""A data set read once: every sample by one rank, none twice."""
+"""What adapters have in common: a model's penalty, and a data set read once, every sample by one rank."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from mas_ext.penalty import FusedMASPenalty
+
+
+def penalty_of(
+    model: nn.Module, before: FusedMASPenalty | None, ranks: int, options: Mapping[str, Any]
+) -> FusedMASPenalty:
+    """The penalty before if it is of this model, else a new one with these options and its state."""
+    if before is not None and before.model is model:
+        return before
+    group = torch.distributed.group.WORLD if ranks > 1 else None
+    penalty = FusedMASPenalty(model, **{"process_group": group, **options})
+    if before is not None:
+        penalty.load_state_dict(before.state_dict())
+    return penalty
 
 
 def check_batches(batches: Any) -> None:
-    """A TypeError for a `batches` that is data: it would fail when the training is over."""
+    """Raise a TypeError for a `batches` that is data, which would fail when the training is over."""
     if batches is not None and not callable(batches):
         raise TypeError(
             f"batches: got {type(batches).__name__}, expected a function that gives batches, such as "
@@ -30,7 +48,7 @@ def own_part(dataset: Any) -> Any:
 def once(loader: Any) -> Any:
     """The samples of a DataLoader in their own order, this rank's part of them, in batches of the same size.
 
-    Whatever else reads data is left as it is: it is taken to give each rank its own.
+    Anything but a DataLoader of a map-style data set is left as it is, and taken to give each rank its own.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader

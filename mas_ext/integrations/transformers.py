@@ -12,7 +12,7 @@ Two places for the penalty, which differ where gradients are clipped (max_grad_n
   once a step. The logged loss and gradient norm are the task's.
 - `MASTrainerMixin`: in the loss. Clipping clips the sum, and the logged loss and gradient norm are the sum's.
 
-What is held are the parameters that are trained: with LoRA (peft) the adapters.
+The penalty holds the parameters that are trained: with LoRA (peft) the adapters.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from mas_ext.importance import Forward
-from mas_ext.integrations.loading import check_batches, once
+from mas_ext.integrations.loading import check_batches, once, penalty_of
 from mas_ext.optim.hooks import Handle, Mode, check_mode
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.state import files as checkpoint
@@ -40,12 +39,12 @@ class ModelOutput:
     """A `forward` for FusedMASPenalty: the part of a model's output whose sensitivity is the importance.
 
     "tokens": the logits of the tokens that follow in the text, (N, positions - 1, 1);
-    "logits": those of every position, (N, positions, vocabulary);
+    "logits": the logits at every position, (N, positions, vocabulary);
     "hidden": the last hidden states, (N, positions, width), of models that return them; where a normalisation
     without learned scales is last, their norm is constant and says nothing.
-    Positions that attention_mask leaves out count as 0; labels are not needed. Of a classifier, whose logits
-    have no positions, it is these. "tokens" kept a first corpus best where it was measured, with a small model:
-    docs/how-to/language.md has the figures.
+    Positions that attention_mask leaves out count as 0; labels are not needed. A classifier's
+    logits, which have no positions, are taken as they are. "tokens" kept a first corpus best where it was
+    measured, with a small model: docs/how-to/language.md has the figures.
 
     Args:
         of: "tokens", "logits" or "hidden".
@@ -60,7 +59,7 @@ class ModelOutput:
         self.of, self.last = of, last
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """The output of a batch of the model's inputs."""
+        """The output for a batch, a mapping of the model's inputs."""
         inputs = {key: t for key, t in batch.items() if key not in ("labels", "label")}
         found = model(**inputs, **({"output_hidden_states": True} if self.of == "hidden" else {}))
         output: Tensor = found.hidden_states[-1] if self.of == "hidden" else found.logits
@@ -83,9 +82,9 @@ class ModelOutput:
 def attach(
     penalty: FusedMASPenalty, optimizer: Any, mode: Mode = "gradient", eta: float | None = None
 ) -> Handle:
-    """penalty.attach for an optimizer that `accelerator.prepare` may have wrapped.
+    """Attach a penalty to an optimizer that `accelerator.prepare` may have wrapped.
 
-    The penalty is added once a step: under `accelerator.accumulate` when the step is taken, and under float16
+    The penalty is added once per step: under `accelerator.accumulate` when the step is taken, and under float16
     unscaled, behind `accelerator.clip_grad_norm_`.
     """
     return penalty.attach(getattr(optimizer, "optimizer", optimizer), mode, eta)
@@ -94,8 +93,8 @@ def attach(
 class MASCallback(TrainerCallback):
     """FusedMASPenalty in a Trainer: applied in every step, consolidated when training has ended.
 
-    `penalty` is there from the first `train` on, or before it where it is set. Checkpoints have it in a file of
-    their own, which is read when training resumes from one in output_dir; for one that is elsewhere, set
+    `penalty` exists from the first `train` on, or before it where it is set. Checkpoints have it in a file of
+    their own, which is read when training resumes from one in output_dir; for a checkpoint elsewhere, set
     `penalty` to what FusedMASPenalty.load reads. `penalty.save` after `train` keeps what was consolidated.
 
     Args:
@@ -125,7 +124,7 @@ class MASCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any
     ) -> None:
-        """The penalty of this model, with what was remembered, of another one, too."""
+        """Make the penalty of this model, with the state so far, also of another model."""
         file = _file(args, state)
         resumed = state.global_step > 0
         if resumed and self.penalty is None and not file.exists():
@@ -133,12 +132,7 @@ class MASCallback(TrainerCallback):
                 f"{file}: not found, expected the penalty of the checkpoint that training resumes from; where "
                 "it is elsewhere, set MASCallback.penalty before"
             )
-        if self.penalty is None or self.penalty.model is not model:
-            remembered = None if self.penalty is None else self.penalty.state_dict()
-            group = torch.distributed.group.WORLD if args.world_size > 1 else None
-            self.penalty = FusedMASPenalty(model, **{"process_group": group, **self.options})
-            if remembered is not None:
-                self.penalty.load_state_dict(remembered)
+        self.penalty = penalty_of(model, self.penalty, args.world_size, self.options)
         if resumed and file.exists():
             tensors = checkpoint.load(file)
             self.penalty.load_state_dict({n: t for n, t in tensors.items() if n != "settings"})
@@ -146,7 +140,7 @@ class MASCallback(TrainerCallback):
         self._handle = attach(self.penalty, optimizer, self.mode)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is written."""
+        """Write the penalty beside the checkpoint that is being written."""
         assert self.penalty is not None
         if state.is_world_process_zero:
             self.penalty.save(_file(args, state))
@@ -172,7 +166,7 @@ def _file(args: Any, state: Any) -> Path:
 class MASTrainerMixin:
     """A FusedMASPenalty in a Trainer's loss: `class MASTrainer(MASTrainerMixin, Trainer)` with a `penalty`.
 
-    It counts once a step, however many batches are accumulated in it, and whether their losses are means or
+    It counts once per step, however many batches are accumulated in it, and whether their losses are means or
     parts of a sum over num_items_in_batch. Evaluation is of the task's loss alone. The caller consolidates:
     `trainer.penalty.consolidate(once(trainer.get_train_dataloader()))`, with `once` of integrations.loading.
     """
@@ -208,7 +202,7 @@ class MASTrainerMixin:
 
 
 def _added(trainer: Any, num_items_in_batch: Any) -> int:
-    """How many losses a Trainer adds up in a step; 1 where it takes their mean."""
+    """The number of losses that a Trainer adds up in a step; 1 where it takes their mean."""
     added = getattr(trainer, "loss_is_scaled_for_ga", None)
     if added is None:
         of_items = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
