@@ -2,35 +2,34 @@
 
 python -m benchmarks.bench_lam
 
-Goes on where it was stopped. MNIST is looked for in $MAS_EXT_DATA, ./data and ~/data.
+What is in the file is not learned again. MNIST is looked for in $MAS_EXT_DATA, ./data and ~/data.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.files import RESULTS, machine
+from benchmarks.files import RESULTS, load, machine, save
 from mas_ext import Trainer, models
+from mas_ext.failures import Diverged
 from mas_ext.methods import MAS
-from mas_ext.scenarios import Scenario
-from mas_ext.scenarios import named as catalogue
+from mas_ext.scenarios import Scenario, named
 from mas_ext.training.run import Epoch, Result
 
+NAME = "lam_split-mnist"
 MODES = ("gradient", "proximal")
-# Momentum 0.9 with SGD, see settings.OPTIMIZERS.
+# SGD has momentum 0.9.
 RATES = {"sgd": 0.01, "adam": 0.001}
 HIDDEN, EPOCHS, BATCH = (100, 100), 3, 128
 LAMS = [10.0**n for n in range(-2, 9)]
 
 
 def learn(scenario: Scenario, mode: str, optimizer: str, lam: float, seed: int) -> dict[str, Any]:
-    """Average accuracy and forgetting of one run; where it diverged, the task, counted from 0, instead."""
+    """Average accuracy and forgetting; if training diverged, instead the task, counted from 0."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = models.mlp(scenario.shape, HIDDEN)
@@ -54,39 +53,34 @@ def learn(scenario: Scenario, mode: str, optimizer: str, lam: float, seed: int) 
     row = {"mode": mode, "optimizer": optimizer, "lam": lam, "seed": seed}
     try:
         result = trainer.fit(scenario)
-    except FloatingPointError:
+    except Diverged:
         return {**row, "accuracy": None, "forgetting": None, "diverged": len(tasks)}
     found = {"accuracy": result.average_accuracy, "forgetting": result.forgetting}
     return {**row, **found, "diverged": None}
 
 
 def main() -> None:
-    """Learn what is not in the file yet, writing after each run."""
+    """Learn what is not in the file yet, and write it after each training."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder of MNIST")
+    parser.add_argument("--data", help="folder of MNIST")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lam", type=float, nargs="+", default=LAMS)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=RESULTS / "lam_split-mnist.json")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    path = arguments.json
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
-    done = {(r["mode"], r["optimizer"], r["lam"], r["seed"]) for r in runs}
-    wanted = [
-        ("gradient", *rest) for rest in itertools.product(RATES, [0.0], range(arguments.seeds))
-    ]
-    wanted += itertools.product(MODES, RATES, arguments.lam, range(arguments.seeds))
+    torch.set_num_threads(1)
+    path, seeds = RESULTS / f"{NAME}.json", range(arguments.seeds)
+    runs = load(NAME)["runs"] if path.exists() else []
+    known = {(r["mode"], r["optimizer"], r["lam"], r["seed"]) for r in runs}
+    wanted = itertools.chain(
+        itertools.product(["gradient"], RATES, [0.0], seeds),
+        itertools.product(MODES, RATES, LAMS, seeds),
+    )
+    missing = [each for each in wanted if each not in known]
+    scenario = named.make_scenario("split-mnist", arguments.data) if missing else None
     protocol = {"hidden": HIDDEN, "epochs": EPOCHS, "batch": BATCH, "rates": RATES}
-    missing = [job for job in wanted if job not in done]
-    scenario = catalogue.make_scenario("split-mnist", arguments.data) if missing else None
-    for job in missing:
+    for each in missing:
         assert scenario is not None
-        runs.append(learn(scenario, *job))
+        runs.append(learn(scenario, *each))
         print(runs[-1], flush=True)
-        result = {**protocol, "threads": arguments.threads, "machine": machine(), "runs": runs}
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {path}")
+        save({**protocol, "threads": 1, "machine": machine(), "runs": runs}, path)
 
 
 if __name__ == "__main__":
