@@ -3,7 +3,7 @@
 python -m benchmarks.all [--anew]
 
 A result that is there already stays: a run that was stopped goes on when it is started again, and --anew
-measures everything again. Accuracy over lam (bench_lam.py) depends on no clock and is learned only where it is
+measures everything again. Accuracy over lam (lam.py) depends on no clock and is learned only where it is
 missing.
 """
 
@@ -71,7 +71,7 @@ def main() -> None:
             failed.append(name)
     if arguments.out == RESULTS:
         data = ["--data", arguments.data] if arguments.data else []
-        pages = [["bench_lam", *data], ["performance"], ["readme"]]
+        pages = [["lam", *data], ["performance"], ["readme"]]
         failed += [command[0] for command in pages if not _ran(command)]
     missing = ", ".join(failed) or "nothing"
     print(f"\n{perf_counter() - begin:.0f} s; not measured or written: {missing}")

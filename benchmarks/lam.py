@@ -1,6 +1,6 @@
 """Accuracy over lam, gradient and proximal form, SGD and Adam, on split MNIST: writes JSON.
 
-python -m benchmarks.bench_lam
+python -m benchmarks.lam
 
 What is in the file is not learned again. MNIST is looked for in $MAS_EXT_DATA, ./data and ~/data.
 """
