@@ -25,7 +25,7 @@ from mas_ext.importance.evaluation import (
     evaluating,
 )
 from mas_ext.importance.exact.driver import Exact
-from mas_ext.importance.gradients import Totals, accumulate
+from mas_ext.importance.gradients import Summation, Totals, accumulate
 from mas_ext.importance.local import Local
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
@@ -35,8 +35,8 @@ from mas_ext.parameters.ranks import SampleSums
 from mas_ext.parameters.tracked_model import whole_model
 
 EstimatorName = Literal["exact", "batch", "local"]
-# (evaluate, batch, samples, parameters by name) -> sums over samples by name, and the objectives.
-Estimator = Callable[[Evaluate, Labelled, int, Mapping[str, Tensor]], tuple[Totals, Tensor]]
+# (evaluate, batch, parameters by name) -> sums over samples by name, and the objectives.
+Estimator = Callable[[Evaluate, Labelled, Mapping[str, Tensor]], tuple[Totals, Tensor]]
 # (batch, its output on demand, number of samples so far) -> labels, samples in dimension 0.
 LabelSource = Callable[[Any, Callable[[], Tensor], int], Tensor]
 
@@ -60,7 +60,7 @@ class ImportanceSum:
         exclude: fnmatch patterns on the names of parameters to leave out.
         max_outputs: the most outputs that "vector" takes, one backward pass each.
         backend: "auto", "native" or "reference".
-        estimator: (evaluate, batch, samples, theta) -> sums by name and objectives, instead of the method's.
+        estimator: (evaluate, batch, theta) -> sums by name and objectives, instead of the method's.
         values: (output, labels, samples) -> numbers of shape (rows, K), instead of the objective's; each row
             counts as one sample.
         labels: (batch, output, samples so far) -> what `values` gets as labels.
@@ -137,7 +137,7 @@ class ImportanceSum:
             if self._labels is not None:
                 own = self._labels(given.batch, lambda: evaluate.output(given), self.samples)
                 given = Labelled(given.batch, own)
-            found, objective = self._estimator(evaluate, given, samples, theta)
+            found, objective = self._estimator(evaluate, given, theta)
         added = float(objective.abs().sum(dtype=torch.float64))
         if not math.isfinite(added):
             bad = [name for name, t in found.items() if not t.isfinite().all()]
@@ -148,7 +148,7 @@ class ImportanceSum:
             )
         # Nothing below can fail: no error leaves half a batch in the sums.
         known = {name: t for name, t in found.items() if name in self.sums}
-        accumulate(self.sums, known, False, self.backend)
+        accumulate(self.sums, known, Summation(self.backend))
         self.sums = {**found, **self.sums}
         self.samples += len(objective)
         self.objective_sum += added

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from mas_ext.importance.evaluation import Evaluate, Labelled
-from mas_ext.importance.gradients import Totals, accumulate_gradients, zeros
+from mas_ext.importance.gradients import Summation, Totals, accumulate_gradients, zeros
 from mas_ext.kernels.backends import Backend
 
 
@@ -21,10 +21,10 @@ class Batch:
         self.backend = backend
 
     def __call__(
-        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
+        self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
     ) -> tuple[Totals, Tensor]:
         """The sums by name, and the objectives."""
-        _, values = evaluate(batch, samples)
+        _, values = evaluate(batch)
         totals = zeros(theta)
-        accumulate_gradients(totals, values, theta, False, self.backend)
+        accumulate_gradients(totals, values, theta, Summation(self.backend))
         return totals, values.detach()

@@ -149,7 +149,7 @@ def _by_single_samples(model: nn.Module, total: ImportanceSum, batch: Any) -> di
     omega = {name: torch.zeros_like(p, requires_grad=False) for name, p in theta.items()}
     with evaluating(model, device):
         for k in range(samples):
-            _, values = evaluate(batches.between(given, k, k + 1), 1)
+            _, values = evaluate(batches.between(given, k, k + 1))
             for c in range(values.shape[1]):
                 for name, g in gradient(values, c, theta).items():
                     omega[name] += g.abs() / samples

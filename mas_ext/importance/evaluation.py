@@ -42,10 +42,10 @@ class Evaluate(NamedTuple):
         # A model that changes its input would see it changed again on every pass, and so would the caller.
         return self.forward(self.model, batches.copied(batch.batch))
 
-    def __call__(self, batch: Labelled, samples: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Labelled) -> tuple[Tensor, Tensor]:
         """The output, and the objectives of shape (rows, K)."""
         output = self.output(batch)
-        return output, self.values(output, batch.labels, samples)
+        return output, self.values(output, batch.labels, batches.size(batch))
 
 
 def default_forward(model: nn.Module, batch: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.dtypes import compute_dtype
 
 Totals = dict[str, Tensor]
+
+
+class Summation(NamedTuple):
+    """What is summed of per-sample gradients, absolute values or squares, and by which kernels."""
+
+    backend: Backend
+    square: bool = False
+
 
 _Key = TypeVar("_Key")
 
@@ -41,9 +49,9 @@ def gradient(values: Tensor, c: int, theta: Mapping[_Key, Tensor]) -> dict[_Key,
     return {name: g for name, g in zip(theta, dense, strict=True) if g is not None}
 
 
-def accumulate(totals: Totals, found: Mapping[str, Tensor], square: bool, backend: Backend) -> None:
+def accumulate(totals: Totals, found: Mapping[str, Tensor], how: Summation) -> None:
     """totals += abs(found), or its square, by name."""
-    if square:
+    if how.square:
         for name, g in found.items():
             g = g.to(totals[name].dtype)
             totals[name].addcmul_(g, g)
@@ -54,13 +62,13 @@ def accumulate(totals: Totals, found: Mapping[str, Tensor], square: bool, backen
         into.append(totals[name])
         added.append(g)
     for (device, _), (into, added) in kinds.items():
-        accumulate_(into, added, 1.0, backends.serves(device, backend))
+        accumulate_(into, added, 1.0, backends.serves(device, how.backend))
 
 
 def accumulate_gradients(
-    totals: Totals, values: Tensor, theta: Mapping[str, Tensor], square: bool, backend: Backend
+    totals: Totals, values: Tensor, theta: Mapping[str, Tensor], how: Summation
 ) -> None:
     """totals += abs(d sum_k values[k, c] / d theta), or its square, for every c."""
     for c in range(values.shape[1]):
         # No name for the gradients, which would keep them while the next ones are computed.
-        accumulate(totals, gradient(values, c, theta), square, backend)
+        accumulate(totals, gradient(values, c, theta), how)

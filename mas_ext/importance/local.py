@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mas_ext.importance import batches
 from mas_ext.importance.evaluation import Evaluate, Labelled
 from mas_ext.importance.exact.driver import Exact
 from mas_ext.importance.exact.layers import Layer
@@ -34,13 +35,13 @@ class Local:
         self._exact = Exact(backend)
 
     def __call__(
-        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
+        self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
     ) -> tuple[Totals, Tensor]:
         """The sums by name, and the objectives of the model's output."""
-        tape, values = self._run(evaluate, batch, samples, theta)
-        if samples > 1 and not self._exact.knows(tape, batch):
-            self._exact(evaluate, batch, samples, theta)
-            tape, values = self._run(evaluate, batch, samples, theta)
+        tape, values = self._run(evaluate, batch, theta)
+        if tape.samples > 1 and not self._exact.knows(tape, batch):
+            self._exact(evaluate, batch, theta)
+            tape, values = self._run(evaluate, batch, theta)
         outside = sorted(tape.unhandled | self._exact.fallback.keys())
         # Numbers that are not finite prove nothing of uses; they are refused for that, later.
         if outside and values.isfinite().all():
@@ -51,13 +52,13 @@ class Local:
         return zeros(theta) | tape.finish(), values
 
     def _run(
-        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
+        self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
     ) -> tuple[_LocalTape, Tensor]:
         serves = backends.serves(next(iter(theta.values())).device, self.backend)
         layouts = self._exact.layouts(theta)
-        tape = _LocalTape(theta, layouts, samples, RULES, False, serves)
+        tape = _LocalTape(theta, layouts, batches.size(batch), RULES, False, serves)
         with tape:
-            values = evaluate(batch, samples)[1].detach()
+            values = evaluate(batch)[1].detach()
         return tape, values
 
 

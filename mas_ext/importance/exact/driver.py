@@ -24,7 +24,7 @@ from mas_ext.importance.exact.precision import Precision, differ, lowest_precisi
 from mas_ext.importance.exact.rules import RULES
 from mas_ext.importance.exact.sample_layout import LAYOUT_KINDS, LayoutKind
 from mas_ext.importance.exact.tracing import Tape, UsesOf
-from mas_ext.importance.gradients import Totals, zeros
+from mas_ext.importance.gradients import Summation, Totals, zeros
 from mas_ext.kernels import backends
 from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.warning import warn
@@ -74,7 +74,7 @@ class Exact:
     """
 
     def __init__(self, backend: Backend, square: bool = False) -> None:
-        self.backend, self.square = backend, square
+        self._how = Summation(backend, square)
         self._layouts: dict[str, LayoutKind] = {}
         # Parameters that go to the fallback, and why.
         self.fallback: dict[str, str] = {}
@@ -84,19 +84,20 @@ class Exact:
         self._proven: set[tuple[UsesOf, int]] = set()
         # Whether data may decide where the samples are, so that every batch needs a proof of its own.
         self._open: dict[Signature, bool] = {}
-        self._single_samples = Fallback(backend, square)
+        self._single_samples = Fallback(self._how)
 
     def __call__(
-        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
+        self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
     ) -> tuple[Totals, Tensor]:
         """The sums by name, and the objectives."""
         _refuse_batch_statistics(evaluate.model)
+        samples = batches.size(batch)
         if samples == 1:
-            totals, _, values = one_by_one(evaluate, batch, 1, theta, self.square, self.backend)
+            totals, _, values = one_by_one(evaluate, batch, theta, self._how)
             return totals, values
         alone: list[tuple[int, Tensor]] = []
         checked = 0
-        run = self._run(evaluate, batch, samples, theta) if self._functions else None
+        run = self._run(evaluate, batch, theta) if self._functions else None
         while True:
             known = self._layouts.copy(), self.fallback.copy()
             if run is None or (checked < samples and self._to_be_checked(run, new=not alone)):
@@ -113,14 +114,14 @@ class Exact:
                 if known == (self._layouts, self.fallback):
                     break
             if run is None or known != (self._layouts, self.fallback):
-                run = self._run(evaluate, batch, samples, theta)
+                run = self._run(evaluate, batch, theta)
         for start, output in alone:
             together = run.output[start : start + len(output)]
             if theta.keys() - self.fallback and differ(together, output, run.precision):
                 raise _interacting(output, together)
         self._functions.add(run.signature[0])
         slow = {name: p for name, p in theta.items() if name in self.fallback}
-        others = self._single_samples(evaluate, batch, samples, slow) if slow else {}
+        others = self._single_samples(evaluate, batch, slow) if slow else {}
         unused = theta.keys() - run.totals.keys() - slow.keys()
         return {**zeros({name: theta[name] for name in unused}), **run.totals, **others}, run.values
 
@@ -145,15 +146,14 @@ class Exact:
 
         Returns their outputs alone.
         """
-        samples = batches.size(few)
-        passed = self._forward(evaluate, few, samples, theta)
+        passed = self._forward(evaluate, few, theta)
         # Before the way back, so that its sums and the loop's gradients are not there at the same time.
-        expected, output, _ = one_by_one(evaluate, few, samples, theta, self.square, self.backend)
+        expected, output, _ = one_by_one(evaluate, few, theta, self._how)
         largest = max(float(total.norm()) for total in expected.values())
         while True:
             run = self._backward(*passed, few=True)
             if differ(run.output, output, run.precision):
-                _, again, _ = one_by_one(evaluate, few, samples, {}, self.square, self.backend)
+                _, again, _ = one_by_one(evaluate, few, {}, self._how)
                 if not differ(again, output, run.precision):
                     raise _interacting(output, run.output)
                 self._send_to_fallback(evaluate.model, {*theta}, _RANDOM)
@@ -171,36 +171,36 @@ class Exact:
                 self._layouts[name] = LAYOUT_KINDS[tried + 1]
             if not wrong:
                 break
-            passed = self._forward(evaluate, few, samples, theta)
+            passed = self._forward(evaluate, few, theta)
         self._functions.add(run.signature[0])
         self._checked |= run.uses
         self._proven |= run.active
         return output
 
-    def _run(
-        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
-    ) -> Run:
+    def _run(self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]) -> Run:
         """A pass of a batch of several samples, whose rows are proven to be theirs."""
-        tape, output, values, signature = self._forward(evaluate, batch, samples, theta)
+        tape, output, values, signature = self._forward(evaluate, batch, theta)
         if tape.theta and signature not in self._open:
             precision = _precision(tape, output)
             del tape, output, values  # one graph at a time
-            tape = self._tape(samples, theta)
+            tape = self._tape(batch, theta)
             self._open[signature] = not keeps_rows(evaluate, batch, tape, precision)
-            tape, output, values, signature = self._forward(evaluate, batch, samples, theta)
+            tape, output, values, signature = self._forward(evaluate, batch, theta)
         return self._backward(tape, output, values, signature)
 
-    def _tape(self, samples: int, theta: Mapping[str, Tensor]) -> Tape:
+    def _tape(self, batch: Labelled, theta: Mapping[str, Tensor]) -> Tape:
         fast = {name: p for name, p in theta.items() if name not in self.fallback}
-        native_serves = backends.serves(next(iter(theta.values())).device, self.backend)
-        return Tape(fast, self.layouts(fast), samples, RULES, self.square, native_serves)
+        native_serves = backends.serves(next(iter(theta.values())).device, self._how.backend)
+        return Tape(
+            fast, self.layouts(fast), batches.size(batch), RULES, self._how.square, native_serves
+        )
 
     def _forward(
-        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
+        self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
     ) -> tuple[Tape, Tensor, Tensor, Signature]:
-        tape = self._tape(samples, theta)
+        tape = self._tape(batch, theta)
         with tape:
-            output, values = evaluate(batch, samples)
+            output, values = evaluate(batch)
         return tape, output, values, _signature(tape, batch)
 
     def _backward(

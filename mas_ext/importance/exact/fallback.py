@@ -12,8 +12,7 @@ from mas_ext.importance import batches
 from mas_ext.importance.evaluation import Evaluate, Labelled
 from mas_ext.importance.exact.gradient_forms import CHUNK, magnitude
 from mas_ext.importance.exact.precision import differ, lowest_precision
-from mas_ext.importance.gradients import Totals, accumulate_gradients, zeros
-from mas_ext.kernels.backends import Backend
+from mas_ext.importance.gradients import Summation, Totals, accumulate_gradients, zeros
 
 # More samples at once gain little.
 _MOST_AT_ONCE = 64
@@ -22,20 +21,15 @@ _CHECKED = 2
 
 
 def one_by_one(
-    evaluate: Evaluate,
-    batch: Labelled,
-    samples: int,
-    theta: Mapping[str, Tensor],
-    square: bool,
-    backend: Backend,
+    evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor], how: Summation
 ) -> tuple[Totals, Tensor, Tensor]:
     """sum over samples of abs (or square) of the gradient by name; the outputs; the objectives."""
     totals = zeros(theta)
     outputs, values = [], []
-    for k in range(samples):
-        output, value = evaluate(batches.between(batch, k, k + 1), 1)
+    for k in range(batches.size(batch)):
+        output, value = evaluate(batches.between(batch, k, k + 1))
         if theta:
-            accumulate_gradients(totals, value, theta, square, backend)
+            accumulate_gradients(totals, value, theta, how)
         outputs.append(output.detach())
         values.append(value.detach())
     return totals, torch.cat(outputs), torch.cat(values)
@@ -44,54 +38,49 @@ def one_by_one(
 class Fallback:
     """sum over samples of abs (or square) of the gradient, for any parameters of any model."""
 
-    def __init__(self, backend: Backend, square: bool) -> None:
-        self.backend, self.square = backend, square
+    def __init__(self, how: Summation) -> None:
+        self._how = how
         self._vmap: bool | None = None
 
-    def __call__(
-        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
-    ) -> Totals:
+    def __call__(self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]) -> Totals:
         """The sums by name."""
         if self._vmap is None:
-            self._vmap = self._vmap_agrees(evaluate, batch, min(_CHECKED, samples), theta)
+            few = batches.between(batch, 0, _CHECKED)
+            self._vmap = self._vmap_agrees(evaluate, few, theta)
         if self._vmap:
             try:
-                return self._at_once(evaluate, batch, samples, theta)
+                return self._at_once(evaluate, batch, theta)
             except Exception:  # the loop tells what is wrong, if it is not vmap
                 self._vmap = False
-        return one_by_one(evaluate, batch, samples, theta, self.square, self.backend)[0]
+        return one_by_one(evaluate, batch, theta, self._how)[0]
 
-    def _vmap_agrees(
-        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
-    ) -> bool:
-        few = batches.between(batch, 0, samples)
-        expected, output, _ = one_by_one(evaluate, few, samples, theta, self.square, self.backend)
+    def _vmap_agrees(self, evaluate: Evaluate, few: Labelled, theta: Mapping[str, Tensor]) -> bool:
+        expected, output, _ = one_by_one(evaluate, few, theta, self._how)
         try:
-            got = self._at_once(evaluate, few, samples, theta)
+            got = self._at_once(evaluate, few, theta)
         except Exception:
             return False
         precision = lowest_precision([output.dtype], output.is_cuda)
         return not any(differ(got[name], expected[name], precision) for name in theta)
 
     @torch.no_grad()  # of parameters that are not asked for; torch.func.grad goes on
-    def _at_once(
-        self, evaluate: Evaluate, batch: Labelled, samples: int, theta: Mapping[str, Tensor]
-    ) -> Totals:
+    def _at_once(self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]) -> Totals:
         objectives = _Objectives(evaluate)
         raw = {id(p): name for name, p in objectives.named_parameters()}
         chosen = {raw[id(p)]: p.detach() for p in theta.values()}
         totals = zeros(theta)
-        columns = evaluate(batches.between(batch, 0, 1), 1)[1].shape[1]
+        columns = evaluate(batches.between(batch, 0, 1))[1].shape[1]
         numbers = sum(p.numel() for p in theta.values())
         step = min(_MOST_AT_ONCE, max(1, CHUNK // max(1, numbers)))
-        for start in range(0, samples, step):
-            few = batches.between(batch, start, min(start + step, samples))
+        for start in range(0, batches.size(batch), step):
+            few = batches.between(batch, start, start + step)
             for c in range(columns):
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")  # vmap warns where it would loop itself, slowly
                     found = _per_sample(objectives, chosen, few, c)
                 for total, p in zip(totals.values(), theta.values(), strict=True):
-                    total += magnitude(found[raw[id(p)]].to(total.dtype), self.square).sum(0)
+                    g = found[raw[id(p)]].to(total.dtype)
+                    total += magnitude(g, self._how.square).sum(0)
         return totals
 
 
@@ -125,4 +114,4 @@ class _Objectives(nn.Module):
         self._evaluate = evaluate
 
     def forward(self, sample: Labelled) -> Tensor:
-        return self._evaluate(sample, 1)[1]
+        return self._evaluate(sample)[1]

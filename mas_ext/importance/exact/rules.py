@@ -27,7 +27,7 @@ RULES: dict[Callable[..., Any], FunctionRule] = {}
 
 
 def _rule(*functions: Callable[..., Any]) -> Callable[[FunctionRule], FunctionRule]:
-    """Let the decorated function (tape, func, *arguments of func) stand for these functions."""
+    """Let the decorated function (tape, *arguments) stand for these functions of the same arguments."""
 
     def register(rule: FunctionRule) -> FunctionRule:
         RULES.update(dict.fromkeys(functions, rule))
@@ -43,25 +43,22 @@ def _named(*names: str) -> list[Callable[..., Any]]:
 
 
 @_rule(F.linear)
-def _linear(
-    tape: Tape, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Any:
+def _linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if weight.dim() != 2:
         return NotImplemented
-    return _matrix(tape, func, input, weight, bias, transposed=False)
+    return _matrix(tape, input, weight, bias, transposed=False)
 
 
 @_rule(*_named("matmul", "__matmul__", "mm"))
-def _matmul(tape: Tape, func: Any, input: Tensor, other: Tensor) -> Any:
+def _matmul(tape: Tape, input: Tensor, other: Tensor) -> Any:
     if other.dim() != 2 or not (tape.tracked(other) or tape.untransposed(other) is not None):
         return NotImplemented
-    return _matrix(tape, func, input, other, None, transposed=True)
+    return _matrix(tape, input, other, None, transposed=True)
 
 
 @_rule(*_named("addmm"))
 def _addmm(
     tape: Tape,
-    func: Any,
     input: Tensor,
     mat1: Tensor,
     mat2: Tensor,
@@ -71,12 +68,10 @@ def _addmm(
 ) -> Any:
     if beta != 1 or alpha != 1 or input.dim() != 1:
         return NotImplemented
-    return _matrix(tape, func, mat1, mat2, input, transposed=True)
+    return _matrix(tape, mat1, mat2, input, transposed=True)
 
 
-def _matrix(
-    tape: Tape, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
-) -> Any:
+def _matrix(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Any:
     """y = x weight^T, or x weight; a use of a transpose is recorded as one of the matrix itself."""
     if x.dim() < 2:
         return NotImplemented
@@ -84,7 +79,7 @@ def _matrix(
     if whole is not None:
         weight, transposed = whole, not transposed
     y_shape = (*x.shape[:-1], weight.shape[1 if transposed else 0])
-    return tape.layer(func, Linear(transposed), x, weight, bias, y_shape)
+    return tape.layer(Linear(transposed), x, weight, bias, y_shape)
 
 
 def _numbers(value: Any, count: int) -> tuple[int, ...]:
@@ -94,7 +89,6 @@ def _numbers(value: Any, count: int) -> tuple[int, ...]:
 @_rule(torch.conv1d, torch.conv2d, torch.conv3d)
 def _convolution(
     tape: Tape,
-    func: Any,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -116,13 +110,12 @@ def _convolution(
             input = F.pad(input, [n for more in reversed(odd) for n in (0, more)])
         padding = [n // 2 for n in around]
     layer = Convolution(kernel, stride, _numbers(padding, dims), dilation, groups)
-    return tape.layer(func, layer, input, weight, bias, (input.shape[0], weight.shape[0]))
+    return tape.layer(layer, input, weight, bias, (input.shape[0], weight.shape[0]))
 
 
 @_rule(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 def _transposed_convolution(
     tape: Tape,
-    func: Any,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -144,12 +137,11 @@ def _transposed_convolution(
         True,
         _numbers(output_padding, dims),
     )
-    return tape.layer(func, layer, input, weight, bias, (input.shape[0], weight.shape[1] * groups))
+    return tape.layer(layer, input, weight, bias, (input.shape[0], weight.shape[1] * groups))
 
 
 def _affine(
     tape: Tape,
-    func: Any,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -158,74 +150,67 @@ def _affine(
     """The weight and bias behind a normalisation."""
     if weight is None:
         weight = x.new_ones(shape)
-    return tape.layer(func, Affine(shape), x, weight, bias, x.shape)
+    return tape.layer(Affine(shape), x, weight, bias, x.shape)
 
 
 @_rule(F.layer_norm, torch.layer_norm)
 def _layer_norm(
     tape: Tape,
-    func: Any,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
+    *others: Any,
+    **options: Any,
 ) -> Any:
-    x = func(input, normalized_shape, eps=eps)
-    return _affine(tape, func, x, weight, bias, tuple(normalized_shape))
+    x = tape.func(input, normalized_shape, None, None, *others, **options)
+    return _affine(tape, x, weight, bias, tuple(normalized_shape))
 
 
 @_rule(*([F.rms_norm] if hasattr(F, "rms_norm") else []))
 def _rms_norm(
     tape: Tape,
-    func: Any,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Any:
-    return _affine(
-        tape, func, func(input, normalized_shape, eps=eps), weight, None, tuple(normalized_shape)
-    )
+    x = tape.func(input, normalized_shape, eps=eps)
+    return _affine(tape, x, weight, None, tuple(normalized_shape))
 
 
 @_rule(F.group_norm, torch.group_norm)
 def _group_norm(
     tape: Tape,
-    func: Any,
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,
+    *others: Any,
+    **options: Any,
 ) -> Any:
-    x = func(input, num_groups, eps=eps)
-    return _affine(tape, func, x, weight, bias, channels(x))
+    x = tape.func(input, num_groups, None, None, *others, **options)
+    return _affine(tape, x, weight, bias, channels(x))
 
 
 @_rule(F.instance_norm)
 def _instance_norm(
     tape: Tape,
-    func: Any,
     input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    *others: Any,
+    **options: Any,
 ) -> Any:
-    x = func(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
-    return _affine(tape, func, x, weight, bias, channels(x))
+    x = tape.func(input, running_mean, running_var, None, None, *others, **options)
+    return _affine(tape, x, weight, bias, channels(x))
 
 
 @_rule(F.batch_norm)
 def _batch_norm(
     tape: Tape,
-    func: Any,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -245,20 +230,19 @@ def _batch_norm(
     if weight is None:
         weight = torch.ones_like(running_mean)
     layer = Standardised(running_mean, running_var, eps)
-    return tape.layer(func, layer, input, weight, bias, input.shape)
+    return tape.layer(layer, input, weight, bias, input.shape)
 
 
 @_rule(torch.prelu)
-def _prelu(tape: Tape, func: Any, input: Tensor, weight: Tensor) -> Any:
+def _prelu(tape: Tape, input: Tensor, weight: Tensor) -> Any:
     shape = channels(input) if weight.numel() > 1 else (1,)
-    slope = tape.broadcast(func, weight, shape, input.shape)
+    slope = tape.broadcast(weight, shape, input.shape)
     return NotImplemented if slope is None else F.relu(input) - slope * F.relu(-input)
 
 
 @_rule(F.embedding)
 def _embedding(
     tape: Tape,
-    func: Any,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -274,9 +258,9 @@ def _embedding(
         padding_idx += weight.shape[0]
     if tape.layouts[tracked.name] == "none":
         # The same rows for all samples, such as those of positions: a part of the table.
-        tape.record_use(func, tracked)
-        return tape.part(tracked, func(input, weight, padding_idx))
-    return tape.layer(func, Embedding(padding_idx), input, weight, None, input.shape)
+        tape.record_use(tracked)
+        return tape.part(tracked, tape.func(input, weight, padding_idx))
+    return tape.layer(Embedding(padding_idx), input, weight, None, input.shape)
 
 
 @_rule(
@@ -286,25 +270,23 @@ def _embedding(
     ),
     *_named("maximum", "minimum", "where", "lerp", "addcmul", "pow"),
 )
-def _elementwise(tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Any:
+def _elementwise(tape: Tape, *args: Any, **kwargs: Any) -> Any:
     tensors = [t for t in args if isinstance(t, Tensor)]
     y_shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    expanded = [
-        tape.broadcast(func, t, t.shape, y_shape) if tape.tracked(t) else t for t in tensors
-    ]
+    expanded = [tape.broadcast(t, t.shape, y_shape) if tape.tracked(t) else t for t in tensors]
     if any(t is None for t in expanded):
         return NotImplemented
     found = iter(expanded)
-    return func(*(next(found) if isinstance(t, Tensor) else t for t in args), **kwargs)
+    return tape.func(*(next(found) if isinstance(t, Tensor) else t for t in args), **kwargs)
 
 
 @_rule(Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to, Tensor.repeat)
-def _expand(tape: Tape, func: Any, input: Tensor, *sizes: Any, **kwargs: Any) -> Any:
-    result = func(input, *sizes, **kwargs)
+def _expand(tape: Tape, input: Tensor, *sizes: Any, **kwargs: Any) -> Any:
+    result = tape.func(input, *sizes, **kwargs)
     shape = (1,) * (result.dim() - input.dim()) + tuple(input.shape)
     if any(a not in (1, b) for a, b in zip(shape, result.shape, strict=True)):
         return NotImplemented  # repeated in blocks
-    expanded = tape.broadcast(func, input, input.shape, result.shape)
+    expanded = tape.broadcast(input, input.shape, result.shape)
     return NotImplemented if expanded is None else expanded
 
 
@@ -317,12 +299,12 @@ def _expand(tape: Tape, func: Any, input: Tensor, *sizes: Any, **kwargs: Any) ->
     Tensor.T.__get__,  # type: ignore[attr-defined]
     Tensor.mT.__get__,  # type: ignore[attr-defined]
 )
-def _selection(tape: Tape, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _selection(tape: Tape, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Elements of a parameter in another order or shape, each at most once."""
     tracked = tape.tracked(input)
     if tracked is None or input.dtype.itemsize < 4:  # sums of 16-bit numbers would be rounded
         return NotImplemented
-    result = func(input, *args, **kwargs)
+    result = tape.func(input, *args, **kwargs)
     if isinstance(result, Tensor) and (result.dtype != input.dtype or result is input):
         return result
     turned = isinstance(result, Tensor) and input.dim() == result.dim() == 2
@@ -333,7 +315,7 @@ def _selection(tape: Tape, func: Any, input: Tensor, *args: Any, **kwargs: Any) 
 
 
 @_rule(F.multi_head_attention_forward)
-def _attention(tape: Tape, func: Any, *args: Any, **kwargs: Any) -> Any:
+def _attention(tape: Tape, *args: Any, **kwargs: Any) -> Any:
     query = args[0] if args else kwargs["query"]
     with tape.columns(query.shape[1] if query.dim() == 3 else 0):
-        return tape.inside(func, *args, **kwargs)
+        return tape.inside(tape.func, *args, **kwargs)

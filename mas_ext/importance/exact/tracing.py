@@ -26,7 +26,7 @@ from mas_ext.importance.exact.sample_layout import LayoutKind, SampleLayout
 from mas_ext.importance.gradients import Totals, gradient
 from mas_ext.kernels.dtypes import compute_dtype
 
-# Stands for a function: (tape, function, *its arguments) -> its result, or NotImplemented.
+# Stands for a function, tape.func: (tape, *its arguments) -> its result, or NotImplemented.
 FunctionRule = Callable[..., Any]
 
 
@@ -80,6 +80,8 @@ class Tape(TorchFunctionMode):
         # Whether parts of the model ran again on the way back.
         self.replayed = False
         self.theta = theta
+        # The function that a rule stands for, while the rule runs.
+        self.func: Callable[..., Any]
         self._rules = rules
         self._records: dict[str, list[UseRecord]] = {}
         self._tracked = {id(p): TrackedTensor(name, p) for name, p in theta.items()}
@@ -116,7 +118,8 @@ class Tape(TorchFunctionMode):
         self.before(func, args)
         rule = self._rules.get(func)
         if rule is not None and any(self._tracked_in([*args, *kwargs.values()])):
-            result = rule(self, func, *args, **kwargs)
+            self.func = func
+            result = rule(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         return func(*args, **kwargs)
@@ -153,25 +156,21 @@ class Tape(TorchFunctionMode):
         found = self._transposes.get(id(t))
         return None if found is None else found[1]
 
-    def record_use(
-        self, func: Callable[..., Any], tracked: TrackedTensor, several: bool = False
-    ) -> int:
-        """Write down that a function uses a parameter; the number of this use."""
+    def record_use(self, tracked: TrackedTensor, several: bool = False) -> int:
+        """Write down that the function uses a parameter; the number of this use."""
         records = self._records.setdefault(tracked.name, [])
         if not self._replaying:
             layout, shape = self.layouts[tracked.name], self.theta[tracked.name].shape
-            records.append(UseRecord(func.__name__, layout, shape, several))
+            records.append(UseRecord(self.func.__name__, layout, shape, several))
         return len(records) - 1
 
-    def use(
-        self, func: Callable[..., Any], tracked: TrackedTensor | None, y_shape: Sequence[int]
-    ) -> ParameterUse | None:
+    def use(self, tracked: TrackedTensor | None, y_shape: Sequence[int]) -> ParameterUse | None:
         """A use of a parameter to compute y; None, and unhandled, where the samples can't lie so in y."""
         if tracked is None:
             return None
         layout = SampleLayout(self.samples, self.layouts[tracked.name], self._columns)
         fits = layout.fits(y_shape)
-        number = self.record_use(func, tracked, fits and layout.rows(y_shape) > 1)
+        number = self.record_use(tracked, fits and layout.rows(y_shape) > 1)
         if fits:
             return ParameterUse(tracked, number, layout)
         self.unhandled.add(tracked.name)
@@ -179,7 +178,6 @@ class Tape(TorchFunctionMode):
 
     def layer(
         self,
-        func: Callable[..., Any],
         layer: Layer,
         x: Tensor,
         weight: Tensor,
@@ -190,7 +188,7 @@ class Tape(TorchFunctionMode):
 
         y_shape: the shape of the result, as far as it says where the samples are.
         """
-        uses = [self.use(func, self.tracked(t), y_shape) for t in (weight, bias)]
+        uses = [self.use(self.tracked(t), y_shape) for t in (weight, bias)]
         # What needs a gradient but has no use that can be recorded is left to autograd.
         left = [
             use is None and t is not None and t.requires_grad
@@ -218,11 +216,9 @@ class Tape(TorchFunctionMode):
         self.dtypes.add(y.dtype)
         return y
 
-    def broadcast(
-        self, func: Callable[..., Any], p: Tensor, shape: Sequence[int], y_shape: Sequence[int]
-    ) -> Tensor | None:
+    def broadcast(self, p: Tensor, shape: Sequence[int], y_shape: Sequence[int]) -> Tensor | None:
         """A parameter, seen with a shape, expanded to y's shape; None where that can't be recorded."""
-        use = self.use(func, self.tracked(p), y_shape)
+        use = self.use(self.tracked(p), y_shape)
         if use is None:
             return None
         if use.layout.varies(shape, len(y_shape)):
