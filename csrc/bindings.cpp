@@ -1,6 +1,6 @@
 // The Python module _C: integers in, exceptions out. The only file that knows pybind11. Pointers
-// come as integers from tensors that mas_ext/kernels/native.py has checked; nothing else may call
-// this module.
+// come as integers from tensors that the files of mas_ext/kernels/ have checked; nothing else may
+// call this module.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

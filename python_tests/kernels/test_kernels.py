@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from oracles import naive
 from torch import Tensor
 
+from mas_ext import kernels
 from mas_ext.kernels import checks
 from mas_ext.kernels.accumulate import accumulate_
 from mas_ext.kernels.dtypes import compute_dtype, from_codes, to_codes
@@ -24,6 +27,10 @@ from mas_ext.kernels.flat_state import State
 from mas_ext.kernels.merge import merge_
 from mas_ext.kernels.penalty import add_grad_, penalty, penalty_with_grad
 from mas_ext.kernels.proximal import proximal_
+
+# Every kernel is registered when its file is imported.
+for _file in pkgutil.iter_modules(kernels.__path__):
+    importlib.import_module(f"mas_ext.kernels.{_file.name}")
 
 CHUNK = 8192
 
