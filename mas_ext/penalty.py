@@ -365,7 +365,7 @@ class FusedMASPenalty(nn.Module):
         self._fit()
 
     def rename(self, old: str, new: str) -> None:
-        """What is remembered of parameter `old` counts for parameter `new` from now on."""
+        """Let what was consolidated of parameter `old` count for parameter `new` from now on."""
         self._state.rename(old, new)
         self._tracked.rename(old, new)
         self._fit()
@@ -374,12 +374,12 @@ class FusedMASPenalty(nn.Module):
 
     @property
     def model(self) -> nn.Module:
-        """The model whose parameters are held."""
+        """The model."""
         return self._tracked.model
 
     @property
     def exclude(self) -> tuple[str, ...]:
-        """Patterns on the names of parameters that are not held."""
+        """Patterns on the names of parameters that are left out."""
         return self._pending.exclude
 
     @property

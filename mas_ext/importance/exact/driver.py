@@ -48,15 +48,11 @@ Signature = tuple[tuple[str, ...], frozenset[UsesOf], int, tuple[tuple[bool, ...
 class Run(NamedTuple):
     """One forward and backward pass of a batch."""
 
+    tape: Tape
     output: Tensor
     values: Tensor
     totals: Totals
     signature: Signature
-    uses: set[UsesOf]
-    # Uses that were not proven before, and have a gradient.
-    active: set[tuple[UsesOf, int]]
-    # Parameters that the pass can't answer for.
-    unhandled: set[str]
     # Parameters used on rows of other samples than they are taken for.
     violations: set[str]
     # The lowest one that the model computed in.
@@ -95,27 +91,27 @@ class Exact:
         if samples == 1:
             totals, _, values = one_by_one(evaluate, batch, theta, self._how)
             return totals, values
-        alone: list[tuple[int, Tensor]] = []
+        outputs: list[tuple[int, Tensor]] = []  # of samples run alone, from where on
         checked = 0
         run = self._run(evaluate, batch, theta) if self._functions else None
         while True:
             known = self._layouts.copy(), self.fallback.copy()
-            if run is None or (checked < samples and self._to_be_checked(run, new=not alone)):
+            if run is None or (checked < samples and self._to_be_checked(run, new=not outputs)):
                 stop = min(checked + _CHECKED, samples)
                 start = max(0, min(checked, stop - 2))  # one sample alone would agree with anything
                 few = batches.between(batch, start, stop)
-                alone.append((start, self.learn(evaluate, few, theta)))
+                outputs.append((start, self.learn(evaluate, few, theta)))
                 checked = stop
             elif run.violations:
                 self._send_to_fallback(evaluate.model, run.violations)
             else:
-                unknown = {name for name, _ in run.uses - self._checked}
-                self._send_to_fallback(evaluate.model, unknown | run.unhandled)
+                unknown = {name for name, _ in run.tape.uses() - self._checked}
+                self._send_to_fallback(evaluate.model, unknown | run.tape.unhandled)
                 if known == (self._layouts, self.fallback):
                     break
             if run is None or known != (self._layouts, self.fallback):
                 run = self._run(evaluate, batch, theta)
-        for start, output in alone:
+        for start, output in outputs:
             together = run.output[start : start + len(output)]
             if theta.keys() - self.fallback and differ(together, output, run.precision):
                 raise _interacting(output, together)
@@ -127,9 +123,9 @@ class Exact:
 
     def _to_be_checked(self, run: Run, new: bool) -> bool:
         """Whether the model took another path, or a use has its first gradient."""
-        if new and not (run.signature[0] in self._functions and run.uses <= self._checked):
+        if new and not (run.signature[0] in self._functions and run.tape.uses() <= self._checked):
             return True
-        return not run.active <= self._proven
+        return not run.tape.active <= self._proven
 
     def layouts(self, theta: Mapping[str, Tensor]) -> Mapping[str, LayoutKind]:
         """How the samples lie where each parameter is used, as far as is known."""
@@ -161,7 +157,7 @@ class Exact:
             wrong = {
                 name
                 for name in theta.keys() - self.fallback
-                if name in run.unhandled | run.violations
+                if name in run.tape.unhandled | run.violations
                 or differ(run.totals.get(name), expected[name], run.precision, noise)
             }
             last = {name for name in wrong if self._layouts[name] == LAYOUT_KINDS[-1]}
@@ -173,8 +169,8 @@ class Exact:
                 break
             passed = self._forward(evaluate, few, theta)
         self._functions.add(run.signature[0])
-        self._checked |= run.uses
-        self._proven |= run.active
+        self._checked |= run.tape.uses()
+        self._proven |= run.tape.active
         return output
 
     def _run(self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]) -> Run:
@@ -206,25 +202,14 @@ class Exact:
     def _backward(
         self, tape: Tape, output: Tensor, values: Tensor, signature: Signature, few: bool = False
     ) -> Run:
-        by_name = {uses[0]: uses for uses in tape.uses()}
-        found = {(uses, i) for uses in by_name.values() for i in range(len(uses[1]))}
-        tape.watched = {(uses[0], i) for uses, i in found - self._proven}
+        uses = {(of, i) for of in tape.uses() for i in range(len(of[1]))}
+        tape.watched = uses - self._proven
         precision = _precision(tape, output)
         violations = set()
         if tape.theta and values.requires_grad and (few or self._open.get(signature)):
             violations = layout_violations(tape, values, precision)
         totals = tape.backward(values) if tape.theta else {}
-        return Run(
-            output.detach(),
-            values.detach(),
-            totals,
-            signature,
-            {*by_name.values()},
-            {(by_name[name], i) for name, i in tape.active},
-            tape.unhandled,
-            violations,
-            precision,
-        )
+        return Run(tape, output.detach(), values.detach(), totals, signature, violations, precision)
 
     def _send_to_fallback(self, model: nn.Module, names: set[str], reason: str = _NO_RULE) -> None:
         """Leave parameters to the fallback, and say so once for each model."""

@@ -74,9 +74,9 @@ class Tape(TorchFunctionMode):
         self.unhandled: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
         self.functions: list[str] = []
-        # Uses to look at, by name and number, and those of them with a gradient that is not zero.
-        self.watched: set[tuple[str, int]] = set()
-        self.active: set[tuple[str, int]] = set()
+        # Uses to look at, by number, and those of them with a gradient that is not zero.
+        self.watched: set[tuple[UsesOf, int]] = set()
+        self.active: set[tuple[UsesOf, int]] = set()
         # Whether parts of the model ran again on the way back.
         self.replayed = False
         self.theta = theta
@@ -95,7 +95,10 @@ class Tape(TorchFunctionMode):
 
     def uses(self) -> set[UsesOf]:
         """The uses of every parameter that was used."""
-        return {(name, tuple(records)) for name, records in self._records.items()}
+        return {self._uses_of(name) for name in self._records}
+
+    def _uses_of(self, name: str) -> UsesOf:
+        return name, tuple(self._records[name])
 
     # -- forward -----------------------------------------------------------------------------------
 
@@ -280,9 +283,11 @@ class Tape(TorchFunctionMode):
 
     def record(self, use: ParameterUse, gradients: PerSample) -> None:
         """Take the gradients of a use; once all uses of a tensor are there, their total."""
-        key, place = id(use.source.tensor), (use.source.name, use.number)
-        if place in self.watched and gradients.may_be_nonzero(use.source.tensor):
-            self.active.add(place)
+        key = id(use.source.tensor)
+        if self.watched:
+            which = self._uses_of(use.source.name), use.number
+            if which in self.watched and gradients.may_be_nonzero(use.source.tensor):
+                self.active.add(which)
         self._gradients.setdefault(key, []).append(gradients)
         if len(self._gradients[key]) == self._expected[key]:
             self._add_up(key)
