@@ -26,7 +26,7 @@ def digits(task: int) -> tuple[TensorDataset, TensorDataset]:
     """Handwritten digits to train and to test on; the pixels of each task are permuted in its own way."""
     order = torch.randperm(64, generator=torch.Generator().manual_seed(task))
     train, test = (
-        TensorDataset(part.x.flatten(1)[:, order], part.y) for part in data.load("digits")
+        TensorDataset(part.x.flatten(1)[:, order], part.y) for part in data.load_dataset("digits")
     )
     return train, test
 

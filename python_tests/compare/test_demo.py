@@ -9,7 +9,7 @@ import torch
 from mas_ext import metrics
 from mas_ext.compare.demo import COMPARED, DemoResult, learn, run_demo
 from mas_ext.scenarios import split
-from mas_ext.scenarios.datasets import load
+from mas_ext.scenarios.datasets import load_dataset
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_figure_is_a_picture(result: DemoResult) -> None:
 
 
 def test_the_seed_decides() -> None:
-    scenario = split(*load("digits"))
+    scenario = split(*load_dataset("digits"))
     state = torch.random.get_rng_state()
     one, same, other = (
         learn(scenario, COMPARED["MAS"](), 1, seed, lambda: None).nan_to_num() for seed in (1, 1, 2)
@@ -68,7 +68,7 @@ def test_the_number_of_threads_is_put_back() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        learn(split(*load("digits")), COMPARED["fine-tuning"](), 1, 0, lambda: None)
+        learn(split(*load_dataset("digits")), COMPARED["fine-tuning"](), 1, 0, lambda: None)
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
