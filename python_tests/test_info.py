@@ -170,3 +170,10 @@ def test_require_native_is_0_or_1(value: str) -> None:
         assert done.returncode == 1
         last = done.stderr.strip().splitlines()[-1]
         assert last == f"ValueError: MAS_EXT_REQUIRE_NATIVE: got {value!r}, expected '0' or '1'"
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    program = "from mas_ext.kernels import backends; backends.instruction_set()"
+    found = run(program, MAS_EXT_INSTRUCTION_SET="sse9")
+    assert found.returncode == 1
+    assert "MAS_EXT_INSTRUCTION_SET: got 'sse9', expected one of baseline" in found.stderr
