@@ -19,7 +19,7 @@ from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.penalty import add_grad_
 from mas_ext.kernels.proximal import proximal_
 from mas_ext.optim.fused import FusedOptimizer
-from mas_ext.optim.hooks import Handle, Mode, register_hook
+from mas_ext.optim.hooks import Handle, Mode, register_hook, unwrapped
 from mas_ext.parameters.fsdp import whole_tensor
 from mas_ext.parameters.names import ModelView, check_patterns
 from mas_ext.parameters.ranks import Ranks, Together, refuse_unused
@@ -225,12 +225,15 @@ class FusedMASPenalty(nn.Module):
         (1 - momentum), Nesterov too; Adam and AdamW lr / (sqrt(v_hat) + eps) from their state. A parameter that
         Adam has not stepped yet stays where it is.
 
+        A closure, as in step(closure), computes gradients in the step: the penalty's come after it.
+
         With mas_ext.optim.SGD and AdamW it is part of the step itself, unless the state is on the CPU or eta is
         given. Under a GradScaler a skipped step applies nothing, and the penalty's gradient is scaled as the
         others are. Optimizers with fused=True have both on the device, where they are read.
 
         Args:
-            optimizer: any torch optimizer but LBFGS; only its own parameters are touched.
+            optimizer: any torch optimizer but LBFGS, also as Fabric, Lightning or accelerate wrap it; only its
+                own parameters are touched.
             mode: "gradient" or "proximal".
             eta: for "proximal": the step size, where the optimizer is neither SGD, Adam nor AdamW.
 
@@ -238,17 +241,13 @@ class FusedMASPenalty(nn.Module):
             A handle; handle.remove() ends it.
 
         Raises:
-            TypeError: no torch optimizer, LBFGS, or one whose step size is unknown and no eta.
+            TypeError: no torch optimizer, LBFGS, one whose step calls no hooks (a wrapper that hides the real
+                one), or one whose step size is unknown and no eta.
             ValueError: none of the model's parameters is among the optimizer's; an unknown mode, a wrong eta,
                 maximize=True, or a momentum of 1.
             RuntimeError: this penalty, or any one with those of mas_ext.optim, is attached already.
         """
-        # Wrappers, as accelerate's, are called optimizers, too.
-        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            hint = ": attach to its .optimizer" if hasattr(optimizer, "optimizer") else ""
-            raise TypeError(
-                f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer{hint}"
-            )
+        optimizer = unwrapped(optimizer)
         own = {id(p) for p in self.model.parameters()}
         if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(

@@ -87,7 +87,7 @@ def attach(
     The penalty is added once per step: under `accelerator.accumulate` when the step is taken, and under float16
     unscaled, behind `accelerator.clip_grad_norm_`.
     """
-    return penalty.attach(getattr(optimizer, "optimizer", optimizer), mode, eta)
+    return penalty.attach(optimizer, mode, eta)
 
 
 class MASCallback(TrainerCallback):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from mas_ext.optim.step_size import STEP_SIZES, Step, StepSizes, constant
 from mas_ext.state.buffers import Group
@@ -64,16 +66,31 @@ class _Hook:
 class _AddGradient(_Hook):
     def __call__(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        # args[0] is the optimizer. The hook runs before the closure, which computes the gradients anew
-        # and would drop what was added.
-        if any(callable(a) for a in (*args[1:], kwargs.get("closure"))):
-            raise RuntimeError(
-                "closure: got one, expected none: with step(closure) add penalty() to the loss instead"
-            )
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        # What a GradScaler tells an optimizer with fused=True, whose gradients are still scaled.
-        self.penalty.add_grad_to(own, getattr(optimizer, "grad_scale", None))
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if _inside_own_step(optimizer):
+            return None
+
+        def add() -> None:
+            own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            # What a GradScaler tells an optimizer with fused=True, whose gradients are still scaled.
+            self.penalty.add_grad_to(own, getattr(optimizer, "grad_scale", None))
+
+        # args[0] is the optimizer.
+        closure = next((a for a in (*args[1:], *kwargs.values()) if callable(a)), None)
+        if closure is None:
+            add()
+            return None
+
+        def with_penalty() -> Any:
+            # It computes the gradients anew, and would drop what was added before.
+            loss = closure()
+            add()
+            return loss
+
+        return (
+            tuple(with_penalty if a is closure else a for a in args),
+            {key: with_penalty if a is closure else a for key, a in kwargs.items()},
+        )
 
 
 class _ProximalStep(_Hook):
@@ -82,9 +99,34 @@ class _ProximalStep(_Hook):
         self._step_sizes = step_sizes
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if _inside_own_step(optimizer):
+            return
         for group in optimizer.param_groups:
             steps = self._step_sizes(group, optimizer.state)
             take_proximal_steps(self.penalty, optimizer, steps)
+
+
+# The function around every step, which calls the hooks.
+_AROUND_STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
+
+
+@_disable_dynamo
+def _inside_own_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step whose hooks run is part of another step of this optimizer, which has its own hooks.
+
+    torch calls hooks around the step of every class: twice where a subclass calls super().step().
+    """
+    frame, steps = sys._getframe(1), 0
+    while frame is not None:
+        code = frame.f_code
+        # Compiled, it is another function with this one's name in its own.
+        around = (
+            code.co_filename == _AROUND_STEP.co_filename and _AROUND_STEP.co_name in code.co_name
+        )
+        if around and frame.f_locals.get("self") is optimizer:
+            steps += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return steps > 1
 
 
 def take_proximal_steps(
@@ -96,6 +138,35 @@ def take_proximal_steps(
     for step in steps:
         eta = step.eta if found_inf is None else step.eta * (found_inf == 0).double()
         penalty.proximal_(*step._replace(eta=eta))
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that makes the steps, out of wrappers that hold it as `optimizer` or `_optimizer`.
+
+    Fabric, Lightning and accelerate hand out such wrappers, whose own hooks are never called.
+
+    Raises:
+        TypeError: no torch optimizer, or one whose step calls no hooks.
+    """
+    found, wrappers = optimizer, []
+    while found is not None:
+        wrappers.append(found)
+        own = getattr(found, "__dict__", {}) if callable(getattr(found, "zero_grad", None)) else {}
+        held = (own.get(key) for key in ("optimizer", "_optimizer"))
+        found = next((o for o in held if hasattr(o, "step") and o not in wrappers), None)
+    inner = wrappers[-1]
+    if not isinstance(inner, torch.optim.Optimizer):
+        hint = ": attach to its .optimizer" if hasattr(optimizer, "optimizer") else ""
+        raise TypeError(
+            f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer{hint}"
+        )
+    # A wrapper that holds the real one by another name lacks what torch's constructor gives.
+    if not hasattr(inner, "_optimizer_step_pre_hooks") or not hasattr(type(inner).step, "hooked"):
+        raise TypeError(
+            f"optimizer: got {type(inner).__name__}, whose step calls no hooks, expected the "
+            "torch.optim.Optimizer that it wraps"
+        )
+    return inner
 
 
 def register_hook(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import OneCycleLR
 
+import mas_ext
 from mas_ext import FusedMASPenalty
 
 # -- as a gradient ---------------------------------------------------------------------------------
@@ -394,24 +397,6 @@ def test_a_sparse_gradient_becomes_dense_as_with_the_penalty_in_the_loss() -> No
 # -- what is refused -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("positional", [True, False])
-def test_a_closure_is_refused_before_anything_moves(positional: bool) -> None:
-    case = held()
-    optimizer = SGD(case.model.parameters(), lr=0.1)
-    case.penalty.attach(optimizer)
-    before = array(case.model.theta())
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = case.loss()
-        loss.backward()
-        return loss
-
-    with pytest.raises(RuntimeError, match=r"closure: .* add penalty\(\) to the loss instead"):
-        optimizer.step(closure) if positional else optimizer.step(closure=closure)
-    assert np.array_equal(array(case.model.theta()), before)
-
-
 def test_a_step_without_a_closure_may_say_so() -> None:
     case = held()
     optimizer = SGD(case.model.parameters(), lr=0.1)
@@ -429,6 +414,41 @@ def test_lbfgs_is_refused_with_a_hint(mode: Any) -> None:
     case = held()
     with pytest.raises(TypeError, match=r"LBFGS.*; add penalty\(\) to the loss in its closure"):
         case.penalty.attach(LBFGS(case.model.parameters()), mode)
+
+
+def descend(theta: Array, case: Held, lr: float = 0.1) -> Array:
+    """One step of gradient descent on loss + penalty."""
+    pull = naive.gradient(theta, case.omega, case.anchor, case.alpha)
+    return theta - lr * (case.slope(theta) + pull)
+
+
+@pytest.mark.parametrize("positional", [True, False])
+def test_the_penalty_goes_with_a_closure(positional: bool) -> None:
+    """Which computes gradients anew inside the step, here twice."""
+    case, losses = held(), []
+
+    class Twice(SGD):
+        def step(self, closure: Any = None) -> Any:
+            closure()
+            return super().step(closure)
+
+    optimizer = Twice(case.model.parameters(), lr=0.1)
+    case.penalty.attach(optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = case.loss()
+        loss.backward()
+        losses.append(loss)
+        return loss
+
+    theta = array(case.model.theta())
+    for _ in range(3):
+        found = optimizer.step(closure) if positional else optimizer.step(closure=closure)
+        assert found is losses[-1]
+        theta = descend(theta, case)
+        np.testing.assert_allclose(array(case.model.theta()), theta, rtol=1e-12)
+    assert len(losses) == 6
 
 
 def test_a_proximal_step_goes_with_a_closure() -> None:
@@ -525,6 +545,155 @@ def test_a_momentum_of_one_has_no_step_length() -> None:
     optimizer = SGD(case.model.parameters(), lr=0.1, momentum=1.0)
     with pytest.raises(ValueError, match=r"momentum: got 1\.0, expected less than 1"):
         case.penalty.attach(optimizer, "proximal")
+
+
+# -- wrapped optimizers ----------------------------------------------------------------------------
+
+
+class Delegating:
+    """Is of the wrapped one's class and has its attributes, as what Fabric and Lightning hand out."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        kind = type(optimizer)
+        self.__class__ = type(f"Wrapped{kind.__name__}", (Delegating, kind), {})  # type: ignore[assignment]
+
+    def step(self, closure: Any = None) -> Any:
+        return self._optimizer.step(*([] if closure is None else [closure]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+
+class Unconstructed(Optimizer):
+    """An Optimizer without what the constructor makes, as accelerate's."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+
+class Duck:
+    """No Optimizer at all."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.step = optimizer, optimizer.step
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+
+class Hiding(Unconstructed):
+    """Holds it by a name of its own."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.base = optimizer
+
+    optimizer = property(lambda self: self.base)
+
+
+WRAPPED: dict[str, Callable[[Any], Any]] = {
+    "delegating": Delegating,
+    "unconstructed": Unconstructed,
+    "duck": Duck,
+    "duck of delegating": lambda o: Duck(Delegating(o)),
+    "unconstructed of unconstructed": lambda o: Unconstructed(Unconstructed(o)),
+}
+
+
+@pytest.mark.parametrize("kind", [SGD, mas_ext.optim.SGD])
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_a_wrapped_optimizer_pulls(wrap: str, kind: Any) -> None:
+    case = held()
+    optimizer = WRAPPED[wrap](kind(case.model.parameters(), lr=0.1))
+    handle = case.penalty.attach(optimizer)
+    with pytest.raises(RuntimeError, match=r"attached"):
+        case.penalty.attach(optimizer)
+    theta = array(case.model.theta())
+    for _ in range(2):
+        optimizer.zero_grad()
+        case.loss().backward()
+        optimizer.step()
+        theta = descend(theta, case)
+        np.testing.assert_allclose(array(case.model.theta()), theta, rtol=1e-12)
+    handle.remove()
+    optimizer.zero_grad()
+    case.loss().backward()
+    optimizer.step()
+    np.testing.assert_allclose(
+        array(case.model.theta()), theta - 0.1 * case.slope(theta), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("wrap", ["delegating", "unconstructed", "duck"])
+def test_a_wrapped_optimizers_step_size_is_that_of_the_real_one(wrap: str) -> None:
+    s, case = SETTINGS["sgd_momentum"], held()
+    expected = naive_path(case, s, lambda _: 0.05, 3)
+    optimizer = WRAPPED[wrap](SGD(case.model.parameters(), **s.options))
+    case.penalty.attach(optimizer, "proximal")
+    path = train(case, [optimizer], case.loss, 3)
+    np.testing.assert_allclose(path, expected, rtol=1e-11)
+
+
+def test_a_wrapper_that_hides_the_optimizer_is_refused() -> None:
+    """Its hooks would never be called."""
+    case = held()
+    with pytest.raises(
+        TypeError, match=r"got Hiding, whose step calls no hooks, expected the torch"
+    ):
+        case.penalty.attach(Hiding(SGD(case.model.parameters(), lr=0.1)))
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_a_step_that_calls_its_parents_pulls_once(mode: Any) -> None:
+    """torch calls the hooks of both; so it does in a step after one that failed."""
+
+    class Own(SGD):
+        fails = False
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fails:
+                raise MemoryError
+            return super().step(closure)
+
+    case, other = held(), held()
+    SGD(case.model.parameters(), lr=0.1)  # by now the parent's step has hooks
+    optimizer = Own(case.model.parameters(), lr=0.1)
+    case.penalty.attach(optimizer, mode, eta=0.1 if mode == "proximal" else None)
+    other.penalty.attach(plain := SGD(other.model.parameters(), lr=0.1), mode)
+    expected = train(other, [plain], other.loss, 2)
+    np.testing.assert_allclose(train(case, [optimizer], case.loss, 1)[-1], expected[0], rtol=1e-12)
+    Own.fails = True
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    Own.fails = False
+    np.testing.assert_allclose(train(case, [optimizer], case.loss, 1)[-1], expected[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [SGD, mas_ext.optim.SGD])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_has_no_penalty_until_it_is_attached(copied: Any, kind: Any) -> None:
+    """torch copies no hooks."""
+    case = held()
+    optimizer = kind(case.model.parameters(), lr=0.1)
+    case.penalty.attach(optimizer)
+    model, penalty, own = copied((case.model, case.penalty, optimizer))
+    penalty.attach(own)
+    theta = array(model.theta())
+    model.theta()  # from here on only the copy moves
+    own.step()
+    pull = naive.gradient(theta, case.omega, case.anchor, case.alpha)
+    np.testing.assert_allclose(array(model.theta()), theta - 0.1 * pull, rtol=1e-12)
+    assert np.array_equal(array(case.model.theta()), theta)
 
 
 # -- memory ----------------------------------------------------------------------------------------
