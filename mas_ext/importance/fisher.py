@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from mas_ext.failures import Diverged
+from mas_ext.importance import batches as batch_of
 from mas_ext.importance.accumulator import ImportanceSum, LabelSource, estimate
 from mas_ext.importance.evaluation import Forward
 from mas_ext.importance.exact.driver import Exact
@@ -27,8 +29,10 @@ def _log_probabilities(output: Tensor) -> Tensor:
     return (output if output.dtype.itemsize >= 4 else output.float()).log_softmax(-1)
 
 
-def _true_labels(batch: Any, output: Callable[[], Tensor], start: int) -> Tensor:
-    """The batch's second item, or what a mapping calls "labels"."""
+def _true_labels(
+    batch: Any, output: Callable[[], Tensor], start: int, shift: bool | None
+) -> Tensor:
+    """The batch's second item, or what a mapping calls "labels"; with `shift` moved one position ahead."""
     if isinstance(batch, Mapping):
         labels = batch["labels"] if "labels" in batch else [*batch.values(), None][1]
     else:
@@ -38,7 +42,26 @@ def _true_labels(batch: Any, output: Callable[[], Tensor], start: int) -> Tensor
         raise TypeError(
             f'labels: "true" takes class indices from the second item of a batch, got {got} there'
         )
-    return labels
+    if shift is None and _are_inputs(labels, batch):
+        raise ValueError(
+            "shift: got none for labels that equal the input ids, expected True where position t of the output "
+            "predicts label t + 1, as in causal language models, or False where it predicts label t"
+        )
+    if shift and labels.dim() < 2:
+        raise ValueError(
+            f"shift: got True for labels of shape {tuple(labels.shape)}, expected (samples, positions)"
+        )
+    return pad(labels[:, 1:], (0, 1), value=IGNORED) if shift else labels
+
+
+def _are_inputs(labels: Tensor, batch: Any) -> bool:
+    """Whether labels that have positions are the input ids, wherever there is a label."""
+    named = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    ids = batch_of.first(batch) if named is None else named
+    if not isinstance(ids, Tensor) or ids.shape != labels.shape or labels.dim() < 2:
+        return False
+    counted = labels != IGNORED
+    return bool(counted.any()) and torch.equal(ids[counted], labels[counted].to(ids))
 
 
 @torch.no_grad()
@@ -103,6 +126,7 @@ class FisherSum(ImportanceSum):
         exclude: fnmatch patterns on the names of parameters to leave out.
         seed: of the labels that are drawn.
         backend: "auto", "native" or "reference".
+        shift: whether true labels belong to the positions before them, see estimate_fisher.
     """
 
     def __init__(
@@ -112,9 +136,10 @@ class FisherSum(ImportanceSum):
         exclude: Sequence[str] = (),
         seed: int = 0,
         backend: Backend = "auto",
+        shift: bool | None = None,
     ) -> None:
         sources: dict[str, LabelSource | None] = {
-            "true": _true_labels,
+            "true": partial(_true_labels, shift=shift),
             "predicted": _predicted_labels,
             "sampled": partial(_sampled_labels, seed=seed),
             "all": None,
@@ -122,6 +147,8 @@ class FisherSum(ImportanceSum):
         }
         if labels not in sources:
             raise ValueError(f"labels: got {labels!r}, expected one of {tuple(sources)}")
+        if shift is not None and labels != "true":
+            raise ValueError(f'shift: got {shift} with labels {labels!r}, expected labels "true"')
         super().__init__(
             forward=forward,
             exclude=exclude,
@@ -130,7 +157,7 @@ class FisherSum(ImportanceSum):
             values={"all": _of_all, "normal": _of_normal}.get(labels, _of_labels),
             labels=sources[labels],
         )
-        self.labels, self.seed = labels, seed
+        self.labels, self.seed, self.shift = labels, seed, shift
 
     def refuse_rounding_noise(self, theta: Mapping[str, Tensor]) -> None:
         """Refuse nothing: squares vanish with the gradients of a network that has learned its labels."""
@@ -146,6 +173,7 @@ def estimate_fisher(
     exclude: Sequence[str] = (),
     seed: int = 0,
     backend: Backend = "auto",
+    shift: bool | None = None,
 ) -> dict[str, Tensor]:
     """The diagonal Fisher information, 1/N sum_k (d log p(y_k | x_k) / d theta_i)^2, exactly per sample.
 
@@ -166,15 +194,18 @@ def estimate_fisher(
         exclude: fnmatch patterns on the names of parameters to leave out.
         seed: of the labels that are drawn.
         backend: see estimate_importance.
+        shift: whether position t of the output predicts label t + 1, as in causal language models, whose labels
+            are their input ids, rather than label t. Labels that equal the input ids need a word.
 
     Returns:
         The Fisher information by parameter name, in the parameter's shape; float64 for float64 parameters, else
         float32.
 
     Raises:
-        ValueError: as estimate_importance; labels whose shape does not fit the output.
+        ValueError: as estimate_importance; labels whose shape does not fit the output; labels that equal the
+            input ids, and no `shift`.
         TypeError: as estimate_importance; labels that are no class indices.
     """
     check_patterns(model, exclude)
-    total = FisherSum(labels, forward, exclude, seed, backend)
+    total = FisherSum(labels, forward, exclude, seed, backend, shift)
     return estimate(total, model, batches, max_samples, progress)

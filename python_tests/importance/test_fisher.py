@@ -210,3 +210,89 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+# -- labels of causal language models ---------------------------------------------------------------
+
+
+class Words(nn.Module):
+    """Logits of the next word, from the word and its position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(7, 4), nn.Embedding(5, 4)
+        self.head = nn.Linear(4, 7)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = self.places(torch.arange(ids.shape[1]))
+        output: Tensor = self.head((self.words(ids) + places).tanh())
+        return output
+
+
+def text_by_text(model: nn.Module, ids: Tensor, labels: Tensor, ahead: int) -> dict[str, Tensor]:
+    """1/N sum_k (d sum_t log p(label_{t + ahead} | ids) / d theta)^2, position by position."""
+    theta = dict(model.named_parameters())
+    total = {name: torch.zeros_like(p) for name, p in theta.items()}
+    for x, y in zip(ids, labels, strict=True):
+        log_p = model(x[None])[0].log_softmax(-1)
+        pairs = [(t, int(y[t + ahead])) for t in range(len(x) - ahead)]
+        value = torch.stack([log_p[t, k] for t, k in pairs if k != -100]).sum()
+        for name, g in zip(theta, torch.autograd.grad(value, [*theta.values()]), strict=True):
+            total[name] += g.square() / len(ids)
+    return total
+
+
+def masked(ids: Tensor) -> Tensor:
+    """Labels of a prompt and of padding don't count."""
+    labels = ids.clone()
+    labels[:, :2] = -100
+    labels[0, -1] = -100
+    return labels
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("masks", [lambda ids: ids, masked], ids=["all", "masked"])
+@pytest.mark.parametrize("kind", ["input_ids", "tokens", "pair", "not first"])
+def test_labels_that_are_the_inputs_are_shifted_or_not_as_told(
+    kind: str, masks: Any, shift: bool
+) -> None:
+    model, ids = Words().double(), torch.randint(7, (4, 5))
+    labels = masks(ids)
+    batch: Any = {"input_ids": ids, "labels": labels}
+    forward: Any = None
+    if kind == "tokens":
+        batch = {"tokens": ids, "labels": labels}
+    elif kind == "pair":
+        batch = [ids, labels]
+    elif kind == "not first":
+        batch = {"attention_mask": torch.ones_like(ids), **batch}
+        forward = lambda m, b: m(b["input_ids"])  # noqa: E731
+    with pytest.raises(
+        ValueError, match=r"shift: got none for labels that equal the input ids, exp"
+    ):
+        mas_ext.estimate_fisher(model, [batch], forward=forward)
+    found = mas_ext.estimate_fisher(model, [batch], forward=forward, shift=shift)
+    for name, expected in text_by_text(model, ids, labels, int(shift)).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_other_labels_need_no_word() -> None:
+    model, ids = Words().double(), torch.randint(7, (4, 5))
+    labels = (ids + 1) % 7
+    found = mas_ext.estimate_fisher(model, [(ids, labels)])
+    for name, expected in text_by_text(model, ids, labels, 0).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-12)
+    unlabelled = torch.full_like(ids, -100)
+    assert not any(t.any() for t in mas_ext.estimate_fisher(model, [(ids, unlabelled)]).values())
+    one = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 7))
+    mas_ext.estimate_fisher(one, [(ids[:, 0], ids[:, 0])])  # no positions
+
+
+def test_a_shift_that_means_nothing_is_refused() -> None:
+    model, ids = Words(), torch.randint(7, (4, 5))
+    with pytest.raises(
+        ValueError, match=r"shift: got True with labels 'predicted', expected labels"
+    ):
+        mas_ext.estimate_fisher(model, [ids], "predicted", shift=True)
+    with pytest.raises(ValueError, match=r"shift: got True for labels of shape \(4,\), expected"):
+        mas_ext.estimate_fisher(model, [(ids, ids[:, 0])], shift=True)
