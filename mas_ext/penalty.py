@@ -18,9 +18,10 @@ from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.penalty import add_grad_
 from mas_ext.kernels.proximal import proximal_
+from mas_ext.kernels.warning import warn
 from mas_ext.optim.fused import FusedOptimizer
 from mas_ext.optim.hooks import Handle, Mode, register_hook, unwrapped
-from mas_ext.parameters.fsdp import whole_tensor
+from mas_ext.parameters.fsdp import optimizer_view, whole_tensor
 from mas_ext.parameters.names import ModelView, check_patterns
 from mas_ext.parameters.ranks import Ranks, Together, refuse_unused
 from mas_ext.parameters.tracked_model import TrackedModel, whole_model
@@ -116,6 +117,7 @@ class FusedMASPenalty(nn.Module):
                 "omega_dtype: got uint8 for a model sharded by fully_shard, expected a floating-point dtype: "
                 "each rank's part would have a range of its own"
             )
+        self._followed: dict[str, str] = {}
         self._ranks = Ranks(process_group)
         # What is wrong with it shows here, not at the end of a task.
         self._ranks.group(model)
@@ -261,7 +263,9 @@ class FusedMASPenalty(nn.Module):
 
     def bound(self) -> list[tuple[Group, list[Tensor]]]:
         """The state's groups with their parameters as they are now; the state follows what has changed."""
-        found = self._tracked.find(self._state.memory.groups)
+        memory = self._state.memory
+        changed = self._set_aside or self._tracked.are_back(memory.absent)
+        found = None if changed else self._tracked.find(memory.groups)
         if found is None:
             self._fit()
             found = self._tracked.find(self._state.memory.groups)
@@ -269,13 +273,48 @@ class FusedMASPenalty(nn.Module):
                 raise RuntimeError("the model's parameters change while the penalty is computed")
         return found
 
+    @property
+    def _set_aside(self) -> bool:
+        """Whether nothing of what is known has a place beside parameters yet."""
+        memory = self._state.memory
+        return bool(memory.absent) and not memory.groups
+
     # Unlike torch.compiler.disable, this does not import the compiler with the package.
     @_disable_dynamo
     def _fit(self) -> None:
-        """Have the state follow parameters that were moved, cast, widened, removed or brought back."""
+        """Have the state follow parameters that were moved, cast, widened, renamed, removed or brought back."""
         view = self._tracked.view(self._consolidated())
-        self._state.fit(self._tracked.own_parameters(view))
-        self._tracked.bind(self._state.memory.groups, view)
+        self._follow(view)
+        memory = self._state.memory
+        self._tracked.bind(memory.groups, view)
+        if self._tracked.find(memory.groups) is None or not memory.absent.keys().isdisjoint(
+            view.places
+        ):
+            self._state.fit(self._tracked.own_parameters(view))
+            self._tracked.bind(self._state.memory.groups, view)
+
+    def _follow(self, view: ModelView) -> None:
+        """Have what is known follow parameters that are under other names now."""
+        known = self._consolidated()
+        found = self._tracked.moved({*known, *self._pending.sums}, view)
+        moved = {old: new for old, new in found.items() if new in view.places}
+        for old, new in found.items():
+            if old not in moved:
+                lost = "which is excluded, so that nothing holds it"
+            elif new in known and new not in moved:
+                lost = "so that what was remembered under that name is dropped"
+            else:
+                continue
+            warn(f"parameter {old!r}: its name is now {new!r}, {lost}", RuntimeWarning)
+        if found:
+            self._tracked.remember(view)
+        if moved:
+            self._state.move(moved)
+            sums = self._pending.sums
+            for name in set(moved.values()) - set(moved):
+                sums.pop(name, None)
+            self._pending.sums = {moved.get(name, name): t for name, t in sums.items()}
+            self._followed |= moved
 
     def _consolidated(self) -> set[str]:
         memory = self._state.memory
@@ -340,7 +379,9 @@ class FusedMASPenalty(nn.Module):
         consolidate only.
         """
         with whole_model(self.model, self.exclude) as view:
+            self._follow(view)
             self._pending.add(view, batch)
+        self._tracked.remember(view)
 
     def adapt(self, batches: Iterable[Any], weight: float = 1.0) -> None:
         """Unlabelled data met in deployment: one more weighted entry.
@@ -364,7 +405,12 @@ class FusedMASPenalty(nn.Module):
         self._fit()
 
     def rename(self, old: str, new: str) -> None:
-        """Let what was consolidated of parameter `old` count for parameter `new` from now on."""
+        """Let what was consolidated of parameter `old` count for parameter `new` from now on.
+
+        A parameter that is itself under another name is followed without it, as when its layer is wrapped.
+        """
+        if old not in self._consolidated() and self._followed.get(old) == new:
+            return
         self._state.rename(old, new)
         self._tracked.rename(old, new)
         self._fit()
@@ -500,6 +546,9 @@ class FusedMASPenalty(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        self._follow(optimizer_view(self.model, self.exclude))
+        if self._set_aside:
+            self._fit()
         found = {**self._state.tensors(), **self._pending.tensors()}
         if self._tracked.sharding is not None:
             found = self._tracked.sharding.join_state(found)
@@ -584,6 +633,7 @@ class FusedMASPenalty(nn.Module):
     ) -> None:
         """Merge the importance that is found while every rank has the whole model."""
         with self._tracked.whole(self._consolidated()) as view:
+            self._follow(view)
             omega, sharding = find(view), self._tracked.sharding
             self._state.add_task(view.parameters(), omega, weight, move_anchor, sharding)
         self._tracked.bind(self._state.memory.groups, view)

@@ -43,9 +43,24 @@ def _walk(
             yield prefix + key, _Place(parameter, module._parameters, key, path)
     for key, child in module._modules.items():
         if child is not None:
-            hidden = key in _WRAPPERS or (key == "module" and isinstance(module, PARALLEL))
-            inner = prefix if hidden else f"{prefix}{key}."
+            inner = prefix if _is_hidden(module, key) else f"{prefix}{key}."
             yield from _walk(child, inner, (*path, (module._modules, key, child)))
+
+
+def _is_hidden(module: nn.Module, key: str) -> bool:
+    """Whether a child's key is no part of the bare model's names."""
+    return key in _WRAPPERS or (key == "module" and isinstance(module, PARALLEL))
+
+
+def has_parameter(module: nn.Module, name: str) -> bool:
+    """Whether a module has a parameter of this name, found without a walk over all of them."""
+    if module._parameters.get(name) is not None:
+        return True
+    for key, child in module._modules.items():
+        inner = name if _is_hidden(module, key) else name.removeprefix(f"{key}.")
+        if child is not None and (inner != name or _is_hidden(module, key)):
+            return has_parameter(child, inner)
+    return False
 
 
 class ModelView:
@@ -68,6 +83,13 @@ class ModelView:
             if any(fnmatchcase(name, pattern) for pattern in exclude):
                 excluded.add(id(place.parameter))
         self.places = {name: place for key, (name, place) in first.items() if key not in excluded}
+        # By first name, excluded or not.
+        self.found = {name: place.parameter for name, place in first.values()}
+        self._names = {key: name for key, (name, _) in first.items()}
+
+    def name_of(self, parameter: Tensor | None) -> str | None:
+        """The name of a parameter when this view was made, also of an excluded one; None if there was none."""
+        return self._names.get(id(parameter))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters by name, as they are now: whole ones while FSDP has gathered them."""
@@ -146,11 +168,14 @@ class Binding:
     A parameter is looked up in the dictionary of the module that owns it. `intact` tells whether those
     modules still hang where they hung, so that a replaced head is noticed. A name that the model lacks is found
     as an empty tensor.
+
+    bound: the parameters when this was made, in the order of the names.
     """
 
     def __init__(self, view: ModelView, names: Sequence[str]) -> None:
         found = [view.places.get(name) for name in names]
         self._places = [({}, "") if place is None else (place.owner, place.key) for place in found]
+        self.bound = [_MISSING if place is None else place.parameter for place in found]
         children = (child for place in found if place is not None for child in place.path)
         self._path = [
             *{(id(parent), key): (parent, key, c) for parent, key, c in children}.values()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mas_ext.parameters.fsdp import ShardedBinding, Sharding, local_parts, optimizer_view, whole
-from mas_ext.parameters.names import Binding, Layout, ModelView, layouts
+from mas_ext.parameters.names import Binding, Layout, ModelView, has_parameter, layouts
 
 
 class ParameterGroup(Protocol):
@@ -47,14 +49,35 @@ class TrackedModel:
         self._model, self._exclude = model, tuple(exclude)
         self._memo: dict[int, Any] | None = None
         self._bindings: list[Binding] = []
+        # Parameters by the name that each was last seen under.
+        self._seen: dict[str, weakref.ref[Tensor]] = {}
         self.sharding = Sharding.of(model, optimizer_view(model, exclude).parameters())
 
     @property
     def model(self) -> nn.Module:
         """The model."""
         if self._memo is not None:  # of the deep copy that made this, complete only after it
-            self._model, self._memo = self._memo.get(id(self._model), self._model), None
+            memo, self._memo = self._memo, None
+            self._model = memo.get(id(self._model), self._model)
+            seen = {name: found() for name, found in self._seen.items()}
+            self._remember({name: memo.get(id(p), p) for name, p in seen.items() if p is not None})
         return self._model
+
+    def _remember(self, parameters: Mapping[str, Tensor]) -> None:
+        self._seen |= {name: weakref.ref(p) for name, p in parameters.items()}
+
+    def remember(self, view: ModelView) -> None:
+        """Know the parameters of a view again under other names, and those that are gone if they come back."""
+        self._seen = {
+            name: seen for name, seen in self._seen.items() if view.name_of(seen()) is None
+        }
+        self._remember(view.found)
+
+    def moved(self, known: Collection[str], view: ModelView) -> dict[str, str]:
+        """The present names of known parameters that are under other ones than before, also excluded ones."""
+        before = {name: seen() for name, seen in self._seen.items() if name in known}
+        found = ((name, view.name_of(p)) for name, p in before.items())
+        return {name: now for name, now in found if now is not None and now != name}
 
     def view(self, consolidated: Collection[str]) -> ModelView:
         """The parameters as the optimizer knows them, after taking over how they are sharded now.
@@ -97,6 +120,9 @@ class TrackedModel:
 
     def rename(self, old: str, new: str) -> None:
         """Let what is known of one parameter hold for another."""
+        for name in (old, new):
+            self._seen.pop(name, None)
+        self._bindings = []
         if self.sharding is not None:
             self.sharding.rename(old, new)
 
@@ -104,21 +130,43 @@ class TrackedModel:
         """Have `find` look these groups' parameters up where they hang in the view."""
         binding = Binding if self.sharding is None else ShardedBinding
         self._bindings = [binding(view, group.names) for group in groups]
+        self.remember(view)
 
     def find(self, groups: Sequence[G]) -> list[tuple[G, list[Tensor]]] | None:
-        """The groups with their parameters as they are now; None where a layout is not that of its group."""
-        if len(self._bindings) != len(groups):
-            self.bind(groups, optimizer_view(self.model, self._exclude))
+        """The groups with their parameters as they are now; None where these or their layouts are others."""
+        if len(self._bindings) != len(groups):  # of a copy
+            view = optimizer_view(self.model, self._exclude)
+            if self.moved([name for group in groups for name in group.names], view):
+                return None
+            self.bind(groups, view)
         found = []
         for group, binding in zip(groups, self._bindings, strict=True):
             theta = binding.parameters()
-            if not binding.intact() or layouts(self.local(theta)) != group.layout:
+            same = all([p is q for p, q in zip(theta, binding.bound, strict=True)])  # noqa: C419
+            if not same or not binding.intact() or layouts(self.local(theta)) != group.layout:
                 return None
             found.append((group, theta))
         return found
 
+    def are_back(self, absent: Collection[str]) -> bool:
+        """Whether the model has one of these parameters again, and does not exclude it."""
+        return any(
+            has_parameter(self.model, name)
+            and not any(fnmatchcase(name, pattern) for pattern in self._exclude)
+            for name in absent
+        )
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": self.model, "_memo": None, "_bindings": []}
+        model = self.model  # what is seen is the copy's from here on
+        own = {id(p) for p in model.parameters()}
+        seen = {name: found() for name, found in self._seen.items()}
+        kept = {name: p for name, p in seen.items() if id(p) in own}
+        return {**self.__dict__, "_memo": None, "_bindings": [], "_seen": kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        seen = state.pop("_seen")
+        self.__dict__.update(state, _seen={})
+        self._remember(seen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrackedModel:
         copied = copy.copy(self)

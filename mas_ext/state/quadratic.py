@@ -162,8 +162,15 @@ class Consolidation:
             raise KeyError(f"old: got {old!r}, expected one of the consolidated parameters")
         if new in parts:
             raise KeyError(f"new: got {new!r}, which is a consolidated parameter already")
-        renamed = {new if name == old else name: p for name, p in parts.items()}
-        self.memory = Memory(self.memory.entries, [], renamed)
+        self.move({old: new})
+
+    def move(self, names: Mapping[str, str]) -> None:
+        """Give the state of parameters to other names, all at once; what was known under those is dropped."""
+        kept = self.memory.parts()
+        for new in set(names.values()) - set(names):
+            kept.pop(new, None)
+        moved = {names.get(name, name): p for name, p in kept.items()}
+        self.memory = Memory(self.memory.entries, [], moved)
 
     # -- inside ------------------------------------------------------------------------------------
 
