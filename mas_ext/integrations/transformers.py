@@ -18,65 +18,21 @@ The penalty holds the parameters that are trained: with LoRA (peft) the adapters
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from mas_ext.importance import Forward
 from mas_ext.integrations.loading import check_batches, once, penalty_of
+from mas_ext.integrations.model_output import ModelOutput
 from mas_ext.optim.hooks import Handle, Mode, check_mode
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.state import files as checkpoint
 
 FILE = "mas_penalty.safetensors"
-Of = Literal["tokens", "logits", "hidden"]
-
-
-class ModelOutput:
-    """A `forward` for FusedMASPenalty: the part of a model's output whose sensitivity is the importance.
-
-    "tokens": the logits of the tokens that follow in the text, (N, positions - 1, 1);
-    "logits": the logits at every position, (N, positions, vocabulary);
-    "hidden": the last hidden states, (N, positions, width), of models that return them; where a normalisation
-    without learned scales is last, their norm is constant and says nothing.
-    Positions that attention_mask leaves out count as 0; labels are not needed. A classifier's
-    logits, which have no positions, are taken as they are. "tokens" kept a first corpus best where it was
-    measured, with a small model: docs/how-to/language.md has the figures.
-
-    Args:
-        of: "tokens", "logits" or "hidden".
-        last: only this many of a text's last positions count; all of them by default.
-    """
-
-    def __init__(self, of: Of = "tokens", last: int | None = None) -> None:
-        if of not in ("tokens", "logits", "hidden"):
-            raise ValueError(f"of: got {of!r}, expected 'tokens', 'logits' or 'hidden'")
-        if last is not None and last < 1:
-            raise ValueError(f"last: got {last}, expected at least 1")
-        self.of, self.last = of, last
-
-    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """The output for a batch, a mapping of the model's inputs."""
-        inputs = {key: t for key, t in batch.items() if key not in ("labels", "label")}
-        found = model(**inputs, **({"output_hidden_states": True} if self.of == "hidden" else {}))
-        output: Tensor = found.hidden_states[-1] if self.of == "hidden" else found.logits
-        if output.dim() < 3:
-            return output
-        counts = inputs.get("attention_mask")
-        if counts is None:
-            counts = output.new_ones(output.shape[:2])
-        if self.of == "tokens":
-            following = inputs["input_ids"][:, 1:, None]
-            output = output[:, :-1].gather(-1, following)
-            counts = counts[:, :-1] * counts[:, 1:]
-        if self.last is not None:
-            # How many positions that count are still to come, this one included.
-            left = counts.flip(1).cumsum(1).flip(1)
-            counts = counts * (left <= self.last)
-        return output * counts[..., None].to(output.dtype)
 
 
 def attach(
