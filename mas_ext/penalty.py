@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from mas_ext.failures import Diverged
 from mas_ext.importance import ESTIMATORS, EstimatorName, Forward, ImportanceSum, gather
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
@@ -382,6 +384,30 @@ class FusedMASPenalty(nn.Module):
             self._follow(view)
             self._pending.add(view, batch)
         self._tracked.remember(view)
+
+    def check(self, batch: Any) -> None:
+        """Measure the importance of a batch's first two samples, to be told now what consolidate could not do.
+
+        All is as before afterwards. What comes out is of no matter: before training it may not even be finite.
+
+        Raises:
+            ValueError: importance can't be measured; it names the model's class, and what was raised.
+        """
+        # Estimators may run the model in training mode, which moves running statistics.
+        buffers = [(b, b.clone()) for b in self.model.buffers()]
+        try:
+            with whole_model(self.model, self.exclude) as view, suppress(Diverged):
+                gather(self._pending.empty(), view, [batch], max_samples=2)
+        except Exception as error:  # of any kind: it is the user's model that fails
+            raise ValueError(
+                f"model: got {type(self.model).__name__}, expected one whose importance can be measured, with "
+                f"forward= where it needs one ({type(error).__name__}: {error})"
+            ) from error
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
 
     def adapt(self, batches: Iterable[Any], weight: float = 1.0) -> None:
         """Unlabelled data met in deployment: one more weighted entry.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mas_ext
-from mas_ext import FusedMASPenalty
+from mas_ext import FusedMASPenalty, compat
 from mas_ext.kernels import backends, checks
 
 Snapshot = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -521,6 +521,98 @@ def test_the_reference_never_calls_the_extension(monkeypatch: pytest.MonkeyPatch
     penalty.proximal_(list(model.parameters()), 0.1)
     with pytest.raises(AttributeError):
         trained(backend="native")
+
+
+# -- told before training ---------------------------------------------------------------------------
+
+
+class NoForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3).double()
+
+
+class Gives(NoForward):
+    """An output made of that of a layer."""
+
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> Any:
+        return self.make(self.layer(x))
+
+
+CANT: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
+    "no forward": (NoForward, None, r"got NoForward, .* \(NotImplementedError: "),
+    "a loss": (
+        lambda: Gives(Tensor.mean),
+        None,
+        r"got Gives, .* \(ValueError: output: got shape \(\)",
+    ),
+    "a dict": (
+        lambda: Gives(lambda y: {"y": y}),
+        None,
+        r"got Gives, .* \(TypeError: output: got dict",
+    ),
+    "detached": (
+        lambda: Gives(Tensor.detach),
+        None,
+        r"got Gives, .* \(ValueError: output: got one ",
+    ),
+    "a wrong forward": (
+        make_model,
+        lambda m, b: m(b["x"]),
+        r"got Sequential, .* \((Index|Type)Error",
+    ),
+    "samples that interact": (
+        lambda: Gives(lambda y: y - y.mean(0)),
+        None,
+        r"got Gives, .* \(ValueE",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CANT)
+def test_what_cant_be_measured_is_told_by_name_and_leaves_all_as_it_was(case: str) -> None:
+    make, forward, words = CANT[case]
+    model = make().train()
+    penalty = FusedMASPenalty(model, forward=forward)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with pytest.raises(ValueError, match=rf"model: {words}"):
+        penalty.check(data(0)[0])
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert penalty.num_tasks == 0
+    assert penalty._pending.samples == 0
+
+
+@pytest.mark.parametrize("importance", ["exact", "batch", "local", "training"])
+def test_what_can_be_measured_is_checked_without_a_trace(importance: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 2))
+    model.double()[0].eval()
+    own = compat.BatchMeans("l2", None, (), training=True)
+    penalty = FusedMASPenalty(model, importance=own if importance == "training" else importance)
+    penalty.observe(data(0)[0])
+    before = copy.deepcopy({**model.state_dict(), **penalty.state_dict()})
+    state = torch.get_rng_state()
+    penalty.check(data(1)[0])
+    for name, t in {**model.state_dict(), **penalty.state_dict()}.items():
+        assert torch.equal(t, before[name]), name
+    assert [m.training for m in model] == [False, True, True, True]
+    assert all(p.grad is None for p in model.parameters())
+    assert importance == "training" or torch.equal(torch.get_rng_state(), state)
+
+
+def test_two_samples_are_enough_and_values_are_no_matter() -> None:
+    seen = []
+    model = Gives(lambda y: seen.append(len(y)) or y / 0.0)  # type: ignore[func-returns-value]
+    FusedMASPenalty(model).check(torch.randn(50, 4, dtype=torch.float64))
+    assert max(seen) == 2
 
 
 # -- copies and files ------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from mas_ext.compat import AveragedFromFirst, BatchMeans
 from mas_ext.importance import EstimatorName, FisherSum, ImportanceSum
 from mas_ext.importance.fisher import Labels
 from mas_ext.importance.objectives import Objective
-from mas_ext.integrations.loading import own_part
+from mas_ext.integrations.loading import own_part, try_importance
 from mas_ext.methods.si import PathIntegral
 from mas_ext.optim.hooks import Handle, Mode, check_mode
 from mas_ext.parameters.names import named_parameters
@@ -36,6 +36,9 @@ from mas_ext.state.merge_rules import Merge, check_share
 
 class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """What the plugins have in common: `penalty`, from the first experience on, and when it is applied.
+
+    Other plugins may write weights at the end of an experience, wherever they are in the list: the anchor is
+    what they leave. Importance is tried on two samples before an experience's first step.
 
     Args:
         step: "gradient" or "proximal", see FusedMASPenalty.attach.
@@ -56,11 +59,18 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         """Consolidate at the end of an experience, whose samples `batches` gives once."""
         penalty.consolidate(batches)
 
+    def try_out(self, penalty: FusedMASPenalty, strategy: Any) -> None:
+        """Raise now what would be raised at the end of this experience."""
+        try_importance(penalty, lambda: _batches(strategy, 0))
+
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Make the penalty at the first experience; by now the model has the heads for it."""
         if self.penalty is None:
             self.penalty = self.build(strategy.model)
+        self.try_out(self.penalty, strategy)
         self._detach()  # from a training that ended in an error
+        # A new list: the old one is being gone through.
+        strategy.plugins = [*(p for p in strategy.plugins if not _calls(p, self)), _Last(self)]
         if self.step == "proximal":
             self._handle = self.penalty.attach(strategy.optimizer, mode="proximal")
 
@@ -71,7 +81,9 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
             strategy.loss = strategy.loss.detach() + self.penalty.add_grad_()
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Consolidate, with the keyword num_workers of `strategy.train`."""
+        """Consolidate behind all other plugins, with the keyword num_workers of `strategy.train`."""
+        if any(_calls(p, self) for p in strategy.plugins):
+            return
         self._detach()
         assert self.penalty is not None
         self.consolidate(self.penalty, _batches(strategy, kwargs.get("num_workers", 0)))
@@ -80,6 +92,21 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+
+class _Last:
+    """Calls a plugin again behind all others at the end of an experience, and is gone."""
+
+    def __init__(self, plugin: QuadraticPlugin) -> None:
+        self.plugin = plugin
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        strategy.plugins = [p for p in strategy.plugins if p is not self]
+        self.plugin.after_training_exp(strategy, **kwargs)
+
+
+def _calls(plugin: Any, other: QuadraticPlugin) -> bool:
+    return isinstance(plugin, _Last) and plugin.plugin is other
 
 
 class MASPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -235,6 +262,9 @@ class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  #
     def build(self, model: nn.Module) -> FusedMASPenalty:
         exclude = _excluded(model, self._excluded)
         return FusedMASPenalty(model, merge="latest", exclude=exclude, **self._options)
+
+    def try_out(self, penalty: FusedMASPenalty, strategy: Any) -> None:
+        """Try nothing: no output is asked for."""
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         super().before_training_exp(strategy, *args, **kwargs)

@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from mas_ext.integrations.loading import check_batches, once, penalty_of
+from mas_ext.integrations.loading import check_batches, once, penalty_of, try_importance
 from mas_ext.optim.hooks import Handle, Mode, check_mode
 from mas_ext.penalty import FusedMASPenalty
 
@@ -31,6 +31,10 @@ Batches = Callable[[Trainer], Iterable[Any]]
 
 class MASCallback(Callback):
     """FusedMASPenalty in a Trainer: applied at every step, consolidated when training has ended.
+
+    Other callbacks and the module may write weights in `on_train_end`, as averages do, and callbacks in
+    `on_fit_end`, wherever they are in the list: the anchor is what they leave. Importance is tried on two
+    samples before the first step, and an error there ends the training before it begins.
 
     `penalty` is there from the first `fit` on. Its state is part of every checkpoint; one that is written while
     training goes on is from before the task is consolidated, `trainer.save_checkpoint` after `fit` has it.
@@ -60,6 +64,8 @@ class MASCallback(Callback):
         self.penalty: FusedMASPenalty | None = None
         self._loaded: dict[str, Any] = {}
         self._handles: list[Handle] = []
+        # Whether importance is still to be tried, and whether training has ended and is to be consolidated.
+        self._untried = self._ended = False
 
     @property
     def state_key(self) -> str:
@@ -85,8 +91,23 @@ class MASCallback(Callback):
             self.penalty.load_state_dict(self._loaded)
             self._loaded = {}
         self._detach()  # from a training that ended in an error
+        self._ended, self._untried = False, self.batches is None
+        if self.batches is None:
+            _loader(trainer)
+        else:
+            batches = self.batches
+            try_importance(self.penalty, lambda: batches(trainer))
         if self.mode == "proximal":
             self._handles = [self.penalty.attach(o, "proximal") for o in trainer.optimizers]
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Try importance on the first batch."""
+        if self._untried and batch is not None:
+            assert self.penalty is not None
+            self._untried = False
+            try_importance(self.penalty, lambda: [batch])
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -98,12 +119,26 @@ class MASCallback(Callback):
             self.penalty.add_grad_to(own, _scale_left(trainer, optimizer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Consolidate."""
+        """Stand behind the other callbacks, which may write weights still."""
         self._detach()
+        self._ended = True
+        # A new list: the old one is being gone through.
+        trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Consolidate, where the training was: by now the Trainer has moved the module to the CPU."""
+        if not self._ended:
+            return
+        self._ended = False
         assert self.penalty is not None
-        self.penalty.consolidate(
-            _batches(trainer) if self.batches is None else self.batches(trainer)
-        )
+        home = pl_module.device
+        try:
+            pl_module.to(trainer.strategy.root_device)
+            self.penalty.consolidate(
+                _batches(trainer) if self.batches is None else self.batches(trainer)
+            )
+        finally:
+            pl_module.to(home)
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -119,14 +154,18 @@ def _scale_left(trainer: Trainer, optimizer: Optimizer) -> torch.Tensor | None:
     return torch.tensor(scaler.get_scale())
 
 
-def _batches(trainer: Trainer) -> Iterator[Any]:
-    """The training data as the module sees them, each sample once."""
+def _loader(trainer: Trainer) -> DataLoader[Any]:
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader):
         raise TypeError(
             f"batches: got none and a training dataloader of {type(loader).__name__}, expected a DataLoader, "
             "or batches= a function from the trainer to batches"
         )
-    for batch in once(loader):
+    return loader
+
+
+def _batches(trainer: Trainer) -> Iterator[Any]:
+    """The training data as the module sees them, each sample once."""
+    for batch in once(_loader(trainer)):
         converted = trainer.precision_plugin.convert_input(batch)
         yield trainer.strategy.batch_to_device(converted)

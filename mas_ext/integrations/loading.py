@@ -1,10 +1,13 @@
-"""What adapters have in common: a model's penalty, and a data set read once, every sample by one rank."""
+"""What adapters have in common: a model's penalty, tried out early; data read once, each sample by one rank."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -24,6 +27,41 @@ def penalty_of(
     if before is not None:
         penalty.load_state_dict(before.state_dict())
     return penalty
+
+
+def try_importance(penalty: FusedMASPenalty, batches: Callable[[], Any]) -> None:
+    """Have the penalty try importance on two samples before training begins; random state is put back.
+
+    batches: gives what importance will be taken from. A stream, which reading would use up, is not tried.
+    """
+    with _random_state_kept():
+        batch = _first_two(batches())
+        if batch is not None:
+            penalty.check(batch)
+
+
+def _first_two(batches: Any) -> Any:
+    """A batch of two samples at least, if there are; None where reading them would use them up."""
+    if isinstance(batches, DataLoader):
+        if isinstance(batches.dataset, IterableDataset) or batches.batch_sampler is None:
+            return None
+        few = Subset(batches.dataset, range(min(2, len(batches.dataset))))  # type: ignore[arg-type]
+        batches = DataLoader(few, batch_size=2, collate_fn=batches.collate_fn)
+    found = iter(batches)
+    return None if found is batches else next(found, None)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Python's, NumPy's and torch's: data sets may draw from any."""
+    own, numpys = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(own)
+        np.random.set_state(numpys)
 
 
 def check_batches(batches: Any) -> None:

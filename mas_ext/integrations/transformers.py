@@ -18,15 +18,17 @@ The penalty holds the parameters that are trained: with LoRA (peft) the adapters
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 
 from mas_ext.importance import Forward
-from mas_ext.integrations.loading import check_batches, once, penalty_of
+from mas_ext.integrations.loading import check_batches, once, penalty_of, try_importance
 from mas_ext.integrations.model_output import ModelOutput
 from mas_ext.optim.hooks import Handle, Mode, check_mode
 from mas_ext.penalty import FusedMASPenalty
@@ -48,6 +50,10 @@ def attach(
 
 class MASCallback(TrainerCallback):
     """FusedMASPenalty in a Trainer: applied in every step, consolidated when training has ended.
+
+    It is the last callback from the beginning of a training on: others may write weights at its end, and the
+    anchor is what they leave, as it is the best model where that is loaded. Importance is tried on two samples
+    before the first step, but of data sets that can only be read in order.
 
     `penalty` exists from the first `train` on, or before it where it is set. Checkpoints have it in a file of
     their own, which is read when training resumes from one in output_dir; for a checkpoint elsewhere, set
@@ -92,6 +98,8 @@ class MASCallback(TrainerCallback):
         if resumed and file.exists():
             tensors = checkpoint.load(file)
             self.penalty.load_state_dict({n: t for n, t in tensors.items() if n != "settings"})
+        try_importance(self.penalty, lambda: self.batches(kwargs["train_dataloader"]))
+        _put_last(self)
         self._detach()  # from a training that ended in an error
         self._handle = attach(self.penalty, optimizer, self.mode)
 
@@ -113,6 +121,18 @@ class MASCallback(TrainerCallback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+
+def _put_last(callback: TrainerCallback) -> None:
+    """Have a callback called behind all others by the Trainer that is calling it now."""
+    # Callbacks are handed neither the Trainer nor the handler that calls them.
+    frame = sys._getframe(1)
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            # A new list: the old one is being gone through.
+            handler.callbacks = [*(c for c in handler.callbacks if c is not callback), callback]
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _file(args: Any, state: Any) -> Path:

@@ -394,3 +394,93 @@ def test_two_processes(tmp_path: Path) -> None:
         assert torch.equal(found[0]["state"][name], found[1]["state"][name])
     plugins = (ours.MASPlugin, ours.EWCPlugin, ours.SynapticIntelligencePlugin)
     assert all(p.supports_distributed for p in plugins)
+
+
+# -- before the first step of an experience, and after its last one ------------------------------------
+
+
+class Counting(theirs.SupervisedPlugin):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        self.steps += 1
+
+
+class LossInside(nn.Sequential):
+    """In eval mode, as importance is measured."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = super().forward(x)
+        return output if self.training else output.square().mean()
+
+
+@pytest.mark.parametrize("make", [lambda: ours.MASPlugin(1.0), lambda: ours.EWCPlugin(1.0)])
+def test_what_cant_be_measured_is_told_before_the_first_step(make: Any) -> None:
+    made, _ = strategy(lambda: LossInside(nn.Linear(INPUTS, CLASSES * TASKS)), make())
+    counting = Counting()
+    made.plugins.append(counting)
+    with pytest.raises(ValueError, match="model: got LossInside, expected one whose importance"):
+        made.train(stream()[0])
+    assert counting.steps == 0
+
+
+@pytest.mark.parametrize("make", [lambda: ours.MASPlugin(0.0), lambda: ours.EWCPlugin(0.0)])
+def test_the_trial_leaves_random_numbers_and_data(make: Any) -> None:
+    """A penalty of no strength: the training with dropout is the same, bit for bit."""
+    found = []
+    for plugin in (Counting(), make()):
+        made, _ = strategy(plain, plugin)
+        for experience in stream()[:2]:
+            torch.manual_seed(1)
+            made.train(experience)
+        found.append(made.model.state_dict())
+    for name, t in found[0].items():
+        assert torch.equal(t, found[1][name]), name
+
+
+class Writes(theirs.SupervisedPlugin):  # type: ignore[misc]
+    """Writes weights at the end of an experience, as averages do."""
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            for p in strategy.model.parameters():
+                p *= 0.5
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_written_at_the_end_are_the_anchor(first: bool) -> None:
+    """Of several plugins; after each experience the strategy has the plugins that it had."""
+    own = [ours.MASPlugin(0.5), ours.EWCPlugin(0.5), ours.SynapticIntelligencePlugin(0.5)]
+    made, _ = strategy(plain, own[0])
+    made.plugins[-1:] = [*own, Writes()] if first else [Writes(), *own]
+    plugins = list(made.plugins)
+    for number, experience in enumerate(stream()[:2], 1):
+        made.train(experience)
+        assert made.plugins == plugins
+        for plugin in own:
+            assert plugin.penalty is not None
+            assert plugin.penalty.num_tasks == number
+            latest = number == 1 or isinstance(plugin, ours.SynapticIntelligencePlugin)
+            for n, a in plugin.penalty.anchor.items() if latest else ():
+                theta = made.model.get_parameter(n).detach()
+                torch.testing.assert_close(a, theta, rtol=1e-12, atol=1e-15, msg=n)
+
+
+def test_a_training_that_failed_leaves_no_second_consolidation() -> None:
+    class Fails(theirs.SupervisedPlugin):  # type: ignore[misc]
+        def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            raise MemoryError
+
+    plugin, fails = ours.MASPlugin(0.5), Fails()
+    made, _ = strategy(plain, plugin)
+    plugins = list(made.plugins)
+    made.plugins.append(fails)
+    with pytest.raises(MemoryError):
+        made.train(stream()[0])
+    made.plugins = [p for p in made.plugins if p is not fails]
+    made.train(stream()[0])
+    assert made.plugins == plugins
+    assert plugin.penalty is not None
+    assert plugin.penalty.num_tasks == 1

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from integrations import written
 from integrations.ranks import both
-from lightning.pytorch import LightningModule, Trainer
+from lightning.fabric import Fabric
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+import mas_ext
+from mas_ext import FusedMASPenalty
 from mas_ext.integrations.lightning import MASCallback
 
 
@@ -46,13 +54,13 @@ def loader(t: int, batch: int = 8, dtype: torch.dtype = torch.float64) -> DataLo
     return DataLoader(TensorDataset(*written.task(t, dtype=dtype)), batch_size=batch)
 
 
-def trainer(folder: Path, callback: MASCallback, **options: Any) -> Trainer:
+def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     settings = {"precision": "64-true", "max_epochs": 2, "enable_checkpointing": False, **options}
     return Trainer(
         accelerator="cpu",
         devices=1,
-        callbacks=[callback],
+        callbacks=[*callbacks],
         default_root_dir=folder,
         **quiet,
         **settings,
@@ -228,3 +236,268 @@ def test_two_processes(tmp_path: Path) -> None:
         written.close(rank["state"], {f"net.{n}": p for n, p in model.named_parameters()})
         written.close(rank["omega"], {f"net.{n}": w for n, w in omega.items()}, 1e-8)
     assert all(torch.equal(found[0]["omega"][n], w) for n, w in found[1]["omega"].items())
+
+
+# -- before the first step --------------------------------------------------------------------------
+
+
+class Counting(Module):
+    """How many batches it was trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        self.steps += 1
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class NoForward(Counting):
+    forward = LightningModule.forward
+
+
+class LossInside(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).square().mean()
+
+
+class Dictionary(Counting):
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": self.net(x)}
+
+
+class Stream(IterableDataset[Any]):
+    """Can be read once."""
+
+    def __init__(self) -> None:
+        self.read = iter(TensorDataset(*written.task(0)))
+
+    def __iter__(self) -> Any:
+        return self.read
+
+
+@pytest.mark.parametrize("kind", [NoForward, LossInside, Dictionary])
+@pytest.mark.parametrize("data", ["loader", "stream", "batches", "list of batches"])
+def test_what_cant_be_measured_is_told_before_the_first_step(
+    tmp_path: Path, kind: Any, data: str
+) -> None:
+    module, train = kind(), loader(0)
+    callback = mas()
+    if data == "stream":
+        train = DataLoader(Stream(), batch_size=8)
+    elif data == "batches":
+        callback = mas(batches=lambda _: loader(1))
+    elif data == "list of batches":
+        callback = mas(batches=lambda _: list(loader(1)))
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(
+        ValueError, match=f"model: got {kind.__name__}, expected one whose importance"
+    ):
+        trainer(tmp_path, callback).fit(module, train)
+    assert module.steps == 0
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
+
+
+def test_a_wrong_forward_and_wrong_loaders_are_told_before_the_first_step(tmp_path: Path) -> None:
+    module = Counting()
+    with pytest.raises(ValueError, match=r"model: got Counting, .*KeyError"):
+        trainer(tmp_path, mas(forward=lambda m, b: m({}["x"]))).fit(module, loader(0))
+    with pytest.raises(TypeError, match="batches: got none and a training dataloader of list"):
+        trainer(tmp_path, mas()).fit(module, list(loader(0)))
+    assert module.steps == 0
+
+
+def test_a_stream_given_as_batches_is_not_read_ahead(tmp_path: Path) -> None:
+    seen = []
+
+    def batches(_: Any) -> Any:
+        return stream
+
+    def forward(module: Any, batch: Any) -> Tensor:
+        seen.extend(batch[0][:, 0].tolist())
+        output: Tensor = module(batch[0])
+        return output
+
+    stream = iter(loader(1))
+    callback = mas(batches=batches, importance="batch", forward=forward)
+    trainer(tmp_path, callback).fit(Module(), loader(0))
+    assert seen == written.task(1)[0][:, 0].tolist()
+
+
+class Noisy(Dataset[Any]):
+    """Augments by every source of random numbers that there is."""
+
+    def __init__(self) -> None:
+        self.x, self.y = written.task(0)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.x[i] + random.random() + np.random.rand() + torch.rand(()).double(), self.y[i]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_trial_leaves_random_numbers_and_the_order_of_data(tmp_path: Path, given: bool) -> None:
+    """A penalty of no strength: the training of a module with dropout is the same, bit for bit."""
+    found = []
+    for callback in (
+        None,
+        MASCallback(0.0, batches=(lambda t: t.train_dataloader) if given else None),
+    ):
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(1)
+        module = Module()
+        module.net[2].p = 0.5
+        module.net.register_forward_hook(
+            lambda m, a, y: y + 0.01 * (random.random() + np.random.rand())
+        )
+        data = DataLoader(
+            Noisy(), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(2)
+        )
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(3)
+        with suppress(ValueError):  # outputs are random: no importance can be measured at the end
+            trainer(tmp_path, *([callback] if callback else [])).fit(module, data)
+        found.append([p.detach().clone() for p in module.parameters()])
+    for p, q in zip(*found, strict=True):
+        assert torch.equal(p, q)
+
+
+# -- weights that are written when training ends ------------------------------------------------------
+
+
+class Writes(Callback):
+    """Writes weights at this event."""
+
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self.write)
+
+    def write(self, trainer: Trainer, module: Any, *_: Any) -> None:
+        with torch.no_grad():
+            for p in module.parameters():
+                p.mul_(0.5)
+
+
+class WritesItself(Module):
+    def on_train_end(self) -> None:
+        Writes("").write(None, self)  # type: ignore[arg-type]
+
+
+WRITERS: dict[str, Callable[[], tuple[Module, list[Callback]]]] = {
+    "exponential average": lambda: (Module(), [EMAWeightAveraging(decay=0.5)]),
+    "stochastic average": lambda: (Module(), [StochasticWeightAveraging(0.01, swa_epoch_start=1)]),
+    "at the end of training": lambda: (Module(), [Writes("on_train_end")]),
+    "at the end of fit": lambda: (Module(), [Writes("on_fit_end")]),
+    "the module": lambda: (WritesItself(), []),
+    "several": lambda: (WritesItself(), [Writes("on_train_end"), EMAWeightAveraging(decay=0.5)]),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_weights_written_at_the_end_are_the_anchor(tmp_path: Path, kind: str, first: bool) -> None:
+    module, others = WRITERS[kind]()
+    both = [mas(name="a"), mas(name="b")]
+    callbacks = [*both, *others] if first else [*others, *both]
+    plain = trainer(tmp_path, *callbacks, max_epochs=3)
+    plain.fit(module, loader(0))
+    omega = written.importance(module.net, written.task(0)[0])
+    for callback in both:
+        assert callback.penalty is not None
+        assert callback.penalty.num_tasks == 1
+        theta = {n: p.detach() for n, p in module.named_parameters()}
+        written.close(callback.penalty.anchor, theta, 1e-12)
+        written.close(callback.penalty.omega, {f"net.{n}": w for n, w in omega.items()}, 1e-8)
+
+
+def test_a_training_that_fails_is_not_consolidated_by_the_next(tmp_path: Path) -> None:
+    class Fails(Module):
+        def on_train_end(self) -> None:
+            raise MemoryError
+
+    callback = mas()
+    with pytest.raises(MemoryError):
+        trainer(tmp_path, callback).fit(Fails(), loader(0))
+    assert callback.penalty is not None
+    assert callback.penalty.num_tasks == 0
+    trainer(tmp_path, callback).fit(Module(), loader(0))
+    assert callback.penalty.num_tasks == 1
+
+
+# -- optimizers as they are handed out ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, mas_ext.optim.SGD])
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_an_optimizer_of_fabric(kind: Any, mode: Any) -> None:
+    model = written.network().double()
+    fabric = Fabric(accelerator="cpu", devices=1)
+    wrapped, optimizer = fabric.setup(model, kind(model.parameters(), lr=0.1))
+    penalty = FusedMASPenalty(model, lam=5.0, omega_dtype=torch.float64)
+    penalty.consolidate([written.task(0)[0]])
+    penalty.attach(optimizer, mode)
+    check_pull(
+        penalty,
+        model,
+        lambda: fabric.backward(0 * wrapped(written.task(0)[0]).sum()),
+        optimizer,
+        mode,
+    )
+
+
+def check_pull(
+    penalty: FusedMASPenalty, model: Any, backward: Any, optimizer: Any, mode: str
+) -> None:
+    """One step of length 0.1 is the penalty's alone."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1.0
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    backward()
+    optimizer.step()
+    for n, p in model.named_parameters():
+        c = 2 * 0.1 * penalty.scale * penalty.omega[n]
+        pull = c if mode == "gradient" else c / (1 + c)
+        expected = before[n] - pull * (before[n] - penalty.anchor[n])
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, mas_ext.optim.SGD])
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+@pytest.mark.parametrize("manual", [True, False])
+def test_an_optimizer_of_a_module(tmp_path: Path, kind: Any, mode: Any, manual: bool) -> None:
+    """As self.optimizers() gives it, whose steps have closures."""
+
+    class Attaches(Module):
+        def configure_optimizers(self) -> Any:
+            return kind(self.parameters(), lr=0.1)
+
+        def on_train_start(self) -> None:
+            self.penalty.attach(self.optimizers(), mode)
+            with torch.no_grad():
+                for p in self.net.parameters():
+                    p += 1.0
+            self.before = {n: p.detach().clone() for n, p in self.net.named_parameters()}
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            loss = 0 * self(batch[0]).sum()
+            if manual:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+            return loss
+
+    module = Attaches(manual).double()
+    penalty = module.__dict__["penalty"] = FusedMASPenalty(
+        module.net, lam=5.0, omega_dtype=torch.float64
+    )
+    penalty.consolidate([written.task(0)[0]])
+    trainer(tmp_path, max_epochs=1, limit_train_batches=1).fit(module, loader(0))
+    for n, p in module.net.named_parameters():
+        c = 2 * 0.1 * penalty.scale * penalty.omega[n]
+        pull = c if mode == "gradient" else c / (1 + c)
+        expected = module.before[n] - pull * (module.before[n] - penalty.anchor[n])
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-9, atol=1e-12)

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import copy
+import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from integrations.ranks import both
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from torch.utils.data import Dataset, IterableDataset, SequentialSampler
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+import mas_ext
 from mas_ext import FusedMASPenalty
 from mas_ext.integrations.loading import once
 from mas_ext.integrations.transformers import (
@@ -353,6 +363,154 @@ def test_two_processes(tmp_path: Path) -> None:
             torch.testing.assert_close(rank["omega"][n], omega[n], rtol=1e-5, atol=1e-8, msg=n)
 
 
+# -- before the first step, and after the last one -----------------------------------------------------
+
+
+class Counting(InOrder):
+    steps = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        Counting.steps += 1
+        return super().training_step(*args, **kwargs)
+
+
+CANT: dict[str, Callable[[Any, Any], Any]] = {
+    "a loss": lambda model, batch: model(**batch).loss,
+    "a ModelOutput": lambda model, batch: model(**batch),
+    "an unknown key": lambda model, batch: model(**batch)["scores"],
+    "a batch as it is": lambda model, batch: model(batch).logits,
+}
+
+
+@pytest.mark.parametrize("case", CANT)
+@pytest.mark.parametrize("given", [False, True])
+def test_what_cant_be_measured_is_told_before_the_first_step(
+    tmp_path: Path, case: str, given: bool
+) -> None:
+    model, Counting.steps = network(), 0
+    own = {"batches": lambda _: [stacked(corpus(1))]} if given else {}
+    mas = MASCallback(LAM, forward=CANT[case], **own)
+    before = copy.deepcopy(model)
+    with pytest.raises(
+        ValueError, match="model: got LlamaForCausalLM, expected one whose importance"
+    ):
+        Counting(model, arguments(tmp_path), train_dataset=corpus(0), callbacks=[mas]).train()
+    assert Counting.steps == 0
+    close(model, before, 0)
+
+
+class Stream(IterableDataset[Any]):
+    """Can be read once."""
+
+    def __init__(self) -> None:
+        self.read = iter(corpus(0))
+
+    def __iter__(self) -> Any:
+        return self.read
+
+
+class Noisy(Dataset[Any]):
+    """Changes texts by every source of random numbers that there is."""
+
+    def __len__(self) -> int:
+        return 14
+
+    def __getitem__(self, i: int) -> Any:
+        row = corpus(0)[i]
+        draw = random.random() + np.random.rand() + float(torch.rand(()))
+        return {**row, "input_ids": (row["input_ids"] + int(10 * draw)) % WORDS}
+
+
+def test_the_trial_leaves_random_numbers_and_data(tmp_path: Path) -> None:
+    """A penalty of no strength: the training with dropout is the same, bit for bit."""
+    found = []
+    for callbacks in ([], [MASCallback(0.0)]):
+        config = network().config
+        config.attention_dropout = 0.3
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).double()
+        own = arguments(tmp_path, seed=5)
+        Trainer(model, own, train_dataset=Noisy(), callbacks=callbacks).train()
+        found.append(model)
+    close(*found, 0)
+
+
+def test_a_stream_is_not_tried(tmp_path: Path) -> None:
+    """Its first texts would be missing in the training."""
+    seen = []
+
+    class Seeing(InOrder):
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(inputs["input_ids"])
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    own, mas = arguments(tmp_path, 1, max_steps=2), MASCallback(LAM)
+    Seeing(network(), own, train_dataset=Stream(), callbacks=[mas]).train()
+    assert torch.equal(torch.cat(seen), torch.stack([r["input_ids"] for r in corpus(0)[:4]]))
+
+
+class Writes(TrainerCallback):  # type: ignore[misc]
+    """Writes weights at the end of training, as averages do."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p *= 0.5
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("added", [False, True])
+def test_weights_written_at_the_end_are_the_anchor(
+    tmp_path: Path, first: bool, added: bool
+) -> None:
+    model = network()
+    mas = MASCallback(LAM, merge="latest", forward=ModelOutput("logits"), omega_dtype=torch.float64)
+    callbacks = [mas, Writes()] if first else [Writes(), mas]
+    trainer = InOrder(model, arguments(tmp_path), train_dataset=corpus(0), callbacks=callbacks[:1])
+    if added:
+        trainer.add_callback(callbacks[1])
+    else:
+        trainer = InOrder(model, arguments(tmp_path), train_dataset=corpus(0), callbacks=callbacks)
+    trainer.train()
+    assert mas.penalty is not None
+    assert mas.penalty.num_tasks == 1
+    omega = importance(model, corpus(0))
+    for n, p in model.named_parameters():
+        assert torch.equal(mas.penalty.anchor[n], p.detach()), n
+        torch.testing.assert_close(mas.penalty.omega[n], omega[n], rtol=1e-5, atol=1e-8, msg=n)
+
+
+def test_the_best_model_that_is_loaded_at_the_end_is_the_anchor(tmp_path: Path) -> None:
+    model, mas = network(), MASCallback(LAM)
+    own = arguments(
+        tmp_path,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="steps",
+        greater_is_better=False,
+    )
+
+    class Worse(InOrder):
+        """The longer it trains, the worse."""
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+            found = {"eval_steps": float(self.state.global_step)}
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, found
+            )
+            return found
+
+    Worse(model, own, train_dataset=corpus(0), eval_dataset=corpus(1), callbacks=[mas]).train()
+    assert mas.penalty is not None
+    best = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-2", dtype=torch.float64)
+    for (n, p), q in zip(model.named_parameters(), best.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+        assert torch.equal(mas.penalty.anchor[n], p.detach()), n
+
+
 # -- what counts as the output ---------------------------------------------------------------------
 
 
@@ -436,6 +594,37 @@ def test_accelerate(clip: float | None) -> None:
                 p -= LR * p.grad
     close(model, written, 1e-9)
     handle.remove()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, mas_ext.optim.SGD])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_accelerate_skips_a_step_under_a_scaler(kind: Any, fused: bool, mode: Any) -> None:
+    """Then the penalty is not applied either; the step after is taken with it, unscaled."""
+    torch.set_default_dtype(torch.float32)
+    model = nn.Linear(4, 2)
+    own = {"fused": True} if fused and kind is torch.optim.SGD else {}
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    Accelerator(cpu=True)
+    optimizer = AcceleratedOptimizer(kind(model.parameters(), lr=LR, **own), scaler=scaler)
+    penalty = FusedMASPenalty(model, LAM)
+    penalty.consolidate([torch.randn(5, 4)])
+    penalty.attach(optimizer, mode)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1.0
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for bad in (True, False):
+        optimizer.zero_grad()
+        scaler.scale(0 * model(torch.randn(3, 4)).sum()).backward()
+        if bad:
+            model.bias.grad.fill_(float("inf"))
+        optimizer.step()
+        for n, p in model.named_parameters():
+            c = 2 * LR * penalty.scale.float() * penalty.omega[n]
+            pull = c if mode == "gradient" else c / (1 + c)
+            moved = 0.0 if bad else pull * (before[n] - penalty.anchor[n])
+            torch.testing.assert_close(p.detach(), before[n] - moved, rtol=1e-5, atol=1e-6)
 
 
 # -- the example -----------------------------------------------------------------------------------
