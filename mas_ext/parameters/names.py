@@ -54,7 +54,7 @@ def _is_hidden(module: nn.Module, key: str) -> bool:
 
 def has_parameter(module: nn.Module, name: str) -> bool:
     """Whether a module has a parameter of this name, found without a walk over all of them."""
-    if module._parameters.get(name) is not None:
+    if name in module._parameters and module._parameters[name] is not None:
         return True
     for key, child in module._modules.items():
         inner = name if _is_hidden(module, key) else name.removeprefix(f"{key}.")

@@ -164,7 +164,7 @@ class TrackedModel:
         return {**self.__dict__, "_memo": None, "_bindings": [], "_seen": kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        seen = state.pop("_seen")
+        seen = state.pop("_seen", {})  # older pickles have none
         self.__dict__.update(state, _seen={})
         self._remember(seen)
 
