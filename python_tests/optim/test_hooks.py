@@ -644,9 +644,21 @@ def test_a_wrapped_optimizers_step_size_is_that_of_the_real_one(wrap: str) -> No
     np.testing.assert_allclose(path, expected, rtol=1e-11)
 
 
+class Ready(Hiding):
+    """Has all that hooks need, but a step that calls them."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self._optimizer_step_pre_hooks = self._optimizer_step_post_hooks = {}  # type: ignore[assignment]
+
+
 def test_a_wrapper_that_hides_the_optimizer_is_refused() -> None:
     """Its hooks would never be called."""
     case = held()
+    with pytest.raises(
+        TypeError, match=r"got Ready, whose step calls no hooks, expected the torch"
+    ):
+        case.penalty.attach(Ready(SGD(case.model.parameters(), lr=0.1)))
     with pytest.raises(
         TypeError, match=r"got Hiding, whose step calls no hooks, expected the torch"
     ):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext import FusedMASPenalty
+from mas_ext.state.files import decode
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -246,6 +247,8 @@ def test_files_and_states_have_the_new_names(move: Any, asked: bool, tmp_path: P
     if asked:
         case.penalty()
     case.penalty.save(tmp_path / "penalty")
+    config = decode("config", case.penalty.state_dict()["config"])
+    assert config["absent"] == [], "all are in the model"
     names = {n for n, p in case.net.named_parameters() if any(p is q for q, _, _ in case.by_object)}
     state = case.penalty.state_dict()
     assert {key[6:] for key in state if key.startswith("omega.")} == names
@@ -278,6 +281,37 @@ def test_copies_follow(move: Any, asked: bool, when: str) -> None:
         move(case.net)
     assert alone.model is case.net
     assert alone().item() == pytest.approx(case.value(), rel=1e-12)
+
+
+@every_move
+def test_a_second_task_that_fails_leaves_the_first(move: Any) -> None:
+    case = held()
+    move(case.net)
+    with pytest.raises(KeyError, match="'nothing', which the model has no parameter for"):
+        case.penalty.consolidate(importance={"nothing": torch.zeros(1)})
+    assert case.penalty().item() == pytest.approx(case.value(), rel=1e-12)
+
+
+@pytest.mark.parametrize("move", [in_sequence, in_a_wrapper, in_two_wrappers, an_alias_before])
+def test_what_is_observed_before_and_after_is_added(move: Any) -> None:
+    """Where the network computes what it did."""
+    torch.manual_seed(0)
+    net, twin = Net().double(), Net().double()
+    twin.load_state_dict(net.state_dict())
+    penalty, unmoved = (
+        FusedMASPenalty(m, merge="sum", omega_dtype=torch.float64) for m in (net, twin)
+    )
+    objects = dict(net.named_parameters())
+    for x in (X, 2 * X):
+        for each in (penalty, unmoved):
+            each.observe(x)
+        if x is X:
+            move(net)
+    for each in (penalty, unmoved):
+        each.consolidate()
+    for name, p in objects.items():
+        now = next(n for n, q in net.named_parameters() if q is p)
+        torch.testing.assert_close(penalty.omega[now], unmoved.omega[name], rtol=1e-12, atol=0)
 
 
 @every_move
