@@ -266,20 +266,14 @@ class FusedMASPenalty(nn.Module):
     def bound(self) -> list[tuple[Group, list[Tensor]]]:
         """The state's groups with their parameters as they are now; the state follows what has changed."""
         memory = self._state.memory
-        changed = self._set_aside or self._tracked.are_back(memory.absent)
-        found = None if changed else self._tracked.find(memory.groups)
+        back = self._tracked.are_back(memory.absent)
+        found = None if back else self._tracked.find(memory.groups)
         if found is None:
             self._fit()
             found = self._tracked.find(self._state.memory.groups)
             if found is None:
                 raise RuntimeError("the model's parameters change while the penalty is computed")
         return found
-
-    @property
-    def _set_aside(self) -> bool:
-        """Whether nothing of what is known has a place beside parameters yet."""
-        memory = self._state.memory
-        return bool(memory.absent) and not memory.groups
 
     # Unlike torch.compiler.disable, this does not import the compiler with the package.
     @_disable_dynamo
@@ -573,7 +567,7 @@ class FusedMASPenalty(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         self._follow(optimizer_view(self.model, self.exclude))
-        if self._set_aside:
+        if self._tracked.are_back(self._state.memory.absent):
             self._fit()
         found = {**self._state.tensors(), **self._pending.tensors()}
         if self._tracked.sharding is not None:
