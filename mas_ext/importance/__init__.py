@@ -59,9 +59,10 @@ def estimate_importance(
 
     Args:
         model: any module. Parameters that require a gradient take part.
-        batches: iterable of tensors, or of tuples, lists or dicts whose first item is the input. Samples
-            are dimension 0 of every tensor. Batches are moved to the first parameter's device. Under
-            torch.distributed they are this rank's, and so is the result.
+        batches: iterable of tensors, or of tuples, lists, dicts or dataclasses whose first item is the input.
+            Samples are dimension 0 of every tensor; sequences as long as the batch (names, lengths, arrays)
+            have one item for each sample, and anything else is the same for all. Batches are moved to the
+            first parameter's device. Under torch.distributed they are this rank's, and so is the result.
         method: "exact", "batch" or "local".
         objective: "l2", "l1", "vector" or a callable, output -> tensor (samples,).
         forward: forward(model, batch) -> output tensor with samples in dimension 0. By default the

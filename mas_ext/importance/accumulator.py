@@ -126,6 +126,7 @@ class ImportanceSum:
                     f"parameter {name!r}: got shape {tuple(p.shape)}, expected {tuple(old.shape)} as "
                     "in the batches before; consolidate before a parameter changes"
                 )
+        batch = batch_of.told(batch)
         samples = batch_of.size(batch)
         if samples == 0 or not theta:
             self.samples += samples
@@ -135,7 +136,8 @@ class ImportanceSum:
         given = Labelled(batch_of.to(batch, device))
         with self._mode(view.model, device):
             if self._labels is not None:
-                own = self._labels(given.batch, lambda: evaluate.output(given), self.samples)
+                plain = batch_of.plain(given.batch)
+                own = self._labels(plain, lambda: evaluate.output(given), self.samples)
                 given = Labelled(given.batch, own)
             found, objective = self._estimator(evaluate, given, theta)
         added = float(objective.abs().sum(dtype=torch.float64))

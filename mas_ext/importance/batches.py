@@ -1,34 +1,108 @@
-"""What a batch is: a tensor, or a tuple, list or mapping of tensors whose first item is the input."""
+"""What a batch is: a tensor, or a tuple, list, mapping or dataclass that starts with one.
+
+Samples are dimension 0 of its tensors. A sequence that is as long as the batch and has no tensors, or tensors
+of other lengths, has one item for each sample and is cut into samples with it; anything else that is no tensor
+is the same for all samples. This is decided once, on the whole batch: lengths may agree by chance with fewer
+samples. (In a batch of two samples, a pair of numbers is taken for one number each.)
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import sys
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A sequence in a batch: one item for each sample, or the same for all of them."""
+
+    value: Any
+    per_sample: bool
+
+
+def _with_items(batch: Any, f: Callable[[Any], Any]) -> Any:
+    """The batch with f applied to its items; itself where it has none.
+
+    A dictionary or a dataclass keeps its type, as its items may be attributes, too. Other mappings become
+    dictionaries: a copy may share their items, and would then change the caller's.
+    """
+    if hasattr(
+        type(batch), "auto_batch_size_"
+    ):  # a TensorDict, which knows how many samples it has
+        return batch.apply(f, batch_size=[]).auto_batch_size_(1)
+    if isinstance(batch, Mapping):
+        items = {key: f(item) for key, item in batch.items()}
+        if type(batch) is dict or not isinstance(batch, (dict, UserDict)):
+            return items
+        kept = copy.copy(batch)
+        for key, item in items.items():
+            kept[key] = item
+        return kept
+    if _is_dataclass(batch):
+        kept = copy.copy(batch)
+        for name, item in _fields(batch):
+            object.__setattr__(kept, name, f(item))  # it may be frozen
+        return kept
+    if _is_named_tuple(batch):
+        return type(batch)(*(f(item) for item in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(f(item) for item in batch)
+    return batch
+
+
+def _is_dataclass(batch: Any) -> bool:
+    return dataclasses.is_dataclass(batch) and not isinstance(batch, type)
+
+
+def _fields(batch: Any) -> list[tuple[str, Any]]:
+    return [(f.name, getattr(batch, f.name, None)) for f in dataclasses.fields(batch)]
+
+
+def _is_named_tuple(batch: Any) -> bool:
+    return isinstance(batch, tuple) and hasattr(batch, "_fields")
+
+
+def _is_array(batch: Any) -> bool:
+    numpy = sys.modules.get("numpy")  # without it there are none
+    return numpy is not None and isinstance(batch, numpy.ndarray)
+
+
+def _is_sequence(batch: Any) -> bool:
+    """Whether this may have one item for each sample."""
+    if _is_array(batch):
+        return bool(batch.ndim > 0)
+    named = isinstance(batch, (str, bytes)) or _is_named_tuple(batch)
+    return isinstance(batch, Sequence) and not named
 
 
 def mapped(batch: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with f applied to every tensor in it; of mappings only a UserDict keeps its type."""
+    """The batch with f applied to every tensor in it."""
     if isinstance(batch, Tensor):
         return f(batch)
-    if isinstance(batch, Mapping):
-        items = {key: mapped(item, f) for key, item in batch.items()}
-        if not isinstance(batch, UserDict):
-            return items
-        # A tokenizer's batch has its items as attributes, too. Other mappings may share their items with a
-        # copy, which would then change the caller's.
-        kept = copy.copy(batch)
-        kept.update(items)
-        return kept
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(mapped(item, f) for item in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(mapped(item, f) for item in batch)
-    return batch
+    if isinstance(batch, Entry):
+        return Entry(mapped(batch.value, f), batch.per_sample)
+    return _with_items(batch, lambda item: mapped(item, f))
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, in order."""
+    found: list[Tensor] = []
+
+    def note(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    mapped(batch, note)
+    return found
 
 
 def first(batch: Any) -> Any:
@@ -37,47 +111,184 @@ def first(batch: Any) -> Any:
         return first(next(iter(batch.values()), None))
     if isinstance(batch, (tuple, list)):
         return first(batch[0] if batch else None)
+    if isinstance(batch, Entry):
+        return first(batch.value)
+    if _is_dataclass(batch):
+        return first(next((item for _, item in _fields(batch)), None))
     return batch
 
 
 def size(batch: Any) -> int:
-    """The number of samples: dimension 0 of every tensor in the batch."""
+    """The number of samples: dimension 0 of every tensor in the batch.
+
+    Raises:
+        TypeError: a batch that starts with no tensor.
+        ValueError: a tensor of another length.
+    """
+    return _told(batch)[1]
+
+
+def told(batch: Any) -> Any:
+    """The batch with its sequences as entries, which know whether they have an item for each sample."""
+    return _told(batch)[0]
+
+
+def _told(batch: Any) -> tuple[Any, int]:
     start = first(batch)
     if not isinstance(start, Tensor) or start.dim() == 0:
         raise TypeError(
             f"batches: got a batch of {type(batch).__name__} starting with {type(start).__name__}, "
-            "expected a tensor with samples in dimension 0, or a tuple, list or mapping that starts "
-            "with one"
+            "expected a tensor with samples in dimension 0, or a tuple, list, mapping or dataclass that "
+            "starts with one"
         )
     samples = start.shape[0]
 
-    def check(t: Tensor) -> Tensor:
-        if t.dim() == 0 or t.shape[0] != samples:
+    def tell(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            _check_rows(item, samples)
+        if isinstance(item, PackedSequence):
             raise ValueError(
-                f"batches: got a tensor of shape {tuple(t.shape)} in a batch of {samples} samples, "
-                "expected samples in dimension 0"
+                "batches: got a PackedSequence, expected samples in dimension 0; pass padded tensors and "
+                "lengths, and pack them in forward="
             )
-        return t
+        if isinstance(item, (Tensor, Entry)):
+            return item
+        if _is_sequence(item) and first(item) is not start:
+            if _has_item_per_sample(item, samples):
+                return Entry(item, True)
+            if not any(_is_container(each) for each in item):
+                return Entry(item, False)
+        return _with_items(item, tell)
 
-    mapped(batch, check)
-    return samples
+    return tell(batch), samples
+
+
+def _check_rows(t: Tensor, samples: int) -> None:
+    if t.is_nested or t.dim() == 0 or t.shape[0] != samples:
+        got = "a nested tensor" if t.is_nested else f"a tensor of shape {tuple(t.shape)}"
+        raise ValueError(
+            f"batches: got {got} in a batch of {samples} samples, expected samples in dimension 0 (or a list "
+            "with one item for each sample, after a first tensor)"
+        )
+
+
+def _is_container(item: Any) -> bool:
+    nested = isinstance(item, (Tensor, Entry, Mapping)) or _is_dataclass(item)
+    return nested or _is_named_tuple(item) or _is_sequence(item)
+
+
+def _has_item_per_sample(sequence: Any, samples: int) -> bool:
+    if len(sequence) != samples or any(isinstance(item, Entry) for item in sequence):
+        return False
+    inside = tensors(sequence)
+    if not inside:
+        return True
+    # A list of tensors is a container of fields, unless its tensors are of other lengths.
+    ragged = any(t.dim() == 0 or t.shape[0] != samples for t in inside)
+    return ragged and len({type(item) for item in sequence}) == 1
+
+
+def differ_in_tensors_alone(batch: Any) -> bool:
+    """Whether samples of a batch, as `told` gives it, have nothing of their own but tensors."""
+    if isinstance(batch, Entry):
+        return not batch.per_sample
+    found = True
+
+    def look(item: Any) -> Any:
+        nonlocal found
+        found = found and (isinstance(item, Tensor) or differ_in_tensors_alone(item))
+        return item
+
+    _with_items(batch, look)
+    return found
 
 
 def between(batch: Any, start: int, stop: int) -> Any:
-    """The samples from start to stop."""
-    return mapped(batch, lambda t: t[start:stop])
+    """The samples from start to stop, with sequences as entries."""
+
+    def cut(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return item[start:stop]
+        if isinstance(item, Entry):
+            return Entry(item.value[start:stop], True) if item.per_sample else item
+        return _with_items(item, cut)
+
+    return cut(told(batch))
+
+
+def plain(batch: Any) -> Any:
+    """The batch as the user's functions know it, without entries."""
+    if isinstance(batch, Entry):
+        return plain(batch.value)
+    if _is_array(batch):
+        return batch.copy()
+    return batch if isinstance(batch, Tensor) else _with_items(batch, plain)
 
 
 def copied(batch: Any) -> Any:
-    """The batch with tensors of its own, which a model may change in place."""
+    """The batch as the user's functions know it, with tensors of its own, which a model may change in place."""
 
     def copy_of(t: Tensor) -> Tensor:
         own = t.detach().clone()
         return own.requires_grad_() if t.requires_grad else own
 
-    return mapped(batch, copy_of)
+    return plain(mapped(batch, copy_of))
 
 
 def to(batch: Any, device: torch.device) -> Any:
     """The batch on another device."""
     return mapped(batch, lambda t: t.to(device, non_blocking=True))
+
+
+class _Itself:
+    """Compares by identity what has no value to compare by."""
+
+    def __init__(self, item: Any) -> None:
+        self.item = item  # held, so that no other object takes its address
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.item is self.item
+
+    def __hash__(self) -> int:
+        return id(self.item)
+
+
+def constants(batch: Any) -> Hashable:
+    """All of a batch that is no tensor: equal for two batches if a model that reads it does the same with both.
+
+    Numbers, strings and arrays are compared by value and type, NaN being itself; other objects by their own
+    equality, or by identity where they have none.
+    """
+    return (type(batch), tuple(_parts(batch)))
+
+
+def _parts(batch: Any) -> Iterator[Hashable]:
+    if isinstance(batch, Tensor):
+        return
+    if isinstance(batch, Entry):
+        yield constants(batch.value)
+    elif isinstance(batch, Mapping):
+        for key, item in batch.items():
+            yield key
+            yield constants(item)
+    elif _is_dataclass(batch):
+        for _, item in _fields(batch):
+            yield constants(item)
+    elif isinstance(batch, (tuple, list)):
+        for item in batch:
+            yield constants(item)
+    elif _is_array(batch):
+        yield batch.shape
+        yield str(batch.dtype)
+        yield repr(batch.tolist()) if batch.dtype.hasobject else batch.tobytes()
+    elif isinstance(batch, (float, complex)):
+        yield repr(batch)
+    elif isinstance(batch, Set):
+        yield frozenset(constants(item) for item in batch)
+    else:
+        try:
+            hash(batch)
+        except TypeError:
+            yield _Itself(batch)
+        else:
+            yield batch

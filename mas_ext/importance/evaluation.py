@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -41,6 +41,11 @@ class Evaluate(NamedTuple):
         """The model's output."""
         # A model that changes its input would see it changed again on every pass, and so would the caller.
         return self.forward(self.model, batches.copied(batch.batch))
+
+    def constants(self, batch: Labelled) -> Hashable:
+        """What `forward` gets that is no tensor: of two batches for which this is equal it does the same."""
+        whole = batches.plain(batch.batch)
+        return batches.constants(batches.first(whole) if self.forward is default_forward else whole)
 
     def __call__(self, batch: Labelled) -> tuple[Tensor, Tensor]:
         """The output, and the objectives of shape (rows, K)."""

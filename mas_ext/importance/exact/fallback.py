@@ -44,6 +44,8 @@ class Fallback:
 
     def __call__(self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]) -> Totals:
         """The sums by name."""
+        if not batches.differ_in_tensors_alone(batch):
+            return one_by_one(evaluate, batch, theta, self._how)[0]
         if self._vmap is None:
             few = batches.between(batch, 0, _CHECKED)
             self._vmap = self._vmap_agrees(evaluate, few, theta)
