@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mas_ext.importance import Forward, ImportanceSum
 from mas_ext.importance.evaluation import evaluating
+from mas_ext.importance.model_state import Habits, ModelState
 from mas_ext.importance.objectives import Objective, values
 from mas_ext.kernels.backends import Backend
 from mas_ext.penalty import FusedMASPenalty
@@ -69,19 +70,19 @@ def _mean_values(
 
 
 @contextmanager
-def _training(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _training(model: nn.Module, device: torch.device, habits: Habits) -> Iterator[ModelState]:
     """Training mode for a pass; buffers and random state then go on from where the pass left them."""
     cuda = device.type == "cuda"
-    with evaluating(model, device):
+    with evaluating(model, device, habits) as state:
         model.train()
-        yield
-        buffers = [(b, b.clone()) for b in model.buffers()]
+        yield state
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
         random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
     torch.set_rng_state(random[0])
     if random[1] is not None:
         torch.cuda.set_rng_state(random[1], device)
-    for buffer, after in buffers:
-        buffer.copy_(after)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 class Averaged(FusedMASPenalty):

@@ -15,6 +15,7 @@ from mas_ext.failures import Diverged, Vanished
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance import objectives
 from mas_ext.importance.batch import Batch
+from mas_ext.importance.eval_effects import refuse_effects_of_eval, refuse_lost_gradients
 from mas_ext.importance.evaluation import (
     Evaluate,
     Forward,
@@ -27,6 +28,7 @@ from mas_ext.importance.evaluation import (
 from mas_ext.importance.exact.driver import Exact
 from mas_ext.importance.gradients import Summation, Totals, accumulate
 from mas_ext.importance.local import Local
+from mas_ext.importance.model_state import Habits
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.dtypes import compute_dtype
@@ -64,7 +66,7 @@ class ImportanceSum:
         values: (output, labels, samples) -> numbers of shape (rows, K), instead of the objective's; each row
             counts as one sample.
         labels: (batch, output, samples so far) -> what `values` gets as labels.
-        mode: (model, device) -> context in which the model runs; by default its eval mode.
+        mode: (model, device, habits) -> context in which the model runs; by default its eval mode.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class ImportanceSum:
         self.values: Values = values or partial(
             objectives.values, objective=objective, max_outputs=max_outputs
         )
-        self._labels, self._mode = labels, mode
+        self._labels, self._mode, self._habits = labels, mode, Habits()
         self.sums: dict[str, Tensor] = {}
         self.samples = 0
         self.objective_sum = 0.0
@@ -132,14 +134,20 @@ class ImportanceSum:
             self.samples += samples
             return
         device = next(iter(theta.values())).device
-        evaluate = Evaluate(view.model, self.forward, self.values)
         given = Labelled(batch_of.to(batch, device))
-        with self._mode(view.model, device):
+        with self._mode(view.model, device, self._habits) as state:
+            evaluate = Evaluate(view.model, self.forward, self.values, state)
+            first = self._mode is evaluating and view.model not in self._habits.compared
+            if first:
+                refuse_effects_of_eval(evaluate, given)
             if self._labels is not None:
                 plain = batch_of.plain(given.batch)
                 own = self._labels(plain, lambda: evaluate.output(given), self.samples)
                 given = Labelled(given.batch, own)
             found, objective = self._estimator(evaluate, given, theta)
+            if first:
+                refuse_lost_gradients(evaluate, given, theta, found)
+                self._habits.compared.add(view.model)
         added = float(objective.abs().sum(dtype=torch.float64))
         if not math.isfinite(added):
             bad = [name for name, t in found.items() if not t.isfinite().all()]

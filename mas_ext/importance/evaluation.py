@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import random
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mas_ext.importance import batches
+from mas_ext.importance.model_state import Habits, ModelState
 from mas_ext.parameters.names import PARALLEL
 
 # The forward pass that a user may give: (model, batch) -> output, samples in dimension 0.
 Forward = Callable[[Any, Any], Tensor]
 # (output, labels, samples) -> the objectives, shape (rows, K). Each row counts as one sample.
 Values = Callable[[Tensor, Tensor | None, int], Tensor]
-# (model, device) -> the state in which the model is run, and afterwards back to the state before.
-RunMode = Callable[[nn.Module, torch.device], AbstractContextManager[None]]
+# (model, device, habits) -> the state in which the model is run, and afterwards back to the state before.
+RunMode = Callable[[nn.Module, torch.device, Habits], AbstractContextManager[ModelState]]
 
 _RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
 
@@ -36,11 +39,14 @@ class Evaluate(NamedTuple):
     model: nn.Module
     forward: Forward
     values: Values
+    # What every pass starts from; None where nothing that a pass leaves behind matters to the next one.
+    state: ModelState | None = None
 
     def output(self, batch: Labelled) -> Tensor:
         """The model's output."""
         # A model that changes its input would see it changed again on every pass, and so would the caller.
-        return self.forward(self.model, batches.copied(batch.batch))
+        with self.state.passing() if self.state is not None else nullcontext():
+            return self.forward(self.model, batches.copied(batch.batch))
 
     def constants(self, batch: Labelled) -> Hashable:
         """What `forward` gets that is no tensor: of two batches for which this is equal it does the same."""
@@ -59,47 +65,26 @@ def default_forward(model: nn.Module, batch: Any) -> Tensor:
     return output
 
 
-class _SavedBuffers:
-    """Copies of buffers of one dtype and device, in one tensor: a single wait tells whether one changed."""
-
-    def __init__(self, buffers: Sequence[Tensor]) -> None:
-        self._buffers = buffers
-        self._before = self._now()
-
-    def _now(self) -> Tensor:
-        return torch.cat([b.flatten() for b in self._buffers])
-
-    def restore(self) -> None:
-        """Write back the buffers that changed."""
-        if torch.equal(self._now(), self._before):
-            return
-        parts = self._before.split([b.numel() for b in self._buffers])
-        for buffer, part in zip(self._buffers, parts, strict=True):
-            if not torch.equal(buffer, part.view_as(buffer)):
-                buffer.copy_(part.view_as(buffer))
-
-
 @contextmanager
-def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """eval() with gradients on; modes, running statistics and random state are put back, whatever happens."""
-    modes = {module: module.training for module in model.modules()}
-    # A forward pass may put a normalisation back to training, and is then refused.
-    buffers: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for module in modes:
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            for b in module.buffers(recurse=False):
-                buffers.setdefault((b.dtype, b.device), []).append(b)
-    statistics = [_SavedBuffers(same) for same in buffers.values()]
+def evaluating(
+    model: nn.Module, device: torch.device, habits: Habits | None = None
+) -> Iterator[ModelState]:
+    """The model with eval mode's flags and gradients on; afterwards all of it is as before, whatever happens.
+
+    Flags alone are set: a module's own eval() may merge adapters or keep tables without their gradients. A
+    module that is in eval mode already, and may have done so, is put to training by its own train() before.
+    """
+    habits = habits or Habits()
+    modules = [*model.modules()]
     # What runs a model in parallel would wait for other ranks, whose passes have other lengths.
-    parallel = [module for module in modes if isinstance(module, PARALLEL)]
+    parallel = _instances(modules, PARALLEL)
     devices = [device] if device.type == "cuda" else []
     # cuDNN has a backward pass of recurrent layers in training mode alone; without dropout that is the same
     # function. A subclass may be another one.
-    recurrent = [
-        (module, module.dropout)
-        for module in modes
-        if devices and isinstance(module, nn.RNNBase) and type(module) in _RECURRENT
-    ]
+    recurrent: list[Any] = [m for m in modules if devices and type(m) in _RECURRENT]
+    dropout = [layer.dropout for layer in recurrent]
+    training = [module for module in modules if module.training]
+    asleep = [m for m in modules if not m.training and overrides_modes(m)]
     # Autocast keeps rounded weights; those that a pass without gradients left behind would have none.
     cached = torch.is_autocast_cache_enabled()
     # Compiled parts run as they were written, so that what they compute can be followed. Nothing is compiled
@@ -107,29 +92,99 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     compiled = "torch._dynamo" in sys.modules
     as_written = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     with (
-        torch.random.fork_rng(devices),
+        _random_state(devices),
         torch.inference_mode(False),
         torch.enable_grad(),
         as_written,
+        _without_parametrization_cache(),
     ):
         try:
             torch.set_autocast_cache_enabled(False)
-            if any(modes.values()):  # modules take long to set attributes
-                model.eval()
-            for layer, _ in recurrent:
+            _set_modes(training, False)
+            for layer in recurrent:
                 layer.training = True
                 layer.dropout = 0.0
             for wrapper in parallel:
                 wrapper.__dict__["forward"] = wrapper.module
-            yield
+            with _awake(modules, asleep, habits) as state:
+                yield state
         finally:
             for wrapper in parallel:
                 del wrapper.__dict__["forward"]
-            for layer, dropout in recurrent:
-                layer.dropout = dropout
+            for layer, before in zip(recurrent, dropout, strict=True):
+                layer.training = False
+                layer.dropout = before
             torch.set_autocast_cache_enabled(cached)
-            for module, training in modes.items():
-                if module.training != training:
-                    module.training = training
-            for saved in statistics:
-                saved.restore()
+            _set_modes(training, True)
+
+
+def overrides_modes(module: nn.Module) -> bool:
+    """Whether a module's train() or eval() may do more than to set flags."""
+    own = module.__dict__.keys() & {"train", "eval"}
+    kind = type(module)
+    plain = kind.train is nn.Module.train and kind.eval is nn.Module.eval
+    return bool(own) or not (plain or issubclass(kind, (*PARALLEL, torch.jit.ScriptModule)))
+
+
+@contextmanager
+def _awake(
+    modules: Sequence[nn.Module], asleep: Sequence[nn.Module], habits: Habits
+) -> Iterator[ModelState]:
+    """The model's state after the train() of modules whose eval() may have had effects; their flags stay."""
+    state = original = ModelState(modules[0], habits)
+    try:
+        if asleep:
+            flags = [(module, module.training) for module in modules]
+            with original.watched():
+                for module in asleep:
+                    if not module.training:  # not yet by a module around it
+                        module.train()
+            for before in (False, True):
+                _set_modes([m for m, flag in flags if m.training != flag == before], before)
+            if original.touched():
+                state = ModelState(modules[0], habits)
+        yield state
+    finally:
+        if state is not original:
+            state.restore()
+        original.restore()
+    state.refuse_lost()
+
+
+def _instances(modules: Sequence[nn.Module], kinds: tuple[type, ...]) -> list[Any]:
+    """The modules of some classes, of which isinstance would take long."""
+    found = {kind for kind in {type(m) for m in modules} if issubclass(kind, kinds)}
+    return [m for m in modules if type(m) in found] if found else []
+
+
+def _set_modes(modules: Iterable[nn.Module], training: bool) -> None:
+    for module in modules:
+        if "training" in module.__dict__:  # a module takes long to set an attribute
+            module.__dict__["training"] = training
+        else:
+            module.training = training
+
+
+@contextmanager
+def _random_state(devices: list[torch.device]) -> Iterator[None]:
+    """Random numbers drawn inside leave all generators as they were."""
+    numpy = sys.modules.get("numpy")
+    drawn = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(drawn[0])
+        if numpy:
+            numpy.random.set_state(drawn[1])
+
+
+@contextmanager
+def _without_parametrization_cache() -> Iterator[None]:
+    """Parametrized weights are computed in every pass, also inside parametrize.cached()."""
+    kept = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = kept
