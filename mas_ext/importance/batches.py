@@ -216,6 +216,23 @@ def between(batch: Any, start: int, stop: int) -> Any:
     return cut(told(batch))
 
 
+def twice(sample: Any) -> Any:
+    """The samples of a batch, as `told` gives it, and then the same again."""
+    if isinstance(sample, Tensor):
+        return torch.cat([sample, sample])
+    if isinstance(sample, Entry):
+        return Entry(_repeated(sample.value), True) if sample.per_sample else sample
+    return _with_items(sample, twice)
+
+
+def _repeated(sequence: Any) -> Any:
+    if _is_array(sequence):
+        return sequence[[*range(len(sequence))] * 2]
+    return (
+        type(sequence)([*sequence] * 2) if isinstance(sequence, (list, tuple)) else [*sequence] * 2
+    )
+
+
 def plain(batch: Any) -> Any:
     """The batch as the user's functions know it, without entries."""
     if isinstance(batch, Entry):

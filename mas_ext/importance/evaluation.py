@@ -58,6 +58,20 @@ class Evaluate(NamedTuple):
         output = self.output(batch)
         return output, self.values(output, batch.labels, batches.size(batch))
 
+    def alone(self, sample: Labelled) -> tuple[Tensor, Tensor]:
+        """The output and the objectives of a batch of one sample, one row each.
+
+        A model that takes no single sample, since it squeezes its output for instance, gets it twice.
+        """
+        try:
+            return self(sample)
+        except Exception as error:
+            try:
+                output, values = self(batches.twice(sample))
+            except Exception:
+                raise error from None
+            return output[:1], values[:1]
+
 
 def default_forward(model: nn.Module, batch: Any) -> Tensor:
     """The model called with the first item of the batch."""
