@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mas_ext import estimate_fisher, estimate_importance
-from mas_ext.importance import batches, objectives
+from mas_ext.importance import ImportanceSum, batches, objectives
 from mas_ext.importance.evaluation import Evaluate, Labelled, evaluating
 from mas_ext.importance.exact.fallback import Fallback, one_by_one
 from mas_ext.importance.exact.precision import PRECISION_OF
@@ -290,6 +290,24 @@ def test_every_sample_is_compared_with_the_batch(number: int, vmap: bool) -> Non
         fallback(evaluate, Labelled(X), theta)
 
 
+class Interacting(nn.Module):
+    """Samples see one another from the fifth on; its parameter is used in a way that has no rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.einsum("bi,io->bo", x, F.normalize(self.w, dim=0).exp())
+        y[4:] = y[4:] - 0.01 * y[4:].mean(0)
+        return y
+
+
+def test_samples_that_interact_beyond_those_that_are_checked_are_refused() -> None:
+    with pytest.raises(ValueError, match="samples interact"):
+        estimate_importance(Interacting(), [X])
+
+
 class Branching(nn.Module):
     """Takes another way in the second batch, in which vmap is wrong or fails."""
 
@@ -362,6 +380,59 @@ def clip(grad: Tensor) -> Tensor:
 
 def seen_only(grad: Tensor) -> None:
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("hook", [mask, clip, seen_only])
+@pytest.mark.parametrize(
+    ("make", "inputs", "names"),
+    [
+        (
+            lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
+            X,
+            ["0.weight", "2.bias"],
+        ),
+        (
+            lambda: nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 2)),
+            torch.randint(10, (6, 3), generator=torch.Generator().manual_seed(1)),
+            ["0.weight"],
+        ),
+        (
+            lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.LayerNorm(9)),
+            torch.randn(6, 2, 4, dtype=torch.float64),
+            ["0.weight", "3.weight"],
+        ),
+    ],
+    ids=["linear", "embedding", "convolution"],
+)
+def test_hooks_of_parameters_apply_to_the_gradient_of_each_sample(
+    make: Any, inputs: Tensor, names: list[str], hook: Any
+) -> None:
+    model = make().double()
+    model.requires_grad_(True)
+    handles = [dict(model.named_parameters())[name].register_hook(hook) for name in names]
+    expected = loop(model, lambda k: model(inputs[k : k + 1]), len(inputs))
+    assert_right(estimate_importance(model, [inputs[:4], inputs[4:]]), expected, len(inputs))
+    plain = loop(model, lambda k: model(inputs[k : k + 1]), len(inputs))
+    assert_right(estimate_importance(model, inputs.split(1)), plain, len(inputs))
+    for handle in handles:
+        handle.remove()
+    expected = loop(model, lambda k: model(inputs[k : k + 1]), len(inputs))
+    assert_right(estimate_importance(model, [inputs]), expected, len(inputs))
+
+
+def test_a_hook_that_comes_after_the_first_batch() -> None:
+    model, total = nn.Linear(4, 3).double(), ImportanceSum()
+    total.add(model, X)
+    expected = loop(model, lambda k: model(X[k]))
+    handle = model.weight.register_hook(clip)
+    total.add(model, X)
+    for name, t in loop(model, lambda k: model(X[k])).items():
+        expected[name] += t
+    handle.remove()
+    total.add(model, X)
+    for name, t in loop(model, lambda k: model(X[k])).items():
+        expected[name] += t
+    assert_right(total.mean(), expected, 3 * len(X))
 
 
 def test_a_hook_that_comes_after_vmap_was_found_right() -> None:

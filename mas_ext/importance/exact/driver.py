@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from mas_ext.importance import batches
 from mas_ext.importance.evaluation import Evaluate, Labelled
-from mas_ext.importance.exact.fallback import Fallback, one_by_one
+from mas_ext.importance.exact.fallback import (
+    Fallback,
+    has_hooks,
+    one_by_one,
+    refuse_accumulation_hooks,
+)
 from mas_ext.importance.exact.layout_proof import keeps_rows, layout_violations
 from mas_ext.importance.exact.precision import Precision, differ, lowest_precision
 from mas_ext.importance.exact.rules import RULES
@@ -33,6 +38,7 @@ from mas_ext.kernels.warning import warn
 _CHECKED = 3
 _NO_RULE = "no rule fits how the model uses it"
 _RANDOM = "the model draws random numbers"
+_HOOKS = "its gradient passes through hooks of its own"
 # What a sum that should be zero may come to, in units of rounding of the largest tensor's sum.
 _NOISE = 32
 
@@ -87,6 +93,9 @@ class Exact:
     ) -> tuple[Totals, Tensor]:
         """The sums by name, and the objectives."""
         _refuse_batch_statistics(evaluate.model)
+        refuse_accumulation_hooks(theta)
+        hooked = {name for name, p in theta.items() if has_hooks(p)}
+        self._send_to_fallback(evaluate.model, hooked, _HOOKS)
         samples = batches.size(batch)
         if samples == 1:
             totals, _, values = one_by_one(evaluate, batch, theta, self._how)
@@ -117,7 +126,14 @@ class Exact:
                 raise _interacting(output, together)
         self._functions.add(run.signature[0])
         slow = {name: p for name, p in theta.items() if name in self.fallback}
-        others = self._single_samples(evaluate, batch, slow) if slow else {}
+        drawn = _RANDOM in self.fallback.values()
+        others = (
+            self._single_samples(
+                evaluate, batch, slow, None if drawn else run.output, run.precision
+            )
+            if slow
+            else {}
+        )
         unused = theta.keys() - run.totals.keys() - slow.keys()
         return {**zeros({name: theta[name] for name in unused}), **run.totals, **others}, run.values
 
