@@ -27,7 +27,7 @@ def refuse_effects_of_eval(evaluate: Evaluate, batch: Labelled) -> None:
     """
     model = evaluate.model
     modules = {name: m for name, m in model.named_modules() if overrides_modes(m)}
-    if modules:
+    if modules and _sets_more_than_flags(evaluate, [*modules.values()]):
         few = batches.between(batch, 0, _FEW)
         try:
             expected = _changed(evaluate, few, lambda: None)
@@ -87,6 +87,25 @@ def refuse_lost_gradients(
                 f"in training mode; expected one in both, and nothing kept that is made of parameters by "
                 f"{_owner(evaluate.model, p)}"
             )
+
+
+def _sets_more_than_flags(evaluate: Evaluate, modules: Sequence[nn.Module]) -> bool:
+    """Whether eval() of these modules changes any attribute but the flags, or a tensor."""
+    if evaluate.state is not None:
+        evaluate.state.start_anew()
+    state = ModelState(evaluate.model, Habits())
+    every = [(module, dict(module.__dict__)) for module in evaluate.model.modules()]
+    try:
+        with state.watched():
+            for module in modules:
+                module.eval()
+        return state.touched() or any(
+            now.__dict__.keys() != before.keys()
+            or any(v is not before[k] for k, v in now.__dict__.items() if k != "training")
+            for now, before in every
+        )
+    finally:
+        state.restore()
 
 
 def _move(p: Tensor) -> None:

@@ -390,6 +390,11 @@ class _Watch(TorchDispatchMode):
         self._find, self._written = find, written
         self._known: dict[int, list[Tensor]] | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: to import the compiler, which would be told to leave this alone, takes seconds."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
