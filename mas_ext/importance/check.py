@@ -32,8 +32,9 @@ class CheckedParameter(NamedTuple):
 
     fast: whether one pass of the batch gives its importance; else it takes the fallback, and `reason` says why.
     layout: where samples lie in the outputs of the functions that use it: "leading", in dimension 0;
-    "trailing", there behind positions; "inner", in dimension 1; "none", nowhere, they are the same for all
-    samples; "" in the fallback. error: the relative L2 error against float64; NaN without a reference.
+    "trailing", there behind positions; "inner", in dimension 1; "table", in rows found one by one; "" in the
+    fallback, and where it has no influence. error: the relative L2 error against float64; NaN without a
+    reference.
     """
 
     name: str
@@ -118,14 +119,18 @@ def check_importance(
         except Exception as error:  # of any kind: it is the user's model that fails
             right, note = {}, f"no float64 reference: {type(error).__name__}: {error}"
     largest = max((float(t.norm()) for t in right.values()), default=0.0)
-    layouts = exact.layouts(omega)
+    layouts, dense = exact.layouts(), exact.dense()
     rows = []
     for name, found in omega.items():
         fast, reason = name not in exact.fallback, exact.fallback.get(name, "")
+        if name in dense:
+            reason = "pulled back through what is computed from it, sample by sample"
         if functions.get(name):
             reason += f" ({', '.join(functions[name])})"
         off = _relative_error(found, right[name], largest) if right else float("nan")
-        rows.append(CheckedParameter(name, fast, layouts[name] if fast else "", off, reason))
+        rows.append(
+            CheckedParameter(name, fast, layouts.get(name, "") if fast else "", off, reason)
+        )
     return ImportanceReport(tuple(rows), note)
 
 
@@ -144,12 +149,13 @@ def _by_single_samples(model: nn.Module, total: ImportanceSum, batch: Any) -> di
     found = ModelView(model, total.exclude).parameters()
     theta = {name: p for name, p in found.items() if p.requires_grad}
     device = next(iter(theta.values())).device
-    evaluate = Evaluate(model, total.forward, total.values)
-    given, samples = Labelled(batches.mapped(batches.to(batch, device), widened)), total.samples
+    told = batches.told(batches.to(batch, device))
+    given, samples = Labelled(batches.mapped(told, widened)), total.samples
     omega = {name: torch.zeros_like(p, requires_grad=False) for name, p in theta.items()}
-    with evaluating(model, device):
+    with evaluating(model, device) as state:
+        evaluate = Evaluate(model, total.forward, total.values, state)
         for k in range(samples):
-            _, values = evaluate(batches.between(given, k, k + 1))
+            _, values = evaluate.alone(batches.between(given, k, k + 1))
             for c in range(values.shape[1]):
                 for name, g in gradient(values, c, theta).items():
                     omega[name] += g.abs() / samples
@@ -162,10 +168,10 @@ def _functions(
     """The torch functions without a rule that use each parameter, or all that use it if all have rules."""
     parameters = view.parameters()
     device = next(iter(parameters.values())).device
-    one = Labelled(batches.to(batches.between(batch, 0, 1), device))
+    one = Labelled(batches.between(batches.told(batches.to(batch, device)), 0, 1))
     users = _Users({name: parameters[name] for name in names})
-    with evaluating(view.model, device), users:
-        Evaluate(view.model, total.forward, total.values).output(one)
+    with evaluating(view.model, device) as state, users:
+        Evaluate(view.model, total.forward, total.values, state).alone(one)
     return {
         name: [f.__name__ for f in used if f not in RULES] or [f.__name__ for f in used]
         for name, used in users.functions.items()

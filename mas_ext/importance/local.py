@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mas_ext.importance import batches
 from mas_ext.importance.evaluation import Evaluate, Labelled
 from mas_ext.importance.exact.driver import Exact
-from mas_ext.importance.exact.layers import Layer
-from mas_ext.importance.exact.nodes import ParameterUse
-from mas_ext.importance.exact.rules import RULES
+from mas_ext.importance.exact.gradient_forms import PerSample, like_total, total_of
+from mas_ext.importance.exact.layers import Broadcast
+from mas_ext.importance.exact.nodes import Meeting
+from mas_ext.importance.exact.sample_layout import SampleLayout
 from mas_ext.importance.exact.tracing import Tape
 from mas_ext.importance.gradients import Totals, zeros
-from mas_ext.kernels import backends
 from mas_ext.kernels.backends import Backend
 
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
@@ -39,9 +38,19 @@ class Local:
     ) -> tuple[Totals, Tensor]:
         """The sums by name, and the objectives of the model's output."""
         tape, values = self._run(evaluate, batch, theta)
-        if tape.samples > 1 and not self._exact.knows(tape, batch):
+        proof = self._exact.known(tape, batch)
+        if tape.samples == 1:
+            layouts: Sequence[SampleLayout | None] = [SampleLayout(1, "leading")] * len(
+                tape.meetings
+            )
+        elif proof is not None:
+            layouts = proof.layouts
+        else:  # where samples lie is found out on the way, in this batch or for good
             self._exact(evaluate, batch, theta)
+            assert self._exact.last is not None
+            layouts = self._exact.last.layouts
             tape, values = self._run(evaluate, batch, theta)
+        totals = tape.finish(layouts)
         outside = sorted(tape.unhandled | self._exact.fallback.keys())
         # Numbers that are not finite prove nothing of uses; they are refused for that, later.
         if outside and values.isfinite().all():
@@ -49,14 +58,13 @@ class Local:
                 f'importance of {", ".join(outside)}: "local" is that of layers, and the model uses this '
                 "in another way; exclude it, or choose another method"
             )
-        return zeros(theta) | tape.finish(), values
+        return zeros(theta) | totals, values
 
     def _run(
         self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
     ) -> tuple[_LocalTape, Tensor]:
-        serves = backends.serves(next(iter(theta.values())).device, self.backend)
-        layouts = self._exact.layouts(theta)
-        tape = _LocalTape(theta, layouts, batches.size(batch), RULES, False, serves)
+        tape = self._exact.tape(evaluate, batch, theta, _LocalTape)
+        assert isinstance(tape, _LocalTape)
         with tape:
             values = evaluate(batch)[1].detach()
         return tape, values
@@ -67,37 +75,27 @@ class _Pending(NamedTuple):
 
     y: Tensor
     x: Tensor
-    layer: Layer
-    uses: Sequence[ParameterUse | None]
-    bias: Tensor | None
+    meeting: Meeting
 
 
 class _LocalTape(Tape):
-    """Records gradients on the way forward, where a ReLU may still come: the gradient of |y|^2 is 2 y."""
+    """Finds gradients on the way forward, where a ReLU may still come: the gradient of |y|^2 is 2 y."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._pending: dict[int, _Pending] = {}
+        # By meeting: the gradient of its output, and its input.
+        self._settled: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def apply(
-        self,
-        layer: Layer,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        uses: Sequence[ParameterUse | None],
-    ) -> Tensor:
+    def apply(self, meeting: Meeting, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer, its input held constant."""
-        y = layer.forward(x, weight, bias)
-        self._pending[id(y)] = _Pending(y, x, layer, uses, bias)
+        y = meeting.layer.forward(x, weight, bias)
+        if isinstance(meeting.layer, Broadcast) or meeting.layer.recurs or meeting.is_derived:
+            self.unhandled |= meeting.names
+        else:
+            self._pending[id(y)] = _Pending(y, x, meeting)
         return y
-
-    def _broadcast(
-        self, use: ParameterUse, p: Tensor, shape: Sequence[int], y_shape: Sequence[int]
-    ) -> Tensor:
-        self.unhandled.add(use.source.name)
-        return p.view(tuple(shape)).expand(tuple(y_shape))
 
     @torch.no_grad()
     def before(self, func: Callable[..., Any], args: Sequence[Any]) -> None:
@@ -105,21 +103,29 @@ class _LocalTape(Tape):
         for t in args:
             if id(t) in self._pending:
                 self._settle(self._pending.pop(id(t)), after_relu=func in _RELU)
-        if func.__name__.endswith("_") and args:  # in place: inputs are about to change
-            for key in [key for key, pending in self._pending.items() if pending.x is args[0]]:
-                self._settle(self._pending.pop(key), after_relu=False)
+        if self.writes(func) and args:  # inputs are about to change
+            for key, pending in self._pending.items():
+                if pending.x is args[0]:
+                    self._pending[key] = pending._replace(x=pending.x.clone())
 
     def _settle(self, pending: _Pending, after_relu: bool) -> None:
-        y, x, layer, (weight_use, bias_use), bias = pending
-        grad = 2 * (F.relu(y) if after_relu else y)
-        if weight_use is not None:
-            self.record(weight_use, layer.weight_gradients(grad, x, weight_use.layout))
-        if bias_use is not None and bias is not None:
-            self.record(bias_use, layer.bias_gradients(grad, bias, bias_use.layout))
+        y = F.relu(pending.y) if after_relu else pending.y
+        self._settled[id(pending.meeting)] = 2 * y, pending.x
 
     @torch.no_grad()
-    def finish(self) -> Totals:
+    def finish(self, layouts: Sequence[SampleLayout | None]) -> Totals:
         """The totals, once the model has run."""
         for pending in self._pending.values():
             self._settle(pending, after_relu=False)
-        return self.collect()
+        gradients: dict[str, list[PerSample]] = {}
+        for meeting, layout in zip(self.meetings, layouts, strict=True):
+            if id(meeting) not in self._settled or layout is None:
+                continue
+            grad, x = self._settled.pop(id(meeting))
+            for source, form in meeting.gradients(grad, x, layout):
+                (name,) = source.names
+                gradients.setdefault(name, []).append(form)
+        return {
+            name: total_of(forms, like_total(self.theta[name]), self.square, self.native)
+            for name, forms in gradients.items()
+        }

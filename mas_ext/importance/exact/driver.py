@@ -1,17 +1,16 @@
 """`exact`: the sum over samples of abs(per-sample gradient), as MAS defines it, at the speed of a batch.
 
-The uses of parameters that have a rule are followed through one forward and backward pass (tracing.py). How the
-samples lie in a model's tensors is found out, never guessed: on the first batch, and whenever a model takes
-another path, a few samples are run alone too. Where a parameter's sums then differ, another layout is tried,
-and if none is right the parameter goes to the fallback, which runs samples alone (fallback.py). That all
-samples lie so is then proven, for all batches or, where data decide, for every single one (layout_proof.py).
-README.md walks through it.
+Where parameters meet data is followed through one forward and backward pass (tracing.py). How the samples lie
+there is found out and proven (layout_proof.py), for all batches or, where data decide, for every single one.
+What was never seen before is tried on a few samples, which are run alone too. What has no rule goes to the
+fallback, which runs samples alone (fallback.py). README.md walks through it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -22,13 +21,18 @@ from mas_ext.importance.exact.fallback import (
     Fallback,
     has_hooks,
     one_by_one,
+    outputs_differ,
     refuse_accumulation_hooks,
+    refuse_interacting,
 )
-from mas_ext.importance.exact.layout_proof import keeps_rows, layout_violations
+from mas_ext.importance.exact.layout_proof import ProvenPass, find_owners, layouts_of
+from mas_ext.importance.exact.nodes import Meeting
+from mas_ext.importance.exact.origins import Earlier
 from mas_ext.importance.exact.precision import Precision, differ, lowest_precision
-from mas_ext.importance.exact.rules import RULES
-from mas_ext.importance.exact.sample_layout import LAYOUT_KINDS, LayoutKind
-from mas_ext.importance.exact.tracing import Tape, UsesOf
+from mas_ext.importance.exact.pull_back import Moves
+from mas_ext.importance.exact.recurrent import RULES
+from mas_ext.importance.exact.sample_layout import SampleLayout
+from mas_ext.importance.exact.tracing import Tape
 from mas_ext.importance.gradients import Summation, Totals, zeros
 from mas_ext.kernels import backends
 from mas_ext.kernels.backends import Backend
@@ -46,23 +50,31 @@ _NOISE = 32
 # every catch_warnings().
 _warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
-# What a proof holds for: the functions called, the uses of parameters, the number of samples, and which
-# sizes in the batch are 1: along such a dimension, rows in several orders are the same.
-Signature = tuple[tuple[str, ...], frozenset[UsesOf], int, tuple[tuple[bool, ...], ...]]
+Layouts = Sequence[SampleLayout | None]
 
 
 class Run(NamedTuple):
-    """One forward and backward pass of a batch."""
+    """A forward pass, and where samples lie in it."""
 
     tape: Tape
     output: Tensor
     values: Tensor
-    totals: Totals
-    signature: Signature
-    # Parameters used on rows of other samples than they are taken for.
-    violations: set[str]
-    # The lowest one that the model computed in.
-    precision: Precision
+    proof: Proof | None
+
+
+@dataclass
+class Proof:
+    """What is known of passes of one signature.
+
+    names: of the parameters in each meeting. layouts: where samples lie in its result. lasting: whether they
+    lie so in every batch. shapes: of these results, where layouts are tables of rows and hold for no others.
+    """
+
+    names: Sequence[frozenset[str]]
+    layouts: Sequence[SampleLayout | None]
+    lasting: bool
+    shapes: Sequence[tuple[int, ...]] | None = None
+    moves: dict[int, Moves] = field(default_factory=dict)
 
 
 class Exact:
@@ -77,155 +89,182 @@ class Exact:
 
     def __init__(self, backend: Backend, square: bool = False) -> None:
         self._how = Summation(backend, square)
-        self._layouts: dict[str, LayoutKind] = {}
         # Parameters that go to the fallback, and why.
         self.fallback: dict[str, str] = {}
-        self._checked: set[UsesOf] = set()
-        self._functions: set[tuple[str, ...]] = set()
-        # Uses whose gradient was not zero when they were checked: a wrong one would have shown.
-        self._proven: set[tuple[UsesOf, int]] = set()
-        # Whether data may decide where the samples are, so that every batch needs a proof of its own.
-        self._open: dict[Signature, bool] = {}
+        # Of the last batch.
+        self.last: Proof | None = None
+        self._proofs: dict[Hashable, Proof] = {}
+        # The functions called in passes in which data decide where samples lie.
+        self._open: set[Hashable] = set()
+        # Calls without data that are the same for all samples, whatever their shapes.
+        self._shared: set[Any] = set()
+        self._earlier = Earlier()
         self._single_samples = Fallback(self._how)
 
     def __call__(
         self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
     ) -> tuple[Totals, Tensor]:
         """The sums by name, and the objectives."""
-        _refuse_batch_statistics(evaluate.model)
+        if self.last is None:
+            _refuse_batch_statistics(evaluate.model)
         refuse_accumulation_hooks(theta)
         hooked = {name for name, p in theta.items() if has_hooks(p)}
         self._send_to_fallback(evaluate.model, hooked, _HOOKS)
-        samples = batches.size(batch)
-        if samples == 1:
+        if batches.size(batch) == 1:
             totals, _, values = one_by_one(evaluate, batch, theta, self._how)
             return totals, values
-        outputs: list[tuple[int, Tensor]] = []  # of samples run alone, from where on
-        checked = 0
-        run = self._run(evaluate, batch, theta) if self._functions else None
+        alone: Tensor | None = None
         while True:
-            known = self._layouts.copy(), self.fallback.copy()
-            if run is None or (checked < samples and self._to_be_checked(run, new=not outputs)):
-                stop = min(checked + _CHECKED, samples)
-                start = max(0, min(checked, stop - 2))  # one sample alone would agree with anything
-                few = batches.between(batch, start, stop)
-                outputs.append((start, self.learn(evaluate, few, theta)))
-                checked = stop
-            elif run.violations:
-                self._send_to_fallback(evaluate.model, run.violations)
-            else:
-                unknown = {name for name, _ in run.tape.uses() - self._checked}
-                self._send_to_fallback(evaluate.model, unknown | run.tape.unhandled)
-                if known == (self._layouts, self.fallback):
+            decided = self._decided()
+            run = self._run(evaluate, batch, theta)
+            if run is None or run.proof is None:
+                if alone is None:
+                    del run
+                    alone = self._try(evaluate, batches.between(batch, 0, _CHECKED), theta)
+                    decided = self._decided()
+                run = self._prove(evaluate, batch, theta)
+            if decided == self._decided():
+                assert run.proof is not None
+                totals = self._backward(run)
+                self._send_to_fallback(evaluate.model, run.tape.unhandled)
+                if decided == self._decided():
                     break
-            if run is None or known != (self._layouts, self.fallback):
-                run = self._run(evaluate, batch, theta)
-        for start, output in outputs:
-            together = run.output[start : start + len(output)]
-            if theta.keys() - self.fallback and differ(together, output, run.precision):
-                raise _interacting(output, together)
-        self._functions.add(run.signature[0])
+        if alone is not None and theta.keys() - self.fallback:
+            refuse_interacting(alone, run.output[: len(alone)], _precision(run))
+        self.last = run.proof
         slow = {name: p for name, p in theta.items() if name in self.fallback}
-        drawn = _RANDOM in self.fallback.values()
+        output = None if _RANDOM in self.fallback.values() else run.output
         others = (
-            self._single_samples(
-                evaluate, batch, slow, None if drawn else run.output, run.precision
-            )
-            if slow
-            else {}
+            self._single_samples(evaluate, batch, slow, output, _precision(run)) if slow else {}
         )
-        unused = theta.keys() - run.totals.keys() - slow.keys()
-        return {**zeros({name: theta[name] for name in unused}), **run.totals, **others}, run.values
+        unused = theta.keys() - totals.keys() - slow.keys()
+        found = {**zeros({name: theta[name] for name in unused}), **totals, **others}
+        return {name: found[name] for name in theta}, run.values.detach()
 
-    def _to_be_checked(self, run: Run, new: bool) -> bool:
-        """Whether the model took another path, or a use has its first gradient."""
-        if new and not (run.signature[0] in self._functions and run.tape.uses() <= self._checked):
-            return True
-        return not run.tape.active <= self._proven
+    def known(self, tape: Tape, batch: Labelled) -> Proof | None:
+        """What is known of a pass that is like one before."""
+        proof = self._proofs.get(_signature(tape, batch))
+        return None if proof is None or proof.shapes not in (None, tape.shapes) else proof
 
-    def layouts(self, theta: Mapping[str, Tensor]) -> Mapping[str, LayoutKind]:
-        """How the samples lie where each parameter is used, as far as is known."""
-        for name in theta:
-            self._layouts.setdefault(name, LAYOUT_KINDS[0])
-        return self._layouts
+    def layouts(self) -> dict[str, str]:
+        """How the samples lay where each parameter met data in the last batch, in as many words as differ."""
+        kinds: dict[str, dict[str, None]] = {}
+        if self.last is not None:
+            for names, layout in zip(self.last.names, self.last.layouts, strict=True):
+                if layout is not None:
+                    for name in names:
+                        kinds.setdefault(name, {})[layout.kind] = None
+        return {name: ", ".join(found) for name, found in kinds.items()}
 
-    def knows(self, tape: Tape, batch: Labelled) -> bool:
-        """Whether what was found out holds for a pass without looking at it."""
-        return tape.uses() <= self._checked and not self._open.get(_signature(tape, batch), True)
+    def dense(self) -> set[str]:
+        """The parameters that were pulled back sample by sample in the last batch."""
+        moves = [] if self.last is None else self.last.moves.values()
+        return set[str]().union(*(m.dense for m in moves))
 
-    def learn(self, evaluate: Evaluate, few: Labelled, theta: Mapping[str, Tensor]) -> Tensor:
-        """Compare a few samples with themselves alone, to find out how the model uses its parameters.
+    def _decided(self) -> tuple[int, int]:
+        return len(self.fallback), len(self._shared)
 
-        Returns their outputs alone.
-        """
-        passed = self._forward(evaluate, few, theta)
-        # Before the way back, so that its sums and the loop's gradients are not there at the same time.
-        expected, output, _ = one_by_one(evaluate, few, theta, self._how)
-        largest = max(float(total.norm()) for total in expected.values())
-        while True:
-            run = self._backward(*passed, few=True)
-            if differ(run.output, output, run.precision):
-                _, again, _ = one_by_one(evaluate, few, {}, self._how)
-                if not differ(again, output, run.precision):
-                    raise _interacting(output, run.output)
-                self._send_to_fallback(evaluate.model, {*theta}, _RANDOM)
-            noise = _NOISE * run.precision.eps * largest
-            wrong = {
-                name
-                for name in theta.keys() - self.fallback
-                if name in run.tape.unhandled | run.violations
-                or differ(run.totals.get(name), expected[name], run.precision, noise)
-            }
-            last = {name for name in wrong if self._layouts[name] == LAYOUT_KINDS[-1]}
-            self._send_to_fallback(evaluate.model, last)
-            for name in wrong - last:
-                tried = LAYOUT_KINDS.index(self._layouts[name])
-                self._layouts[name] = LAYOUT_KINDS[tried + 1]
-            if not wrong:
-                break
-            passed = self._forward(evaluate, few, theta)
-        self._functions.add(run.signature[0])
-        self._checked |= run.tape.uses()
-        self._proven |= run.tape.active
-        return output
-
-    def _run(self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]) -> Run:
-        """A pass of a batch of several samples, whose rows are proven to be theirs."""
-        tape, output, values, signature = self._forward(evaluate, batch, theta)
-        if tape.theta and signature not in self._open:
-            precision = _precision(tape, output)
-            del tape, output, values  # one graph at a time
-            tape = self._tape(batch, theta)
-            self._open[signature] = not keeps_rows(evaluate, batch, tape, precision)
-            tape, output, values, signature = self._forward(evaluate, batch, theta)
-        return self._backward(tape, output, values, signature)
-
-    def _tape(self, batch: Labelled, theta: Mapping[str, Tensor]) -> Tape:
+    def tape(
+        self,
+        evaluate: Evaluate,
+        batch: Labelled,
+        theta: Mapping[str, Tensor],
+        kind: type[Tape] = Tape,
+    ) -> Tape:
+        """A tape for a pass of a batch."""
         fast = {name: p for name, p in theta.items() if name not in self.fallback}
-        native_serves = backends.serves(next(iter(theta.values())).device, self._how.backend)
-        return Tape(
-            fast, self.layouts(fast), batches.size(batch), RULES, self._how.square, native_serves
-        )
+        native = backends.serves(next(iter(theta.values())).device, self._how.backend)
+        samples = batches.size(batch)
+        tape = kind(evaluate.model, fast, samples, RULES, self._shared, self._how.square, native)
+        tape.origins.earlier = self._earlier
+        tape.read(evaluate.constants(batch))
+        tape.of_samples = not batches.differ_in_tensors_alone(batch.batch)
+        return tape
 
-    def _forward(
-        self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
-    ) -> tuple[Tape, Tensor, Tensor, Signature]:
-        tape = self._tape(batch, theta)
+    def _forward(self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]) -> Run:
+        tape = self.tape(evaluate, batch, theta)
         with tape:
             output, values = evaluate(batch)
-        return tape, output, values, _signature(tape, batch)
+        return Run(tape, output.detach(), values, None)
 
-    def _backward(
-        self, tape: Tape, output: Tensor, values: Tensor, signature: Signature, few: bool = False
-    ) -> Run:
-        uses = {(of, i) for of in tape.uses() for i in range(len(of[1]))}
-        tape.watched = uses - self._proven
-        precision = _precision(tape, output)
-        violations = set()
-        if tape.theta and values.requires_grad and (few or self._open.get(signature)):
-            violations = layout_violations(tape, values, precision)
-        totals = tape.backward(values) if tape.theta else {}
-        return Run(tape, output.detach(), values.detach(), totals, signature, violations, precision)
+    def _run(self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]) -> Run | None:
+        """A pass of a batch with what is known of such passes; None where nothing is known yet."""
+        if not self._proofs and not self._open:
+            return None
+        run = self._forward(evaluate, batch, theta)
+        proof = self.known(run.tape, batch)
+        if proof is None and tuple(run.tape.functions) in self._open:
+            proof = self._in_this_batch(evaluate.model, run)
+        return run._replace(proof=proof)
+
+    def _prove(self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]) -> Run:
+        """A pass of a batch whose signature was never seen before."""
+        tape = self.tape(evaluate, batch, theta)
+        proven = ProvenPass(evaluate, batch, tape)
+        run = Run(tape, proven.output.detach(), proven.values, None)
+        layouts = proven.lasting(_precision(run)) if _has_gradients(run) else []
+        if layouts is None:
+            self._open.add(tuple(tape.functions))
+            return run._replace(proof=self._in_this_batch(evaluate.model, run))
+        listed = any(layout is not None and layout.table is not None for layout in layouts)
+        proof = Proof(tape.met, layouts, True, tape.shapes if listed else None)
+        self._proofs[_signature(tape, batch)] = proof
+        return run._replace(proof=proof)
+
+    def _in_this_batch(self, model: nn.Module, run: Run) -> Proof:
+        """Where samples lie in one batch; what has several of them in a row goes to the fallback."""
+        layouts, mixed = _found_layouts(run)
+        self._give_up(model, {name for meeting in mixed for name in meeting.names}, mixed)
+        return Proof(run.tape.met, layouts, False)
+
+    def _give_up(self, model: nn.Module, names: Iterable[str], meetings: Iterable[Meeting]) -> None:
+        """Take calls without data for the same for all samples; parameters without one go to the fallback."""
+        optional = {m.optional for m in meetings if m.optional is not None} - self._shared
+        self._shared |= optional
+        if not optional:
+            self._send_to_fallback(model, set(names))
+
+    def _backward(self, run: Run) -> Totals:
+        assert run.proof is not None
+        if not run.tape.theta:
+            return {}
+        return run.tape.backward(run.values, run.proof.layouts, run.proof.moves)
+
+    def _try(self, evaluate: Evaluate, few: Labelled, theta: Mapping[str, Tensor]) -> Tensor:
+        """Compare a few samples with themselves alone; returns their outputs alone."""
+        model = evaluate.model
+        # What is refused by name is refused before a sample fails alone.
+        run = self._forward(evaluate, few, theta)
+        expected, output, _ = one_by_one(evaluate, few, theta, self._how)
+        repeated = False
+        while True:
+            decided = self._decided()
+            precision = _precision(run)
+            if outputs_differ(output, run.output, precision):
+                _, again, _ = one_by_one(evaluate, few, {}, self._how)
+                if not outputs_differ(again, output, precision):
+                    refuse_interacting(output, run.output, precision)
+                self._send_to_fallback(model, {*theta}, _RANDOM)
+            if not repeated and _found_layouts(run)[1]:  # to know what an earlier pass met unknown
+                repeated, run = True, self._forward(evaluate, few, theta)
+            run = run._replace(proof=self._in_this_batch(model, run))
+            if decided == self._decided():
+                totals = self._backward(run)
+                self._send_to_fallback(model, run.tape.unhandled)
+                self._compare(model, run, totals, expected)
+            if decided == self._decided():
+                return output
+            run = self._forward(evaluate, few, theta)
+
+    def _compare(self, model: nn.Module, run: Run, totals: Totals, expected: Totals) -> None:
+        """Give up what differs from the sums of samples that ran alone."""
+        largest = max(float(total.norm()) for total in expected.values())
+        precision = _precision(run)
+        noise = _NOISE * precision.eps * largest
+        for name in expected.keys() - self.fallback:
+            if differ(totals.get(name), expected[name], precision, noise):
+                where = [m for m in run.tape.meetings if name in m.names]
+                self._give_up(model, [name], where)
 
     def _send_to_fallback(self, model: nn.Module, names: set[str], reason: str = _NO_RULE) -> None:
         """Leave parameters to the fallback, and say so once for each model."""
@@ -251,12 +290,30 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
             )
 
 
-def _precision(tape: Tape, output: Tensor) -> Precision:
-    dtypes = {output.dtype, *tape.dtypes, *(p.dtype for p in tape.theta.values())}
-    return lowest_precision(dtypes, output.is_cuda)
+def _precision(run: Run) -> Precision:
+    dtypes = {run.output.dtype, *run.tape.dtypes, *(p.dtype for p in run.tape.theta.values())}
+    return lowest_precision(dtypes, run.output.is_cuda)
 
 
-def _signature(tape: Tape, batch: Labelled) -> Signature:
+def _found_layouts(run: Run) -> tuple[list[SampleLayout | None], list[Meeting]]:
+    """Where samples lie in one batch, and the meetings whose rows have several of them."""
+    tape = run.tape
+    if not _has_gradients(run):
+        return [None] * len(tape.meetings), []
+    owners = find_owners(tape, run.values, _precision(run))
+    layouts = layouts_of(tape, owners)
+    return layouts, [tape.meetings[i] for i in owners if layouts[i] is None]
+
+
+def _has_gradients(run: Run) -> bool:
+    return bool(run.tape.theta) and run.values.requires_grad
+
+
+def _signature(tape: Tape, batch: Labelled) -> Hashable:
+    """What a proof holds for: functions, numbers read, meetings, samples, and which sizes are 1.
+
+    Along a dimension of size 1, rows in several orders are the same.
+    """
     ones: list[tuple[bool, ...]] = []
 
     def note_sizes(t: Tensor) -> Tensor:
@@ -264,12 +321,8 @@ def _signature(tape: Tape, batch: Labelled) -> Signature:
         return t
 
     batches.mapped(batch, note_sizes)
-    return tuple(tape.functions), frozenset(tape.uses()), tape.samples, tuple(ones)
-
-
-def _interacting(alone: Tensor, together: Tensor) -> ValueError:
-    off = float((together - alone).abs().max())
-    return ValueError(
-        f"model: samples interact: an output changes by up to {off:.2g} when its sample is run alone, so "
-        'that a sample has no gradient of its own; use method="batch", or another normalisation'
+    met = tuple(
+        (meeting.names, tuple(size == 1 for size in shape))
+        for meeting, shape in zip(tape.meetings, tape.shapes, strict=True)
     )
+    return tuple(tape.functions), tuple(tape.reads), met, tape.samples, tuple(ones)

@@ -7,17 +7,21 @@ sum_k abs(g_k), or sum_k g_k^2, in a contiguous float32 or float64 tensor of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mas_ext.kernels.dtypes import compute_dtype
 from mas_ext.kernels.per_sample import per_sample_
 
 # Numbers written out at once where a sample's gradient can't be avoided.
 CHUNK = 1 << 24
+# Numbers up to which a CPU's caches hold what is written out, and one product for each sample takes less time
+# than the kernel that joins product and sum.
+_SMALL = 1 << 21
 
 
 class PerSample(Protocol):
@@ -33,8 +37,8 @@ class PerSample(Protocol):
     def total(self, like: Tensor, square: bool, native: bool) -> Tensor:
         """sum_k f(g_k), f = abs or square; contiguous, in the dtype and shape of `like`."""
 
-    def may_be_nonzero(self, like: Tensor) -> bool:
-        """False only where g is zero; where it is large, that is not always found out."""
+    def scaled(self, factor: float) -> PerSample:
+        """factor * g."""
 
     def joined(self, other: PerSample) -> PerSample | None:
         """The sum of both in the same form, or None where there is none."""
@@ -45,22 +49,40 @@ def magnitude(g: Tensor, square: bool) -> Tensor:
     return g.square() if square else g.abs()
 
 
-def total_of(terms: Sequence[PerSample], like: Tensor, square: bool, native: bool) -> Tensor:
-    """sum_k f(sum over terms of g_k): the uses of a parameter by one sample add up before the abs."""
-    joined: list[PerSample] = []
+def like_total(p: Tensor) -> Tensor:
+    """A tensor of the dtype and shape of a parameter's total, whose numbers are none."""
+    dtype = compute_dtype(p.dtype)
+    return p if p.dtype == dtype else torch.empty((), dtype=dtype, device=p.device).expand(p.shape)
+
+
+def joined(terms: Sequence[PerSample]) -> list[PerSample]:
+    """Terms with the same sum, one of each form where these can be added."""
+    found: list[PerSample] = []
     for kind in dict.fromkeys(map(type, terms)):
         first, *others = (term for term in terms if type(term) is kind)
-        joined.append(first)
+        found.append(first)
         for term in others:
-            joint = joined[-1].joined(term)
-            joined[-1:] = [joined[-1], term] if joint is None else [joint]
-    if len(joined) == 1:
-        return joined[0].total(like, square, native)
+            joint = found[-1].joined(term)
+            found[-1:] = [found[-1], term] if joint is None else [joint]
+    return found
+
+
+def total_of(terms: Sequence[PerSample], like: Tensor, square: bool, native: bool) -> Tensor:
+    """sum_k f(sum over terms of g_k): the uses of a parameter by one sample add up before the abs."""
+    if len(terms) > 1:
+        terms = joined(terms)
+    if len(terms) == 1:
+        return terms[0].total(like, square, native)
+    products = [term for term in terms if isinstance(term, Product)]
+    lookups = [term for term in terms if isinstance(term, Lookup)]
+    if len(terms) == 2 and products and lookups and products[0].is_matrix:
+        total = products[0].total(like, square, native)
+        return lookups[0].add_to_product(total, products[0], square)
     total = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     step = max(1, CHUNK // max(1, total.numel()))
-    for start in range(0, joined[0].samples, step):
-        stop = min(start + step, joined[0].samples)
-        g = reduce(torch.add, (term.dense(start, stop, total) for term in joined))
+    for start in range(0, terms[0].samples, step):
+        stop = min(start + step, terms[0].samples)
+        g = reduce(torch.add, (term.dense(start, stop, total) for term in terms))
         total += magnitude(g, square).sum(0)
     return total
 
@@ -80,10 +102,10 @@ class Dense:
         return g.reshape(len(g), *like.shape)
 
     def total(self, like: Tensor, square: bool, native: bool) -> Tensor:
-        return magnitude(self.dense(0, self.samples, like), square).sum(0)
+        return magnitude(self.g.to(like.dtype), square).sum(0).view(like.shape)
 
-    def may_be_nonzero(self, like: Tensor) -> bool:
-        return bool(self.g.any())
+    def scaled(self, factor: float) -> PerSample:
+        return Dense(self.g * factor)
 
     def joined(self, other: PerSample) -> PerSample | None:
         if not isinstance(other, Dense):
@@ -113,6 +135,11 @@ class Product:
         return self.left.shape[0]
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether g_k is left_k^T right_k."""
+        return self.rows is None and self.groups == 1
+
+    @property
     def _kernel_shape(self) -> tuple[int, int, int, int]:
         outputs, channels = (t.shape[2] // self.groups for t in (self.left, self.right))
         return self.groups, outputs, 1 if self.rows is None else self.rows.shape[0], channels
@@ -130,6 +157,13 @@ class Product:
         return torch.matmul(left, right).view(len(left), *like.shape)
 
     def total(self, like: Tensor, square: bool, native: bool) -> Tensor:
+        if self.is_matrix and not self.left.is_cuda:
+            left, right = self.left.to(like.dtype), self.right.to(like.dtype)
+            if left.shape[1] == 1:  # |g^T x| = |g|^T |x|
+                left, right = (magnitude(t[:, 0], square) for t in (left, right))
+                return torch.mm(left.t(), right).view(like.shape)
+            if self.samples * like.numel() <= _SMALL:
+                return magnitude(torch.bmm(left.mT, right), square).sum(0).view(like.shape)
         omega = torch.zeros(self._kernel_shape, dtype=like.dtype, device=like.device)
         self._run(omega, square, native)
         if omega.shape[2] > 1:
@@ -146,10 +180,8 @@ class Product:
         )
         per_sample_(omega, left, right, self.rows, square, native)
 
-    def may_be_nonzero(self, like: Tensor) -> bool:
-        if self.samples * like.numel() <= CHUNK:
-            return bool(self.dense(0, self.samples, like).any())
-        return bool(self.left.any()) and bool(self.right.any())
+    def scaled(self, factor: float) -> PerSample:
+        return replace(self, left=self.left * factor)
 
     def joined(self, other: PerSample) -> PerSample | None:
         if not isinstance(other, Product) or self._kernel_shape != other._kernel_shape:
@@ -190,9 +222,29 @@ class Lookup:
         rows = like.shape[0] + 1
         key, g = self._by_sample(0, self.samples, rows, like.dtype)
         row, added = _summed(key % rows, magnitude(g, square))
-        total = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-        counted = row > 0
-        total[row[counted] - 1] = added[counted]
+        total = added.new_zeros(rows, added.shape[1])
+        total[row] = added
+        return total[1:]
+
+    def add_to_product(self, total: Tensor, product: Product, square: bool) -> Tensor:
+        """sum_k f(product_k + g_k), given total = sum_k f(product_k): they differ in what is looked up."""
+        rows = total.shape[0] + 1
+        key, g = self._by_sample(0, self.samples, rows, total.dtype)
+        counted = key % rows > 0
+        key, g = key[counted], g[counted]
+        sample, row = key // rows, key % rows - 1
+        # (samples, most rows of one): where in key they are
+        place = torch.arange(len(key), device=key.device)
+        counts = torch.bincount(sample, minlength=self.samples)
+        place = place - (counts.cumsum(0) - counts)[sample]
+        looked_up = row.new_zeros(self.samples, max(1, int(counts.max())))
+        looked_up[sample, place] = row
+        left, right = product.left.to(total.dtype), product.right.to(total.dtype)
+        index = looked_up[:, None].expand(-1, left.shape[1], -1)
+        own = torch.matmul(left.gather(2, index).mT, right)[sample, place]
+        added = magnitude(own + g, square) - magnitude(own, square)
+        row, added = _summed(row, added)
+        total[row] += added
         return total
 
     def _by_sample(
@@ -203,8 +255,8 @@ class Lookup:
         key = (sample * rows + self.ids[start:stop] + 1).flatten()
         return _summed(key, self.grad[start:stop].flatten(0, 1).to(dtype))
 
-    def may_be_nonzero(self, like: Tensor) -> bool:
-        return bool(self.grad.any())
+    def scaled(self, factor: float) -> PerSample:
+        return Lookup(self.ids, self.grad * factor)
 
     def joined(self, other: PerSample) -> PerSample | None:
         if not isinstance(other, Lookup):
@@ -214,6 +266,9 @@ class Lookup:
 
 def _summed(key: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The different keys and the sums of their rows, in a fixed order: the same bits on every run."""
+    if not key.is_cuda:
+        different, place = torch.unique(key, return_inverse=True)
+        return different, rows.new_zeros(len(different), rows.shape[1]).index_add_(0, place, rows)
     key, order = key.sort(stable=True)
     different, counts = torch.unique_consecutive(key, return_counts=True)
     if key.numel() == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,7 +21,14 @@ def channels(x: Tensor) -> tuple[int, ...]:
 
 
 class Layer:
-    """y = f(x, weight) + bias, linear in weight and bias."""
+    """y = f(x, weight) + bias, linear in weight and bias.
+
+    by_row: whether every row over y's last dimension is a function of x's row. recurs: whether x and y's
+    gradient are not what the weight multiplies and what that has for gradient: then y is kept for `backward`.
+    """
+
+    by_row = False
+    recurs = False
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y."""
@@ -30,8 +38,22 @@ class Layer:
         """The shape with which the bias is broadcast to y."""
         return tuple(bias.shape)
 
+    def repeated_shapes(self, y: Tensor) -> Sequence[tuple[int, ...]]:
+        """The shapes with which weight and bias are broadcast to y, where they are."""
+        return ()
+
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """d y / d x applied to y's gradient, where x has one."""
+        raise NotImplementedError
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Where it recurs: the gradient of weight's product, what weight multiplies, and the gradient of x."""
+        raise NotImplementedError
+
+    def backward_of_rows(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Where it recurs: any gradients of weight's product and of x, made of the rows of `backward`."""
         raise NotImplementedError
 
     def weight_gradients(self, grad: Tensor, x: Tensor, layout: SampleLayout) -> PerSample:
@@ -45,20 +67,40 @@ class Layer:
 
 @dataclass(frozen=True)
 class Linear(Layer):
-    """y = x weight^T + bias over the last dimension; transposed: y = x weight + bias."""
+    """y = x weight^T + bias over the last dimension."""
 
-    transposed: bool = False
+    by_row = True
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight.t() if self.transposed else weight, bias)
+        return F.linear(x, weight, bias)
 
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        weight = weight.to(grad.dtype)
-        return torch.matmul(grad, weight.t() if self.transposed else weight)
+        return torch.matmul(grad, weight.to(grad.dtype))
 
     def weight_gradients(self, grad: Tensor, x: Tensor, layout: SampleLayout) -> PerSample:
-        g, a = layout.features(grad), layout.features(x)
-        return Product(a, g) if self.transposed else Product(g, a)
+        return Product(layout.features(grad), layout.features(x))
+
+
+@dataclass(frozen=True)
+class GroupedLinear(Layer):
+    """y_g = x_g weight_g^T for every group: x (..., groups * inputs), weight (groups, outputs, inputs)."""
+
+    groups: int
+    by_row = True
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._product(x, weight.mT)
+
+    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return self._product(grad, weight.to(grad.dtype))
+
+    @staticmethod
+    def _product(x: Tensor, matrices: Tensor) -> Tensor:
+        rows = x.reshape(-1, len(matrices), matrices.shape[1]).transpose(0, 1)
+        return torch.bmm(rows, matrices).transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+    def weight_gradients(self, grad: Tensor, x: Tensor, layout: SampleLayout) -> PerSample:
+        return Product(layout.features(grad), layout.features(x), None, self.groups)
 
 
 @dataclass(frozen=True)
@@ -120,7 +162,7 @@ class Convolution(Layer):
             self.stride,
             self.padding,
             self.dilation,
-            x.shape[0] // layout.samples,
+            layout.images_each(x.shape[0]),
             x.device,
         )
         return Product(layout.images(small), layout.images(large), rows, self.groups)
@@ -155,6 +197,11 @@ def _pixels_seen(
     return pixel.to(device, torch.int32).contiguous()
 
 
+def _in_rows(shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape differs only along the last dimension of what it is broadcast to."""
+    return all(size == 1 for size in shape[:-1])
+
+
 @dataclass(frozen=True)
 class Affine(Layer):
     """y = x weight + bias elementwise, as behind a normalisation; `shape`: how both are broadcast to x."""
@@ -167,6 +214,13 @@ class Affine(Layer):
 
     def bias_shape(self, y: Tensor, bias: Tensor) -> tuple[int, ...]:
         return self.shape
+
+    @property
+    def by_row(self) -> bool:  # type: ignore[override]
+        return _in_rows(self.shape)
+
+    def repeated_shapes(self, y: Tensor) -> Sequence[tuple[int, ...]]:
+        return (self.shape,)
 
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return grad * weight.view(self.shape)
@@ -181,6 +235,13 @@ class Broadcast(Layer):
 
     shape: tuple[int, ...]
     y_shape: tuple[int, ...]
+
+    @property
+    def by_row(self) -> bool:  # type: ignore[override]
+        return _in_rows(self.shape)
+
+    def repeated_shapes(self, y: Tensor) -> Sequence[tuple[int, ...]]:
+        return (self.shape,)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return weight.view(self.shape).expand(self.y_shape)
@@ -225,6 +286,7 @@ class Embedding(Layer):
     """y = weight[ids]; x holds the ids."""
 
     padding_idx: int | None
+    by_row = True
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.embedding(x, weight)

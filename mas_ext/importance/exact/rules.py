@@ -1,11 +1,13 @@
-"""The torch functions that use parameters, and the layer (layers.py) that each of them is.
+"""The torch functions in which parameters meet data, and the layer (layers.py) that each of them is.
 
-A function that is not here, or a call for which a rule returns NotImplemented, runs as it is; the parameters
-that it uses then go to the fallback.
+A function that is not here, or a call for which a rule returns NotImplemented, runs as it is; where it takes
+data, its parameters then go to the fallback.
 """
 
 from __future__ import annotations
 
+import math
+import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,17 +19,22 @@ from mas_ext.importance.exact.layers import (
     Affine,
     Convolution,
     Embedding,
+    GroupedLinear,
     Linear,
     Standardised,
     channels,
 )
-from mas_ext.importance.exact.tracing import FunctionRule, Tape
+from mas_ext.importance.exact.tracing import FunctionRule, Tape, named
 
 RULES: dict[Callable[..., Any], FunctionRule] = {}
 
 
-def _rule(*functions: Callable[..., Any]) -> Callable[[FunctionRule], FunctionRule]:
-    """Let the decorated function (tape, *arguments) stand for these functions of the same arguments."""
+def register_rule(*functions: Callable[..., Any]) -> Callable[[FunctionRule], FunctionRule]:
+    """Let the decorated function (tape, *arguments) stand for these functions of the same arguments.
+
+    It is called where parameters, or what is derived from them, meet data, and returns the function's result,
+    or NotImplemented where the parameters are to take the fallback.
+    """
 
     def register(rule: FunctionRule) -> FunctionRule:
         RULES.update(dict.fromkeys(functions, rule))
@@ -36,27 +43,85 @@ def _rule(*functions: Callable[..., Any]) -> Callable[[FunctionRule], FunctionRu
     return register
 
 
-def _named(*names: str) -> list[Callable[..., Any]]:
-    """The functions of these names that exist as methods of Tensor and in torch."""
-    places = [(where, name) for where in (Tensor, torch) for name in names]
-    return [getattr(where, name) for where, name in places if hasattr(where, name)]
-
-
-@_rule(F.linear)
+@register_rule(F.linear)
 def _linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if weight.dim() != 2:
         return NotImplemented
-    return _matrix(tape, input, weight, bias, transposed=False)
+    return _matrix(tape, input, weight, bias)
 
 
-@_rule(*_named("matmul", "__matmul__", "mm"))
+@register_rule(*named("matmul", "__matmul__", "mm", "bmm"))
 def _matmul(tape: Tape, input: Tensor, other: Tensor) -> Any:
-    if other.dim() != 2 or not (tape.tracked(other) or tape.untransposed(other) is not None):
+    if tape.source(other) is not None:
+        if other.dim() == 1:
+            y = _matrix(tape, input, other[None], None)
+            return y if y is NotImplemented else y.squeeze(-1)
+        other = _one_matrix(other)
+        if other.dim() == 2:
+            return _matrix(tape, input, other.t(), None)
+        if other.dim() == 3 and input.dim() >= 3 and input.shape[-3] == len(other):
+            y = tape.layer(
+                GroupedLinear(len(other)), input.transpose(-3, -2).flatten(-2), other.mT, None
+            )
+            return y.unflatten(-1, (len(other), other.shape[2])).transpose(-3, -2)
         return NotImplemented
-    return _matrix(tape, input, other, None, transposed=True)
+    if input.dim() != 2 or other.dim() < 2:
+        return NotImplemented
+    # y^T = other^T input^T
+    return _matrix(tape, other.mT, input, None).mT
 
 
-@_rule(*_named("addmm"))
+@register_rule(torch.inner, Tensor.inner)
+def _inner(tape: Tape, input: Tensor, other: Tensor) -> Any:
+    return NotImplemented if other.dim() != 2 else _matrix(tape, input, other, None)
+
+
+@register_rule(torch.einsum)
+def _einsum(tape: Tape, equation: Any, *operands: Any) -> Any:
+    """A product of data and a weight: grouped by letters of all three, summed over those of both alone."""
+    operands = operands[0] if len(operands) == 1 else operands
+    terms, arrow, result = str(equation).replace(" ", "").partition("->")
+    names = terms.split(",")
+    if len(operands) != 2 or len(names) != 2 or not arrow or not isinstance(equation, str):
+        return NotImplemented
+    (x, weight), (of_x, of_weight) = operands, names
+    if tape.source(weight) is None:
+        x, weight, of_x, of_weight = weight, x, of_weight, of_x
+    if of_x.count("...") and of_x.count("...") == result.count(
+        "..."
+    ):  # letters for these dimensions
+        free = "".join(c for c in string.ascii_letters if c not in equation)[
+            : x.dim() + 3 - len(of_x)
+        ]
+        of_x, result = of_x.replace("...", free), result.replace("...", free)
+    grouped = [c for c in of_x if c in of_weight and c in result]
+    summed = [c for c in of_x if c in of_weight and c not in result]
+    rows = [c for c in of_x if c not in of_weight]
+    outputs = [c for c in of_weight if c not in of_x]
+    simple = all(len({*term}) == len(term) for term in (of_x, of_weight, result))
+    letters = {*rows, *grouped, *outputs}
+    if not simple or {*result} != letters or tape.source(weight) is None or not rows:
+        return NotImplemented
+    size = dict(zip(of_weight, weight.shape, strict=True))
+    groups, *shape = (math.prod(size[c] for c in part) for part in (grouped, outputs, summed))
+    matrices = weight.permute([of_weight.index(c) for c in grouped + outputs + summed])
+    matrices = matrices.reshape(groups, *shape)
+    tape.derive(matrices, weight)
+    x = x.permute([of_x.index(c) for c in rows + grouped + summed])
+    x = x.reshape(*x.shape[: len(rows)], groups * shape[1])
+    y = tape.layer(GroupedLinear(groups), x, matrices, None)
+    y = y.view(*y.shape[:-1], *(size[c] for c in grouped + outputs))
+    return y.permute([(rows + grouped + outputs).index(c) for c in result])
+
+
+def _one_matrix(t: Tensor) -> Tensor:
+    """The matrix that a tensor repeats for every sample, if it does."""
+    while t.dim() > 2 and (t.stride(0) == 0 or t.shape[0] == 1):
+        t = t[0]
+    return t
+
+
+@register_rule(*named("addmm"))
 def _addmm(
     tape: Tape,
     input: Tensor,
@@ -68,25 +133,19 @@ def _addmm(
 ) -> Any:
     if beta != 1 or alpha != 1 or input.dim() != 1:
         return NotImplemented
-    return _matrix(tape, mat1, mat2, input, transposed=True)
+    return _matrix(tape, mat1, mat2.t(), input)
 
 
-def _matrix(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Any:
-    """y = x weight^T, or x weight; a use of a transpose is recorded as one of the matrix itself."""
-    if x.dim() < 2:
-        return NotImplemented
-    whole = tape.untransposed(weight)
-    if whole is not None:
-        weight, transposed = whole, not transposed
-    y_shape = (*x.shape[:-1], weight.shape[1 if transposed else 0])
-    return tape.layer(Linear(transposed), x, weight, bias, y_shape)
+def _matrix(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    """y = x weight^T + bias."""
+    return NotImplemented if x.dim() < 2 else tape.layer(Linear(), x, weight, bias)
 
 
 def _numbers(value: Any, count: int) -> tuple[int, ...]:
     return (value,) * count if isinstance(value, int) else tuple(value) * (count // len(value))
 
 
-@_rule(torch.conv1d, torch.conv2d, torch.conv3d)
+@register_rule(torch.conv1d, torch.conv2d, torch.conv3d)
 def _convolution(
     tape: Tape,
     input: Tensor,
@@ -110,10 +169,10 @@ def _convolution(
             input = F.pad(input, [n for more in reversed(odd) for n in (0, more)])
         padding = [n // 2 for n in around]
     layer = Convolution(kernel, stride, _numbers(padding, dims), dilation, groups)
-    return tape.layer(layer, input, weight, bias, (input.shape[0], weight.shape[0]))
+    return tape.layer(layer, input, weight, bias)
 
 
-@_rule(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+@register_rule(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 def _transposed_convolution(
     tape: Tape,
     input: Tensor,
@@ -137,7 +196,7 @@ def _transposed_convolution(
         True,
         _numbers(output_padding, dims),
     )
-    return tape.layer(layer, input, weight, bias, (input.shape[0], weight.shape[1] * groups))
+    return tape.layer(layer, input, weight, bias)
 
 
 def _affine(
@@ -150,10 +209,10 @@ def _affine(
     """The weight and bias behind a normalisation."""
     if weight is None:
         weight = x.new_ones(shape)
-    return tape.layer(Affine(shape), x, weight, bias, x.shape)
+    return tape.layer(Affine(shape), x, weight, bias)
 
 
-@_rule(F.layer_norm, torch.layer_norm)
+@register_rule(F.layer_norm, torch.layer_norm)
 def _layer_norm(
     tape: Tape,
     input: Tensor,
@@ -167,7 +226,7 @@ def _layer_norm(
     return _affine(tape, x, weight, bias, tuple(normalized_shape))
 
 
-@_rule(*([F.rms_norm] if hasattr(F, "rms_norm") else []))
+@register_rule(*([F.rms_norm] if hasattr(F, "rms_norm") else []))
 def _rms_norm(
     tape: Tape,
     input: Tensor,
@@ -179,7 +238,7 @@ def _rms_norm(
     return _affine(tape, x, weight, None, tuple(normalized_shape))
 
 
-@_rule(F.group_norm, torch.group_norm)
+@register_rule(F.group_norm, torch.group_norm)
 def _group_norm(
     tape: Tape,
     input: Tensor,
@@ -193,7 +252,7 @@ def _group_norm(
     return _affine(tape, x, weight, bias, channels(x))
 
 
-@_rule(F.instance_norm)
+@register_rule(F.instance_norm)
 def _instance_norm(
     tape: Tape,
     input: Tensor,
@@ -208,7 +267,7 @@ def _instance_norm(
     return _affine(tape, x, weight, bias, channels(x))
 
 
-@_rule(F.batch_norm)
+@register_rule(F.batch_norm)
 def _batch_norm(
     tape: Tape,
     input: Tensor,
@@ -230,17 +289,17 @@ def _batch_norm(
     if weight is None:
         weight = torch.ones_like(running_mean)
     layer = Standardised(running_mean, running_var, eps)
-    return tape.layer(layer, input, weight, bias, input.shape)
+    return tape.layer(layer, input, weight, bias)
 
 
-@_rule(torch.prelu)
+@register_rule(torch.prelu)
 def _prelu(tape: Tape, input: Tensor, weight: Tensor) -> Any:
     shape = channels(input) if weight.numel() > 1 else (1,)
-    slope = tape.broadcast(weight, shape, input.shape)
+    slope = tape.broadcast(weight, input.shape, shape)
     return NotImplemented if slope is None else F.relu(input) - slope * F.relu(-input)
 
 
-@_rule(F.embedding)
+@register_rule(F.embedding)
 def _embedding(
     tape: Tape,
     input: Tensor,
@@ -251,71 +310,109 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    tracked = tape.tracked(weight)
-    if tracked is None or max_norm is not None or scale_grad_by_freq:
+    if tape.source(weight) is None or max_norm is not None or scale_grad_by_freq:
         return NotImplemented
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    if tape.layouts[tracked.name] == "none":
-        # The same rows for all samples, such as those of positions: a part of the table.
-        tape.record_use(tracked)
-        return tape.part(tracked, tape.func(input, weight, padding_idx))
-    return tape.layer(Embedding(padding_idx), input, weight, None, input.shape)
+    return tape.layer(Embedding(padding_idx), input, weight, None)
 
 
-@_rule(
-    *_named("add", "__add__", "__radd__", "sub", "__sub__", "rsub", "__rsub__", "mul", "__mul__"),
-    *_named(
-        "__rmul__", "div", "__truediv__", "__rtruediv__", "true_divide", "subtract", "multiply"
+@register_rule(torch.index_select, Tensor.index_select)
+def _index_select(tape: Tape, input: Tensor, dim: int, index: Tensor) -> Any:
+    return _rows(tape, input, index) if dim == 0 else NotImplemented
+
+
+@register_rule(Tensor.__getitem__)
+def _getitem(tape: Tape, input: Tensor, index: Any) -> Any:
+    rows = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64)
+    return _rows(tape, input, index) if rows else NotImplemented
+
+
+def _rows(tape: Tape, input: Tensor, index: Tensor) -> Any:
+    """Rows of a derived table, looked up by data."""
+    if tape.source(input) is None:
+        return NotImplemented
+    table = input.flatten(1) if input.dim() > 1 else input[:, None]
+    tape.derive(table, input)
+    index = torch.where(index < 0, index + len(input), index)
+    y = tape.layer(Embedding(None), index, table, None)
+    return y.view(*index.shape, *input.shape[1:])
+
+
+@register_rule(
+    *named("add", "__add__", "__radd__", "sub", "__sub__", "rsub", "__rsub__", "mul", "__mul__"),
+    *named("__rmul__", "div", "__truediv__", "__rtruediv__", "true_divide", "subtract", "multiply"),
+    *named(
+        "maximum", "minimum", "where", "lerp", "addcmul", "pow", "__iadd__", "__isub__", "__imul__"
     ),
-    *_named("maximum", "minimum", "where", "lerp", "addcmul", "pow"),
+    *named("add_", "sub_", "mul_", "div_", "__itruediv__", "addcmul_"),
 )
 def _elementwise(tape: Tape, *args: Any, **kwargs: Any) -> Any:
+    if tape.writes(tape.func) and tape.source(args[0]):
+        return NotImplemented
     tensors = [t for t in args if isinstance(t, Tensor)]
     y_shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    expanded = [tape.broadcast(t, t.shape, y_shape) if tape.tracked(t) else t for t in tensors]
+    expanded = [tape.broadcast(t, y_shape) if tape.source(t) else t for t in tensors]
     if any(t is None for t in expanded):
         return NotImplemented
     found = iter(expanded)
     return tape.func(*(next(found) if isinstance(t, Tensor) else t for t in args), **kwargs)
 
 
-@_rule(Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to, Tensor.repeat)
+@register_rule(*named("expand", "expand_as", "broadcast_to", "repeat"))
 def _expand(tape: Tape, input: Tensor, *sizes: Any, **kwargs: Any) -> Any:
     result = tape.func(input, *sizes, **kwargs)
-    shape = (1,) * (result.dim() - input.dim()) + tuple(input.shape)
-    if any(a not in (1, b) for a, b in zip(shape, result.shape, strict=True)):
-        return NotImplemented  # repeated in blocks
-    expanded = tape.broadcast(input, input.shape, result.shape)
-    return NotImplemented if expanded is None else expanded
-
-
-@_rule(
-    *_named(
-        "view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "clone"
-    ),
-    *_named("__getitem__", "narrow", "select", "chunk", "split", "unbind", "movedim", "permute"),
-    *_named("transpose", "swapaxes", "t", "float", "double", "half", "bfloat16", "to", "type_as"),
-    Tensor.T.__get__,  # type: ignore[attr-defined]
-    Tensor.mT.__get__,  # type: ignore[attr-defined]
-)
-def _selection(tape: Tape, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Elements of a parameter in another order or shape, each at most once."""
-    tracked = tape.tracked(input)
-    if tracked is None or input.dtype.itemsize < 4:  # sums of 16-bit numbers would be rounded
+    shape = result.shape
+    if tape.func is Tensor.repeat and input.dim() and shape[0] != len(input) > 1:
+        # In blocks: more of them than one have a dimension of their own.
+        if shape[1:] != input.shape[1:]:
+            return NotImplemented
+        shape = (shape[0] // len(input), *input.shape)
+    before = (1,) * (len(shape) - input.dim()) + tuple(input.shape)
+    sizes_of = [*zip(before, shape, strict=True)]
+    if any(a not in (1, b) for a, b in sizes_of):
         return NotImplemented
-    result = tape.func(input, *args, **kwargs)
-    if isinstance(result, Tensor) and (result.dtype != input.dtype or result is input):
-        return result
-    turned = isinstance(result, Tensor) and input.dim() == result.dim() == 2
-    if turned and result.shape == input.t().shape and result.stride() == input.t().stride():
-        tape.transpose(input, result)
-        return result
-    return tape.part(tracked, result)
+    along = [a != b and b % tape.samples == 0 for a, b in sizes_of[:2]]
+    if not any(along) or (not along[0] and sizes_of[1][1] != tape.samples):
+        return NotImplemented  # the same for all samples
+    expanded = tape.broadcast(input, shape)
+    # Data from here on, in memory of its own: that of the parameter tells another origin.
+    return NotImplemented if expanded is None else expanded.clone().view(result.shape)
 
 
-@_rule(F.multi_head_attention_forward)
+@register_rule(F.scaled_dot_product_attention)
+def _dot_product_attention(
+    tape: Tape,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Derived queries, keys, values and masks are repeated for all samples, as torch does it."""
+    if kwargs.get("enable_gqa") and (tape.source(key) or tape.source(value)):
+        return NotImplemented
+    batch = query.shape[:-2]
+    if not kwargs.get("enable_gqa"):
+        batch = torch.broadcast_shapes(batch, key.shape[:-2], value.shape[:-2])
+    of_mask = (query.shape[-2], key.shape[-2])
+    operands = [query, key, value, attn_mask]
+    for i, t in enumerate(operands):
+        if t is not None and tape.source(t) is not None:
+            operands[i] = tape.broadcast(t, (*batch, *(of_mask if i == 3 else t.shape[-2:])))
+            if operands[i] is None:
+                return NotImplemented
+    return tape.func(*operands, *args, **kwargs)
+
+
+@register_rule(Tensor.__setitem__)
+def _setitem(tape: Tape, input: Tensor, index: Any, value: Any) -> Any:
+    shape = input[index].shape
+    expanded = tape.broadcast(value, shape) if tape.source(value) else None
+    return NotImplemented if expanded is None else tape.func(input, index, expanded)
+
+
+@register_rule(F.multi_head_attention_forward)
 def _attention(tape: Tape, *args: Any, **kwargs: Any) -> Any:
-    query = args[0] if args else kwargs["query"]
-    with tape.columns(query.shape[1] if query.dim() == 3 else 0):
-        return tape.inside(tape.func, *args, **kwargs)
+    return tape.inside(tape.func, *args, **kwargs)
