@@ -37,12 +37,8 @@ def test_an_mlp_is_fast_and_exact() -> None:
 @pytest.mark.parametrize(
     ("name", "function", "slow"),
     [
-        ("LSTM", "lstm", {f"layer.{w}_{h}_l0" for w in ("weight", "bias") for h in ("ih", "hh")}),
-        (
-            "weight norm",
-            "_weight_norm",
-            {f"0.parametrizations.weight.original{i}" for i in range(2)},
-        ),
+        ("bilinear module", "bilinear", {"f.weight", "f.bias"}),
+        ("a function with its own backward", "", {"w"}),
     ],
 )
 def test_what_has_no_rule_takes_the_fallback_and_the_function_is_named(
@@ -59,18 +55,18 @@ def test_what_has_no_rule_takes_the_fallback_and_the_function_is_named(
         if row.fast:
             assert (row.layout, row.reason) == ("leading", "")
         else:
-            reason = f"no rule fits how the model uses it ({function})"
+            reason = "no rule fits how the model uses it" + (f" ({function})" if function else "")
             assert (row.layout, row.reason) == ("", reason)
 
 
 def test_the_rule_of_the_readme_makes_its_function_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     readme = Path(rules.__file__).with_name("README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    model = Wired(lambda m, x: torch.inner(x, m.w), w=torch.randn(3, 4))
+    model = Wired(lambda m, x: torch.tensordot(x, m.w, dims=1), w=torch.randn(4, 3))
     x = torch.randn(6, 4)
     (row,) = check_importance(model, x).rows
-    assert (row.fast, row.reason) == (False, "no rule fits how the model uses it (inner)")
-    monkeypatch.setitem(rules.RULES, torch.inner, None)  # afterwards it has none again
+    assert (row.fast, row.reason) == (False, "no rule fits how the model uses it (tensordot)")
+    monkeypatch.setitem(rules.RULES, torch.tensordot, None)  # afterwards it has none again
     exec(code, {**vars(rules)})
     (row,) = check_importance(model, x).rows
     assert (row.fast, row.layout, row.reason) == (True, "leading", "")
@@ -80,7 +76,24 @@ def test_the_rule_of_the_readme_makes_its_function_fast(monkeypatch: pytest.Monk
 def test_samples_in_dimension_1_are_said_to_be_there() -> None:
     case = CASES["encoder layer, sequence first, norm last"]
     report = check_importance(case.make(), case.inputs(5), objective="l1", forward=case.forward)
-    assert {row.layout for row in report.rows if row.name.startswith("layer.")} == {"inner"}
+    layouts = {row.name: row.layout for row in report.rows if row.name.startswith("layer.")}
+    assert (
+        layouts.pop("layer.self_attn.out_proj.weight") == "trailing"
+    )  # of rows (positions * samples)
+    assert layouts.pop("layer.self_attn.out_proj.bias") == "trailing"
+    assert {*layouts.values()} == {"inner"}
+
+
+def test_what_is_pulled_back_sample_by_sample_says_so() -> None:
+    case = CASES["weight norm"]
+    report = check_importance(case.make(), case.inputs(5))
+    reasons = {row.name: (row.fast, row.reason != "", row.error < 1e-5) for row in report.rows}
+    normed = {n for n in reasons if "original" in n}
+    assert normed == {f"0.parametrizations.weight.original{i}" for i in range(2)}
+    assert {n for n, found in reasons.items() if found == (True, True, True)} == normed
+    assert {
+        n for n, found in reasons.items() if found == (True, False, True)
+    } == reasons.keys() - normed
 
 
 def test_random_numbers_are_the_reason_for_all() -> None:
@@ -171,16 +184,18 @@ def test_without_a_reference_there_is_a_note_instead_of_errors(model: nn.Module,
 
 
 def test_it_prints_as_a_table() -> None:
-    gate = CASES["gate"]
-    lines = str(check_importance(gate.make(), gate.inputs(5))).splitlines()
+    case = CASES["bilinear module"]
+    model = Wired(lambda m, x: m.a(m.f(x)), f=case.make(), a=nn.Linear(3, 2))
+    lines = str(check_importance(model, case.inputs(5))).splitlines()
     assert lines[0].split() == ["parameter", "way", "samples", "error", "why"]
     assert [line.split()[:2] for line in lines[1:]] == [
+        ["f.f.weight", "fallback"],
+        ["f.f.bias", "fallback"],
         ["a.weight", "fast"],
         ["a.bias", "fast"],
-        ["alpha", "fallback"],
     ]
-    assert lines[3].endswith("no rule fits how the model uses it (sigmoid)")
-    assert len({line.index(word) for line, word in zip(lines, ("way", "fast", "fast"))}) == 1  # noqa: B905
+    assert lines[1].endswith("no rule fits how the model uses it (bilinear)")
+    assert len({line.index(word) for line, word in zip(lines, ("way", "fallback"))}) == 1  # noqa: B905
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -313,7 +313,7 @@ def test_public_function_is_the_same() -> None:
 
 def test_the_warning_comes_once_however_many_passes() -> None:
     """A training run estimates after every task; one warning for its model is enough, at this line."""
-    model, batches = prepared("LSTM")
+    model, batches = prepared("a function with its own backward")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -389,6 +389,7 @@ ORDINARY = [
     "encoder layer, sequence first, norm last",
     "attention with padding, a dict for output",
     "positions looked up one by one",
+    "index_select by keywords",
 ]
 
 
@@ -415,7 +416,7 @@ def test_deep_models_take_one_backward_pass() -> None:
     assert len(passes) == 1
 
 
-@pytest.mark.parametrize("name", ["index_select by keywords", "in-place into a slice"])
+@pytest.mark.parametrize("name", ["routed by a product with a matrix", "in-place into a slice"])
 def test_every_batch_is_proven_where_data_may_decide(name: str) -> None:
     """Once as it is, once with a factor for each sample, and once to count."""
     case, (model, _) = CASES[name], prepared(name)
@@ -429,7 +430,8 @@ def test_every_batch_is_proven_where_data_may_decide(name: str) -> None:
 
 def test_parameters_in_the_fallback_do_not_take_the_others_along() -> None:
     """A parameter outside the rules costs its own gradients; the layers stay as fast as they were."""
-    case, (model, _) = CASES["gate"], prepared("gate")
+    name = "a function with its own backward"
+    case, (model, _) = CASES[name], prepared(name)
     total = ImportanceSum()
     with fallback_warnings() as messages:
         total.add(model, case.inputs(32))
