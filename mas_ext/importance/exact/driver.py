@@ -101,6 +101,10 @@ class Exact:
         self._earlier = Earlier()
         self._single_samples = Fallback(self._how)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy finds out about its own model."""
+        return Exact, (self._how.backend, self._how.square)
+
     def __call__(
         self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
     ) -> tuple[Totals, Tensor]:
@@ -214,15 +218,18 @@ class Exact:
     def _in_this_batch(self, model: nn.Module, run: Run) -> Proof:
         """Where samples lie in one batch; what has several of them in a row goes to the fallback."""
         layouts, mixed = _found_layouts(run)
-        self._give_up(model, {name for meeting in mixed for name in meeting.names}, mixed)
+        self._give_up(model, mixed)
         return Proof(run.tape.met, layouts, False)
 
-    def _give_up(self, model: nn.Module, names: Iterable[str], meetings: Iterable[Meeting]) -> None:
+    def _give_up(
+        self, model: nn.Module, meetings: Sequence[Meeting], names: Iterable[str] | None = None
+    ) -> None:
         """Take calls without data for the same for all samples; parameters without one go to the fallback."""
         optional = {m.optional for m in meetings if m.optional is not None} - self._shared
         self._shared |= optional
         if not optional:
-            self._send_to_fallback(model, set(names))
+            met = {name for meeting in meetings for name in meeting.names}
+            self._send_to_fallback(model, met if names is None else set(names))
 
     def _backward(self, run: Run) -> Totals:
         assert run.proof is not None
@@ -245,9 +252,12 @@ class Exact:
                 if not outputs_differ(again, output, precision):
                     refuse_interacting(output, run.output, precision)
                 self._send_to_fallback(model, {*theta}, _RANDOM)
-            if not repeated and _found_layouts(run)[1]:  # to know what an earlier pass met unknown
+            layouts, mixed = _found_layouts(run)
+            if mixed and not repeated:  # to know what an earlier pass met unknown
                 repeated, run = True, self._forward(evaluate, few, theta)
-            run = run._replace(proof=self._in_this_batch(model, run))
+                continue
+            self._give_up(model, mixed)
+            run = run._replace(proof=Proof(run.tape.met, layouts, False))
             if decided == self._decided():
                 totals = self._backward(run)
                 self._send_to_fallback(model, run.tape.unhandled)
@@ -264,7 +274,7 @@ class Exact:
         for name in expected.keys() - self.fallback:
             if differ(totals.get(name), expected[name], precision, noise):
                 where = [m for m in run.tape.meetings if name in m.names]
-                self._give_up(model, [name], where)
+                self._give_up(model, where, [name])
 
     def _send_to_fallback(self, model: nn.Module, names: set[str], reason: str = _NO_RULE) -> None:
         """Leave parameters to the fallback, and say so once for each model."""

@@ -120,7 +120,9 @@ class LayerNode(torch.autograd.Function):
             grad = tape.seen(meeting, grad)
             gradient = None
             if meeting.layer.recurs:
-                x, weight, *more = (t if t is None else t.to(grad.dtype) for t in (x, weight, *more))
+                x, weight, *more = (
+                    t if t is None else t.to(grad.dtype) for t in (x, weight, *more)
+                )
                 if tape.random:
                     grad, gradient = meeting.layer.backward_of_rows(grad, x, weight)
                 else:
