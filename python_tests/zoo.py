@@ -923,6 +923,34 @@ add(
     real(4),
     may=ANY,
 )
+
+# Complex numbers that are made of parameters have no rule; those of data may meet real ones.
+COMPLEX: dict[str, tuple[Wiring, Inputs, tuple[int, ...], bool]] = {
+    "long convolution": (
+        lambda m, x: torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(m.w)), real(8), (8,), False,
+    ),
+    "spectral operator": (
+        lambda m, x: torch.fft.irfft(
+            torch.einsum("bix,iox->box", torch.fft.rfft(x)[..., :3], torch.view_as_complex(m.w)), n=8
+        ), real(2, 8), (2, 3, 3, 2), False,
+    ),
+    "complex linear": (
+        lambda m, x: F.linear(torch.view_as_complex(x), torch.view_as_complex(m.w)).abs(),
+        real(5, 4, 2), (3, 4, 2), False,
+    ),
+    "complex matrix product": (
+        lambda m, x: torch.view_as_real(torch.view_as_complex(x) @ torch.view_as_complex(m.w)),
+        real(5, 4, 2), (4, 3, 2), False,
+    ),
+    "complex table": (
+        lambda m, x: torch.view_as_real(torch.view_as_complex(m.w)[x]), ids(5), (7, 4, 2), False,
+    ),
+    "real scale of complex data": (
+        lambda m, x: torch.view_as_real(torch.view_as_complex(x) * m.w), real(5, 4, 2), (4,), True,
+    ),
+}  # fmt: skip
+for name, (wiring, inputs, shape, fast) in COMPLEX.items():
+    wired(name, inputs, wiring, lambda shape=shape: {"w": weights(*shape)}, may=() if fast else ANY)
 add(
     "weight norm",
     lambda: nn.Sequential(

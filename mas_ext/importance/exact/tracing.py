@@ -289,14 +289,14 @@ class Tape(TorchFunctionMode):
         """Called before every function."""
 
     def source(self, t: Any) -> GradientSource | None:
-        """The parameter that a tensor is, or what it is derived from parameters; None for everything else."""
+        """A parameter, or a real tensor that is derived from parameters; None for everything else."""
         if not isinstance(t, Tensor):
             return None
         found = self._sources.get(id(t))
         if found is not None:
             return found
         origin = self.origins.of(t) if t.requires_grad else None
-        if origin is None or not origin.sources or t._backward_hooks:
+        if origin is None or not origin.sources or t._backward_hooks or t.is_complex():
             return None
         found = GradientSource(origin.sources, t, t.detach().requires_grad_())
         self._sources[id(t)] = found
