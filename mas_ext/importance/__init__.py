@@ -15,6 +15,7 @@ from mas_ext.importance.accumulator import (
     gather,
 )
 from mas_ext.importance.evaluation import Forward
+from mas_ext.importance.exact.rules import register_rule
 from mas_ext.importance.fisher import FisherSum, estimate_fisher
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
@@ -29,6 +30,7 @@ __all__ = [
     "estimate_fisher",
     "estimate_importance",
     "gather",
+    "register_rule",
 ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo import CASES, Wired
 
@@ -59,18 +60,36 @@ def test_what_has_no_rule_takes_the_fallback_and_the_function_is_named(
             assert (row.layout, row.reason) == ("", reason)
 
 
-def test_the_rule_of_the_readme_makes_its_function_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("function", "model", "shape"),
+    [
+        (torch.tensordot, Wired(lambda m, x: torch.tensordot(x, m.w, dims=1), w=torch.randn(4, 3)), (4,)),
+        (F.bilinear, Wired(lambda m, x: m.f(x, x.square()), f=nn.Bilinear(4, 4, 3)), (5, 4)),
+        (
+            torch.baddbmm,
+            Wired(
+                lambda m, x: torch.baddbmm(m.b, x.transpose(0, 1), m.w, alpha=0.5).transpose(0, 1),
+                w=torch.randn(5, 4, 3), b=torch.randn(3),
+            ),
+            (5, 4),
+        ),
+    ],
+)  # fmt: skip
+def test_a_rule_of_the_readme_makes_its_function_fast(
+    function: Any, model: nn.Module, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     readme = Path(rules.__file__).with_name("README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    model = Wired(lambda m, x: torch.tensordot(x, m.w, dims=1), w=torch.randn(4, 3))
-    x = torch.randn(6, 4)
-    (row,) = check_importance(model, x).rows
-    assert (row.fast, row.reason) == (False, "no rule fits how the model uses it (tensordot)")
-    monkeypatch.setitem(rules.RULES, torch.tensordot, None)  # afterwards it has none again
-    exec(code, {**vars(rules)})
-    (row,) = check_importance(model, x).rows
-    assert (row.fast, row.layout, row.reason) == (True, "leading", "")
-    assert row.error < 1e-6
+    code = "\n".join(re.findall(r"```python\n(.*?)```", readme, re.DOTALL))
+    x = torch.randn(7, *shape)
+    rows = check_importance(model, x).rows
+    named = f"no rule fits how the model uses it ({function.__name__})"
+    assert {(row.fast, row.reason) for row in rows} == {(False, named)}
+    for known in (torch.tensordot, F.bilinear, torch.baddbmm, Tensor.baddbmm):
+        monkeypatch.setitem(rules.RULES, known, None)  # afterwards it has none again
+    exec(code, {})
+    rows = check_importance(model, x).rows
+    assert {(row.fast, row.reason) for row in rows} == {(True, "")}
+    assert all(row.layout and row.error < 1e-6 for row in rows)
 
 
 def test_samples_in_dimension_1_are_said_to_be_there() -> None:

@@ -30,10 +30,16 @@ RULES: dict[Callable[..., Any], FunctionRule] = {}
 
 
 def register_rule(*functions: Callable[..., Any]) -> Callable[[FunctionRule], FunctionRule]:
-    """Let the decorated function (tape, *arguments) stand for these functions of the same arguments.
+    """Let the decorated function (tape, *arguments) stand for these torch functions of the same arguments.
 
-    It is called where parameters, or what is derived from them, meet data, and returns the function's result,
-    or NotImplemented where the parameters are to take the fallback.
+    It is called where parameters, or what is derived from them, meet data, and returns the function's result:
+    of `tape.layer`, or of functions that have rules, under `with tape:`. NotImplemented sends the parameters
+    to the fallback. mas_ext/importance/exact/README.md has examples.
+
+        @register_rule(torch.baddbmm)
+        def baddbmm(tape, input, batch1, batch2, *, beta=1, alpha=1):
+            with tape:
+                return beta * input + alpha * torch.bmm(batch1, batch2)
     """
 
     def register(rule: FunctionRule) -> FunctionRule:
