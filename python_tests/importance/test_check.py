@@ -115,6 +115,23 @@ def test_what_is_pulled_back_sample_by_sample_says_so() -> None:
     } == reasons.keys() - normed
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [
+        lambda m: m.w + 2 * (m.b @ m.a),
+        lambda m: m.b @ m.a / 3 - m.w,
+        lambda m: torch.sub(m.w, (m.a.t() @ m.b.t()).t(), alpha=2),
+        lambda m: m.w + (1 + m.b) @ m.a,
+    ],
+)
+def test_factors_reach_parameters_through_sums_and_products(weight: Any) -> None:
+    parts = {"w": torch.randn(3, 4), "b": torch.randn(3, 2), "a": torch.randn(2, 4)}
+    model = Wired(lambda m, x: F.linear(x, weight(m)) + F.linear(x.tanh(), m.w), **parts)
+    rows = check_importance(model, torch.randn(5, 6, 4)).rows
+    assert [(row.name, row.fast, row.reason) for row in rows] == [(n, True, "") for n in parts]
+    assert all(row.error < 1e-6 for row in rows)
+
+
 def test_random_numbers_are_the_reason_for_all() -> None:
     model = Wired(lambda m, x: m.a(x) + torch.rand(len(x), 1), a=nn.Linear(4, 3))
     report = check_importance(model, torch.randn(5, 4))

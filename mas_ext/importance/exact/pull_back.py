@@ -178,8 +178,7 @@ def _factored(edge: GradientEdge, form: PerSample) -> Iterator[tuple[GradientEdg
 def _shape(node: Any, output: int) -> torch.Size:
     """The shape of a result of a node, or of the parameter that it is of."""
     p = getattr(node, "variable", None)
-    shape: torch.Size = node._input_metadata[output].shape if p is None else p.shape
-    return shape
+    return torch.Size(node._input_metadata[output].shape if p is None else p.shape)
 
 
 def _find_moves(
