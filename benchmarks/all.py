@@ -1,6 +1,6 @@
 """Runs all benchmarks of time, and makes the pages from them: most of an hour on two quiet cores.
 
-python -m benchmarks.all [--anew]
+python -m benchmarks.all [--anew] [--only importance]
 
 A result that is there already stays: a run that was stopped goes on when it is started again, and --anew
 measures everything again. Accuracy over lam (lam.py) depends on no clock and is learned only where it is
@@ -53,11 +53,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument("--anew", action="store_true", help="measure again what is there")
+    parser.add_argument(
+        "--only", choices=("penalty", "importance", "step"), help="this benchmark alone"
+    )
     parser.add_argument("--quick", action="store_true", help="as few repeats as can be: a trial")
     parser.add_argument("--out", type=Path, default=RESULTS, help="pages are made from the default")
     parser.add_argument("--data", help="folder of MNIST, where accuracy over lam is missing")
     arguments = parser.parse_args()
-    wanted, failed, begin = [*jobs(arguments.device, arguments.quick)], [], perf_counter()
+    wanted = [
+        (name, command)
+        for name, command in jobs(arguments.device, arguments.quick)
+        if arguments.only in (None, command[0])
+    ]
+    failed, begin = [], perf_counter()
     if arguments.anew:
         for name, _ in wanted:
             (arguments.out / f"{name}.json").unlink(missing_ok=True)

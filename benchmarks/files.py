@@ -27,6 +27,12 @@ NAMES = {
     "cnn": "VGG-like",
     "transformer": "transformer, 4 layers",
     "resnet18": "ResNet-18",
+    "bert_narrow": "BERT, 4 layers of width 128",
+    "gpt2_narrow": "GPT-2, 4 layers of width 128",
+    "llama_narrow": "Llama, 4 layers of width 128",
+    "llama_lora": "the same Llama with LoRA",
+    "vit_narrow": "ViT, 4 layers of width 128",
+    "swin_t": "Swin-T",
     "resnet50": "ResNet-50",
     "vit_b": "ViT-B/16",
     "gpt2": "GPT-2 small",
@@ -139,6 +145,15 @@ def load_all(kind: str, device: str = "*") -> list[dict[str, Any]]:
 def row(part: Result, name: str, tasks: int | None = None) -> Result:
     """The row of a form, after so many tasks if it depends on them; empty if it was not measured."""
     return next((r for r in part["forms"] if r["name"] == name and r.get("tasks") == tasks), {})
+
+
+def dearest_first(found: Iterable[Result]) -> list[Result]:
+    """Results of importance, the CPU's first, and of each device those first that take the most passes."""
+
+    def place(r: Result) -> tuple[str, float]:
+        return r["device"], -row(r, "exact")["to_training"]["median"]
+
+    return sorted(found, key=place)
 
 
 def fill(document: Path, parts: Mapping[str, str]) -> None:

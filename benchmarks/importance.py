@@ -3,7 +3,8 @@
 python -m benchmarks.importance --model transformer
 
 Each form is checked against a float64 loop. Then all take turns within every repeat, and each shows its peak of
-memory in a process of its own. BackPACK and Opacus take part where they are installed.
+memory in a process of its own. BackPACK and Opacus take part where they are installed. Networks are CNNs and
+transformers by their real architectures: some need transformers, torchvision or peft, and say so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import memory, pictures
+from benchmarks import files, memory, pictures
 from benchmarks.files import batch, measure, parser, report
 from benchmarks.networks import IMPORTANCE, build
 from mas_ext.compare.timing import in_turns, median, paired, seconds, spread
@@ -73,7 +74,7 @@ def loop(model: nn.Module, x: Tensor) -> Call:
     """The definition: one backward pass per sample."""
 
     def call() -> Omega:
-        total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        total = {name: torch.zeros_like(p) for name, p in _trained(model).items()}
         with torch.no_grad():
             for sample in x.split(1):
                 for name, g in _gradients(model, sample).items():
@@ -85,7 +86,7 @@ def loop(model: nn.Module, x: Tensor) -> Call:
 
 def vmap(model: nn.Module, x: Tensor) -> Call:
     """torch.func.vmap(grad) in chunks: B x P numbers, as many at a time as CHUNK_BYTES hold."""
-    theta = {name: p.detach() for name, p in model.named_parameters()}
+    theta = {name: p.detach() for name, p in _trained(model).items()}
     buffers = dict(model.named_buffers())
 
     def value(theta: Omega, sample: Tensor) -> Tensor:
@@ -146,8 +147,12 @@ FORMS: dict[str, Callable[[nn.Module, Tensor], Call]] = {
 OWN, APPROXIMATION, TRAINING = [*FORMS][:3]
 
 
+def _trained(model: nn.Module) -> Omega:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def _gradients(model: nn.Module, x: Tensor) -> Omega:
-    theta = dict(model.named_parameters())
+    theta = _trained(model)
     with torch.enable_grad():
         value = model(x).square().sum()
     return dict(zip(theta, torch.autograd.grad(value, list(theta.values())), strict=True))
@@ -160,7 +165,7 @@ def _means(sums: Omega, x: Tensor) -> Omega:
 def _taken(model: nn.Module, attribute: str) -> Omega:
     """The sum of |per-sample gradients| in an attribute of the parameters, which lose it."""
     sums = {}
-    for name, p in model.named_parameters():
+    for name, p in _trained(model).items():
         per_sample: Tensor | None = getattr(p, attribute, None)
         if per_sample is None:
             raise NotImplementedError(f"no per-sample gradient of {name}")
@@ -216,7 +221,7 @@ def run(
         with_memory, skipped["memory"] = False, f"there is no {memory.RESET_PEAK}"
     peaks = {name: peak(make, device, name) for name in calls} if with_memory else {}
     network, x = make()
-    reference = loop(network.double(), x.double())()
+    reference = loop(network.double(), x.double() if x.is_floating_point() else x)()
     errors = {name: _error(omega, reference) for name, omega in found.items() if name != TRAINING}
     for name, error in errors.items():
         # Also where it is NaN.
@@ -323,6 +328,12 @@ def _call_twice(form: str, network: nn.Module, x: Tensor) -> None:
         call()
 
 
+def first_batch(result: Mapping[str, Any]) -> float:
+    """What the first batch of a model takes, in ordinary forward and backward passes."""
+    own, ordinary = (files.row(result, name)["seconds"]["median"] for name in (OWN, TRAINING))
+    return float((own + result["self_check"]["median"]) / ordinary)
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
@@ -342,7 +353,8 @@ def table(result: Mapping[str, Any]) -> str:
             f"{'' if ratio is None else f'{ratio:.2f}':>12}{'' if error is None else f'{error:.1e}':>10}"
         )
     lines += [
-        f"once per model, to check itself: {spread(result['self_check'], 1, 1e3)} ms",
+        f"once per model, to check itself: {spread(result['self_check'], 1, 1e3)} ms; the first batch takes "
+        f"{first_batch(result):.1f} forward and backward passes",
         f"the batch approximation keeps {100 * approximation['kept']:.0f} % of the importance; its rank "
         f"correlation with it is {approximation['rank_correlation']:.2f}",
         *result["warnings"],

@@ -15,6 +15,7 @@ from benchmarks.files import (
     Result,
     batch,
     copies,
+    dearest_first,
     fill,
     load,
     load_all,
@@ -22,6 +23,7 @@ from benchmarks.files import (
     named,
     row,
 )
+from benchmarks.importance import OWN, first_batch
 from benchmarks.penalty import GRAPH
 from benchmarks.step import AVALANCHE, FUSED, FUSED_FORMS, PLAIN
 from experiments.tables import table
@@ -239,19 +241,27 @@ def _bytes(row: Row, result: Result) -> str:
 
 
 def importance_table(found: Sequence[Result]) -> str:
-    """What exact importance takes beside an ordinary pass."""
+    """What exact importance takes beside an ordinary pass, and what a loop over samples takes."""
     rows = [
         [
             f"{named(result)}, {batch(result)}",
             _milliseconds(exact),
             spread(exact["to_training"], 2),
+            f"{row(result, 'loop, one by one')['to_training']['median']:.2f}",
+            f"{first_batch(result):.1f}",
             f"{exact['memory_to_training']:.2f}" if exact["memory"] else "not measured",
-            f"{100 / max(exact['to_training']['median'], 1):.0f} % of it",
         ]
-        for result, exact in ((r, row(r, "exact")) for r in found)
+        for result, exact in ((r, row(r, OWN)) for r in dearest_first(found))
     ]
-    head = ["network, batch", "ms a batch", "times a training pass", "times its memory"]
-    return f"{table([*head, 'the pass itself'], rows)}\n\n{machines(found)}"
+    head = ["network, batch", "ms a batch", "exact", "loop over samples", "first batch", "memory"]
+    return "\n\n".join(
+        [
+            table(head, rows),
+            "In units of an ordinary forward and backward pass of the batch: its time, or its peak of memory. "
+            "`exact` is every batch but the first.",
+            machines(found),
+        ]
+    )
 
 
 # -- strength --------------------------------------------------------------------------------------

@@ -5,7 +5,19 @@ python -m benchmarks.readme
 
 from __future__ import annotations
 
-from benchmarks.files import NAMES, ROOT, Result, fill, load, load_all, machine, measured_on, row
+from benchmarks.files import (
+    NAMES,
+    ROOT,
+    Result,
+    dearest_first,
+    fill,
+    load,
+    load_all,
+    machine,
+    measured_on,
+    row,
+)
+from benchmarks.importance import OWN, first_batch
 from benchmarks.penalty import GRAPH
 from experiments import Results
 from experiments.split_mnist import SplitMNIST
@@ -34,6 +46,8 @@ GRADIENTS = {
     "BackPACK BatchGrad": "BackPACK, `BatchGrad`",
     "Opacus GradSampleModule": "Opacus, `GradSampleModule`",
 }
+# Networks that other packages take, too.
+COMPARED = ("mlp", "cnn", "transformer", "resnet18")
 SCENARIOS = {"split-mnist": "split MNIST", "split-cifar100": "split CIFAR-100"}
 SPLIT_MNIST = SplitMNIST()
 
@@ -108,35 +122,61 @@ def _on_a_gpu(result: Result) -> str:
 
 
 def importance_table() -> str:
-    """Time and memory by form and network, and what the batch approximation loses."""
-    results, on_a_gpu = load_all("importance", "cpu"), load_all("importance", "cuda")
+    """Passes by network; time and memory by form; what the batch approximation loses."""
+    measured, on_a_gpu = load_all("importance", "cpu"), load_all("importance", "cuda")
+    results = [r for r in measured if r["model"] in COMPARED]
+    rows = [
+        [
+            _batch(r),
+            *(_passes(row(r, name)) for name in (OWN, "loop, one by one")),
+            f"{first_batch(r):.1f}",
+            f"{100 * r['batch']['kept']:.0f} %",
+        ]
+        for r in dearest_first(measured)
+    ]
+    in_passes = table(
+        [
+            "in ordinary forward and backward passes of the batch",
+            "exact",
+            "loop over samples",
+            "first batch",
+            "kept by the batch approximation",
+        ],
+        rows,
+    )
     head = ["milliseconds a batch (times the batch approximation; times a training pass's memory)"]
     rows = [
         [words, *(_gradient_cell(result, name) for result in results)]
         for name, words in GRADIENTS.items()
     ]
-    kept = ", ".join(f"{100 * r['batch']['kept']:.0f} %" for r in results)
     ranks = ", ".join(f"{r['batch']['rank_correlation']:.2f}" for r in results)
-    checks = ", ".join(f"{1e3 * r['self_check']['median']:.0f} ms" for r in results)
-    error = max(row(r, "exact")["error"] for r in results)
-    repeats = " or ".join(map(str, sorted({r["repeats"] for r in results})))
+    error = max(row(r, OWN)["error"] for r in measured)
+    repeats = " or ".join(map(str, sorted({r["repeats"] for r in measured})))
     times = ", ".join(
-        f"{row(r, 'exact')['to_batch']['median']:.1f} for {_batch(r)}" for r in on_a_gpu
+        f"{row(r, OWN)['to_training']['median']:.1f} for {_batch(r)}"
+        for r in dearest_first(on_a_gpu)
     )
+    places = "; ".join(dict.fromkeys(map(measured_on, measured)))
     lines = [
+        "On a GPU a batch takes as many ordinary forward and backward passes: "
+        f"{times} ({measured_on(on_a_gpu[0])}; {on_a_gpu[0]['repeats']} repeats). On a CPU, the dearest first:",
+        in_passes,
+        "Beside other ways to per-sample gradients:",
         table([*head, *map(_batch, results)], rows),
-        f"Of all importance, the batch approximation keeps {kept} (same order); its rank correlation with "
-        f"the exact one is {ranks}. The exact one is within {error:.0e} of a float64 loop over single "
-        f"samples (relative L2). The check of itself, once a model, takes {checks}.",
-        "On a GPU the batch approximation is further ahead: exact importance takes that many times as long: "
-        f"{times} ({measured_on(on_a_gpu[0])}; {on_a_gpu[0]['repeats']} repeats).",
-        f"{measured_on(results[0])}; {results[0]['dtype']}; networks as initialised, inputs "
+        "Of all importance, the batch approximation keeps what the first table says; its rank correlation with "
+        f"the exact one is {ranks} in the second table's order. The exact one is within {error:.0e} of a "
+        "float64 loop over single samples (relative L2).",
+        f"{places}; {results[0]['dtype']}; networks as initialised, inputs "
         f"of random numbers; medians of {repeats} interleaved repeats; memory at its peak in two calls, the "
         "first one's check included, above that of the model and the batch. Intervals and more in "
         "`benchmarks/results/`.",
         "![time and memory by form](benchmarks/results/importance_transformer_cpu.png)",
     ]
     return "\n\n".join(lines)
+
+
+def _passes(form: Result) -> str:
+    return f"{form['to_training']['median']:.2f}"
 
 
 def _batch(result: Result) -> str:

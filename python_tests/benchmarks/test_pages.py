@@ -169,7 +169,7 @@ def test_all_goes_on_where_it_was_stopped(
 
     monkeypatch.setattr(everything, "_ran", run)
     names = [name for name, _ in everything.jobs("cpu", quick=True)]
-    assert len(set(names)) == len(names) == 3 + 4 + 5 * 2 * 2
+    assert len(set(names)) == len(names) == 3 + 10 + 5 * 2 * 2
     for done in names[:-2]:
         (tmp_path / f"{done}.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", ["all.py", "--quick", "--out", str(tmp_path)])
@@ -182,6 +182,12 @@ def test_all_goes_on_where_it_was_stopped(
     with pytest.raises(SystemExit):
         everything.main()
     assert len(ran) == 2 + len(names)
+    monkeypatch.setattr(
+        sys, "argv", ["all.py", "--anew", "--only", "importance", "--out", str(tmp_path)]
+    )
+    with pytest.raises(SystemExit):
+        everything.main()
+    assert [command[0] for command in ran[2 + len(names) :]] == ["importance"] * 10
 
 
 def test_the_page_of_language_models_says_what_was_measured() -> None:
