@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mas_ext.importance import batches
 from mas_ext.importance.accumulator import ImportanceSum
 from mas_ext.importance.evaluation import Evaluate, Forward, Labelled, evaluating
 from mas_ext.importance.exact.driver import Exact
+from mas_ext.importance.exact.origins import tensors_in
 from mas_ext.importance.exact.rules import RULES
+from mas_ext.importance.exact.tracing import Tape
 from mas_ext.importance.gradients import gradient
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
@@ -165,45 +167,33 @@ def _by_single_samples(model: nn.Module, total: ImportanceSum, batch: Any) -> di
 def _functions(
     view: ModelView, total: ImportanceSum, batch: Any, names: Iterable[str]
 ) -> dict[str, list[str]]:
-    """The torch functions without a rule that use each parameter, or all that use it if all have rules."""
+    """Where each parameter, or what is derived from it, meets data: functions without a rule, or else all."""
     parameters = view.parameters()
     device = next(iter(parameters.values())).device
     one = Labelled(batches.between(batches.told(batches.to(batch, device)), 0, 1))
-    users = _Users({name: parameters[name] for name in names})
+    users = _Users(
+        view.model, {name: parameters[name] for name in names}, 1, RULES, (), False, False
+    )
     with evaluating(view.model, device) as state, users:
         Evaluate(view.model, total.forward, total.values, state).alone(one)
     return {
         name: [f.__name__ for f in used if f not in RULES] or [f.__name__ for f in used]
-        for name, used in users.functions.items()
+        for name, used in users.meeting_data.items()
     }
 
 
-class _Users(TorchFunctionMode):
-    """Sees which functions compute something differentiable from which parameters."""
+class _Users(Tape):
+    """Sees in which functions parameters, or what is derived from them, meet data."""
 
-    def __init__(self, theta: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._names = {id(p): name for name, p in theta.items()}
-        self.functions: dict[str, dict[Callable[..., Any], None]] = {name: {} for name in theta}
+    @cached_property
+    def meeting_data(self) -> dict[str, dict[Callable[..., Any], None]]:
+        """The functions, by a parameter's name."""
+        return {name: {} for name in self.theta}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if any(t.requires_grad for t in _tensors([result])):
-            for t in _tensors([*args, *(kwargs or {}).values()]):
-                if id(t) in self._names:
-                    self.functions[self._names[id(t)]].setdefault(func)
-        return result
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            yield from _tensors(value)
-        elif isinstance(value, Tensor):
-            yield value
+    def before(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        origins = [self.origins.of(t) for t in tensors_in((*args, *kwargs.values()))]
+        if None in origins and torch.is_grad_enabled():
+            for name in frozenset[str]().union(*(o.sources for o in origins if o is not None)):
+                self.meeting_data[name].setdefault(func)

@@ -98,7 +98,9 @@ class _LocalTape(Tape):
         return y
 
     @torch.no_grad()
-    def before(self, func: Callable[..., Any], args: Sequence[Any]) -> None:
+    def before(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
         """Settle the layers whose outputs a function takes: it shows whether a ReLU is next."""
         for t in args:
             if id(t) in self._pending:

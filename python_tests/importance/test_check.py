@@ -40,6 +40,8 @@ def test_an_mlp_is_fast_and_exact() -> None:
     [
         ("bilinear module", "bilinear", {"f.weight", "f.bias"}),
         ("a function with its own backward", "", {"w"}),
+        ("long convolution", "mul", {"w"}),
+        ("embedding bag, mean", "embedding_bag", {"weight"}),
     ],
 )
 def test_what_has_no_rule_takes_the_fallback_and_the_function_is_named(
@@ -68,7 +70,9 @@ def test_what_has_no_rule_takes_the_fallback_and_the_function_is_named(
         (
             torch.baddbmm,
             Wired(
-                lambda m, x: torch.baddbmm(m.b, x.transpose(0, 1), m.w, alpha=0.5).transpose(0, 1),
+                lambda m, x: torch.baddbmm(
+                    m.b, x.transpose(0, 1), batch2=1 + m.w, alpha=0.5
+                ).transpose(0, 1),
                 w=torch.randn(5, 4, 3), b=torch.randn(3),
             ),
             (5, 4),

@@ -154,7 +154,7 @@ class Tape(TorchFunctionMode):
             return self.inside(func, *args, **kwargs)
         if not self._replaying:
             self.functions.append(func)
-        self.before(func, args)
+        self.before(func, args, kwargs)
         if self.choices is not None:
             with self.around():
                 return self._call(func, args, kwargs)
@@ -285,7 +285,9 @@ class Tape(TorchFunctionMode):
         """The names of the parameters in each meeting."""
         return [meeting.names for meeting in self.meetings]
 
-    def before(self, func: Callable[..., Any], args: Sequence[Any]) -> None:
+    def before(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
         """Called before every function."""
 
     def source(self, t: Any) -> GradientSource | None:
