@@ -30,7 +30,7 @@ NAMES = {
     "bert_narrow": "BERT, 4 layers of width 128",
     "gpt2_narrow": "GPT-2, 4 layers of width 128",
     "llama_narrow": "Llama, 4 layers of width 128",
-    "llama_lora": "the same Llama with LoRA",
+    "llama_lora": "Llama with LoRA, 4 layers of width 128",
     "vit_narrow": "ViT, 4 layers of width 128",
     "swin_t": "Swin-T",
     "resnet50": "ResNet-50",

@@ -38,7 +38,7 @@ CHUNK_BYTES = 1 << 28
 # convolutions on a GPU have by default.
 TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}
 # A first call may also meet a cold cache: the median of so many.
-FIRST_CALLS = 5
+FIRST_CALLS = 3
 
 
 # -- what is compared ------------------------------------------------------------------------------
