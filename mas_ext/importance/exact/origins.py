@@ -107,7 +107,7 @@ class Origins:
 def _storage(t: Tensor) -> torch.UntypedStorage | None:
     try:
         return t.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # sparse, and other tensors without one
+    except (NotImplementedError, RuntimeError, ValueError):  # sparse, lazy, and others without one
         return None
 
 
