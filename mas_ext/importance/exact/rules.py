@@ -56,7 +56,7 @@ def _linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = Non
     return _matrix(tape, input, weight, bias)
 
 
-@register_rule(*named("matmul", "__matmul__", "mm", "bmm"))
+@register_rule(*named("matmul", "__matmul__"))
 def _matmul(tape: Tape, input: Tensor, other: Tensor) -> Any:
     if tape.source(other) is not None:
         if other.dim() == 1:
@@ -65,16 +65,28 @@ def _matmul(tape: Tape, input: Tensor, other: Tensor) -> Any:
         other = _one_matrix(other)
         if other.dim() == 2:
             return _matrix(tape, input, other.t(), None)
-        if other.dim() == 3 and input.dim() >= 3 and input.shape[-3] == len(other):
-            y = tape.layer(
-                GroupedLinear(len(other)), input.transpose(-3, -2).flatten(-2), other.mT, None
-            )
-            return y.unflatten(-1, (len(other), other.shape[2])).transpose(-3, -2)
+        return _matrices(tape, input, other.mT)
+    if other.dim() < 2:
         return NotImplemented
-    if input.dim() != 2 or other.dim() < 2:
+    # y^T = other^T input^T; what torch returns is contiguous, so that it can be viewed in any shape.
+    if input.dim() == 2:
+        return _matrix(tape, other.mT, input, None).mT.contiguous()
+    y = _matrices(tape, other.mT, input)
+    return y if y is NotImplemented else y.mT.contiguous()
+
+
+@register_rule(*named("mm", "bmm"))
+def _two_matrices(tape: Tape, input: Tensor, mat2: Tensor) -> Any:
+    return _matmul(tape, input, mat2)
+
+
+def _matrices(tape: Tape, x: Tensor, weight: Tensor) -> Any:
+    """y[..., g, :, :] = x[..., g, :, :] weight[g]^T."""
+    if weight.dim() != 3 or x.dim() < 3 or x.shape[-3] != len(weight):
         return NotImplemented
-    # y^T = other^T input^T
-    return _matrix(tape, other.mT, input, None).mT
+    groups = x.transpose(-3, -2).flatten(-2)
+    y = tape.layer(GroupedLinear(len(weight)), groups, weight, None)
+    return y.unflatten(-1, weight.shape[:2]).transpose(-3, -2).contiguous()
 
 
 @register_rule(torch.inner, Tensor.inner)
@@ -117,7 +129,7 @@ def _einsum(tape: Tape, equation: Any, *operands: Any) -> Any:
     x = x.reshape(*x.shape[: len(rows)], groups * shape[1])
     y = tape.layer(GroupedLinear(groups), x, matrices, None)
     y = y.view(*y.shape[:-1], *(size[c] for c in grouped + outputs))
-    return y.permute([(rows + grouped + outputs).index(c) for c in result])
+    return y.permute([(rows + grouped + outputs).index(c) for c in result]).contiguous()
 
 
 def _one_matrix(t: Tensor) -> Tensor:
@@ -316,7 +328,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if tape.source(weight) is None or max_norm is not None or scale_grad_by_freq:
+    if tape.source(weight) is None or max_norm is not None or scale_grad_by_freq or not input.dim():
         return NotImplemented
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
@@ -325,18 +337,20 @@ def _embedding(
 
 @register_rule(torch.index_select, Tensor.index_select)
 def _index_select(tape: Tape, input: Tensor, dim: int, index: Tensor) -> Any:
-    return _rows(tape, input, index) if dim == 0 else NotImplemented
+    return _rows(tape, input, index) if dim in (0, -input.dim()) else NotImplemented
 
 
 @register_rule(Tensor.__getitem__)
 def _getitem(tape: Tape, input: Tensor, index: Any) -> Any:
     rows = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64)
+    if rows and index.dim() == 0:  # the same row for all samples, as with a number
+        return input[tape.read(int(index))]
     return _rows(tape, input, index) if rows else NotImplemented
 
 
 def _rows(tape: Tape, input: Tensor, index: Tensor) -> Any:
     """Rows of a derived table, looked up by data."""
-    if tape.source(input) is None:
+    if tape.source(input) is None or index.dim() == 0:
         return NotImplemented
     table = input.flatten(1) if input.dim() > 1 else input[:, None]
     tape.derive(table, input)
@@ -348,28 +362,28 @@ def _rows(tape: Tape, input: Tensor, index: Tensor) -> Any:
 @register_rule(
     *named("add", "__add__", "__radd__", "sub", "__sub__", "rsub", "__rsub__", "mul", "__mul__"),
     *named("__rmul__", "div", "__truediv__", "__rtruediv__", "true_divide", "subtract", "multiply"),
-    *named(
-        "maximum", "minimum", "where", "lerp", "addcmul", "pow", "__iadd__", "__isub__", "__imul__"
-    ),
-    *named("add_", "sub_", "mul_", "div_", "__itruediv__", "addcmul_"),
+    *named("maximum", "minimum", "where", "lerp", "addcmul", "pow", "__pow__", "__rpow__", "clamp"),
+    *named("__iadd__", "__isub__", "__imul__", "__itruediv__", "add_", "sub_", "mul_", "div_"),
+    *named("addcmul_"),
 )
 def _elementwise(tape: Tape, *args: Any, **kwargs: Any) -> Any:
     if tape.writes(tape.func) and tape.source(args[0]):
         return NotImplemented
-    tensors = [t for t in args if isinstance(t, Tensor)]
-    y_shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    expanded = [tape.broadcast(t, y_shape) if tape.source(t) else t for t in tensors]
-    if any(t is None for t in expanded):
+    values = [*args, *kwargs.values()]
+    y_shape = torch.broadcast_shapes(*(t.shape for t in values if isinstance(t, Tensor)))
+    expanded = [tape.broadcast(t, y_shape) if tape.source(t) else t for t in values]
+    if any(t is None and value is not None for t, value in zip(expanded, values, strict=True)):
         return NotImplemented
-    found = iter(expanded)
-    return tape.func(*(next(found) if isinstance(t, Tensor) else t for t in args), **kwargs)
+    named_ones = zip(kwargs, expanded[len(args) :], strict=True)
+    return tape.func(*expanded[: len(args)], **dict(named_ones))
 
 
-@register_rule(*named("expand", "expand_as", "broadcast_to", "repeat"))
+@register_rule(*named("expand", "expand_as", "broadcast_to", "repeat", "tile"))
 def _expand(tape: Tape, input: Tensor, *sizes: Any, **kwargs: Any) -> Any:
     result = tape.func(input, *sizes, **kwargs)
     shape = result.shape
-    if tape.func is Tensor.repeat and input.dim() and shape[0] != len(input) > 1:
+    blocks = tape.func in named("repeat", "tile") and input.dim()
+    if blocks and shape[0] != len(input) > 1:
         # In blocks: more of them than one have a dimension of their own.
         if shape[1:] != input.shape[1:]:
             return NotImplemented

@@ -67,7 +67,7 @@ _OPENING = {
 # These make tensors of numbers that Python may have read.
 _OF_ANYTHING = {torch.tensor, torch.as_tensor, torch.asarray}
 # These repeat a tensor, maybe as often as there are samples.
-_EXPANDING = {*named("expand", "expand_as", "broadcast_to", "repeat")}
+_EXPANDING = {*named("expand", "expand_as", "broadcast_to", "repeat", "tile")}
 _IN_PLACE = {
     "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__idiv__", "__imod__",
     "__ipow__", "__iand__", "__ior__", "__ixor__",
