@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import zoo_derived  # noqa: F401  its cases join the zoo's
+import zoo_paths  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
