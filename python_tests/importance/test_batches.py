@@ -149,7 +149,7 @@ def cut(batch: Any, start: int, stop: int) -> Any:
         [{"id": i} for i in range(4)],
         torch.Size([2, 3, 4, 5]),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_sequence_as_long_as_the_batch_is_cut_with_it(entry: Any, nested: bool) -> None:
@@ -183,7 +183,7 @@ def test_a_sequence_as_long_as_the_batch_is_cut_with_it(entry: Any, nested: bool
         {"size": (2, 3), "mode": "mean", "of": {"a": 1, "b": 2, "c": 3, "d": 4}},
         Pair(1, 2),  # type: ignore[arg-type]
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_not_as_long_as_the_batch_is_for_all_samples(entry: Any) -> None:
     """Also after a cut to as many samples as it is long."""
@@ -341,7 +341,7 @@ class Odd:
         ((X, Odd()), (X, Odd()), False),
         ((X, object()), (X, object()), False),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_the_constants_of_a_batch(one: Any, other: Any, same: bool) -> None:
     assert (batches.constants(one) == batches.constants(other)) is same

