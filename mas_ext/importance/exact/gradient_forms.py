@@ -163,7 +163,8 @@ class Product:
                 left, right = (magnitude(t[:, 0], square) for t in (left, right))
                 return torch.mm(left.t(), right).view(like.shape)
             if self.samples * like.numel() <= _SMALL:
-                return magnitude(torch.bmm(left.mT, right), square).sum(0).view(like.shape)
+                g = torch.bmm(left.mT, right)
+                return (g.square_() if square else g.abs_()).sum(0).view(like.shape)
         omega = torch.zeros(self._kernel_shape, dtype=like.dtype, device=like.device)
         self._run(omega, square, native)
         if omega.shape[2] > 1:
