@@ -20,6 +20,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -465,7 +466,7 @@ def _aliases(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor, int]]:
 
 
 def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
+    return -1 if is_lazy(t) or t.is_inference() else t._version
 
 
 def _surroundings(p: Tensor) -> tuple[Any, Any, Any]:
