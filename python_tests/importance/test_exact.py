@@ -395,6 +395,20 @@ ORDINARY = [
     "attention with padding, a dict for output",
     "positions looked up one by one",
     "index_select by keywords",
+    "gpt2",  # as many positions as samples
+    "positions by ids repeated",
+    "relative bias added, its index kept in a cache",
+    "token by expand",
+    "adapter, DoRA",
+    "gru, 2 layers, both directions, states given",
+    "experts, all_experts, 6 positions",
+    "Python reads positions",
+    "Python reads equality",
+    "checkpointed part",
+    "checkpointed, merged inside",
+    "checkpointed, token inside",
+    "lstm, checkpointed",
+    "slope of an energy, without its graph",
 ]
 
 

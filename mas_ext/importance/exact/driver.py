@@ -208,8 +208,11 @@ class Exact:
         run = Run(tape, proven.output.detach(), proven.values, None)
         layouts = proven.lasting(_precision(run)) if _has_gradients(run) else []
         if layouts is None:
-            self._open.add(tuple(tape.functions))
-            return run._replace(proof=self._in_this_batch(evaluate.model, run))
+            decided = self._decided()
+            run = run._replace(proof=self._in_this_batch(evaluate.model, run))
+            if decided == self._decided():  # else there may be a proof with less to prove
+                self._open.add(tuple(tape.functions))
+            return run
         listed = any(layout is not None and layout.table is not None for layout in layouts)
         proof = Proof(tape.met, layouts, True, tape.shapes if listed else None)
         self._proofs[_signature(tape, batch)] = proof

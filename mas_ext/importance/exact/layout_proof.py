@@ -268,11 +268,12 @@ class _Memory:
 
     def _keep(self, t: Tensor) -> tuple[Tensor, int]:
         number = 0
-        if t.is_floating_point() or self._tape.is_data(t):
-            self.masks |= t.dtype == torch.bool
-            self._kept += 1
-            number = self._kept
-        return t.detach(), number  # a node that keeps its own result would never be freed
+        with torch._C.DisableTorchFunction():  # none of the model's functions
+            if t.is_floating_point() or self._tape.is_data(t):
+                self.masks |= t.dtype == torch.bool
+                self._kept += 1
+                number = self._kept
+            return t.detach(), number  # a node that keeps its own result would never be freed
 
     def _recall(self, kept: tuple[Tensor, int]) -> Tensor:
         t, number = kept
@@ -303,7 +304,8 @@ class _Choices(TorchDispatchMode):
             by_index = func is torch.ops.aten.index.Tensor
             masks = [i for i in args[1] if i is not None and i.dtype in _MASKS] if by_index else []
             self.found |= not by_index or bool(masks)
-        return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():  # none of the model's functions
+            return func(*args, **(kwargs or {}))
 
 
 def _between(y: Tensor) -> set[Any]:
