@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import rnn
 from torch.utils.checkpoint import checkpoint
-from zoo import ANY, Inputs, Wiring, real, weights, wired, without_gradient
+from zoo import ANY, Inputs, Wiring, by_rank, ranked, real, weights, wired, without_gradient
 
 # -- recurrent layers ------------------------------------------------------------------------------
 
@@ -566,6 +566,158 @@ for (when, shortest), wiring in itertools.product(
         sizes=(5, 6, 5, 6, 2, 3),
         forward=lambda model, batch: model(batch),
     )
+
+# -- data that take a detour -----------------------------------------------------------------------
+
+
+def written(write: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """Into a tensor that is made of numbers alone."""
+
+    def copy(t: Tensor) -> Tensor:
+        y = torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+        write(y, t)
+        return y
+
+    return copy
+
+
+def through_numpy(t: Tensor) -> Tensor:
+    y = torch.empty(t.shape, dtype=t.dtype)
+    y.numpy()[...] = t.cpu().numpy()
+    return y.to(t)
+
+
+DETOURS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a list": lambda t: torch.tensor(t.tolist(), dtype=t.dtype, device=t.device),
+    "numpy": lambda t: torch.from_numpy(t.cpu().numpy()).to(t),
+    "numpy into what lies in memory": through_numpy,
+    "copy_": written(lambda y, t: y.copy_(t)),
+    "an assignment": written(lambda y, t: y.__setitem__(slice(None), t)),
+    "out": written(lambda y, t: torch.mul(t, 1, out=y)),
+    "an operator called directly": written(lambda y, t: torch.ops.aten.copy_.default(y, t)),
+    "another tensor in the same memory": written(lambda y, t: y.data.copy_(t)),
+    "a view": written(lambda y, t: y.view(-1).add_(t.flatten())),
+}
+# Samples are last, where nobody looks for them in a tensor that is made of numbers.
+for way, detour in DETOURS.items():
+    wired(
+        f"data copied by {way}",
+        real(2, 3),
+        lambda m, x, detour=detour: m.out((m.w @ detour(x.permute(1, 2, 0))).tanh().movedim(2, 0)),
+        lambda: {"w": weights(4, 3), "out": nn.Linear(4, 2)},
+        sizes=(5, 4, 7),
+    )
+
+
+def through_kept() -> Wiring:
+    """Samples are copied into the first rows of a tensor that is kept from call to call."""
+    kept: list[Tensor] = []
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        if not kept or kept[0].dtype != x.dtype:
+            kept[:] = [torch.zeros(9, 4, dtype=x.dtype, device=x.device)]
+        kept[0][: len(x)] = x
+        return m.out((m.shift + kept[0]).tanh())[: len(x)]
+
+    return wiring
+
+
+wired(
+    "data copied into a tensor that is kept",
+    real(4),
+    through_kept(),
+    lambda: {"shift": weights(4), "out": nn.Linear(4, 2)},
+)
+
+
+def partly_filled(fill: Callable[[Tensor], Any]) -> Wiring:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        y = x + 1
+        fill(y[..., 0])
+        return m.out(m.a(y).tanh())
+
+    return wiring
+
+
+for way, fill in {
+    "fill_": lambda t: t.fill_(0.5),
+    "zero_": Tensor.zero_,
+    "copy_": lambda t: t.copy_(torch.zeros((), device=t.device)),
+}.items():
+    wired(
+        f"a part of the data filled by {way}",
+        real(5, 4),
+        partly_filled(fill),
+        lambda: {"a": nn.Linear(4, 4), "out": nn.Linear(4, 2)},
+    )
+for way, expand in {
+    "expand": lambda t, n: t.expand(n, 4),
+    "repeat": lambda t, n: t.repeat(n, 1),
+    "repeat of a vector": lambda t, n: t[0].repeat(n, 1),
+}.items():
+    for frozen in (True, False):
+        wired(
+            f"a layer of a {'constant' if frozen else 'parameter'} for every sample by {way}",
+            real(4),
+            lambda m, x, expand=expand: m.out(
+                m.a(expand(m.start.weight, len(x))).tanh() * x.sum(1, keepdim=True)
+            ),
+            lambda frozen=frozen: {
+                "a": nn.Linear(4, 4),
+                "out": nn.Linear(4, 2),
+                "start": without_gradient(nn.Linear(4, 1), *(() if frozen else ("bias",))),
+            },
+            sizes=(5, 4, 7, 2),
+        )
+
+
+wired(
+    "a layer of a constant for every position of every sample",
+    real(3, 4),
+    lambda m, x: m.out(m.a(m.start.weight.expand(3 * len(x), 4)).tanh().view(-1, 3, 4) * x),
+    lambda: {
+        "a": nn.Linear(4, 4),
+        "out": nn.Linear(4, 2),
+        "start": without_gradient(nn.Linear(4, 1)),
+    },
+    sizes=(5, 4, 7, 2),
+)
+
+
+def hooked(m: Any, x: Tensor) -> Tensor:
+    w = 1 + m.w
+    w.register_hook(lambda grad: 2 * grad)
+    return m.out(F.linear(x, w).tanh())
+
+
+wired(
+    "a hook on what is derived",
+    real(4),
+    hooked,
+    lambda: {"w": weights(4, 4), "out": nn.Linear(4, 2)},
+    may=("w",),
+    must=True,
+)
+
+
+def in_one_memory() -> dict[str, Tensor]:
+    memory = torch.randn(24, dtype=torch.float64)
+    return {"v": memory[:12].view(3, 4), "w": memory[12:].view(3, 4)}
+
+
+wired(
+    "two parameters in one memory",
+    real(5, 4),
+    lambda m, x: F.linear(x, m.v.exp()).tanh() * F.linear(x.flip(1), m.w.exp()).tanh(),
+    in_one_memory,
+)
+wired(
+    "two samples change places by numpy",
+    ranked((0, 0), (0, 1)),
+    by_rank(lambda h, i: h[i.cpu().numpy().tolist()]),
+    lambda: {"left": nn.Linear(4, 5), "out": nn.Linear(5, 3)},
+    sizes=(2, 2),
+)
 
 # -- parts that run again --------------------------------------------------------------------------
 

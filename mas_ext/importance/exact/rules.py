@@ -382,7 +382,7 @@ def _elementwise(tape: Tape, *args: Any, **kwargs: Any) -> Any:
 def _expand(tape: Tape, input: Tensor, *sizes: Any, **kwargs: Any) -> Any:
     result = tape.func(input, *sizes, **kwargs)
     shape = result.shape
-    blocks = tape.func in named("repeat", "tile") and input.dim()
+    blocks = tape.func in named("repeat", "tile") and len(shape) == input.dim() > 0
     if blocks and shape[0] != len(input) > 1:
         # In blocks: more of them than one have a dimension of their own.
         if shape[1:] != input.shape[1:]:
