@@ -1267,11 +1267,11 @@ wired(
 
 
 def by_rank(back: Callable[[Tensor, Tensor], Tensor]) -> Wiring:
-    """Samples in the order of their first number, and back."""
+    """A layer has samples in the order of their first number, and as they are."""
 
     def wiring(m: Any, x: Tensor) -> Tensor:
         order = x[:, 0].argsort()
-        return m.out(back(torch.tanh(m.left(x[order])), order.argsort()))
+        return m.out(back(torch.tanh(m.left(x[order])), order.argsort()) * m.left(x))
 
     return wiring
 

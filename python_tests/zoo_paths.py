@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import rnn
 from torch.utils.checkpoint import checkpoint
-from zoo import ANY, Inputs, Wiring, by_rank, ranked, real, weights, wired, without_gradient
+from zoo import ANY, Inputs, Wiring, ranked, real, weights, wired, without_gradient
 
 # -- recurrent layers ------------------------------------------------------------------------------
 
@@ -686,18 +686,39 @@ wired(
 
 def hooked(m: Any, x: Tensor) -> Tensor:
     w = 1 + m.w
-    w.register_hook(lambda grad: 2 * grad)
+    w.register_hook(lambda grad: grad.clamp(-1, 1))
     return m.out(F.linear(x, w).tanh())
 
 
+def larger() -> Inputs:
+    turn = itertools.cycle((0.001, 1.0))
+    return lambda n: next(turn) * torch.randn(n, 4)
+
+
 wired(
-    "a hook on what is derived",
-    real(4),
+    "a hook on what is derived, which changes nothing in the first batch",
+    larger(),
     hooked,
     lambda: {"w": weights(4, 4), "out": nn.Linear(4, 2)},
+    sizes=(5, 5),
     may=("w",),
     must=True,
 )
+wired(
+    "a token stacked as often as there are samples, and multiplied",
+    real(4),
+    lambda m, x: m.out(torch.stack([m.token] * len(x)) * x),
+    lambda: {"token": weights(4), "out": nn.Linear(4, 2)},
+    may=("token",),
+    must=True,
+)
+
+
+def sorted_by_numpy(m: Any, x: Tensor) -> Tensor:
+    """The layer has samples in one order and in the other."""
+    order = x[:, 0].detach().cpu().numpy().argsort()
+    h = torch.tanh(m.left(x[order.tolist()]))
+    return m.out(torch.stack([h[k] for k in order.argsort().tolist()]) * m.left(x))
 
 
 def in_one_memory() -> dict[str, Tensor]:
@@ -714,7 +735,7 @@ wired(
 wired(
     "two samples change places by numpy",
     ranked((0, 0), (0, 1)),
-    by_rank(lambda h, i: h[i.cpu().numpy().tolist()]),
+    sorted_by_numpy,
     lambda: {"left": nn.Linear(4, 5), "out": nn.Linear(5, 3)},
     sizes=(2, 2),
 )
