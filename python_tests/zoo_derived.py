@@ -577,6 +577,13 @@ ADAPTERS: dict[str, tuple[Wiring, dict[str, Any]]] = {
         {"s": (5, 1)},
     ),
     "IA3 of inputs merged": (lambda m, x: F.linear(x, m.base.weight * m.s), {"s": (1, 4)}),
+    "subtracted in one use, added in another": (
+        lambda m, x: F.linear(x, m.base.weight - m.b @ m.a) + 2 * F.linear(x.flip(1), m.b @ m.a),
+        {"a": (2, 4), "b": (5, 2)},
+    ),
+    "a row added": (lambda m, x: F.linear(x, m.base.weight + m.s), {"s": (1, 4)}),
+    "a column added": (lambda m, x: F.linear(x, m.base.weight + m.s), {"s": (5, 1)}),
+    "a vector subtracted": (lambda m, x: F.linear(x, m.base.weight - m.s), {"s": (4,)}),
     "BitFit": (lambda m, x: F.linear(x, m.base.weight, m.base.bias + m.s), {"s": (5,)}),
     "VeRA": (
         lambda m, x: (

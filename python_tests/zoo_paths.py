@@ -704,14 +704,15 @@ wired(
     may=("w",),
     must=True,
 )
-wired(
-    "a token stacked as often as there are samples, and multiplied",
-    real(4),
-    lambda m, x: m.out(torch.stack([m.token] * len(x)) * x),
-    lambda: {"token": weights(4), "out": nn.Linear(4, 2)},
-    may=("token",),
-    must=True,
-)
+for way, order in {"": lambda t: t, ", samples backwards": lambda t: t.flip(0)}.items():
+    wired(
+        f"a token stacked as often as there are samples, and multiplied{way}",
+        real(4),
+        lambda m, x, order=order: order(m.out(torch.stack([m.token] * len(x)) * order(x))),
+        lambda: {"token": weights(4), "out": nn.Linear(4, 2)},
+        may=("token",),
+        must=True,
+    )
 
 
 def sorted_by_numpy(m: Any, x: Tensor) -> Tensor:
