@@ -213,48 +213,29 @@ class Lookup:
         return self.ids.shape[0]
 
     def dense(self, start: int, stop: int, like: Tensor) -> Tensor:
-        rows, width = like.shape[0] + 1, like.shape[1]  # row 0 takes what doesn't count
-        table = like.new_zeros((stop - start) * rows, width)
-        key, g = self._by_sample(start, stop, rows, like.dtype)
-        table[key] = g
-        return table.view(stop - start, rows, width)[:, 1:]
+        samples, rows = stop - start, like.shape[0] + 1  # row 0 takes what doesn't count
+        table = like.new_zeros(samples * rows, like.shape[1])
+        ids, g = _summed(self.ids[start:stop], self.grad[start:stop].to(like.dtype))
+        table[torch.arange(samples, device=ids.device)[:, None] * rows + ids + 1] = g
+        return table.view(samples, rows, like.shape[1])[:, 1:]
 
     def total(self, like: Tensor, square: bool, native: bool) -> Tensor:
-        rows = like.shape[0] + 1
-        key, g = self._by_sample(0, self.samples, rows, like.dtype)
-        row, added = _summed(key % rows, magnitude(g, square))
-        total = added.new_zeros(rows, added.shape[1])
-        total[row] = added
+        ids, g = _summed(self.ids, self.grad.to(like.dtype))
+        (ids,), (added,) = _summed(ids.view(1, -1), magnitude(g, square).view(1, -1, g.shape[2]))
+        total: Tensor = added.new_zeros(like.shape[0] + 1, like.shape[1])
+        total[ids + 1] = added
         return total[1:]
 
     def add_to_product(self, total: Tensor, product: Product, square: bool) -> Tensor:
         """sum_k f(product_k + g_k), given total = sum_k f(product_k): they differ in what is looked up."""
-        rows = total.shape[0] + 1
-        key, g = self._by_sample(0, self.samples, rows, total.dtype)
-        counted = key % rows > 0
-        key, g = key[counted], g[counted]
-        sample, row = key // rows, key % rows - 1
-        # (samples, most rows of one): where in key they are
-        place = torch.arange(len(key), device=key.device)
-        counts = torch.bincount(sample, minlength=self.samples)
-        place = place - (counts.cumsum(0) - counts)[sample]
-        looked_up = row.new_zeros(self.samples, max(1, int(counts.max())))
-        looked_up[sample, place] = row
+        ids, g = _summed(self.ids, self.grad.to(total.dtype))
         left, right = product.left.to(total.dtype), product.right.to(total.dtype)
-        index = looked_up[:, None].expand(-1, left.shape[1], -1)
-        own = torch.matmul(left.gather(2, index).mT, right)[sample, place]
+        columns = ids.clamp(min=0)[:, None].expand(-1, left.shape[1], -1)
+        own = torch.matmul(left.gather(2, columns).mT, right)
         added = magnitude(own + g, square) - magnitude(own, square)
-        row, added = _summed(row, added)
-        total[row] += added
+        (ids,), (added,) = _summed(ids.view(1, -1), added.view(1, -1, g.shape[2]))
+        total.index_add_(0, ids.clamp(min=0), added.masked_fill_(ids[:, None] < 0, 0))
         return total
-
-    def _by_sample(
-        self, start: int, stop: int, rows: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """The different sample * rows + id + 1, and the sums of their gradients."""
-        sample = torch.arange(stop - start, device=self.ids.device)[:, None]
-        key = (sample * rows + self.ids[start:stop] + 1).flatten()
-        return _summed(key, self.grad[start:stop].flatten(0, 1).to(dtype))
 
     def scaled(self, factor: float) -> PerSample:
         return Lookup(self.ids, self.grad * factor)
@@ -265,13 +246,26 @@ class Lookup:
         return Lookup(torch.cat([self.ids, other.ids], 1), torch.cat([self.grad, other.grad], 1))
 
 
-def _summed(key: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The different keys and the sums of their rows, in a fixed order: the same bits on every run."""
-    if not key.is_cuda:
-        different, place = torch.unique(key, return_inverse=True)
-        return different, rows.new_zeros(len(different), rows.shape[1]).index_add_(0, place, rows)
-    key, order = key.sort(stable=True)
-    different, counts = torch.unique_consecutive(key, return_counts=True)
-    if key.numel() == 0:
-        return different, rows
-    return different, torch.segment_reduce(rows[order].contiguous(), "sum", lengths=counts)
+def _summed(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The different ids of each sample and the sums of their rows, -1 and zeros behind them.
+
+    ids: (samples, positions), rows: (samples, positions, width), and so are the results, whose sizes do not
+    depend on data. Sums have a fixed order: the same bits on every run.
+    """
+    samples, positions, width = rows.shape
+    ids, order = ids.sort(dim=1, stable=True)
+    place = (ids.diff(dim=1) != 0).cumsum(1)
+    place = torch.cat([place.new_zeros(samples, min(1, positions)), place], 1)
+    different = torch.full_like(ids, -1).scatter_(1, place, ids)
+    place += torch.arange(samples, device=ids.device)[:, None] * positions
+    rows = rows.flatten(0, 1)
+    if rows.is_cuda:
+        order += torch.arange(samples, device=ids.device)[:, None] * positions
+        counts = torch.zeros_like(place).flatten()
+        counts.scatter_add_(0, place.flatten(), torch.ones_like(counts))
+        rows = rows[order.flatten()]
+        sums = torch.segment_reduce(rows, "sum", lengths=counts, unsafe=True)
+    else:
+        inverse = torch.empty_like(place).scatter_(1, order, place)
+        sums = torch.zeros_like(rows).index_add_(0, inverse.flatten(), rows)
+    return different, sums.view(samples, positions, width)
