@@ -171,11 +171,11 @@ def _functions(
     parameters = view.parameters()
     device = next(iter(parameters.values())).device
     one = Labelled(batches.between(batches.told(batches.to(batch, device)), 0, 1))
-    users = _Users(
-        view.model, {name: parameters[name] for name in names}, 1, RULES, (), False, False
-    )
-    with evaluating(view.model, device) as state, users:
-        Evaluate(view.model, total.forward, total.values, state).alone(one)
+    theta = {name: parameters[name] for name in names}
+    with evaluating(view.model, device) as state:
+        users = _Users(state.tensors, theta, 1, RULES, (), False, False)
+        with users:
+            Evaluate(view.model, total.forward, total.values, state).alone(one)
     return {
         name: [f.__name__ for f in used if f not in RULES] or [f.__name__ for f in used]
         for name, used in users.meeting_data.items()

@@ -91,8 +91,7 @@ def refuse_lost_gradients(
 
 def _sets_more_than_flags(evaluate: Evaluate, modules: Sequence[nn.Module]) -> bool:
     """Whether eval() of these modules changes any attribute but the flags, or a tensor."""
-    if evaluate.state is not None:
-        evaluate.state.start_anew()
+    evaluate.state.start_anew()
     state = ModelState(evaluate.model, Habits())
     every = [(module, dict(module.__dict__)) for module in evaluate.model.modules()]
     try:
@@ -145,8 +144,7 @@ def _owner(model: nn.Module, p: Tensor) -> str:
 def _changed(evaluate: Evaluate, batch: Labelled, change: Callable[[], Any]) -> Tensor:
     """The output after a change of the model, of which nothing is left afterwards."""
     inputs = batches.first(batch)
-    if evaluate.state is not None:
-        evaluate.state.start_anew()
+    evaluate.state.start_anew()
     state = ModelState(evaluate.model, Habits())
     try:
         with torch.random.fork_rng([inputs.device] if inputs.is_cuda else []), state.watched():

@@ -39,13 +39,13 @@ class Evaluate(NamedTuple):
     model: nn.Module
     forward: Forward
     values: Values
-    # What every pass starts from; None where nothing that a pass leaves behind matters to the next one.
-    state: ModelState | None = None
+    # What every pass starts from.
+    state: ModelState
 
     def output(self, batch: Labelled) -> Tensor:
         """The model's output."""
         # A model that changes its input would see it changed again on every pass, and so would the caller.
-        with self.state.passing() if self.state is not None else nullcontext():
+        with self.state.passing():
             return self.forward(self.model, batches.copied(batch.batch))
 
     def constants(self, batch: Labelled) -> Hashable:
@@ -137,6 +137,8 @@ def overrides_modes(module: nn.Module) -> bool:
     own = module.__dict__.keys() & {"train", "eval"}
     kind = type(module)
     plain = kind.train is nn.Module.train and kind.eval is nn.Module.eval
+    # transformers' models exchange kernels there, where they use any.
+    plain |= kind.train.__module__ == "transformers.modeling_utils" and not module.use_kernels
     return bool(own) or not (plain or issubclass(kind, (*PARALLEL, torch.jit.ScriptModule)))
 
 

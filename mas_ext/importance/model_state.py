@@ -207,8 +207,13 @@ class _Structure:
                 waiting.append((item, depth))
 
 
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """All tensors that hang on a model, in whatever its modules keep."""
+    return _Structure(model).tensors
+
+
 class ModelState:
-    """What a model is now.
+    """What a model is now; `tensors` are those that hang on it.
 
     Args:
         model: any module.
@@ -222,14 +227,14 @@ class ModelState:
         self._around = [_surroundings(p) for p in parameters]
         for p in parameters:
             p.grad = None  # so that no pass adds to it
-        self._tensors = self._structure.tensors
-        self._requires_grad = [t.requires_grad for t in self._tensors]
+        self.tensors = self._structure.tensors
+        self._requires_grad = [t.requires_grad for t in self.tensors]
         self._small = _Values(_small(self._structure.tensors))
-        written = [t for t in self._tensors if t in habits.written] if habits.written else []
+        written = [t for t in self.tensors if t in habits.written] if habits.written else []
         self._copies = {id(t): (t, _copy(t)) for t in written}
         # Tensors that are no parameters and were written: passes get copies instead.
         self._moved: dict[int, tuple[Tensor, Tensor]] = {}
-        self._aliases = _aliases(self._tensors) if habits.replaced else []
+        self._aliases = _aliases(self.tensors) if habits.replaced else []
         self._versions: list[int] = []
 
     @contextmanager
@@ -237,7 +242,7 @@ class ModelState:
         """A pass, which starts from this state whatever passes before it left behind."""
         self.start_anew()
         with torch._C.DisableTorchFunction():
-            self._versions = self._versions or [_version(t) for t in self._tensors]
+            self._versions = self._versions or [_version(t) for t in self.tensors]
         if self._model in self._habits.watched:
             yield
             return
@@ -249,7 +254,7 @@ class ModelState:
     def watched(self) -> Iterator[None]:
         """What is done to the model is seen, so that all of it can be put back."""
         with torch._C.DisableTorchFunction():
-            self._aliases = self._aliases or _aliases(self._tensors)
+            self._aliases = self._aliases or _aliases(self.tensors)
         with _Watch(self._to_be_watched, self._written):
             yield
 
@@ -268,7 +273,7 @@ class ModelState:
 
     def _to_be_watched(self) -> dict[int, list[Tensor]]:
         known: dict[int, list[Tensor]] = {}
-        for t in self._tensors:
+        for t in self.tensors:
             if not self._small.has(t) and id(t) not in self._copies and _is_plain(t):
                 known.setdefault(_memory(t), []).append(t)
         return known
@@ -294,13 +299,13 @@ class ModelState:
         for p, around in zip(self._structure.parameters, self._around, strict=True):
             if not all(map(is_, _surroundings(p), around)):
                 p.grad, p._backward_hooks, p._post_accumulate_grad_hooks = around
-        for t, requires_grad in zip(self._tensors, self._requires_grad, strict=True):
+        for t, requires_grad in zip(self.tensors, self._requires_grad, strict=True):
             if t.requires_grad != requires_grad:
                 t.requires_grad_(requires_grad)
 
     def refuse_lost(self) -> None:
         """Raise a ValueError if a tensor was written that could not be put back."""
-        for t, version in zip(self._tensors, self._versions, strict=False):
+        for t, version in zip(self.tensors, self._versions, strict=False):
             if _version(t) != version and not self._small.has(t) and id(t) not in self._copies:
                 self._habits.written[t] = True
                 named = [*self._model.named_parameters(), *self._model.named_buffers()]
@@ -325,7 +330,7 @@ class ModelState:
             container.clear()
         written = {
             id(t)
-            for t, version in zip(self._tensors, self._versions, strict=True)
+            for t, version in zip(self.tensors, self._versions, strict=True)
             if _version(t) != version and not isinstance(t, nn.Parameter)
         }
         small = self._small.all() if written else self._small.changed()
@@ -411,7 +416,8 @@ class _Watch(TorchDispatchMode):
                 if writes or (statistics and a.name.startswith("running_")):
                     with torch._C.DisableTorchFunction():
                         self._look_at(given.get(a.name))
-        return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():  # none of the model's functions
+            return func(*args, **(kwargs or {}))
 
     def _look_at(self, value: Any) -> None:
         if isinstance(value, (list, tuple)):

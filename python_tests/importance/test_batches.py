@@ -354,7 +354,9 @@ def test_the_constants_of_a_batch(one: Any, other: Any, same: bool) -> None:
 
 def test_what_the_default_forward_does_not_pass_on_is_no_constant() -> None:
     def of(batch: Any, forward: Any) -> Any:
-        return Evaluate(nn.Linear(2, 3), forward, None).constants(Labelled(batches.told(batch)))  # type: ignore[arg-type]
+        return Evaluate(nn.Linear(2, 3), forward, None, None).constants(
+            Labelled(batches.told(batch))
+        )  # type: ignore[arg-type]
 
     files = (X, ["1.png", "2.png", "3.png", "4.png"]), (X, ["5.png", "6.png", "7.png", "8.png"])
     assert of(files[0], default_forward) == of(files[1], default_forward)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from mas_ext.importance.exact.origins import Earlier, Origins
 from mas_ext.importance.exact.recurrent import RULES
 from mas_ext.importance.exact.tracing import Tape
+from mas_ext.importance.model_state import tensors_of
 
 
 def tape_of(model: nn.Module, samples: int = 5) -> Tape:
-    return Tape(model, dict(model.named_parameters()), samples, RULES, (), False, False)
+    return Tape(tensors_of(model), dict(model.named_parameters()), samples, RULES, (), False, False)
 
 
 def written(z: Tensor, x: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ def test_numbers_read_of_data_alone_belong_to_a_proof() -> None:
 
 def test_what_an_earlier_pass_met_is_constant_unless_it_changed() -> None:
     kept, changed, earlier = torch.ones(3), torch.ones(3), Earlier()
-    passes = [Origins(nn.Linear(4, 3), {}) for _ in range(2)]
+    passes = [Origins(nn.Linear(4, 3).parameters(), {}) for _ in range(2)]
     for origins in passes:
         origins.earlier = earlier
     assert [passes[0].look_back(t) for t in (kept, kept, changed)] == [None, None, None]

@@ -179,7 +179,9 @@ class Exact:
         fast = {name: p for name, p in theta.items() if name not in self.fallback}
         native = backends.serves(next(iter(theta.values())).device, self._how.backend)
         samples = batches.size(batch)
-        tape = kind(evaluate.model, fast, samples, RULES, self._shared, self._how.square, native)
+        tape = kind(
+            evaluate.state.tensors, fast, samples, RULES, self._shared, self._how.square, native
+        )
         tape.origins.earlier = self._earlier
         tape.read(evaluate.constants(batch))
         tape.of_samples = not batches.differ_in_tensors_alone(batch.batch)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Origin(NamedTuple):
@@ -25,10 +25,6 @@ class Origin(NamedTuple):
     sources: frozenset[str]
     made: bool = False
 
-
-# What every module has beside its parameters and buffers, and what most others are.
-_NO_TENSORS = {*vars(nn.Module())} - {"_parameters", "_buffers"}
-_PLAIN = {bool, int, float, str, type(None)}
 
 CONSTANT, MADE = Origin(frozenset()), Origin(frozenset(), made=True)
 
@@ -43,21 +39,18 @@ class Origins:
     `earlier` holds what earlier passes met: a tensor that is still the same is not made of this batch.
 
     Args:
-        model: its parameters, buffers and other tensors are constants.
+        constants: the tensors that the model keeps.
         theta: parameters by name, each a source.
     """
 
-    def __init__(self, model: nn.Module, theta: Mapping[str, Tensor]) -> None:
+    def __init__(self, constants: Iterable[Tensor], theta: Mapping[str, Tensor]) -> None:
         self.earlier = Earlier()
         self._new = Earlier()
         self._known: WeakKeyDictionary[torch.UntypedStorage, tuple[Origin, int]] = (
             WeakKeyDictionary()
         )
-        for module in model.modules():
-            for name, kept in module.__dict__.items():
-                if kept.__class__ not in _PLAIN and name not in _NO_TENSORS:
-                    for t in tensors_in((kept,)):
-                        self._set(t, CONSTANT)
+        for t in constants:
+            self._set(t, CONSTANT)
         for name, p in theta.items():
             self._set(p, Origin(frozenset((name,))))
 

@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mas_ext.importance.exact.gradient_forms import PerSample, like_total, total_of
@@ -78,7 +78,7 @@ class Tape(TorchFunctionMode):
     """The meetings of some parameters with data in one forward pass: `with Tape(...) as tape`, then `backward`.
 
     Args:
-        model: the one that runs.
+        constants: the tensors that the model keeps.
         theta: parameters by name.
         samples: how many there are.
         rules: what stands for which function (rules.py).
@@ -91,7 +91,7 @@ class Tape(TorchFunctionMode):
 
     def __init__(
         self,
-        model: nn.Module,
+        constants: Iterable[Tensor],
         theta: Mapping[str, Tensor],
         samples: int,
         rules: Mapping[Callable[..., Any], FunctionRule],
@@ -116,7 +116,7 @@ class Tape(TorchFunctionMode):
         self.opened = self.replayed = False
         # The function that a rule stands for, while the rule runs.
         self.func: Callable[..., Any]
-        self.origins = Origins(model, theta)
+        self.origins = Origins(constants, theta)
         # In a proof: what each call runs in, and whether a number was read or a shape was made of data.
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.choices: Any = None
