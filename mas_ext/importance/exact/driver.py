@@ -9,7 +9,7 @@ fallback, which runs samples alone (fallback.py). README.md walks through it.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -28,7 +28,7 @@ from mas_ext.importance.exact.fallback import (
 from mas_ext.importance.exact.layout_proof import ProvenPass, find_owners, layouts_of
 from mas_ext.importance.exact.nodes import Meeting
 from mas_ext.importance.exact.origins import Earlier
-from mas_ext.importance.exact.precision import Precision, differ, lowest_precision
+from mas_ext.importance.exact.precision import Precision, lowest_precision
 from mas_ext.importance.exact.pull_back import Moves
 from mas_ext.importance.exact.recurrent import RULES
 from mas_ext.importance.exact.sample_layout import SampleLayout
@@ -71,7 +71,7 @@ class Proof:
     """
 
     names: Sequence[frozenset[str]]
-    layouts: Sequence[SampleLayout | None]
+    layouts: Layouts
     lasting: bool
     shapes: Sequence[tuple[int, ...]] | None = None
     moves: dict[int, Moves] = field(default_factory=dict)
@@ -117,22 +117,30 @@ class Exact:
         if batches.size(batch) == 1:
             totals, _, values = one_by_one(evaluate, batch, theta, self._how)
             return totals, values
+        few = batches.between(batch, 0, _CHECKED)
         alone: Tensor | None = None
         while True:
             decided = self._decided()
             run = self._run(evaluate, batch, theta)
             if run is None or run.proof is None:
-                if alone is None:
-                    del run
-                    alone = self._try(evaluate, batches.between(batch, 0, _CHECKED), theta)
-                    decided = self._decided()
+                del run
                 run = self._prove(evaluate, batch, theta)
-            if decided == self._decided():
-                assert run.proof is not None
-                totals = self._backward(run)
-                self._send_to_fallback(evaluate.model, run.tape.unhandled)
+                layouts, mixed = ([], []) if run.proof else _found_layouts(run)
+                if alone is None:
+                    alone = self._try(evaluate, few, theta, run.proof)
+                    if mixed:  # to know what this pass met unknown
+                        continue
                 if decided == self._decided():
-                    break
+                    self._give_up(evaluate.model, mixed)
+                if decided != self._decided():  # there may be a proof with less to prove
+                    continue
+                if run.proof is None:
+                    run = run._replace(proof=Proof(run.tape.met, layouts, False))
+                    self._open.add(tuple(run.tape.functions))
+            totals = self._backward(run)
+            self._send_to_fallback(evaluate.model, run.tape.unhandled)
+            if decided == self._decided():
+                break
         if alone is not None and theta.keys() - self.fallback:
             refuse_interacting(alone, run.output[: len(alone)], _precision(run))
         self.last = run.proof
@@ -200,31 +208,23 @@ class Exact:
         run = self._forward(evaluate, batch, theta)
         proof = self.known(run.tape, batch)
         if proof is None and tuple(run.tape.functions) in self._open:
-            proof = self._in_this_batch(evaluate.model, run)
+            layouts, mixed = _found_layouts(run)
+            self._give_up(evaluate.model, mixed)
+            proof = Proof(run.tape.met, layouts, False)
         return run._replace(proof=proof)
 
     def _prove(self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]) -> Run:
-        """A pass of a batch whose signature was never seen before."""
+        """A pass of a batch whose signature was never seen before, with a proof if there is a lasting one."""
         tape = self.tape(evaluate, batch, theta)
         proven = ProvenPass(evaluate, batch, tape)
         run = Run(tape, proven.output.detach(), proven.values, None)
         layouts = proven.lasting(_precision(run)) if _has_gradients(run) else []
         if layouts is None:
-            decided = self._decided()
-            run = run._replace(proof=self._in_this_batch(evaluate.model, run))
-            if decided == self._decided():  # else there may be a proof with less to prove
-                self._open.add(tuple(tape.functions))
             return run
         listed = any(layout is not None and layout.table is not None for layout in layouts)
         proof = Proof(tape.met, layouts, True, tape.shapes if listed else None)
         self._proofs[_signature(tape, batch)] = proof
         return run._replace(proof=proof)
-
-    def _in_this_batch(self, model: nn.Module, run: Run) -> Proof:
-        """Where samples lie in one batch; what has several of them in a row goes to the fallback."""
-        layouts, mixed = _found_layouts(run)
-        self._give_up(model, mixed)
-        return Proof(run.tape.met, layouts, False)
 
     def _give_up(
         self, model: nn.Module, meetings: Sequence[Meeting], names: Iterable[str] | None = None
@@ -236,48 +236,63 @@ class Exact:
             met = {name for meeting in meetings for name in meeting.names}
             self._send_to_fallback(model, met if names is None else set(names))
 
-    def _backward(self, run: Run) -> Totals:
+    def _backward(self, run: Run, totals: Totals | None = None) -> Totals:
+        """The sums of a pass, added to `totals`."""
         assert run.proof is not None
+        totals = {} if totals is None else totals
         if not run.tape.theta:
-            return {}
-        return run.tape.backward(run.values, run.proof.layouts, run.proof.moves)
+            return totals
+        return run.tape.backward(run.values, run.proof.layouts, run.proof.moves, totals)
 
-    def _try(self, evaluate: Evaluate, few: Labelled, theta: Mapping[str, Tensor]) -> Tensor:
-        """Compare a few samples with themselves alone; returns their outputs alone."""
+    def _try(
+        self,
+        evaluate: Evaluate,
+        few: Labelled,
+        theta: Mapping[str, Tensor],
+        proof: Proof | None = None,
+    ) -> Tensor:
+        """Compare a few samples with themselves alone; returns their outputs alone.
+
+        proof: of the whole batch, which few of its samples are like if they do the same.
+        """
         model = evaluate.model
-        # What is refused by name is refused before a sample fails alone.
-        run = self._forward(evaluate, few, theta)
-        expected, output, _ = one_by_one(evaluate, few, theta, self._how)
         repeated = False
         while True:
             decided = self._decided()
-            precision = _precision(run)
-            if outputs_differ(output, run.output, precision):
+            # What is refused by name is refused before a sample fails alone.
+            run = self._forward(evaluate, few, theta)
+            expected, output, _ = one_by_one(evaluate, few, theta, self._how)
+            if outputs_differ(output, run.output, _precision(run)):
                 _, again, _ = one_by_one(evaluate, few, {}, self._how)
-                if not outputs_differ(again, output, precision):
-                    refuse_interacting(output, run.output, precision)
+                if not outputs_differ(again, output, _precision(run)):
+                    refuse_interacting(output, run.output, _precision(run))
                 self._send_to_fallback(model, {*theta}, _RANDOM)
-            layouts, mixed = _found_layouts(run)
+            mixed: list[Meeting] = []
+            layouts = None if proof is None else _resized(proof, run.tape)
+            if layouts is None:
+                layouts, mixed = _found_layouts(run)
             if mixed and not repeated:  # to know what an earlier pass met unknown
-                repeated, run = True, self._forward(evaluate, few, theta)
+                repeated = True
                 continue
             self._give_up(model, mixed)
-            run = run._replace(proof=Proof(run.tape.met, layouts, False))
             if decided == self._decided():
-                totals = self._backward(run)
-                self._send_to_fallback(model, run.tape.unhandled)
-                self._compare(model, run, totals, expected)
+                run = run._replace(proof=Proof(run.tape.met, layouts, False))
+                self._compare(model, run, expected)
             if decided == self._decided():
                 return output
-            run = self._forward(evaluate, few, theta)
 
-    def _compare(self, model: nn.Module, run: Run, totals: Totals, expected: Totals) -> None:
-        """Give up what differs from the sums of samples that ran alone."""
-        largest = max(float(total.norm()) for total in expected.values())
+    def _compare(self, model: nn.Module, run: Run, expected: Totals) -> None:
+        """Give up what differs from the sums of samples that ran alone; `expected` becomes the differences."""
+        norms = {name: float(total.norm()) for name, total in expected.items()}
+        for total in expected.values():
+            total.neg_()
+        errors = self._backward(run, expected)
+        self._send_to_fallback(model, run.tape.unhandled)
         precision = _precision(run)
-        noise = _NOISE * precision.eps * largest
+        noise = _NOISE * precision.eps * max(norms.values())
         for name in expected.keys() - self.fallback:
-            if differ(totals.get(name), expected[name], precision, noise):
+            limit = precision.tolerance * norms[name] + noise
+            if not float(errors[name].norm()) <= limit:  # NaN is a difference, too
                 where = [m for m in run.tape.meetings if name in m.names]
                 self._give_up(model, where, [name])
 
@@ -310,7 +325,7 @@ def _precision(run: Run) -> Precision:
     return lowest_precision(dtypes, run.output.is_cuda)
 
 
-def _found_layouts(run: Run) -> tuple[list[SampleLayout | None], list[Meeting]]:
+def _found_layouts(run: Run) -> tuple[Layouts, list[Meeting]]:
     """Where samples lie in one batch, and the meetings whose rows have several of them."""
     tape = run.tape
     if not _has_gradients(run):
@@ -318,6 +333,16 @@ def _found_layouts(run: Run) -> tuple[list[SampleLayout | None], list[Meeting]]:
     owners = find_owners(tape, run.values, _precision(run))
     layouts = layouts_of(tape, owners)
     return layouts, [tape.meetings[i] for i in owners if layouts[i] is None]
+
+
+def _resized(proof: Proof, tape: Tape) -> Layouts | None:
+    """The layouts in a pass of fewer samples that does what the proven one did; None where it may not."""
+    if proof.names != tape.met:
+        return None
+    known = [*zip(proof.layouts, tape.shapes, strict=True)]
+    if not all(layout is None or layout.fits(tape.samples, shape) for layout, shape in known):
+        return None
+    return [layout and replace(layout, samples=tape.samples) for layout in proof.layouts]
 
 
 def _has_gradients(run: Run) -> bool:

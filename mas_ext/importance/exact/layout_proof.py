@@ -247,9 +247,9 @@ def _row_sizes(
         size = (size[..., None] if grad.dim() > 1 else size).to(grad.dtype)
         return noise(grad, i + 1).mul(size)
 
-    each = factors.reshape(-1, *[1] * (y.dim() - 1))
+    each = factors.to(y.dtype).reshape(-1, *[1] * (y.dim() - 1))
     tape.random = noise is not None
-    tape.observe(observer, y, (start * each).to(y.dtype))
+    tape.observe(observer, y, start * each)
     tape.random = False
     return found
 

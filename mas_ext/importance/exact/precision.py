@@ -40,10 +40,9 @@ def lowest_precision(dtypes: Iterable[torch.dtype], on_gpu: bool) -> Precision:
     return TF32 if on_gpu and found == PRECISION_OF[torch.float32] else found
 
 
-def differ(got: Tensor | None, expected: Tensor, precision: Precision, noise: float = 0.0) -> bool:
-    """Whether tensors differ by more than rounding; None stands for zeros, NaN for a difference.
+def differ(got: Tensor, expected: Tensor, precision: Precision, noise: float = 0.0) -> bool:
+    """Whether tensors differ by more than rounding; NaN is a difference.
 
     noise: a norm that rounding alone may have.
     """
-    error = expected if got is None else got - expected
-    return not bool(error.norm() <= precision.tolerance * expected.norm() + noise)
+    return not bool((got - expected).norm() <= precision.tolerance * expected.norm() + noise)

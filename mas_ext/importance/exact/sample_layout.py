@@ -65,6 +65,10 @@ class SampleLayout:
             return any(size != 1 for size in own[: self.depth])
         return own[1 if self.kind == "inner" else 0] != 1
 
+    def fits(self, samples: int, shape: Sequence[int]) -> bool:
+        """Whether so many samples can lie in a tensor of this shape as these do in theirs."""
+        return self.table is None and shape[1 if self.kind == "inner" else 0] % samples == 0
+
     def sum_to(self, g: Tensor, shape: Sequence[int]) -> Tensor:
         """(samples, *shape): g summed over all along which a tensor of this shape is broadcast to g."""
         dtype = compute_dtype(g.dtype)

@@ -470,15 +470,19 @@ class Tape(TorchFunctionMode):
 
     @torch.no_grad()
     def backward(
-        self, values: Tensor, layouts: Sequence[SampleLayout | None], moves: dict[int, Moves]
+        self,
+        values: Tensor,
+        layouts: Sequence[SampleLayout | None],
+        moves: dict[int, Moves],
+        totals: Totals,
     ) -> Totals:
-        """sum over samples and columns of abs (or square) of d values / d theta, by name.
+        """Adds the sum over samples and columns of abs (or square) of d values / d theta to `totals`, by name.
 
         layouts: where samples lie in each meeting's result, None where that is not known. moves: what is
         known of the ways from sources to parameters, for passes of the same signature. A parameter that
         autograd has a gradient for has a use that was not recorded: it is unhandled.
         """
-        self._layouts, self._moves = layouts, moves
+        self._layouts, self._moves, self._totals = layouts, moves, totals
         self._numbers = {id(meeting): i for i, meeting in enumerate(self.meetings)}
         sources = [*self._sources.values()]
         leaves = {i: source.leaf for i, source in enumerate(sources)}
@@ -497,7 +501,7 @@ class Tape(TorchFunctionMode):
                     ) in groups.values():  # some gradients may be missing, where there is none
                         if any(source.forms for source in group.sources):
                             self._add_up(group)
-        totals, self._totals, self._numbers = self._totals, {}, {}
+        self._totals, self._numbers = {}, {}
         return totals
 
 
