@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -106,6 +107,11 @@ class ImportanceSum:
         other = copy.copy(self)
         other.sums, other.samples, other.objective_sum = totals
         return other
+
+    def uninterrupted(self) -> AbstractContextManager[None]:
+        """While it lasts, nothing but the batch changes from add to add."""
+        estimator = self._estimator
+        return estimator.uninterrupted() if isinstance(estimator, Exact) else nullcontext()
 
     @property
     def totals(self) -> SampleSums:
@@ -259,7 +265,7 @@ def gather(
     view = model if isinstance(model, ModelView) else ModelView(model, total.exclude)
     start = total.samples
     # A loader draws its order while it is read.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), total.uninterrupted():
         for batch in _shown(batches, progress):
             left = None if max_samples is None else max_samples - (total.samples - start)
             if left is not None and left < batch_of.size(batch):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext.importance import batches
-from mas_ext.importance.accumulator import ImportanceSum
+from mas_ext.importance.accumulator import ImportanceSum, gather
 from mas_ext.importance.evaluation import Evaluate, Forward, Labelled, evaluating
+from mas_ext.importance.exact import replay
 from mas_ext.importance.exact.driver import Exact
 from mas_ext.importance.exact.origins import tensors_in
 from mas_ext.importance.exact.rules import RULES
@@ -50,11 +51,13 @@ class CheckedParameter(NamedTuple):
 class ImportanceReport:
     """What check_importance found; `print` shows it as a table.
 
-    rows: one for each parameter. note: why there is no float64 reference; "" where there is one.
+    rows: one for each parameter. note: why there is no float64 reference; "" where there is one. not_captured:
+    why passes on a GPU are not captured as a CUDA graph; "" where they are, and on a CPU.
     """
 
     rows: tuple[CheckedParameter, ...]
     note: str
+    not_captured: str = ""
 
     def __str__(self) -> str:
         lines = [("parameter", "way", "samples", "error", "why")]
@@ -66,7 +69,10 @@ class ImportanceReport:
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
             for line in lines
         ]
-        return "\n".join([*table, *([self.note] if self.note else [])])
+        notes = [self.note] if self.note else []
+        if self.not_captured:
+            notes.append(f"passes are not captured as a CUDA graph: {self.not_captured}")
+        return "\n".join([*table, *notes])
 
 
 def check_importance(
@@ -114,6 +120,8 @@ def check_importance(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "importance of .* takes the fallback", UserWarning)
             total.add(view, batch)
+            if replay.possible(view.parameters()):
+                gather(total.empty(), view, [batch, batch])
         omega = total.mean()
         functions = _functions(view, total, batch, exact.fallback)
         try:
@@ -133,7 +141,7 @@ def check_importance(
         rows.append(
             CheckedParameter(name, fast, layouts.get(name, "") if fast else "", off, reason)
         )
-    return ImportanceReport(tuple(rows), note)
+    return ImportanceReport(tuple(rows), note, exact.not_captured)
 
 
 def _relative_error(got: Tensor, right: Tensor, largest: float) -> float:

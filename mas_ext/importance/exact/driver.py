@@ -8,7 +8,9 @@ fallback, which runs samples alone (fallback.py). README.md walks through it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from mas_ext.importance import batches
 from mas_ext.importance.evaluation import Evaluate, Labelled
+from mas_ext.importance.exact import replay
 from mas_ext.importance.exact.fallback import (
     Fallback,
     has_hooks,
@@ -31,6 +34,7 @@ from mas_ext.importance.exact.origins import Earlier
 from mas_ext.importance.exact.precision import Precision, lowest_precision
 from mas_ext.importance.exact.pull_back import Moves
 from mas_ext.importance.exact.recurrent import RULES
+from mas_ext.importance.exact.replay import Replay
 from mas_ext.importance.exact.sample_layout import SampleLayout
 from mas_ext.importance.exact.tracing import Tape
 from mas_ext.importance.gradients import Summation, Totals, zeros
@@ -100,15 +104,64 @@ class Exact:
         self._shared: set[Any] = set()
         self._earlier = Earlier()
         self._single_samples = Fallback(self._how)
+        # By the look of a batch: captured passes, and how often it came; None between runs.
+        self._replays: dict[Hashable, Replay] | None = None
+        self._seen: Counter[Hashable] = Counter()
+        # Why the last pass that was to be captured could not be.
+        self.not_captured = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy finds out about its own model."""
         return Exact, (self._how.backend, self._how.square)
 
+    @contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """While it lasts, nothing but the batch changes from call to call: passes on a GPU are captured."""
+        self._replays, self._seen = {}, Counter()
+        try:
+            yield
+        finally:
+            self._replays = None
+
     def __call__(
         self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
     ) -> tuple[Totals, Tensor]:
         """The sums by name, and the objectives."""
+        if self._replays is None or not replay.possible(theta):
+            return self._add_up(evaluate, batch, theta)
+        key = replay.look(evaluate, batch, theta)
+        if key in self._replays:
+            return self._replays[key](batch)
+        result = self._add_up(evaluate, batch, theta)
+        self._seen[key] += 1
+        if self._seen[key] == 2:  # others may follow
+            self._capture(key, evaluate, batch, theta)
+        return result
+
+    def _capture(
+        self, key: Hashable, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
+    ) -> None:
+        """Keep the pass of the last batch for others of its look; not_captured says why it can't be."""
+
+        def again(batch: Labelled) -> tuple[Totals, Tensor, Any]:
+            run = self._forward(evaluate, batch, theta)
+            proof = self.known(run.tape, batch)
+            if proof is None or not proof.lasting or theta.keys() & self.fallback.keys():
+                raise RuntimeError("samples are told apart, or run alone, in every batch")
+            totals = self._backward(run._replace(proof=proof))
+            return self._complete(totals, theta), run.values.detach(), (proof, run.tape.tables)
+
+        try:
+            if evaluate.state.touched():
+                raise RuntimeError("the model writes what it keeps")
+            assert self._replays is not None
+            self._replays[key] = Replay(again, batch)
+        except Exception as error:  # of any kind: batches go on without
+            self.not_captured = f"{type(error).__name__}: {error}"
+
+    def _add_up(
+        self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
+    ) -> tuple[Totals, Tensor]:
         if self.last is None:
             _refuse_batch_statistics(evaluate.model)
         refuse_accumulation_hooks(theta)
@@ -149,9 +202,13 @@ class Exact:
         others = (
             self._single_samples(evaluate, batch, slow, output, _precision(run)) if slow else {}
         )
-        unused = theta.keys() - totals.keys() - slow.keys()
-        found = {**zeros({name: theta[name] for name in unused}), **totals, **others}
-        return {name: found[name] for name in theta}, run.values.detach()
+        return self._complete({**totals, **others}, theta), run.values.detach()
+
+    @staticmethod
+    def _complete(found: Totals, theta: Mapping[str, Tensor]) -> Totals:
+        """The sums in the order of parameters, zeros for those without influence."""
+        unused = zeros({name: p for name, p in theta.items() if name not in found})
+        return {name: unused[name] if name in unused else found[name] for name in theta}
 
     def known(self, tape: Tape, batch: Labelled) -> Proof | None:
         """What is known of a pass that is like one before."""

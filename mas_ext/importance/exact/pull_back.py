@@ -221,7 +221,8 @@ def _add_moved(
 ) -> None:
     """Add what a part's total comes to for parameters that it depends on by moves."""
     total = total_of(part.forms, part.like, square, native)
-    largest = float(total.max()) or 1.0 if total.numel() else 1.0  # 16 bits have not the range
+    largest = total.max() if total.numel() else total.sum()  # 16 bits have not the range
+    largest = torch.where(largest > 0, largest, 1)
     found = part.transposed_jacobian(total / largest, theta)
     scales = part.transposed_jacobian(torch.ones_like(total), theta) if square else {}
     for name, moved in found.items():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mas_ext.importance.exact.gradient_forms import PerSample, like_total, total_of
+from mas_ext.importance.exact.gradient_forms import PerSample, Product, like_total, total_of
 from mas_ext.importance.exact.layers import Broadcast, Layer
 from mas_ext.importance.exact.nodes import GradientSource, LayerNode, Meeting
 from mas_ext.importance.exact.origins import CONSTANT, MADE, Origin, Origins, tensors_in
@@ -121,6 +121,8 @@ class Tape(TorchFunctionMode):
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.choices: Any = None
         self.random = False
+        # What sums are read by, for as long as they may be read again.
+        self.tables: list[Tensor | None] = []
         self._rules, self._shared = rules, shared
         self._moves: dict[int, Moves] = {}
         self._groups: dict[int, _Group] = {}
@@ -448,6 +450,8 @@ class Tape(TorchFunctionMode):
     def record(self, source: GradientSource, gradients: PerSample) -> None:
         """Take a source's per-sample gradients from one meeting; totals, once all are there that add up."""
         source.forms.append(gradients)
+        if isinstance(gradients, Product):
+            self.tables.append(gradients.rows)
         group = self._groups[id(source)]
         group.missing -= 1
         if group.missing == 0:
