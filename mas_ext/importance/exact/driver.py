@@ -130,7 +130,7 @@ class Exact:
         """The sums by name, and the objectives."""
         if self._replays is None or not replay.possible(theta):
             return self._add_up(evaluate, batch, theta)
-        key = replay.look(evaluate, batch, theta)
+        key = replay.batch_key(evaluate, batch, theta)
         if key in self._replays:
             return self._replays[key](batch)
         result = self._add_up(evaluate, batch, theta)

@@ -20,7 +20,7 @@ from mas_ext.importance.gradients import Totals
 Pass = Callable[[Labelled], tuple[Totals, Tensor, Any]]
 
 
-def look(evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]) -> Hashable:
+def batch_key(evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]) -> Hashable:
     """What a captured pass holds for: sizes of the batch, its entries that are no tensors, and parameters."""
     sizes = tuple((t.shape, t.dtype, t.stride()) for t in batches.tensors(batch))
     where = tuple((name, p.data_ptr()) for name, p in theta.items())
