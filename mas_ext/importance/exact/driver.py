@@ -3,8 +3,8 @@
 Where parameters meet data is followed through one forward and backward pass (tracing.py). How the samples lie
 there is found out and proven (layout_proof.py), for all batches or, where data decide, for every single one.
 What was never seen before is tried on a few samples, which are run alone too. What has no rule goes to the
-fallback, which runs samples alone (fallback.py). On a GPU, what came often is replayed (replay.py). README.md walks
-through it.
+fallback, which runs samples alone (fallback.py). On a GPU, what came often is replayed (replay.py).
+README.md walks through it.
 """
 
 from __future__ import annotations
