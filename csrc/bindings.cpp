@@ -267,5 +267,6 @@ PYBIND11_MODULE(MAS_MODULE_NAME, m) {
   bind<int>(m, "cpu");
 #ifdef MAS_CUDA
   bind<Pointer>(m, "cuda");
+  m.attr("cuda_architectures") = MAS_CUDA_ARCHITECTURES;
 #endif
 }

@@ -26,6 +26,9 @@ class State:
 
 def instruction_set() -> str: ...
 
+# What the CUDA kernels were built for: machine code ("-real"), PTX ("-virtual"), or both. Absent without them.
+cuda_architectures: str
+
 class cpu:
     """The kernels; `where` is the number of threads here and the stream in `cuda`."""
 

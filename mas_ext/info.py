@@ -16,8 +16,9 @@ def info() -> dict[str, Any]:
 
     Returns:
         backend: "native" or "reference" (plain PyTorch); cpu_instruction_set: the CPU kernels' choice;
-        threads: of the CPU kernels; cuda_kernels: whether the extension has them; gpu: its name or None;
-        why_not: reasons why something better is not in use; versions of mas_ext, torch, CUDA and Python.
+        threads: of the CPU kernels; cuda_kernels: whether the extension has them; cuda_architectures: what they
+        were built for, such as "90-real", or "75-virtual" (PTX, which a GPU's driver translates); gpu: its name
+        or None; why_not: reasons why something better is not in use; versions of mas_ext, torch, CUDA, Python.
     """
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -33,6 +34,7 @@ def info() -> dict[str, Any]:
         "cpu_instruction_set": backends.instruction_set(),
         "threads": torch.get_num_threads(),
         "cuda_kernels": backends.why_not(cuda) is None,
+        "cuda_architectures": backends.cuda_architectures(),
         "gpu": gpu,
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,

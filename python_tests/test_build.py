@@ -19,7 +19,6 @@ KERNELS = {source.stem for source in (ROOT / "csrc" / "cpu").glob("*.cpp")}
 # What is built only to see that it can be is not optimised, which takes a minute for each instruction set.
 QUICK = {
     "SKBUILD_CMAKE_BUILD_TYPE": "Debug",
-    "SKBUILD_CMAKE_DEFINE": "CMAKE_CUDA_ARCHITECTURES=75",
     "MAS_EXT_REQUIRE_NATIVE": "1",
 }
 NO_NVCC = {"CUDACXX": "/nonexistent/nvcc"}
@@ -28,7 +27,7 @@ NO_COMPILER = {"CXX": "/nonexistent/g++"}
 
 def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """A child whose environment says nothing about how to build, except for env."""
-    unset = {"CUDACXX", "CUDA_PATH", "CXX", "MAS_EXT_REQUIRE_NATIVE"}
+    unset = {"CUDACXX", "CUDA_PATH", "CXX", "MAS_EXT_CUDA", "MAS_EXT_REQUIRE_NATIVE"}
     kept = {name: value for name, value in os.environ.items() if name not in unset}
     return subprocess.run(command, cwd=cwd, env=kept | env, capture_output=True, text=True)
 
@@ -134,6 +133,40 @@ assert "plain PyTorch" in str(caught[0].message), caught
     )
     refused = python(tmp_path, "import mas_ext", MAS_EXT_REQUIRE_NATIVE="1")
     assert "ImportError: MAS_EXT_REQUIRE_NATIVE is 1, but" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "gpus", "built"),
+    [
+        ("", "", "75-virtual"),
+        ("", "9.0 9.0 12.0", "90-real;120-real"),
+        ("all", "9.0", "75-real;80-real;86-real;89-real;90-real;100-real;120"),
+        ("off", "9.0", None),
+    ],
+)
+def test_cuda_kernels_are_built_for(
+    value: str, gpus: str, built: str | None, tmp_path: Path
+) -> None:
+    """The GPUs that are here, PTX without one, all, or none; "here" by a program that stands for nvidia-smi."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n" + (f"printf '%s\\n' {gpus}" if gpus else "exit 9") + "\n")
+    smi.chmod(0o755)
+    cmake = ["cmake", "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}"]
+    pybind11 = run(sys.executable, "-m", "pybind11", "--cmakedir", cwd=ROOT).stdout.strip()
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = run(*cmake, f"-Dpybind11_DIR={pybind11}", cwd=tmp_path, PATH=path, MAS_EXT_CUDA=value)
+    assert done.returncode == 0, done.stderr
+    (said,) = re.findall("mas_ext: (.*)", done.stdout)
+    if built is None or not nvcc_is_here():
+        assert said.startswith("CPU kernels only")
+    else:
+        assert said == f"CPU and CUDA kernels, architectures {built}"
+
+
+def test_an_unknown_choice_of_cuda_kernels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="MAS_EXT_CUDA: got '90', expected 'all' or 'off'"):
+        install(tmp_path, MAS_EXT_CUDA="90")
+    assert not (tmp_path / "site").exists()
 
 
 @pytest.mark.parametrize("value", ["yes", "no"])

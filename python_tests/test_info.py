@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -68,6 +69,8 @@ def test_info_describes_this_process() -> None:
     assert info["backend"] == "native"
     assert info["cpu_instruction_set"] in ("baseline", "avx2", "avx512")
     assert isinstance(info["cuda_kernels"], bool)
+    if info["cuda_kernels"]:
+        assert re.fullmatch(r"(\d+(-real|-virtual)? ?)+", info["cuda_architectures"])
     assert (info["gpu"] is not None) == torch.cuda.is_available()
     assert (info["why_not"] == []) == (info["cuda_kernels"] and info["gpu"] is not None)
     assert all(isinstance(reason, str) for reason in info["why_not"])
@@ -78,6 +81,7 @@ def test_info_describes_this_process() -> None:
         "cpu_instruction_set",
         "threads",
         "cuda_kernels",
+        "cuda_architectures",
         "gpu",
         "torch",
         "torch_cuda",
@@ -118,6 +122,7 @@ print(json.dumps([info, silent, [[w.category.__name__, str(w.message)] for w in 
     assert info["backend"] == "reference"
     assert info["cpu_instruction_set"] is None
     assert info["cuda_kernels"] is False
+    assert info["cuda_architectures"] is None
     assert info["why_not"][0].startswith("the compiled extension is missing")
     assert silent == 0
     assert [category for category, _ in caught] == ["RuntimeWarning"]

@@ -39,8 +39,15 @@ def why_not(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"there are no compiled kernels for {device.type} devices"
     if torch.version.hip is not None or not hasattr(_C, "cuda"):
-        return "the extension was built without CUDA kernels (no nvcc was found)"
+        return (
+            "the extension was built without CUDA kernels (no nvcc was found, or MAS_EXT_CUDA=off)"
+        )
     return None
+
+
+def cuda_architectures() -> str | None:
+    """What the CUDA kernels were built for, separated by spaces; None without them."""
+    return getattr(_C, "cuda_architectures", None)
 
 
 def instruction_set() -> str | None:
