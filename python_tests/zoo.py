@@ -1476,3 +1476,7 @@ for when, inputs in (("at first", first_ones_negative), ("in the first batch", s
         lambda: {"a": nn.Linear(4, 3)},
         sizes=(5, 8, 6),
     )
+
+
+# Those of this file alone; zoo_derived.py and zoo_paths.py add more to CASES.
+BASIC = tuple(CASES)
