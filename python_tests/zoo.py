@@ -1337,6 +1337,49 @@ for way, back in {
     )
 
 
+def turned_over(turn: Callable[[Tensor, Tensor], Tensor], depth: int) -> Wiring:
+    """A layer has the batch with its largest first number last, if need be turned over, and as it is."""
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        over = x[0, 0] > x[-1, 0]
+        h = m.left(turn(x, over))
+        for _ in range(depth):
+            h = torch.tanh(h)
+        return m.out(turn(h, over) * m.left(x))
+
+    return wiring
+
+
+def turned_by_a_pool(h: Tensor, over: Tensor) -> Tensor:
+    far = 1e3 * (2 * over - 1)
+    return F.max_pool1d(torch.stack([h, h.flip(0) + far], -1), 2)[..., 0] - F.relu(far)
+
+
+TURNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "where": lambda h, over: torch.where(over, h.flip(0), h),
+    "truth values as factors": lambda h, over: over * h.flip(0) + ~over * h,
+    "integers as factors": lambda h, over: over.long() * h.flip(0) + (1 - over.long()) * h,
+    "an integer that opens": lambda h, over: h + over.long() * (h.flip(0) - h),
+    "a pool": turned_by_a_pool,
+}
+# What random truth values say of two samples depends on how many there are before.
+for (way, turn), depth in itertools.product(TURNS.items(), range(3)):
+    wired(
+        f"a batch turned over by {way}, {depth} functions",
+        ranked((0, 0), (0, 1)),
+        turned_over(turn, depth),
+        lambda: {"left": nn.Linear(4, 4), "out": nn.Linear(4, 3)},
+        sizes=(2, 2),
+    )
+wired(
+    "a batch turned over by many integers, zero at first",
+    ranked((0, 0), (0, 19)),
+    turned_over(lambda h, over: h + over.long().expand(len(h))[:, None] * (h.flip(0) - h), 1),
+    lambda: {"left": nn.Linear(4, 4), "out": nn.Linear(4, 3)},
+    sizes=(20, 20),
+)
+
+
 def ragged(m: Any, batch: dict[str, Tensor]) -> Tensor:
     lengths = batch["lengths"].tolist()
     rows = torch.cat([x[:n] for x, n in zip(batch["x"], lengths, strict=True)])

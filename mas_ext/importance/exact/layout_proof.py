@@ -31,9 +31,13 @@ from mas_ext.importance.exact.tracing import Tape
 _DRAWN = 4099
 _MASKS = {torch.bool, torch.uint8}
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-# Nodes of autograd's graph whose integers don't choose among rows: factors, which pixel of its own plane is
-# the largest, a random generator's state. Random ones take their place.
-_WITHIN_SAMPLES = re.compile("^(Mul|Div)Backward|MaxPool|ScaledDotProduct")
+# Nodes of autograd's graph whose integers, as truth values everywhere, seldom choose among rows: factors, which
+# pixel of its own plane is the largest. Random ones take their place, which tell if they do.
+_WITHIN_SAMPLES = re.compile("^(Mul|Div)Backward|MaxPool")
+# And those that never do: their integers are a random generator's state.
+_RANDOM = re.compile("ScaledDotProduct")
+# Fewer random ones than these may by chance always choose the same.
+_FEW = 16
 # Nodes that torch itself brings, not one of which keeps more than tensors, sizes and numbers.
 _BUILT_IN = re.compile(r"Backward\d+$|^(torch::autograd::)?(CopyBackwards|AccumulateGrad)$")
 
@@ -112,7 +116,9 @@ class ProvenPass:
         return layouts
 
     def _choosing(self) -> bool:
-        """Whether, between output and a meeting, a node keeps integers of data, or what can't be looked at."""
+        """Whether, between output and a meeting, a node keeps integers or few truth values of data, or what
+        can't be looked at.
+        """
         return any(self._chooses(node) for node in _between(self.output))
 
     def _chooses(self, node: Any) -> bool:
@@ -121,12 +127,14 @@ class ProvenPass:
             return False
         if own and next(tensors_in(vars(node).values()), None) is not None:
             return True
-        if _WITHIN_SAMPLES.search(node.name()):
-            return False
         names = ["saved_tensors"] if own else [n for n in dir(node) if n.startswith("_saved_")]
-        kept = tensors_in(getattr(node, name) for name in names)
-        integers = any(t.dtype in _INTEGERS and self.tape.is_data(t) for t in kept)
-        return integers or not (own or _BUILT_IN.search(node.name()))
+        kept = [t for t in tensors_in(getattr(node, n) for n in names) if self.tape.is_data(t)]
+        integers = [t for t in kept if t.dtype in _INTEGERS and not _RANDOM.search(node.name())]
+        if any(t.dtype == torch.bool and t.numel() < _FEW for t in kept):
+            return True
+        if _WITHIN_SAMPLES.search(node.name()):  # where all are zero, random ones are, too
+            return any(t.numel() < _FEW or not t.any() for t in integers)
+        return bool(integers) or not (own or _BUILT_IN.search(node.name()))
 
 
 def _united(one: Owners, other: Owners) -> Owners:
