@@ -1380,6 +1380,30 @@ wired(
 )
 
 
+
+def swapped_behind_a_mask(i: int) -> Wiring:
+    """A layer has samples i and i + 1 in each other's place, of which a mask may show nothing."""
+
+    def swap(t: Tensor) -> Tensor:
+        return torch.cat([t[:i], t[i : i + 2].flip(0), t[i + 2 :]])
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        h = torch.tanh(m.left(swap(x))).masked_fill(swap(x)[:, :1] < -1, 0.0)
+        return m.out(swap(h) * m.left(x))
+
+    return wiring
+
+
+for i in range(4, 17, 2):
+    wired(
+        f"samples {i} and {i + 1} in each other's place behind a mask",
+        real(4),
+        swapped_behind_a_mask(i),
+        lambda: {"left": nn.Linear(4, 4), "out": nn.Linear(4, 3)},
+        sizes=(20, 20),
+    )
+
+
 def ragged(m: Any, batch: dict[str, Tensor]) -> Tensor:
     lengths = batch["lengths"].tolist()
     rows = torch.cat([x[:n] for x, n in zip(batch["x"], lengths, strict=True)])

@@ -90,9 +90,9 @@ class ProvenPass:
             return None
         found: Owners | None = None
         try:
-            # One draw may hide rows behind a mask.
-            for draw in range(2 if self._memory.masks else 1):
-                noise = self._memory.noise = _Noise(output.device, draw)
+            # What a mask hides, its opposite shows.
+            for opposite in (False, True) if self._memory.masks else (False,):
+                noise = self._memory.noise = _Noise(output.device, opposite)
                 owners = _owners(tape, output, noise(output, 0), precision, noise)
                 if any(bool((o == UNKNOWN).all()) for o in owners.values() if o.numel()):
                     return None
@@ -162,10 +162,14 @@ def _factors(samples: int, reach: int, device: torch.device) -> Iterator[Tensor]
 
 
 class _Noise:
-    """Random numbers instead of a tensor's; none is zero, which would hide what it is multiplied by."""
+    """Random numbers instead of a tensor's; none is zero, which would hide what it is multiplied by.
 
-    def __init__(self, device: torch.device, seed: int) -> None:
-        generator = torch.Generator(device).manual_seed(seed)
+    opposite: whether truth values are the opposite of what they are without.
+    """
+
+    def __init__(self, device: torch.device, opposite: bool) -> None:
+        self._opposite = opposite
+        generator = torch.Generator(device).manual_seed(0)
         self._drawn = torch.rand(_DRAWN, generator=generator, device=device) / 2 + 0.25
         # By dtype, as often as the largest tensor asked for.
         self._repeated: dict[torch.dtype, Tensor] = {}
@@ -176,7 +180,8 @@ class _Noise:
         if like.dtype in _INTEGERS or like.dtype == torch.bool:
             top = int(like.max()) + 1 if like.dtype in _INTEGERS and count else 1
             drawn = self._slice(torch.float32, start, count)
-            drawn = drawn > 0.5 if like.dtype == torch.bool else (drawn * 2 - 0.5) * top
+            truths = like.dtype == torch.bool
+            drawn = (drawn > 0.5) != self._opposite if truths else (drawn * 2 - 0.5) * top
             return drawn.to(like.device, like.dtype).view(like.shape)
         return self._slice(like.dtype, start, count).to(like.device).view(like.shape)
 
