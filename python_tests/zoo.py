@@ -1380,7 +1380,6 @@ wired(
 )
 
 
-
 def swapped_behind_a_mask(i: int) -> Wiring:
     """A layer has samples i and i + 1 in each other's place, of which a mask may show nothing."""
 

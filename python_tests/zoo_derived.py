@@ -1016,6 +1016,18 @@ PRODUCTS: dict[str, tuple[Wiring, tuple[int, ...]]] = {
         lambda m, x: (x[:, None] @ m.w).transpose(1, 2).flatten(2),
         (2, 4, 3),
     ),
+    "matmul of a matrix expanded over heads": (
+        lambda m, x: (x[:, None] @ m.w.expand(2, 4, 3)).flatten(1),
+        (4, 3),
+    ),
+    "matmul of a matrix expanded over two dimensions": (
+        lambda m, x: (x[:, None, None] @ m.w.expand(2, 2, 4, 3)).flatten(1),
+        (4, 3),
+    ),
+    "matmul of rows and a matrix in 3-D": (
+        lambda m, x: (x.flatten(0, 1) @ m.w[None]).view(len(x), -1),
+        (4, 3),
+    ),
     "matmul, weight first": (lambda m, x: (m.w @ x.mT).mT, (3, 4)),
     "matmul per head, weight first": (lambda m, x: (m.w @ heads(x).mT).flatten(1), (2, 3, 2)),
     "matmul per position": (lambda m, x: (x[:, :, None] @ m.w).squeeze(2), (5, 4, 3)),

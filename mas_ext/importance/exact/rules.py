@@ -60,17 +60,16 @@ def _linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = Non
 def _matmul(tape: Tape, input: Tensor, other: Tensor) -> Any:
     if tape.source(other) is not None:
         if other.dim() == 1:
-            y = _matrix(tape, input, other[None], None)
+            y = _matrix(tape, input, other[None])
             return y if y is NotImplemented else y.squeeze(-1)
-        other = _one_matrix(other)
-        if other.dim() == 2:
-            return _matrix(tape, input, other.t(), None)
-        return _matrices(tape, input, other.mT)
+        matrix = _one_matrix(other)
+        y = (_matrices if matrix.dim() > 2 else _matrix)(tape, input, matrix.mT)
+        return y if y is NotImplemented else _broadcast_to(y, input, other)
     if other.dim() < 2:
         return NotImplemented
     # y^T = other^T input^T; what torch returns is contiguous, so that it can be viewed in any shape.
     if input.dim() == 2:
-        return _matrix(tape, other.mT, input, None).mT.contiguous()
+        return _matrix(tape, other.mT, input).mT.contiguous()
     y = _matrices(tape, other.mT, input)
     return y if y is NotImplemented else y.mT.contiguous()
 
@@ -91,7 +90,7 @@ def _matrices(tape: Tape, x: Tensor, weight: Tensor) -> Any:
 
 @register_rule(torch.inner, Tensor.inner)
 def _inner(tape: Tape, input: Tensor, other: Tensor) -> Any:
-    return NotImplemented if other.dim() != 2 else _matrix(tape, input, other, None)
+    return NotImplemented if other.dim() != 2 else _matrix(tape, input, other)
 
 
 @register_rule(torch.einsum)
@@ -132,6 +131,12 @@ def _einsum(tape: Tape, equation: Any, *operands: Any) -> Any:
     return y.permute([(rows + grouped + outputs).index(c) for c in result]).contiguous()
 
 
+def _broadcast_to(y: Tensor, *factors: Tensor) -> Tensor:
+    """A product of matrices, repeated along the dimensions of its factors before the last two."""
+    shape = torch.broadcast_shapes(*(t.shape[:-2] for t in factors))
+    return y if y.shape[:-2] == shape else y.expand(*shape, -1, -1).contiguous()
+
+
 def _one_matrix(t: Tensor) -> Tensor:
     """The matrix that a tensor repeats for every sample, if it does."""
     while t.dim() > 2 and (t.stride(0) == 0 or t.shape[0] == 1):
@@ -154,7 +159,7 @@ def _addmm(
     return _matrix(tape, mat1, mat2.t(), input)
 
 
-def _matrix(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+def _matrix(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """y = x weight^T + bias."""
     return NotImplemented if x.dim() < 2 else tape.layer(Linear(), x, weight, bias)
 
