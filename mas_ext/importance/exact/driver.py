@@ -419,8 +419,6 @@ def _signature(tape: Tape, batch: Labelled) -> Hashable:
         return t
 
     batches.mapped(batch, note_sizes)
-    met = tuple(
-        (meeting.names, tuple(size == 1 for size in shape))
-        for meeting, shape in zip(tape.meetings, tape.shapes, strict=True)
-    )
-    return tuple(tape.functions), tuple(tape.reads), met, tape.samples, tuple(ones)
+    return (
+        tuple(tape.functions), tuple(tape.reads), tuple(tape.met), tape.samples, tuple(ones),
+    )  # fmt: skip

@@ -10,7 +10,7 @@ gradient and reports per-sample gradients (gradient_forms.py); these are then pu
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -104,8 +104,8 @@ class Tape(TorchFunctionMode):
         # Parameters with a use that no rule handles.
         self.unhandled: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
-        # The functions called, and what Python read from data.
-        self.functions: list[Callable[..., Any]] = []
+        # The functions called, with what is noted of their results' sizes, and what Python read from data.
+        self.functions: list[Hashable] = []
         self.reads: list[Any] = []
         # Whether Python has numbers of the samples.
         self.of_samples = False
@@ -157,10 +157,22 @@ class Tape(TorchFunctionMode):
         if not self._replaying:
             self.functions.append(func)
         self.before(func, args, kwargs)
-        if self.choices is not None:
+        if self.choices is None:
+            result = self._call(func, args, kwargs)
+        else:
             with self.around():
-                return self._call(func, args, kwargs)
-        return self._call(func, args, kwargs)
+                result = self._call(func, args, kwargs)
+        if not self._replaying:
+            self._note_sizes(result)
+        return result
+
+    def _note_sizes(self, result: Any) -> None:
+        """Note which sizes are 1, along which rows in several orders are the same, and how many results."""
+        if isinstance(result, Tensor):
+            if 1 in result.shape:
+                self.functions.append(tuple(size == 1 for size in result.shape))
+        elif isinstance(result, (tuple, list)):
+            self.functions.append(len(result))
 
     def _call(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
