@@ -73,6 +73,12 @@ def real(*shape: int) -> Inputs:
     return lambda n: torch.randn(n, *shape)
 
 
+def real_of_lengths(*lengths: int) -> Inputs:
+    """4 numbers at each of as many positions as the next length says."""
+    turn = itertools.cycle(lengths)
+    return lambda n: torch.randn(n, next(turn), 4)
+
+
 def ids(length: int, vocabulary: int = 7) -> Inputs:
     return lambda n: torch.randint(vocabulary, (n, length))
 
@@ -153,6 +159,18 @@ wired(
     real(4),
     lambda m, x: m.a(x[:, :0]) * x.sum(1, keepdim=True),
     lambda: {"a": Wired(lambda m, x: F.linear(x, m.w, m.b), w=torch.zeros(3, 0), b=weights(3))},
+)
+wired(
+    "linear, no inputs, of a derived weight",
+    real(4),
+    lambda m, x: F.linear(x[:, :0], m.w.exp(), m.b.exp()) * x.sum(1, keepdim=True),
+    lambda: {"w": torch.zeros(3, 0), "b": weights(3)},
+)
+wired(
+    "a derived weight without influence",
+    real(4),
+    lambda m, x: F.linear(x, m.w) + 0 * F.linear(x, m.v.exp()),
+    lambda: {"w": weights(3, 4), "v": weights(3, 4)},
 )
 add(
     "mixer",
@@ -404,6 +422,15 @@ add(
     ids(6, 4),
     may=ANY,
 )
+add(
+    "embedding, scaled by frequency, no id twice in the first samples",
+    lambda: nn.Embedding(4, 3, scale_grad_by_freq=True),
+    lambda n: torch.cat(
+        [torch.stack([torch.randperm(4) for _ in range(3)]), torch.randint(4, (n, 4))]
+    ),
+    may=ANY,
+    must=True,
+)
 add("embedding bag, mean", lambda: nn.EmbeddingBag(7, 3, mode="mean"), ids(5), may=ANY)
 add("embedding bag, max", lambda: nn.EmbeddingBag(7, 3, mode="max"), ids(5), may=ANY)
 wired(
@@ -652,6 +679,12 @@ wired(
     lambda: {"conv": nn.Conv2d(2, 3, 3), "out": nn.Linear(12, 2)},
 )
 wired(
+    "frames folded into the samples, with a border",
+    real(3, 2, 4, 4),
+    lambda m, x: m.out(F.relu(m.conv(x.flatten(0, 1))).view(len(x), 3, -1).mean(1)),
+    lambda: {"conv": nn.Conv2d(2, 3, 3, padding=1), "out": nn.Linear(48, 2)},
+)
+wired(
     "images by frame",
     real(3, 2, 4, 4),
     positions_major(lambda m, x: F.relu(m.conv(x))),
@@ -684,6 +717,20 @@ wired(
     lambda: {"a": nn.Linear(4, 6), "b": nn.Linear(6, 3)},
 )
 wired(
+    "a token expanded, samples in dimension 2",
+    real(5, 5, 4),
+    lambda m, x: m.b(torch.tanh(x.permute(1, 2, 0, 3) + m.token.expand(5, 5, len(x), 4))).permute(
+        2, 0, 1, 3
+    ),
+    lambda: {"token": weights(4), "b": nn.Linear(4, 3)},
+)
+wired(
+    "a scale for every position, sequence first",
+    real(5, 4),
+    lambda m, x: m.b(x.transpose(0, 1) * m.scale).transpose(0, 1),
+    lambda: {"scale": weights(5, 1, 4), "b": nn.Linear(4, 3)},
+)
+wired(
     "samples last",
     real(5),
     lambda m, x: (m.w @ torch.tanh(m.v @ x.T)).T,
@@ -710,6 +757,27 @@ wired(
     lambda: {"a": nn.Linear(4, 5), "b": nn.Linear(5, 3)},
 )
 
+wired(
+    "samples backwards inside, positions differ by batch",
+    real_of_lengths(3, 2, 4),
+    lambda m, x: m.b(torch.tanh(m.a(x.flip(0)))).flip(0),
+    lambda: {"a": nn.Linear(4, 5), "b": nn.Linear(5, 3)},
+    sizes=(5, 5, 5),
+)
+
+
+wired(
+    "samples backwards inside, behind two masks",
+    real(4, 4),
+    lambda m, x: m.b(
+        torch.tanh(m.a(x.flip(0)))
+        .masked_fill(x.flip(0)[..., :1] > 1, 0.0)
+        .masked_fill(x.flip(0)[..., 1:2] > 1, 0.0)
+    ).flip(0),
+    lambda: {"a": nn.Linear(4, 5), "b": nn.Linear(5, 3)},
+    sizes=(5, 5, 5),
+)
+
 
 def moved(m: Any, x: Tensor) -> Tensor:
     """The layer sees rows of which neighbours are of different samples."""
@@ -718,6 +786,34 @@ def moved(m: Any, x: Tensor) -> Tensor:
 
 
 wired("rows moved by one", real(2, 4), moved, lambda: {"a": nn.Linear(4, 3)})
+wired(
+    "rows moved by one, a scale for every number",
+    real(2, 4),
+    lambda m, x: (
+        (x.flatten(0, 1).roll(1, 0).view(x.shape) * m.scale).flatten(0, 1).roll(-1, 0).view(x.shape)
+    ),
+    lambda: {"scale": weights(4)},
+)
+
+
+def by_size(m: Any, x: Tensor) -> Tensor:
+    """The layers see rows by sample and by position; the number of positions decides which comes first."""
+    n, p = x.shape[:2]
+    rows = [(m.a, x.flatten(0, 1)), (m.b, x.transpose(0, 1).flatten(0, 1))]
+    if p > 3:
+        first, second = (layer(row) for layer, row in rows)
+    else:
+        second, first = (layer(row) for layer, row in reversed(rows))
+    return torch.tanh(first).view(n, p, -1) * second.view(p, n, -1).transpose(0, 1)
+
+
+wired(
+    "sizes decide which layer comes first",
+    real_of_lengths(4, 3),
+    by_size,
+    lambda: {"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)},
+    sizes=(5, 5),
+)
 wired(
     "another way for a batch of one",
     real(4),
@@ -730,6 +826,34 @@ wired(
     lambda m, x: m.b(m.a(x)) if len(x) < 5 else m.b(m.a(x[:, None]).expand(-1, 2, -1)).mean(1),
     lambda: {"a": nn.Linear(4, 3), "b": nn.Linear(3, 3)},
     sizes=(3, 6, 1),
+)
+
+wired(
+    "a use without a rule in large batches",
+    real(4),
+    lambda m, x: m.b(m.a(x) if len(x) < 5 else torch.tensordot(x, m.a.weight, dims=([1], [1]))),
+    lambda: {"a": nn.Linear(4, 3, bias=False), "b": nn.Linear(3, 3)},
+    may=("a.weight",),
+    must=True,
+    sizes=(6, 6),
+)
+
+
+def in_height(m: Any, x: Tensor) -> Tensor:
+    """Samples below each other make one image."""
+    if len(x) < 5:
+        return m.conv(x[:, :, None])[:, :, 0]
+    return m.conv(x.transpose(0, 1)[None])[0].transpose(0, 1)
+
+
+wired(
+    "one image of large batches",
+    real(2, 5),
+    in_height,
+    lambda: {"conv": nn.Conv2d(2, 3, (1, 2))},
+    may=ANY,
+    must=True,
+    sizes=(6, 6),
 )
 
 # -- used more than once ---------------------------------------------------------------------------
@@ -751,6 +875,18 @@ wired(
     real(6, 4),
     lambda m, x: m.a(x).sum(1) + m.a(x[:, 0]) * m.a(x[:, :3]).amax(1),
     lambda: {"a": nn.Linear(4, 3)},
+)
+wired(
+    "one kernel with and without groups",
+    real(4, 6),
+    lambda m, x: F.conv1d(x[:, :2], m.w) * F.conv1d(x, m.w, groups=2),
+    lambda: {"w": weights(4, 2, 3)},
+)
+wired(
+    "one bias of a convolution and a linear layer",
+    real(2, 4, 4),
+    lambda m, x: F.conv2d(x, m.w, m.b).flatten(2) * F.linear(x[:, 0], m.v, m.b).mean(1)[..., None],
+    lambda: {"w": weights(3, 2, 2, 2), "v": weights(3, 4), "b": weights(3)},
 )
 wired(
     "uses that cancel within a sample",
@@ -1296,6 +1432,28 @@ def turned_when_checkpointed(h: Tensor, i: Tensor) -> Tensor:
     return checkpoint(lambda h: matrix @ h, h, use_reentrant=False)
 
 
+class Again(torch.autograd.Function):
+    """function(x), which its backward pass runs again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.function(x)
+        return torch.autograd.grad(y, x, grad)[0], None
+
+
+def turned_and_run_again(h: Tensor, i: Tensor) -> Tensor:
+    matrix = (i[:, None] == torch.arange(len(h), device=i.device)).to(h)
+    return Again.apply(h, lambda h: matrix @ h)
+
+
 def ranked(*swapped: Sequence[int]) -> Inputs:
     """Samples in order, but for two, in each batch in turn."""
     turn = itertools.cycle(swapped)
@@ -1327,6 +1485,7 @@ for way, back in {
     "shapes": turned_by_shapes,
     "a function with its own backward": Picked.apply,
     "a checkpointed product": turned_when_checkpointed,
+    "a product that runs again": turned_and_run_again,
 }.items():
     wired(
         f"two samples change places by {way}",
@@ -1420,21 +1579,45 @@ wired(
 )
 
 
-def one_position_at_first() -> Inputs:
-    lengths = itertools.cycle((1, 5))
-    return lambda n: torch.randn(n, next(lengths), 4)
-
-
 def by_position(m: Any, x: Tensor) -> Tensor:
     h = torch.tanh(m.rows(x.transpose(0, 1).flatten(0, 1)))
     return m.out(h.view(x.shape[1], len(x), -1).mean(0))
 
 
+def windows_by_place(m: Any, x: Tensor) -> Tensor:
+    """Rows of windows: (samples, windows, positions) become windows * samples * positions."""
+    rows = x.transpose(0, 1)
+    return torch.tanh(m.rows(rows.flatten(0, 2))).view(*rows.shape[:3], -1)
+
+
 wired(
     "rows by position, one position in the first batch",
-    one_position_at_first(),
+    real_of_lengths(1, 5),
     by_position,
     lambda: {"rows": nn.Linear(4, 5), "out": nn.Linear(5, 3)},
+    sizes=(5, 5),
+)
+wired(
+    "rows by position but for the first, one of them in the first batch",
+    real_of_lengths(2, 5),
+    lambda m, x: by_position(m, x[:, 1:]) + m.out(x[:, 0]),
+    lambda: {"rows": nn.Linear(4, 4), "out": nn.Linear(4, 3)},
+    sizes=(5, 5),
+)
+wired(
+    "windows by place, one in the first batch",
+    real_of_lengths(3, 6),
+    lambda m, x: m.out(windows_by_place(m, x.unflatten(1, (-1, 3))).mean(0).flatten(1)),
+    lambda: {"rows": nn.Linear(4, 5), "out": nn.Linear(15, 3)},
+    sizes=(5, 5),
+)
+wired(
+    "windows by place, behind each other, one in the first batch",
+    real_of_lengths(3, 6),
+    lambda m, x: m.out(
+        torch.stack(torch.tanh(m.rows(torch.cat(x.split(3, 1)))).split(len(x))).mean(0).flatten(1)
+    ),
+    lambda: {"rows": nn.Linear(4, 5), "out": nn.Linear(15, 3)},
     sizes=(5, 5),
 )
 wired(

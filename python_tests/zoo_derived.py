@@ -365,6 +365,7 @@ SCALES: dict[str, tuple[Wiring, tuple[int, ...]]] = {
     "exp": (lambda m, x: torch.exp(-torch.exp(m.w) * x.abs()), (4,)),
     "exp, positions as many as samples": (lambda m, x: x * m.w.exp(), (5, 4)),
     "exp of a number": (lambda m, x: 3 * x * m.w.exp(), ()),
+    "exp, and its tanh added": (lambda m, x: x * m.w.exp() + m.w.tanh(), (4,)),
     "clamp": (lambda m, x: x * m.w.clamp(0, 1), (4,)),
     "softmax of positions": (lambda m, x: x * m.w.softmax(0)[:, None], (5,)),
     "mean": (lambda m, x: x - m.w.mean(), (4, 3)),
@@ -507,6 +508,10 @@ ADAPTERS: dict[str, tuple[Wiring, dict[str, Any]]] = {
         lambda m, x: F.linear(x, m.base.weight + m.s * (m.b @ m.a)),
         {"a": (2, 4), "b": (5, 2), "s": (1,)},
     ),
+    "merged, scale learned, a number": (
+        lambda m, x: F.linear(x, m.base.weight + (m.b @ m.a) * m.s),
+        {"a": (2, 4), "b": (5, 2), "s": ()},
+    ),
     "merged, rank scales": (
         lambda m, x: F.linear(x, m.base.weight + (m.b * m.s) @ m.a),
         {"a": (2, 4), "b": (5, 2), "s": (2,)},
@@ -647,7 +652,8 @@ def _prefix(m: Any, x: Tensor) -> Tensor:
 
 def adapted(shapes: dict[str, Any], zero: str) -> dict[str, Any]:
     parts = {
-        name: shape() if callable(shape) else weights(*shape) for name, shape in shapes.items()
+        name: shape() if callable(shape) else torch.tensor(0.7) if shape == () else weights(*shape)
+        for name, shape in shapes.items()
     }
     if zero:
         parts[zero].zero_()
@@ -698,6 +704,18 @@ TABLES: dict[str, tuple[Table, Inputs]] = {
     "few tokens": (tied(size=40), ids(3, 40)),
     "few tokens, padding": (tied(size=40, padding_idx=0), ids(6, 3)),
     "padding negative": (tied(padding_idx=-2), ids(6)),
+    "padding negative, by the function": (
+        looked_up(lambda m, x: m.hidden(torch.tanh(F.embedding(x, m.table, padding_idx=-2))), 7, 4),
+        ids(6),
+    ),
+    "rows of at most some norm": (
+        looked_up(lambda m, x: m.hidden(torch.tanh(F.embedding(x, m.table, max_norm=0.5))), 7, 4),
+        ids(5),
+    ),
+    "added to every row, too": (
+        tied(lambda m, h: (F.linear(h, m.table.weight)[..., None] * (1 + m.table.weight)).sum(-1)),
+        ids(5),
+    ),
     "matmul": (tied(lambda m, h: h @ m.table.weight.T), ids(5)),
     "matmul mT": (tied(lambda m, h: h @ m.table.weight.mT), ids(5)),
     "einsum": (tied(lambda m, h: torch.einsum("bte,ve->btv", h, m.table.weight)), ids(5)),
@@ -809,7 +827,7 @@ for way, ((wiring, parts), inputs) in TABLES.items():
         wiring,
         parts,
         sizes=(5, 3, 2, 1),
-        may=("table",) if way in ("two indices", "gather") else (),
+        may=("table",) if way in ("two indices", "gather", "rows of at most some norm") else (),
     )
 
 
@@ -1062,12 +1080,24 @@ PRODUCTS: dict[str, tuple[Wiring, tuple[int, ...]]] = {
         lambda m, x: torch.addmm(m.w[0], mat1=x.flatten(0, 1), mat2=m.w).view(len(x), -1),
         (4, 3),
     ),
+    "addmm, scaled": (
+        lambda m, x: torch.addmm(m.w[0], x.flatten(0, 1), m.w, beta=0.5).view(len(x), -1),
+        (4, 3),
+    ),
+    "addmm, multiplied": (
+        lambda m, x: torch.addmm(m.w[0], x.flatten(0, 1), m.w, alpha=2).view(len(x), -1),
+        (4, 3),
+    ),
+    "addmm of a row for every sample": (
+        lambda m, x: torch.addmm(torch.stack([m.w[0]] * len(x)), x[:, 0], m.w),
+        (4, 3),
+    ),
     "addmm method": (lambda m, x: m.w[0].addmm(x.flatten(0, 1), m.w).view(len(x), -1), (4, 3)),
 }
 # Where no rule fits: letters missing, several of a kind, or one matrix for several heads of the same rows.
 LEFT = (
     "ellipsis of both", "summed from x", "no arrow", "three operands", "diagonal", "tensordot",
-    "matmul broadcast over heads",
+    "matmul broadcast over heads", "addmm, scaled", "addmm, multiplied", "addmm of a row for every sample",
 )  # fmt: skip
 for way, (wiring, shape) in PRODUCTS.items():
     wired(
