@@ -126,6 +126,7 @@ def test_what_is_pulled_back_sample_by_sample_says_so() -> None:
         lambda m: m.b @ m.a / 3 - m.w,
         lambda m: torch.sub(m.w, (m.a.t() @ m.b.t()).t(), alpha=2),
         lambda m: m.w + (1 + m.b) @ m.a,
+        lambda m: m.w + (m.b.double() @ m.a.double()).float(),
     ],
 )
 def test_factors_reach_parameters_through_sums_and_products(weight: Any) -> None:
