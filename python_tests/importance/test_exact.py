@@ -322,6 +322,7 @@ ORDINARY = [
     "relative bias added, its index kept in a cache",
     "token by expand",
     "adapter, DoRA",
+    "adapter, unmerged, b zero",
     "gru, 2 layers, both directions, states given",
     "experts, all_experts, 6 positions",
     "Python reads positions",
@@ -344,6 +345,18 @@ def test_a_batch_takes_one_backward_pass(name: str) -> None:
         passes.clear()
         total.add(model, case.inputs(6))
     assert len(passes) == 1
+
+
+def test_many_layers_without_data_are_tried_at_once() -> None:
+    """As many positions as the samples that are tried twice could be rows of samples in each of these layers."""
+    model = Wired(
+        lambda m, x: x[:, None] + m.layers(m.table(torch.arange(6))),
+        table=nn.Embedding(6, 4),
+        layers=nn.Sequential(*(nn.Linear(width, width + 1) for width in range(4, 16))),
+    )
+    with counted(model) as sizes:
+        estimate_importance(model, [torch.randn(64, 16)])
+    assert len(sizes) <= 10
 
 
 def test_deep_models_take_one_backward_pass() -> None:
