@@ -167,9 +167,7 @@ class Product:
                 return (g.square_() if square else g.abs_()).sum(0).view(like.shape)
         omega = torch.zeros(self._kernel_shape, dtype=like.dtype, device=like.device)
         self._run(omega, square, native)
-        if omega.shape[2] > 1:
-            omega = omega.transpose(2, 3).contiguous()
-        return omega.view(like.shape)
+        return omega.transpose(2, 3).contiguous().view(like.shape)
 
     def _run(self, omega: Tensor, square: bool, native: bool) -> None:
         left, right = self.left, self.right

@@ -190,7 +190,7 @@ def _pixels_seen(
         seen = torch.where((seen >= 0) & (seen < size), seen, -1)
         # (taps so far, this dimension's taps, positions so far, this dimension's positions)
         before, own = pixel[:, None, :, None], seen[None, :, None, :]
-        pixel = torch.where((before < 0) | (own < 0), -1, before * size + own)
+        pixel = torch.where(own < 0, -1, before * size + own)  # below 0 where before is
         pixel = pixel.flatten(2).flatten(0, 1)
     first = torch.arange(images)[:, None] * torch.tensor(large).prod()
     pixel = torch.where(pixel[:, None] < 0, -1, pixel[:, None] + first).flatten(1)

@@ -63,12 +63,9 @@ class Origins:
             self._known[storage] = origin, _version(t)
 
     def note(self, t: Tensor, origin: Origin) -> None:
-        """Take down the origin of a tensor; of several in one storage, all count."""
+        """Take down the origin of a tensor, and of all in its storage: it has the sources of those, too."""
         storage = _storage(t)
         if storage is not None:
-            before = self.of(t)
-            if before is not None and not before.sources <= origin.sources:
-                origin = Origin(before.sources | origin.sources)
             self._known[storage] = origin, _version(t)
 
     def forget(self, t: Tensor) -> None:

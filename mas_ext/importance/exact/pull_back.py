@@ -148,7 +148,7 @@ def _factored(edge: GradientEdge, form: PerSample) -> Iterator[tuple[GradientEdg
             found = [form, form.scaled(-alpha if kind == "SubBackward0" else alpha)]
     elif kind in ("MulBackward0", "DivBackward0"):
         other = node._saved_other
-        if shapes[0] == _shape(node, edge.output_nr) and shapes[1] is None and other.dim() == 0:
+        if shapes[1] is None and other.dim() == 0:
             found = [
                 form.scaled(float(other) if kind == "MulBackward0" else 1 / float(other)),
                 None,
