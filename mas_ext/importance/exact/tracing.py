@@ -449,7 +449,7 @@ class Tape(TorchFunctionMode):
 
     def layout_of(self, meeting: Meeting, grad: Tensor) -> SampleLayout | None:
         """Where samples lie in a meeting's result; None where its gradients are not asked for."""
-        if self._observer is not None or id(meeting) not in self._numbers:
+        if id(meeting) not in self._numbers:
             return None
         layout = self._layouts[self._numbers[id(meeting)]]
         if layout is None or any(
