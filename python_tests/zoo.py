@@ -172,6 +172,12 @@ wired(
     lambda m, x: F.linear(x, m.w) + 0 * F.linear(x, m.v.exp()),
     lambda: {"w": weights(3, 4), "v": weights(3, 4)},
 )
+wired(
+    "a sum of no rows of numbers",
+    real(5, 4),
+    lambda m, x: x * (m.b + (torch.zeros(0, 4).to(x) @ m.w).sum(0)),
+    lambda: {"w": weights(4, 4), "b": weights(4)},
+)
 add(
     "mixer",
     lambda: Wired(
@@ -1267,6 +1273,25 @@ add(
 )
 
 
+def images_of_one_kind(m: Any, x: Tensor) -> Tensor:
+    """Images whose first number is positive have a convolution, and a norm, of their own."""
+    picked = (x[:, :, 0, 0, 0] > 0).flatten().nonzero()[:, 0]
+    images = x.flatten(0, 1)
+    y = images.index_copy(0, picked, m.norm(m.conv(images[picked])))
+    return m.out(torch.tanh(y)).view(len(x), -1)
+
+
+wired(
+    "images picked for a convolution and a norm",
+    real(3, 4, 3, 2),
+    images_of_one_kind,
+    lambda: {
+        "conv": nn.Conv2d(4, 4, 3, padding=1),
+        "norm": observed(nn.BatchNorm2d(4), real(4, 3, 2)),
+        "out": nn.Conv2d(4, 2, 2),
+    },
+)
+
 # Other ways to pick rows, in which no function marks them by itself.
 PICKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "no_grad": lambda rows, i: torch.no_grad()(rows.__getitem__)(i),
@@ -1530,13 +1555,18 @@ for (way, turn), depth in itertools.product(TURNS.items(), range(3)):
         lambda: {"left": nn.Linear(4, 4), "out": nn.Linear(4, 3)},
         sizes=(2, 2),
     )
-wired(
-    "a batch turned over by many integers, zero at first",
-    ranked((0, 0), (0, 19)),
-    turned_over(lambda h, over: h + over.long().expand(len(h))[:, None] * (h.flip(0) - h), 1),
-    lambda: {"left": nn.Linear(4, 4), "out": nn.Linear(4, 3)},
-    sizes=(20, 20),
-)
+MANY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "truth values": lambda h, over: torch.where(over.expand(len(h), 1), h.flip(0), h),
+    "integers, zero at first": lambda h, over: h + over.long().expand(len(h), 1) * (h.flip(0) - h),
+}
+for way, turn in MANY.items():
+    wired(
+        f"a batch turned over by many {way}",
+        ranked((0, 0), (0, 19)),
+        turned_over(turn, 1),
+        lambda: {"left": nn.Linear(4, 4), "out": nn.Linear(4, 3)},
+        sizes=(20, 20),
+    )
 
 
 def swapped_behind_a_mask(i: int) -> Wiring:
@@ -1615,9 +1645,9 @@ wired(
     "windows by place, behind each other, one in the first batch",
     real_of_lengths(3, 6),
     lambda m, x: m.out(
-        torch.stack(torch.tanh(m.rows(torch.cat(x.split(3, 1)))).split(len(x))).mean(0).flatten(1)
+        torch.cat(torch.tanh(m.rows(torch.cat(x.split(3, 1)))).split(len(x)), 1).mean(1)
     ),
-    lambda: {"rows": nn.Linear(4, 5), "out": nn.Linear(15, 3)},
+    lambda: {"rows": nn.Linear(4, 5), "out": nn.Linear(5, 3)},
     sizes=(5, 5),
 )
 wired(

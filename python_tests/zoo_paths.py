@@ -165,6 +165,22 @@ wired(
     sizes=(4, 4, 4),
     forward=lambda model, batch: model(batch),
 )
+
+
+def packed_as_sorted(m: Any, batch: dict[str, Tensor]) -> Tensor:
+    x = rnn.pack_padded_sequence(batch["x"], batch["lengths"].cpu(), batch_first=True)
+    return all_of(m.layer(x))
+
+
+for kind in (nn.LSTM, nn.GRU):
+    wired(
+        f"{kind.__name__}, packed as they are, lengths equal in the first batch",
+        lengths_of([4, 4, 4, 4], [5, 4, 4, 3], [6, 4, 2, 1]),
+        packed_as_sorted,
+        lambda kind=kind: {"layer": kind(3, 4, batch_first=True)},
+        sizes=(4, 4, 4),
+        forward=lambda model, batch: model(batch),
+    )
 wired(
     "gru, steps differ by batch",
     positions_of(5, 3, 1, 4),
@@ -231,6 +247,55 @@ for cell, bias in itertools.product(
         unrolled,
         lambda cell=cell, bias=bias: {"first": nn.Linear(3, 4), "cell": cell(3, 4, bias=bias)},
         sizes=(5, 3, 2, 1),
+    )
+
+
+def with_a_hook(w: Tensor) -> Tensor:
+    w = 2 * w
+    w.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+    return w
+
+
+def lstm_of(change: Callable[[Tensor], Tensor]) -> Wiring:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        w_ih, w_hh, *biases = m.layer._flat_weights
+        state = torch.zeros(1, len(x), 4).to(x)
+        return torch.lstm(
+            x, (state, state), [w_ih, change(w_hh), *biases], True, 1, 0.0, False, False, True
+        )[0]
+
+    return wiring
+
+
+def cell_of(change: Callable[[Tensor], Tensor]) -> Wiring:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        w = change(m.cell.weight_hh)
+        h, ys = m.first(x[:, 0]), []
+        for step in x.unbind(1):
+            h = torch.gru_cell(step, h, m.cell.weight_ih, w, m.cell.bias_ih, m.cell.bias_hh)
+            ys.append(h)
+        return torch.stack(ys, 1)
+
+    return wiring
+
+
+for way, change, known in (
+    ("detached", Tensor.detach, {}),
+    ("with a hook", with_a_hook, {"may": ANY, "must": True}),
+):
+    wired(
+        f"lstm, a weight {way}",
+        real(5, 3),
+        lstm_of(change),
+        lambda: {"layer": nn.LSTM(3, 4, batch_first=True)},
+        **known,
+    )
+    wired(
+        f"GRUCell, a weight {way}",
+        real(5, 3),
+        cell_of(change),
+        lambda: {"first": nn.Linear(3, 4), "cell": nn.GRUCell(3, 4)},
+        **known,
     )
 
 # -- routed experts --------------------------------------------------------------------------------
@@ -491,6 +556,28 @@ for way, (pick, may) in {
         sizes=(5, 2, 3),
         may=may,
     )
+
+wired(
+    "one row for all samples, without influence",
+    real(4),
+    lambda m, x: m.out(x + 0 * F.embedding(lowest(x), m.table)),
+    lambda: {"table": weights(3, 4), "out": nn.Linear(4, 2)},
+    sizes=(5, 2, 3),
+    may=("table",),
+)
+wired(
+    "a row for every sample, multiplied in place",
+    real(4),
+    lambda m, x: m.out(multiplied_in_place(torch.stack([m.row] * len(x)), x)),
+    lambda: {"row": weights(4), "out": nn.Linear(4, 2)},
+    may=("row",),
+)
+
+
+def multiplied_in_place(h: Tensor, x: Tensor) -> Tensor:
+    h.mul_(x)
+    return h
+
 
 # -- numbers that Python reads ---------------------------------------------------------------------
 

@@ -187,7 +187,15 @@ def test_every_order_of_batch_sizes(name: str, sizes: Sequence[int]) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["mlp", "residual, in-place relu", "gpt2", "LSTM", "gate", "routed by a product with a matrix"],
+    [
+        "mlp",
+        "residual, in-place relu",
+        "gpt2",
+        "LSTM",
+        "gate",
+        "routed by a product with a matrix",
+        "product, matmul per head",
+    ],
 )
 def test_autocast(name: str) -> None:
     """bfloat16 has 8 bits: the importance is right to some percent, and no sample is lost."""
@@ -196,6 +204,21 @@ def test_autocast(name: str) -> None:
         omega = run(case, model, batches, "l2")
     assert {t.dtype for t in omega.values()} == {torch.float32}
     assert_close(omega, expected(name, "l2")[0], 0.05, case.noise)
+
+
+def test_autocast_of_inputs_of_other_16_bits() -> None:
+    case, (model, batches) = CASES["conv2d, groups"], prepared("conv2d, groups")
+    with torch.autocast("cpu", torch.bfloat16):
+        omega = run(case, model, [batch.half() for batch in batches], "l2")
+    assert_close(omega, expected("conv2d, groups", "l2")[0], 0.05)
+
+
+def test_totals_of_a_derived_weight_have_float32s_range() -> None:
+    """They may be larger than float16's numbers, of which the gradients are."""
+    model = Wired(lambda m, x: x * m.w.exp(), w=torch.zeros(4))
+    x = torch.full((64, 4), 100.0)
+    omega = estimate_importance(model.half(), [x.half()])["w"]
+    assert_close({"w": 64 * omega}, {"w": torch.full((4,), 64 * 2e4)}, 1e-3)
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv2d, groups", "layer norm, positions", "gpt2"])
@@ -348,7 +371,7 @@ def test_a_batch_takes_one_backward_pass(name: str) -> None:
 
 
 def test_many_layers_without_data_are_tried_at_once() -> None:
-    """As many positions as the samples that are tried twice could be rows of samples in each of these layers."""
+    """Six positions could be rows of the samples that are tried, in each of these layers."""
     model = Wired(
         lambda m, x: x[:, None] + m.layers(m.table(torch.arange(6))),
         table=nn.Embedding(6, 4),
@@ -404,6 +427,45 @@ def test_max_samples_and_exclude() -> None:
     omega = estimate_importance(model, batches, objective=waves, max_samples=7, exclude=["2.*"])
     right = loop(model, [torch.cat(batches)[:7]])[0]
     assert_close(omega, {name: t for name, t in right.items() if name.startswith("0.")}, 1e-10)
+
+
+@pytest.mark.parametrize("excluded", ["layer.weight_hh_l0", "layer.bias_ih_l0"])
+def test_excluded_weights_of_a_layer_leave_the_others_fast(excluded: str) -> None:
+    model, batches = prepared("LSTM", torch.float64)
+    with fallback_warnings() as messages:
+        omega = estimate_importance(model, batches, objective=waves, exclude=[excluded])
+    right = {name: t for name, t in expected("LSTM")[0].items() if name != excluded}
+    assert_close(omega, right, 1e-10)
+    assert not messages
+
+
+def test_parameters_may_change_between_batches() -> None:
+    """Of w v, with w diagonal, every element of v is in one number; with another w, in all of them."""
+    model = Wired(lambda m, x: x * (m.w @ m.v), w=torch.eye(4), v=torch.randn(4)).double()
+    batches, total = torch.randn(2, 5, 4, dtype=torch.float64), ImportanceSum(objective=waves)
+    right = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for batch in batches:
+        total.add(model, batch)
+        for name, t in loop(model, [batch])[0].items():
+            right[name] += t / 2
+        with torch.no_grad():
+            model.w += torch.randn(4, 4)
+    assert_close(total.mean(), right, 1e-10)
+
+
+def test_a_proof_does_not_depend_on_parameters() -> None:
+    """What a scale of zero hides in the first batch, another one shows in the second."""
+    model = Wired(
+        lambda m, x: m.b(torch.tanh(m.a(x)) + m.scale * (m.a(x) - m.a(x).mean(0)).square()),
+        a=nn.Linear(4, 4), b=nn.Linear(4, 3), scale=torch.zeros(4),
+    )  # fmt: skip
+    total, x = ImportanceSum(), torch.randn(5, 4)
+    with fallback_warnings():
+        total.add(model, x)
+    with torch.no_grad():
+        model.scale += 1
+    with pytest.raises(ValueError, match="samples interact"), fallback_warnings():
+        total.add(model, x)
 
 
 @settings(max_examples=80)
