@@ -382,6 +382,7 @@ SCALES: dict[str, tuple[Wiring, tuple[int, ...]]] = {
         lambda m, x: x * (m.w + ((4 * m.w).ceil() / 4 - m.w).detach()),
         (4,),
     ),
+    "distances of its rows": (lambda m, x: x * F.pdist(m.w)[:4], (4, 3)),
     "diagonal": (lambda m, x: x @ torch.diag(m.w), (4,)),
     "a triangle": (lambda m, x: x @ m.w.tril(), (4, 4)),
     "matrix exponential": (lambda m, x: x @ torch.matrix_exp(m.w - m.w.T), (4, 4)),
@@ -488,6 +489,7 @@ ADAPTERS: dict[str, tuple[Wiring, dict[str, Any]]] = {
         lambda m, x: F.linear(x, m.base.weight + (m.a.T @ m.b.T).T * 0.5),
         {"a": (2, 4), "b": (5, 2)},
     ),
+    "merged, T": (lambda m, x: F.linear(x, (m.a.T @ m.b.T).T), {"a": (2, 4), "b": (5, 2)}),
     "merged, mT and transpose": (
         lambda m, x: x @ (m.base.weight.mT + m.a.transpose(0, 1) @ m.b.mT),
         {"a": (2, 4), "b": (5, 2)},

@@ -157,7 +157,7 @@ def _factored(edge: GradientEdge, form: PerSample) -> Iterator[tuple[GradientEdg
         found = [form]
     elif not isinstance(form, Product) or not form.is_matrix:
         pass
-    elif kind in ("TBackward0", "TransposeBackward0"):
+    elif _is_transpose(node, edge.output_nr):
         found = [Product(form.right, form.left)]
     elif kind == "MmBackward0":
         left, right, a, b = form.left, form.right, node._saved_self, node._saved_mat2
@@ -173,6 +173,18 @@ def _factored(edge: GradientEdge, form: PerSample) -> Iterator[tuple[GradientEdg
     for (before, i), behind in zip(node.next_functions, found, strict=True):
         if before is not None and behind is not None:
             yield from _factored(GradientEdge(before, i), behind)
+
+
+def _is_transpose(node: Any, output: int) -> bool:
+    """Whether a node swaps the dimensions of a matrix, as t, T, mT, transpose and permute do."""
+    kind = node.name()
+    if kind == "TBackward0":
+        return True
+    if len(_shape(node, output)) != 2:
+        return False
+    if kind == "TransposeBackward0":
+        return bool(node._saved_dim0 % 2 != node._saved_dim1 % 2)
+    return bool(kind == "PermuteBackward0" and node._saved_dims[0] % 2 == 1)
 
 
 def _shape(node: Any, output: int) -> torch.Size:
