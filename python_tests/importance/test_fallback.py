@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from mas_ext import estimate_fisher, estimate_importance
 from mas_ext.importance import ImportanceSum, batches, objectives
 from mas_ext.importance.evaluation import Evaluate, Labelled, evaluating
-from mas_ext.importance.exact.fallback import Fallback, one_by_one
+from mas_ext.importance.exact.fallback import Fallback, one_by_one, outputs_differ
 from mas_ext.importance.exact.precision import PRECISION_OF
 from mas_ext.importance.gradients import Summation
 
@@ -337,6 +338,74 @@ def test_where_vmap_is_wrong_in_a_later_batch_the_loop_takes_over(how: str) -> N
     with prepared(model) as evaluate:
         assert_right(fallback(evaluate, Labelled(X), {"w": model.w}, outputs), expected)
     assert fallback._vmap == (how != "fails")
+
+
+class Inside(nn.Module):
+    """Knows whether vmap runs it; `how` says what it makes of that."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.w, self.how = nn.Parameter(torch.randn(4, 3, dtype=torch.float64)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.einsum("bi,io->bo", x, self.w.exp())
+        if self.how == "draws random numbers":
+            return y + 0 * torch.rand(len(x), 1)
+        if self.how == "has a function that vmap runs one by one":
+            return y + torch.stack([F.pdist(row[:, None] * self.w).sum()[None] for row in x])
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            return y
+        return y + 1 if self.how == "another output" else 2 * y - y.detach()
+
+
+@pytest.mark.parametrize(
+    ("how", "at_once"),
+    [
+        ("draws random numbers", True),
+        ("has a function that vmap runs one by one", False),
+        ("another output", False),
+        ("another gradient", False),
+    ],
+)
+def test_vmap_must_agree_and_be_fast(how: str, at_once: bool) -> None:
+    model = Inside(how)
+    with prepared(model, objective="vector") as evaluate, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fallback = Fallback(HOW)
+        got = fallback(evaluate, Labelled(X), {"w": model.w})
+    assert fallback._vmap == at_once
+    expected = torch.zeros_like(model.w)
+    for x in X:
+        for value in model(x[None])[0]:
+            expected += torch.autograd.grad(value, model.w, retain_graph=True)[0].abs()
+    assert_right(got, {"w": expected.detach()})
+
+
+def test_sums_at_once_need_no_gradient_where_other_parameters_do() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    with prepared(model) as evaluate:
+        fallback = Fallback(HOW)
+        got = fallback(evaluate, Labelled(X), {"0.bias": model[0].bias})
+    assert fallback._vmap
+    assert not got["0.bias"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("alone", "together", "differ"),
+    [
+        ([[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, 4.0]], False),
+        ([[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, 4.1]], True),
+        ([[1e-12, 0.0], [3.0, 4.0]], [[0.0, 0.0], [3.0, 4.0]], False),
+        ([[1e-6, 0.0], [3.0, 4.0]], [[0.0, 0.0], [3.0, 4.0]], True),
+        ([[1.0], [3.0]], [[1.0, 1.0], [3.0, 3.0]], True),
+        ([float("nan"), 1.0], [float("nan"), 1.0], True),
+        ([2.0, 1.0], [2.0, 1.0], False),
+        ([2.0, 1.0], [1.0, 2.0], True),
+    ],
+)
+def test_outputs_differ_by_more_than_rounding(alone: Any, together: Any, differ: bool) -> None:
+    precision = PRECISION_OF[torch.float64]
+    assert outputs_differ(torch.tensor(alone), torch.tensor(together), precision) == differ
 
 
 def test_entries_that_each_sample_has_of_its_own_are_not_computed_at_once() -> None:

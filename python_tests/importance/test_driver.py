@@ -1,0 +1,116 @@
+"""What a proof is for, when it is asked for, and what is done where samples differ from themselves alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import Wired
+
+from mas_ext import estimate_importance
+from mas_ext.importance import ImportanceSum
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Forward = Callable[[Any, Any], Tensor]
+
+
+def waves(y: Tensor) -> Tensor:
+    return y.flatten(1).cumsum(1).sin().sum(1)
+
+
+def assert_right(model: nn.Module, forward: Forward, batches: Sequence[tuple[Tensor, Any]]) -> None:
+    """Without the fallback, and equal to single samples; entries that are lists have an item for each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        omega = estimate_importance(model, batches, objective=waves, forward=forward)
+    theta = dict(model.named_parameters())
+    expected = {name: torch.zeros_like(p) for name, p in theta.items()}
+    samples = [
+        (x[k : k + 1], entry[k : k + 1] if isinstance(entry, list) else entry)
+        for x, entry in batches
+        for k in range(len(x))
+    ]
+    for sample in samples:
+        grads = torch.autograd.grad(waves(forward(model, sample)).sum(), [*theta.values()])
+        for total, g in zip(expected.values(), grads, strict=True):
+            total += g.abs() / len(samples)
+    for name, t in expected.items():
+        torch.testing.assert_close(omega[name], t.detach(), rtol=1e-10, atol=1e-12)
+
+
+def real(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def by_entry(m: Any, batch: Any) -> Tensor:
+    """One layer sees rows by sample and rows by position; an entry of the batch says which comes first."""
+    x, by_sample_first = batch
+    n, p = x.shape[:2]
+    rows = [x.flatten(0, 1), x.transpose(0, 1).flatten(0, 1)]
+    if by_sample_first:
+        by_sample, by_position = (m.a(row) for row in rows)
+    else:
+        by_position, by_sample = (m.a(row) for row in reversed(rows))
+    return by_sample.tanh().view(n, p, -1) * by_position.view(p, n, -1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_a_proof_is_for_batches_with_the_same_entries_that_are_no_tensors(order: Any) -> None:
+    model = Wired(lambda m, x: x, a=nn.Linear(4, 3)).double()
+    assert_right(model, by_entry, [(real(5, 3, 4), first) for first in order])
+
+
+def test_numbers_that_are_made_of_a_samples_own_entries_are_data() -> None:
+    """They are last, where nobody looks for samples in a tensor that is made of numbers."""
+
+    def forward(m: Any, batch: Any) -> Tensor:
+        x, words = batch
+        numbers = torch.tensor([[float(len(word)), float(word.count("a"))] for word in words])
+        return m.out((m.w @ numbers.double().T).tanh().T * x)
+
+    words = ["a", "aba", "bb", "aa", "bab"]
+    model = Wired(lambda m, x: x, w=torch.randn(4, 2), out=nn.Linear(4, 3)).double()
+    assert_right(model, forward, [(real(5, 4), words), (real(4, 4), words[1:])])
+
+
+def with_mean_of_large_batches(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.b(h - h.mean(0).detach() if len(x) > 4 else h)
+
+
+def test_samples_that_interact_in_a_first_batch_of_more_than_are_tried_are_refused() -> None:
+    """Gradients show nothing of it: outputs must be those of samples alone."""
+    model = Wired(with_mean_of_large_batches, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="samples interact"):
+        estimate_importance(model, [torch.randn(8, 4)])
+
+
+def mixing_in_large_batches(m: Any, x: Tensor) -> Tensor:
+    """The gradient of `a` alone is one of other samples, too."""
+    h = m.a(x)
+    if len(x) > 4:
+        h = h + (h.mean(0) - h.mean(0).detach())
+    return m.b(torch.tanh(h))
+
+
+def test_what_remains_without_the_parameters_of_the_fallback_is_proven_for_all_batches() -> None:
+    model, total = (
+        Wired(mixing_in_large_batches, a=nn.Linear(4, 4), b=nn.Linear(4, 3)),
+        ImportanceSum(),
+    )
+    whole: list[int] = []
+
+    def watch(module: nn.Module, args: Any, y: Tensor) -> None:
+        y.register_hook(lambda grad: whole.append(len(grad)))
+
+    model.register_forward_hook(watch)
+    with pytest.warns(UserWarning, match=r"importance of a\.bias, a\.weight: takes the fallback"):
+        total.add(model, torch.randn(7, 4))
+    whole.clear()
+    total.add(model, torch.randn(7, 4))
+    assert whole.count(7) == 1
