@@ -172,6 +172,14 @@ wired(
     lambda m, x: F.linear(x, m.w) + 0 * F.linear(x, m.v.exp()),
     lambda: {"w": weights(3, 4), "v": weights(3, 4)},
 )
+with torch.inference_mode():
+    KEPT = torch.arange(4.0)
+wired(
+    "a constant of inference mode",
+    real(5, 4),
+    lambda m, x: x * (m.b + KEPT.to(x.device)),
+    lambda: {"b": weights(4)},
+)
 wired(
     "a sum of no rows of numbers",
     real(5, 4),
@@ -1287,7 +1295,7 @@ wired(
     images_of_one_kind,
     lambda: {
         "conv": nn.Conv2d(4, 4, 3, padding=1),
-        "norm": observed(nn.BatchNorm2d(4), real(4, 3, 2)),
+        "norm": observed(nn.GroupNorm(2, 4), real(4, 3, 2)),
         "out": nn.Conv2d(4, 2, 2),
     },
 )
@@ -1528,7 +1536,7 @@ def turned_over(turn: Callable[[Tensor, Tensor], Tensor], depth: int) -> Wiring:
         over = x[0, 0] > x[-1, 0]
         h = m.left(turn(x, over))
         for _ in range(depth):
-            h = torch.tanh(h)
+            h = turn(torch.tanh(turn(h, over)), over)
         return m.out(turn(h, over) * m.left(x))
 
     return wiring
@@ -1546,10 +1554,10 @@ TURNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "an integer that opens": lambda h, over: h + over.long() * (h.flip(0) - h),
     "a pool": turned_by_a_pool,
 }
-# What random truth values say of two samples depends on how many there are before.
-for (way, turn), depth in itertools.product(TURNS.items(), range(3)):
+# There and back: what random numbers say of all turns together is a matter of chance.
+for (way, turn), depth in itertools.product(TURNS.items(), range(4)):
     wired(
-        f"a batch turned over by {way}, {depth} functions",
+        f"a batch turned over by {way}, {2 * depth + 1} times",
         ranked((0, 0), (0, 1)),
         turned_over(turn, depth),
         lambda: {"left": nn.Linear(4, 4), "out": nn.Linear(4, 3)},
@@ -1563,7 +1571,7 @@ for way, turn in MANY.items():
     wired(
         f"a batch turned over by many {way}",
         ranked((0, 0), (0, 19)),
-        turned_over(turn, 1),
+        turned_over(turn, 0),
         lambda: {"left": nn.Linear(4, 4), "out": nn.Linear(4, 3)},
         sizes=(20, 20),
     )

@@ -70,8 +70,13 @@ def test_numbers_that_are_made_of_a_samples_own_entries_are_data() -> None:
 
     def forward(m: Any, batch: Any) -> Tensor:
         x, words = batch
-        numbers = torch.tensor([[float(len(word)), float(word.count("a"))] for word in words])
-        return m.out((m.w @ numbers.double().T).tanh().T * x)
+        numbers = torch.tensor(
+            [
+                [[len(word) + k * word.count(letter) for word in words] for letter in "ab"]
+                for k in range(3)
+            ]
+        )
+        return m.out((m.w @ numbers.double()).tanh().movedim(2, 0) * x[:, None])
 
     words = ["a", "aba", "bb", "aa", "bab"]
     model = Wired(lambda m, x: x, w=torch.randn(4, 2), out=nn.Linear(4, 3)).double()

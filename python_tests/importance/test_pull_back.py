@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,27 @@ def real(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
+class AloneOnly(torch.autograd.Function):
+    """exp(p), whose backward pass writes into a tensor, and so can't be run for many gradients at once."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor) -> Tensor:
+        ctx.save_for_backward(p)
+        return p.exp()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (p,) = ctx.saved_tensors
+        return torch.zeros_like(p).copy_(grad * p.exp())
+
+
 def met(tensors: Sequence[Tensor], theta: Parts) -> list[GradientSource]:
     """Sources with gradients of some samples, products of factors where they are matrices."""
     sources = []
     for t in tensors:
         form: PerSample = Dense(real(SAMPLES, *t.shape))
-        if t.dim() == 2:
-            form = Product(real(SAMPLES, 3, t.shape[0]), real(SAMPLES, 3, t.shape[1]))
+        if t.dim() > 1:
+            form = Product(real(SAMPLES, 3, t.shape[-2]), real(SAMPLES, 3, t.shape[-1]))
         sources.append(GradientSource(frozenset(theta), t, t.detach(), 1, [form]))
     return sources
 
@@ -67,6 +82,8 @@ WAYS: dict[str, tuple[Callable[[Parts], Sequence[Tensor]], str]] = {
     "a transpose": (lambda p: [(p["w"] + 2 * (p["a"].T @ p["b"].T).T).mT], ""),
     "another transpose": (lambda p: [(p["a"].mT @ p["b"].permute(1, 0)).transpose(-1, 0)], ""),
     "no transpose": (lambda p: [(p["b"] @ p["a"]).transpose(1, 1).permute(0, 1)], "ab"),
+    "of three dimensions": (lambda p: [p["w"][:, None].transpose(0, 1)], ""),
+    "alone only": (lambda p: [AloneOnly.apply(p["v"]).softmax(0)], "v"),
     "a cast": (lambda p: [p["w"] + (p["b"].float() @ p["a"].float()).double()], ""),
     "a factor learned": (lambda p: [(p["b"] @ p["a"]) * p["v"][0]], "abv"),
     "a product with itself": (lambda p: [p["w"] @ p["w"].T], ""),
