@@ -1536,8 +1536,22 @@ def turned_over(turn: Callable[[Tensor, Tensor], Tensor], depth: int) -> Wiring:
         over = x[0, 0] > x[-1, 0]
         h = m.left(turn(x, over))
         for _ in range(depth):
-            h = turn(torch.tanh(turn(h, over)), over)
+            h = torch.tanh(h)
         return m.out(turn(h, over) * m.left(x))
+
+    return wiring
+
+
+def there_and_back(turn: Callable[[Tensor, Tensor], Tensor], depth: int) -> Wiring:
+    """What a layer makes of the batch is turned over, and back again."""
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        over, h = x[0, 0] > x[-1, 0], m.left(x)
+        for _ in range(depth):
+            h = torch.tanh(h)
+        for _ in range(2):
+            h = turn(torch.tanh(turn(h, over)), over)
+        return m.out(h * m.left(x))
 
     return wiring
 
@@ -1552,14 +1566,19 @@ TURNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "truth values as factors": lambda h, over: over * h.flip(0) + ~over * h,
     "integers as factors": lambda h, over: over.long() * h.flip(0) + (1 - over.long()) * h,
     "an integer that opens": lambda h, over: h + over.long() * (h.flip(0) - h),
+    "an integer that opens above 1": lambda h, over: (
+        h + (1 + over.long()) * (h.flip(0) - h) - (h.flip(0) - h)
+    ),
     "a pool": turned_by_a_pool,
 }
-# There and back: what random numbers say of all turns together is a matter of chance.
-for (way, turn), depth in itertools.product(TURNS.items(), range(4)):
+# What random numbers say of a turn depends on how many are drawn before.
+for (way, turn), depth, wiring in itertools.product(
+    TURNS.items(), range(3), (turned_over, there_and_back)
+):
     wired(
-        f"a batch turned over by {way}, {2 * depth + 1} times",
+        f"{wiring.__name__} by {way}, behind {depth} functions",
         ranked((0, 0), (0, 1)),
-        turned_over(turn, depth),
+        wiring(turn, depth),
         lambda: {"left": nn.Linear(4, 4), "out": nn.Linear(4, 3)},
         sizes=(2, 2),
     )
@@ -1569,7 +1588,7 @@ MANY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 for way, turn in MANY.items():
     wired(
-        f"a batch turned over by many {way}",
+        f"turned_over by many {way}",
         ranked((0, 0), (0, 19)),
         turned_over(turn, 0),
         lambda: {"left": nn.Linear(4, 4), "out": nn.Linear(4, 3)},
