@@ -113,6 +113,22 @@ def test_sums_are_those_of_samples_one_by_one(way: str, square: bool) -> None:
         assert moves.dense == {*dense}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 50])
+def test_sixteen_bits(dtype: torch.dtype, size: int) -> None:
+    """bfloat16's totals are moved at once; float16 has not the range."""
+    p = real(size).clamp(-1, 0.3).to(dtype).requires_grad_()
+    g = 2e4 * torch.rand(SAMPLES, size)
+    source = GradientSource(frozenset("p"), p.exp() * p.tanh(), p.detach(), 1, [Dense(g)])
+    moves = Moves()
+    total = pull_back([source], {"p": p}, False, False, moves, ())["p"]
+    p = p.detach().double().requires_grad_()
+    (slope,) = torch.autograd.grad((p.exp() * p.tanh()).sum(), p)
+    expected = (slope * g).abs().sum(0)
+    assert float((total - expected).norm() / expected.norm()) < 0.02
+    assert (moves.dense == {"p"}) == (dtype == torch.float16)
+
+
 def test_many_samples_are_pulled_back_at_once() -> None:
     p, passes = real(4).requires_grad_(), []
     inner = p * 1.0

@@ -63,6 +63,12 @@ class _Part:
     forms: list[PerSample]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The tensor's own."""
+        dtype: torch.dtype = self.edge.node._input_metadata[self.edge.output_nr].dtype
+        return dtype
+
+    @property
     def like(self) -> Tensor:
         """An empty tensor of the shape of this one, and the dtype of a total."""
         data = self.edge.node._input_metadata[self.edge.output_nr]
@@ -72,9 +78,8 @@ class _Part:
         self, gradient: Tensor, theta: Mapping[str, Tensor], batched: bool = False
     ) -> Totals:
         """J^T gradient by name, in the dtype of a total; absent where this does not depend on the parameter."""
-        dtype = self.edge.node._input_metadata[self.edge.output_nr].dtype
         found = torch.autograd.grad(
-            [self.edge], [*theta.values()], [gradient.to(dtype)],
+            [self.edge], [*theta.values()], [gradient.to(self.dtype)],
             retain_graph=True, allow_unused=True, is_grads_batched=batched,
         )  # fmt: skip
         return {
@@ -199,7 +204,8 @@ def _find_moves(
     """By name: the parts that depend on a parameter, and whether they do so by moves alone.
 
     With v random, J has at most one number s for each element of p where (J^T v)^2 = (J^T 1) (J^T v^2): s^2
-    v^2 on both sides. More of them would have to have equal v.
+    v^2 on both sides. More of them would have to have equal v. These are powers of two, with which 16 bits are
+    rounded as without; but float16 has not the range of totals.
     """
     reached: dict[str, list[_Part]] = {name: [] for name in theta}
     alone = {name: name not in direct for name in theta}
@@ -213,12 +219,13 @@ def _find_moves(
             reached[name].append(part)
         if known:
             continue
-        for _ in range(2):
-            v = (3 * torch.rand(like.shape, generator=generator)).exp().to(like)
+        for _ in range(4):
+            v = 2.0 ** torch.randint(-16, 17, like.shape, generator=generator).to(like)
             first, second = (part.transposed_jacobian(t, theta) for t in (v, v * v))
             for name, s in ones.items():
                 a, b = first[name], second[name]
-                alone[name] &= bool(((a * a - s * b).abs() <= _ROUNDING * a * a).all())
+                same = ((a * a - s * b).abs() <= _ROUNDING * a * a).all()
+                alone[name] &= bool(same) and part.dtype != torch.float16
         for name in first:
             often[name] += first[name] != 0
     if known:
@@ -233,12 +240,10 @@ def _add_moved(
 ) -> None:
     """Add what a part's total comes to for parameters that it depends on by moves."""
     total = total_of(part.forms, part.like, square, native)
-    largest = total.max() if total.numel() else total.sum()  # 16 bits have not the range
-    largest = torch.where(largest > 0, largest, 1)
-    found = part.transposed_jacobian(total / largest, theta)
+    found = part.transposed_jacobian(total, theta)
     scales = part.transposed_jacobian(torch.ones_like(total), theta) if square else {}
     for name, moved in found.items():
-        totals[name] += largest * (moved * scales[name] if square else moved).abs()
+        totals[name] += (moved * scales[name] if square else moved).abs()
 
 
 def _add_dense(
