@@ -54,6 +54,13 @@ def test_several_samples_that_look_like_another() -> None:
     assert owners_of(row, torch.float16) == [MIXED]
 
 
+def test_equal_parts_of_two_samples_are_mixed() -> None:
+    """Their factors are 2^20 and 2^-20, of which the mean is all but 2^19, the factor of another sample."""
+    row = torch.zeros(1, 60)
+    row[0, 39:41] = 1
+    assert owners_of(row) == [MIXED]
+
+
 def test_owners_that_contradict_each_other_are_mixed() -> None:
     one, other = (
         torch.tensor([0, 1, UNKNOWN, 2, UNKNOWN]),

@@ -49,8 +49,9 @@ Owners = dict[int, Tensor]
 def find_owners(tape: Tape, values: Tensor, precision: Precision) -> Owners:
     """The owners of all rows with a gradient in this batch; the graph stays for the backward pass proper."""
     generator = torch.Generator().manual_seed(0)
-    columns = (torch.rand(values.shape[1], generator=generator) + 0.5).to(values)
-    return _owners(tape, values, columns.expand_as(values), precision, None)
+    # Equal gradients of two samples would add up to what another sample's factor makes of one.
+    start = (torch.rand(values.shape, generator=generator) + 0.5).to(values)
+    return _owners(tape, values, start, precision, None)
 
 
 def layouts_of(tape: Tape, owners: Owners) -> list[SampleLayout | None]:
