@@ -95,6 +95,37 @@ def test_samples_that_interact_in_a_first_batch_of_more_than_are_tried_are_refus
         estimate_importance(model, [torch.randn(8, 4)])
 
 
+# By the norm of a whole batch, if it is larger than 1.
+NORMED: dict[str, Callable[[Tensor], Tensor]] = {
+    "clamp": lambda h: h / h.norm().clamp(min=1),
+    "clamp to a tensor": lambda h: h / h.norm().clamp(min=torch.ones(())),
+    "clamp of the inverse": lambda h: h * (1 / (h.norm() + 1e-6)).clamp(max=1),
+    "clamp of every number's": lambda h: h / h.norm(dim=0).clamp(min=1),
+    "maximum": lambda h: h / torch.maximum(h.norm(), torch.ones(())),
+    "max": lambda h: h / torch.max(torch.ones(()), h.norm()),
+    "amax": lambda h: h / torch.stack([h.norm(), torch.ones(())]).amax(),
+    "minimum": lambda h: h * torch.minimum(1 / (h.norm() + 1e-6), torch.ones(())),
+    "threshold": lambda h: h / nn.functional.threshold(h.norm(), 1.0, 1.0),
+    "relu": lambda h: h / (1 + nn.functional.relu(h.norm() - 1)),
+    "hardtanh": lambda h: h / (2 + nn.functional.hardtanh(h.norm() - 2, -1, 100)),
+    "softshrink": lambda h: h / (1 + nn.functional.softshrink(h.norm(), 1.0)),
+    "where": lambda h: torch.where(h.norm() > 1, h / h.norm(), h),
+}
+
+
+@pytest.mark.filterwarnings("ignore:importance of .* takes the fallback")
+@pytest.mark.parametrize("way", NORMED)
+def test_samples_that_interact_beyond_a_bound_are_refused_when_a_later_batch_passes_it(
+    way: str,
+) -> None:
+    model = Wired(lambda m, x: m.b(NORMED[way](m.a(x))), a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    model.a.bias.data.zero_()
+    total, x = ImportanceSum(), torch.randn(6, 4)
+    total.add(model, 0.01 * x)
+    with pytest.raises(ValueError, match="samples interact"):
+        total.add(model, 10 * x)
+
+
 def mixing_in_large_batches(m: Any, x: Tensor) -> Tensor:
     """The gradient of `a` alone is one of other samples, too."""
     h = m.a(x)

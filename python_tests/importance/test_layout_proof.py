@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from mas_ext.importance.exact.layout_proof import _Choices, _united, find_owners
+from mas_ext.importance.exact.layout_proof import (
+    _BOUNDED,
+    _Choices,
+    _is_open,
+    _united,
+    find_owners,
+)
 from mas_ext.importance.exact.precision import PRECISION_OF
 from mas_ext.importance.exact.sample_layout import MIXED, UNKNOWN, SampleLayout, find_layout
 
@@ -91,6 +98,30 @@ def test_shapes_and_numbers_that_come_from_data_are_seen(way: str) -> None:
     with _Choices() as choices:
         function(x)
     assert choices.found == expected
+
+
+BOUNDS: dict[str, tuple[Any, bool]] = {
+    "relu6": (F.relu6, True),
+    "hardtanh": (F.hardtanh, True),
+    "clamp of small numbers": (lambda x: x.clamp(min=1e-6), True),
+    "clamp of large numbers": (lambda x: x.clamp(max=10), True),
+    "clamp from 1": (lambda x: x.clamp(min=1), False),
+    "clamp to 1/2": (lambda x: x.clamp(-0.5, 0.5), False),
+    "clamp to a tensor": (lambda x: x.clamp(max=torch.ones(3)), False),
+    "threshold": (lambda x: F.threshold(x, 0.1, 0.0), True),
+    "a high threshold": (lambda x: F.threshold(x, 1.0, 0.0), False),
+    "hardshrink": (F.hardshrink, False),
+    "softshrink": (lambda x: F.softshrink(x, 0.2), True),
+    "narrow hardtanh": (lambda x: F.hardtanh(x, 0.0, 0.3), False),
+}
+
+
+@pytest.mark.parametrize("way", BOUNDS)
+def test_bounds_that_random_numbers_are_within(way: str) -> None:
+    function, expected = BOUNDS[way]
+    node = function(torch.rand(3, requires_grad=True)).grad_fn
+    assert _BOUNDED.search(node.name())
+    assert _is_open(node) == expected
 
 
 # Owners by the first dimensions, samples, whether rows may be listed one by one; the kind, and the rows listed.

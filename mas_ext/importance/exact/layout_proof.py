@@ -36,6 +36,9 @@ _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _WITHIN_SAMPLES = re.compile("^(Mul|Div)Backward|MaxPool")
 # And those that never do: their integers are a random generator's state.
 _RANDOM = re.compile("ScaledDotProduct")
+# Nodes that pass gradients to the larger or smaller of two numbers, and within bounds.
+_COMPARING = re.compile("^(Maximum|Minimum|Fmax|Fmin)Backward")
+_BOUNDED = re.compile("^(Clamp|Threshold|Hardtanh|Hardshrink|Softshrink)")
 # Fewer random ones than these may by chance always choose the same.
 _FEW = 16
 # Nodes that torch itself brings, not one of which keeps more than tensors, sizes and numbers.
@@ -118,7 +121,7 @@ class ProvenPass:
 
     def _choosing(self) -> bool:
         """Whether, between output and a meeting, a node keeps integers or few truth values of data, or what
-        can't be looked at.
+        can't be looked at, or has bounds that random numbers don't pass.
         """
         return any(self._chooses(node) for node in _between(self.output))
 
@@ -131,11 +134,27 @@ class ProvenPass:
         names = ["saved_tensors"] if own else [n for n in dir(node) if n.startswith("_saved_")]
         kept = [t for t in tensors_in(getattr(node, n) for n in names) if self.tape.is_data(t)]
         integers = [t for t in kept if t.dtype in _INTEGERS and not _RANDOM.search(node.name())]
-        if any(t.dtype == torch.bool and t.numel() < _FEW for t in kept):
+        truths = (
+            kept if _COMPARING.search(node.name()) else [t for t in kept if t.dtype == torch.bool]
+        )
+        if any(t.numel() < _FEW for t in truths):
+            return True
+        if _BOUNDED.search(node.name()) and not _is_open(node):
             return True
         if _WITHIN_SAMPLES.search(node.name()):  # where all are zero, random ones are, too
             return any(t.numel() < _FEW or not t.any() for t in integers)
         return bool(integers) or not (own or _BUILT_IN.search(node.name()))
+
+
+def _is_open(node: Any) -> bool:
+    """Whether random numbers, from 1/4 to 3/4, are within a node's bounds."""
+    low = [
+        getattr(node, f"_saved_{name}", None) for name in ("min", "min_val", "threshold", "lambd")
+    ]
+    high = [getattr(node, f"_saved_{name}", None) for name in ("max", "max_val")]
+    if any(isinstance(bound, Tensor) for bound in low + high):
+        return False
+    return all(b is None or b <= 0.25 for b in low) and all(b is None or b >= 0.75 for b in high)
 
 
 def _united(one: Owners, other: Owners) -> Owners:
