@@ -134,10 +134,8 @@ class ProvenPass:
         names = ["saved_tensors"] if own else [n for n in dir(node) if n.startswith("_saved_")]
         kept = [t for t in tensors_in(getattr(node, n) for n in names) if self.tape.is_data(t)]
         integers = [t for t in kept if t.dtype in _INTEGERS and not _RANDOM.search(node.name())]
-        truths = (
-            kept if _COMPARING.search(node.name()) else [t for t in kept if t.dtype == torch.bool]
-        )
-        if any(t.numel() < _FEW for t in truths):
+        compared = _COMPARING.search(node.name())
+        if any(t.numel() < _FEW for t in kept if compared or t.dtype == torch.bool):
             return True
         if _BOUNDED.search(node.name()) and not _is_open(node):
             return True
