@@ -665,6 +665,13 @@ def swin() -> nn.Module:
 
 add("windows folded into the samples", swin, real(4, 4, 3))
 
+
+def nested(h: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
+        return torch.nested.as_nested_tensor(list(h))
+
+
 # -- how samples are folded ------------------------------------------------------------------------
 
 
@@ -762,6 +769,13 @@ wired(
     real(4),
     lambda m, x: torch.stack([m.a(sample) for sample in x]),
     lambda: {"a": nn.Linear(4, 3)},
+    may=ANY,
+)
+wired(
+    "samples in a nested tensor",
+    real(3, 4),
+    lambda m, x: m.b(nested(m.a(x)).to_padded_tensor(0.0).tanh()),
+    lambda: {"a": nn.Linear(4, 5), "b": nn.Linear(5, 3)},
     may=ANY,
 )
 wired(

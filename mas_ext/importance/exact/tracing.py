@@ -169,7 +169,7 @@ class Tape(TorchFunctionMode):
     def _note_sizes(self, result: Any) -> None:
         """Note which sizes are 1, along which rows in several orders are the same, and how many results."""
         if isinstance(result, Tensor):
-            if 1 in result.shape:
+            if not result.is_nested and 1 in result.shape:
                 self.functions.append(tuple(size == 1 for size in result.shape))
         elif isinstance(result, (tuple, list)):
             self.functions.append(len(result))
