@@ -1,6 +1,6 @@
-// The Python module _C: integers in, exceptions out. The only file that knows pybind11. Pointers
-// come as integers from tensors that the files of mas_ext/kernels/ have checked; nothing else may
-// call this module.
+// The Python module _C: lists of tensors in, exceptions out. With tensors.cpp the only file that
+// knows Python. Everything that a kernel is called with is checked here, before the first byte is
+// written.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,262 +11,315 @@
 #include <vector>
 
 #include "kernels.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using mas::code_of;
 using mas::DType;
-using Pointer = std::uintptr_t;
-using Pointers = std::vector<Pointer>;
+using mas::Views;
 
-template <class T>
-T* as(Pointer pointer) {
-  return reinterpret_cast<T*>(pointer);  // NOLINT: addresses are integers on the Python side
-}
+std::int64_t chunks_of(std::int64_t size) { return (size + mas::kChunk - 1) / mas::kChunk; }
 
-DType dtype_of(int dtype) {
-  if (dtype < 0 || dtype > 3) {
-    throw std::invalid_argument("dtype: got " + std::to_string(dtype) + ", expected 0 to 3");
-  }
-  return static_cast<DType>(dtype);
-}
+DType dtype_of(const Views& tensors) { return static_cast<DType>(tensors[0].code); }
+DType sum_dtype(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
 
-// The flat state buffers of one group of parameters, with the dtypes that go with them.
-mas::State state_of(int theta_dtype, int omega_dtype, Pointer omega, Pointer anchor,
-                    std::int64_t stride, std::int64_t rows, Pointer alpha, Pointer remainder) {
-  const DType of_theta = dtype_of(theta_dtype);
-  const bool coded = omega_dtype == static_cast<int>(DType::float8);
-  const DType of_omega = coded ? DType::float8 : dtype_of(omega_dtype);
-  if (rows < 1) throw std::invalid_argument("rows: expected at least 1");
-  if (of_omega == DType::float16 || (of_omega == DType::float64 && of_theta != DType::float64)) {
-    throw std::invalid_argument(
-        "omega: expected float32, bfloat16 or float8, or float64 beside float64 parameters");
-  }
-  return {of_theta, of_omega, as<void>(omega),         as<void>(anchor),
-          stride,   rows,     as<const double>(alpha), as<const double>(remainder)};
-}
+// Some parameters, what lies beside each of them, and where their state starts.
+template <class S>
+struct Pass {
+  std::vector<S> segments;
+  std::int64_t chunks = 0;
+  std::int64_t end = 0;  // elements that a row of the state must have
+  bool whole = true;     // whether all have a state
 
-// Where each tensor's part of the flat state starts and which chunks are its own. Built once for a
-// list of tensors, then used on every step.
-class Layout {
- public:
-  Layout(const std::vector<std::int64_t>& sizes, const std::vector<std::int64_t>& offsets) {
-    if (sizes.size() != offsets.size()) {
-      throw std::invalid_argument("offsets: got " + std::to_string(offsets.size()) +
-                                  " numbers, expected one for each of " +
-                                  std::to_string(sizes.size()) + " sizes");
-    }
-    for (std::size_t i = 0; i < sizes.size(); ++i) {
-      if (sizes[i] < 0 || offsets[i] < -1) {
-        throw std::invalid_argument("sizes: expected numbers from 0 up; offsets: from -1 up");
-      }
-      whole_ = whole_ && offsets[i] >= 0;
-      segments_.push_back({nullptr, nullptr, sizes[i], offsets[i], chunks_});
-      chunks_ += (sizes[i] + mas::kChunk - 1) / mas::kChunk;
-      if (offsets[i] >= 0) end_ = std::max(end_, offsets[i] + sizes[i]);
+  explicit Pass(const Views& theta, py::handle offsets = {}) {
+    std::vector<std::int64_t> starts(theta.size());
+    if (offsets) starts = mas::read_offsets(offsets, theta.size());
+    segments.resize(theta.size());
+    for (std::size_t i = 0; i < theta.size(); ++i) {
+      mas::Segment& segment = segments[i];
+      segment = {theta[i].data, nullptr, theta[i].numel, starts[i], chunks};
+      chunks += chunks_of(segment.size);
+      std::int64_t behind = 0;
+      if (__builtin_add_overflow(segment.offset, segment.size, &behind)) behind = INT64_MAX;
+      if (segment.offset >= 0) end = std::max(end, behind);
+      whole = whole && segment.offset >= 0;
     }
   }
 
-  std::int64_t chunks() const { return chunks_; }
-
-  std::vector<mas::Segment> with(const Pointers& x, const Pointers& y) const {
-    if (x.size() != segments_.size() || (!y.empty() && y.size() != x.size())) {
-      throw std::invalid_argument("pointers: expected one for each of " +
-                                  std::to_string(segments_.size()) + " tensors");
-    }
-    std::vector<mas::Segment> segments = segments_;
-    for (std::size_t i = 0; i < x.size(); ++i) {
-      segments[i].x = as<void>(x[i]);
-      segments[i].y = y.empty() ? nullptr : as<void>(y[i]);
-    }
-    return segments;
+  void beside(const Views& y) {
+    for (std::size_t i = 0; i < y.size(); ++i) segments[i].y = y[i].data;
   }
 
-  std::vector<mas::OptimizerSegment> with(const Pointers& theta, const Pointers& grad,
-                                          const std::vector<Pointers>& moments,
-                                          std::size_t expected, const Pointers& steps) const {
-    const std::size_t count = segments_.size();
-    const auto wrong = [count](const Pointers& p) { return p.size() != count; };
-    if (wrong(grad) || moments.size() != expected ||
-        std::any_of(moments.begin(), moments.end(), wrong) || (!steps.empty() && wrong(steps))) {
-      throw std::invalid_argument("pointers: expected one for each of " + std::to_string(count) +
-                                  " tensors, and " + std::to_string(expected) + " moments");
-    }
-    std::vector<mas::OptimizerSegment> segments;
-    for (const mas::Segment& segment : with(theta, grad)) {
-      const std::size_t i = segments.size();
-      segments.push_back({segment, {}, steps.empty() ? nullptr : as<float>(steps[i])});
-      for (std::size_t m = 0; m < expected; ++m) {
-        segments[i].moments[m] = as<void>(moments[m][i]);
+  mas::ListOf<S> list() const {
+    return {segments.data(), static_cast<std::int64_t>(segments.size()), chunks};
+  }
+
+  // The state, of which every tensor has a part.
+  mas::State state(py::handle fields, const Views& theta) const {
+    for (std::size_t i = 0; !whole && i < segments.size(); ++i) {
+      if (segments[i].offset < 0) {
+        mas::refuse("offsets[{}]: got {}, expected a number from 0 up", i, segments[i].offset);
       }
     }
-    return segments;
+    return mas::read_state(fields, theta[0], end);
   }
-
-  // As a kernel gets it; `segments` must live longer.
-  template <class S>
-  mas::ListOf<S> list(const std::vector<S>& segments) const {
-    return {segments.data(), static_cast<std::int64_t>(segments.size()), chunks_};
-  }
-
-  // The state, with a part for every tensor.
-  const mas::State& whole(const mas::State& state) const {
-    if (!whole_) throw std::invalid_argument("offsets: expected numbers from 0 up");
-    return partial(state);
-  }
-
-  // The state, with a part for some of the tensors.
-  const mas::State& partial(const mas::State& state) const {
-    if (state.stride < end_) {
-      throw std::invalid_argument("omega: expected rows of at least " + std::to_string(end_) +
-                                  " elements");
-    }
-    return state;
-  }
-
-  // The same for an optimizer, which may have none.
-  mas::State partial(const mas::State* state, int theta_dtype) const {
-    if (state == nullptr && end_ > 0) {
-      throw std::invalid_argument("offsets: expected -1 without a state");
-    }
-    mas::State found = state == nullptr ? mas::State{} : partial(*state);
-    found.theta_dtype = dtype_of(theta_dtype);
-    return found;
-  }
-
- private:
-  std::vector<mas::Segment> segments_;
-  bool whole_ = true;
-  std::int64_t chunks_ = 0;
-  std::int64_t end_ = 0;  // elements that a row of the state must have
 };
 
-// On a CPU, with a number of threads.
-template <class Kernel>
-void run(const Kernel& args, int threads) {
-  if (threads < 1) throw std::invalid_argument("threads: expected at least 1");
-  py::gil_scoped_release release;
-  mas::cpu::run(args, threads);
+using Tensors = Pass<mas::Segment>;
+using Stepped = Pass<mas::OptimizerSegment>;
+
+void refuse_other_strides(bool reordered) {
+  if (reordered) throw mas::OtherStrides("tensors lie in memory in another order than the first");
 }
 
-// On the current CUDA device, in a stream.
-#ifdef MAS_CUDA
-template <class Kernel>
-void run(const Kernel& args, Pointer stream) {
-  py::gil_scoped_release release;
-  mas::cuda::run(args, as<void>(stream));
+double* scratch_of(py::handle object, mas::dlpack::Device device, std::int64_t chunks) {
+  return static_cast<double*>(mas::read_array("scratch", object, device, DType::float64, {chunks}));
 }
+
+// Runs on a CPU, with a number of threads.
+struct OnCpu {
+  using Where = int;
+  static constexpr mas::dlpack::DeviceType kDevice = mas::dlpack::kCpu;
+  template <class Kernel>
+  static void run(const Kernel& args, int threads) {
+    if (threads < 1) throw std::invalid_argument("threads: expected at least 1");
+    py::gil_scoped_release release;
+    mas::cpu::run(args, threads);
+  }
+};
+
+#ifdef MAS_CUDA
+// Runs on the current CUDA device, in a stream.
+struct OnCuda {
+  using Where = std::uintptr_t;
+#ifdef MAS_EMULATE_CUDA
+  static constexpr mas::dlpack::DeviceType kDevice = mas::dlpack::kCpu;
+#else
+  static constexpr mas::dlpack::DeviceType kDevice = mas::dlpack::kCuda;
+#endif
+  template <class Kernel>
+  static void run(const Kernel& args, std::uintptr_t stream) {
+    py::gil_scoped_release release;
+    mas::cuda::run(args, reinterpret_cast<void*>(stream));  // NOLINT: torch gives it as an integer
+  }
+};
 #endif
 
-// Where: threads or a stream, the last argument of every call.
-template <class Where>
+template <class On>
+void refuse_elsewhere(const char* name, const mas::View& first) {
+  if (first.device.type != On::kDevice) {
+    mas::refuse("{}: got a tensor on {}, expected one on the device of these kernels", name,
+                first.object.attr("device"));
+  }
+}
+
+template <class On>
+Views read_first(const char* name, py::handle list) {
+  Views found = mas::read_list(name, list);
+  refuse_elsewhere<On>(name, found[0]);
+  return found;
+}
+
+// theta, gradients and moments of an optimizer's step, and its state if there is one.
+template <class On, class Rule, class Where>
+void step(py::handle theta_list, py::handle grad_list,
+          const std::vector<std::pair<std::string, py::object>>& moment_lists, py::handle step_list,
+          const py::tuple& fields, const Rule& rule, bool proximal, py::handle scale,
+          py::handle overflow, Where where) {
+  const mas::Reading reading;
+  const Views theta = read_first<On>("theta", theta_list);
+  Stepped pass(theta, fields[0]);
+  const DType dtype = dtype_of(theta);
+  const auto device = theta[0].device;
+  mas::State state = {};
+  if (mas::read("alpha", fields[3]).numel != 0) {
+    state = mas::read_state(fields, theta[0], pass.end);
+  } else if (pass.end > 0) {
+    mas::refuse("offsets: got some from 0 up, expected -1 without a state");
+  }
+  state.theta_dtype = dtype;
+  bool reordered = false;
+  const Views grad = mas::read_like("grad", grad_list, theta, dtype, reordered);
+  pass.beside(grad);
+  std::vector<Views> moments;
+  for (const auto& [name, list] : moment_lists) {
+    moments.push_back(mas::read_like(name.c_str(), list, theta, dtype, reordered));
+    for (std::size_t i = 0; i < theta.size(); ++i) {
+      pass.segments[i].moments[moments.size() - 1] = moments.back()[i].data;
+    }
+  }
+  py::tuple steps;
+  if (!step_list.is_none()) {
+    steps = py::reinterpret_steal<py::tuple>(PySequence_Tuple(step_list.ptr()));
+    if (steps.size() != theta.size()) {
+      mas::refuse("step: got {} tensors, expected {}", steps.size(), theta.size());
+    }
+    for (std::size_t i = 0; i < theta.size(); ++i) {
+      pass.segments[i].step = mas::read_number("step", steps[i], device);
+    }
+  }
+  const mas::OptimizerStep<Rule> args = {pass.list(),
+                                         state,
+                                         rule,
+                                         proximal,
+                                         mas::read_number("scale", scale, device),
+                                         mas::read_number("overflow", overflow, device)};
+  refuse_other_strides(reordered);
+  On::run(args, where);
+}
+
+using Moments = std::vector<std::pair<std::string, py::object>>;
+
+template <class On>
 void bind(py::module_ m, const char* name) {
-  using mas::State;
+  using Where = typename On::Where;
+  using py::handle;
   py::module_ sub = m.def_submodule(name);
 
-  sub.def("penalty", [](const Layout& layout, const State& state, const Pointers& theta,
-                        const Pointers& grad, int gradient, Pointer grad_output, Pointer partial,
-                        Pointer value, int value_dtype, Where where) {
-    const auto segments = layout.with(theta, grad);
-    if (gradient < 0 || gradient > 2 || (gradient != 0 && grad.size() != theta.size())) {
-      throw std::invalid_argument("gradient: expected 0, or 1 or 2 with one pointer a tensor");
+  sub.def("penalty", [](handle theta_list, handle grad_list, int mode, const py::tuple& fields,
+                        handle grad_output, handle scratch, handle value, Where where) {
+    const mas::Reading reading;
+    const Views theta = read_first<On>("theta", theta_list);
+    Tensors pass(theta, fields[0]);
+    const DType dtype = dtype_of(theta);
+    const auto device = theta[0].device;
+    mas::Penalty args = {};
+    args.state = pass.state(fields, theta);
+    if (mode < 0 || mode > 2) throw std::invalid_argument("gradient: expected 0, 1 or 2");
+    args.gradient = static_cast<mas::Gradient>(mode);
+    bool reordered = false;
+    Views grad;
+    if (mode != 0) grad = mas::read_like("grad", grad_list, theta, dtype, reordered);
+    pass.beside(grad);
+    if (!grad_output.is_none()) {
+      args.grad_output = static_cast<const double*>(
+          mas::read_array("grad_output", grad_output, device, DType::float64, {}));
     }
-    if (value_dtype < 0 || value_dtype > 1) {
-      throw std::invalid_argument("value: expected float32 or float64");
+    if (!value.is_none()) {
+      args.value_dtype = sum_dtype(dtype);
+      args.value = mas::read_array("value", value, device, args.value_dtype, {});
+      args.partial = scratch_of(scratch, device, pass.chunks);
     }
-    run(mas::Penalty{layout.list(segments), layout.whole(state),
-                     static_cast<mas::Gradient>(gradient), as<const double>(grad_output),
-                     as<double>(partial), as<void>(value), dtype_of(value_dtype)},
-        where);
+    args.segments = pass.list();
+    refuse_other_strides(reordered);
+    On::run(args, where);
   });
 
-  sub.def("proximal", [](const Layout& layout, const State& state, const Pointers& theta,
-                         const Pointers& second_moment, double eta, double correction, double eps,
-                         Where where) {
-    const auto segments = layout.with(theta, second_moment);
-    run(mas::Proximal{layout.list(segments), layout.whole(state), eta, correction, eps}, where);
+  sub.def("proximal", [](handle theta_list, handle moment_list, const py::tuple& fields, double eta,
+                         double correction, double eps, Where where) {
+    const mas::Reading reading;
+    const Views theta = read_first<On>("theta", theta_list);
+    Tensors pass(theta, fields[0]);
+    const mas::State state = pass.state(fields, theta);
+    bool reordered = false;
+    Views moments;
+    if (!moment_list.is_none()) {
+      moments = mas::read_like("second_moment", moment_list, theta, dtype_of(theta), reordered);
+    }
+    pass.beside(moments);
+    refuse_other_strides(reordered);
+    On::run(mas::Proximal{pass.list(), state, eta, correction, eps}, where);
   });
 
-  sub.def("sgd",
-          [](const Layout& layout, int theta_dtype, const State* state, const Pointers& theta,
-             const Pointers& grad, const std::vector<Pointers>& moments, double lr, double momentum,
-             double dampening, double decay, double eta, bool nesterov, bool first, bool proximal,
-             Pointer scale, Pointer overflow, Where where) {
-            const auto segments = layout.with(theta, grad, moments, momentum == 0 ? 0 : 1, {});
-            const mas::Sgd rule = {lr, momentum, dampening, decay, eta, nesterov, first};
-            run(mas::OptimizerStep<mas::Sgd>{layout.list(segments),
-                                             layout.partial(state, theta_dtype), rule, proximal,
-                                             as<const float>(scale), as<const float>(overflow)},
-                where);
-          });
-
-  sub.def("adamw",
-          [](const Layout& layout, int theta_dtype, const State* state, const Pointers& theta,
-             const Pointers& grad, const std::vector<Pointers>& moments, const Pointers& steps,
-             double lr, double beta1, double beta2, double eps, double decay, bool proximal,
-             Pointer scale, Pointer overflow, Where where) {
-            const bool amsgrad = moments.size() == 3;
-            const auto segments = layout.with(theta, grad, moments, amsgrad ? 3 : 2, steps);
-            if (steps.size() != theta.size())
-              throw std::invalid_argument("steps: expected one a tensor");
-            const mas::AdamW rule = {lr, beta1, beta2, eps, decay, amsgrad};
-            run(mas::OptimizerStep<mas::AdamW>{layout.list(segments),
-                                               layout.partial(state, theta_dtype), rule, proximal,
-                                               as<const float>(scale), as<const float>(overflow)},
-                where);
-          });
-
-  sub.def("accumulate", [](const Layout& layout, const Pointers& omega, const Pointers& grad,
-                           int grad_dtype, double weight, Where where) {
-    const auto segments = layout.with(omega, grad);
-    run(mas::Accumulate{layout.list(segments), dtype_of(grad_dtype), weight}, where);
+  sub.def("sgd", [](handle theta, handle grad, const Moments& moments, const py::tuple& state,
+                    double lr, double momentum, double dampening, double decay, double eta,
+                    bool nesterov, bool first, bool proximal, handle scale, handle overflow,
+                    Where where) {
+    if (moments.size() != (momentum == 0 ? 0U : 1U)) {
+      throw std::invalid_argument("moments: expected one with momentum, none without");
+    }
+    const mas::Sgd rule = {lr, momentum, dampening, decay, eta, nesterov, first};
+    step<On>(theta, grad, moments, py::none(), state, rule, proximal, scale, overflow, where);
   });
 
-  sub.def("merge", [](const Layout& layout, const State& state, const Pointers& theta,
-                      const Pointers& importance, double keep, double gain, int anchor,
-                      std::int64_t entry, Pointer partial, Pointer remainder, Where where) {
+  sub.def("adamw", [](handle theta, handle grad, const Moments& moments, const py::object& steps,
+                      const py::tuple& state, double lr, double beta1, double beta2, double eps,
+                      double decay, bool proximal, handle scale, handle overflow, Where where) {
+    if (moments.size() != 2 && moments.size() != 3) {
+      throw std::invalid_argument("moments: expected two, or three with amsgrad");
+    }
+    if (steps.is_none()) throw std::invalid_argument("steps: expected one a tensor");
+    const mas::AdamW rule = {lr, beta1, beta2, eps, decay, moments.size() == 3};
+    step<On>(theta, grad, moments, steps, state, rule, proximal, scale, overflow, where);
+  });
+
+  sub.def("accumulate", [](handle omega_list, handle grad_list, double weight, Where where) {
+    const mas::Reading reading;
+    const Views omega = read_first<On>("omega", omega_list);
+    Tensors pass(omega);
+    const auto grads = py::reinterpret_steal<py::tuple>(PySequence_Tuple(grad_list.ptr()));
+    if (!grads) throw py::error_already_set();
+    const int code = grads.empty() ? omega[0].code : mas::read("grad", grads[0], 0).code;
+    const bool known = code >= 0 && code <= code_of(DType::float16);
+    if (!known || sum_dtype(static_cast<DType>(code)) != dtype_of(omega)) {
+      mas::refuse("grad[0]: got {}, expected one that adds up in {}", grads[0].attr("dtype"),
+                  omega[0].object.attr("dtype"));
+    }
+    bool reordered = false;
+    const Views grad = mas::read_like("grad", grads, omega, static_cast<DType>(code), reordered);
+    pass.beside(grad);
+    refuse_other_strides(reordered);
+    On::run(mas::Accumulate{pass.list(), static_cast<DType>(code), weight}, where);
+  });
+
+  sub.def("merge", [](const py::tuple& fields, handle theta_list, handle importance_list,
+                      double keep, double gain, int anchor, std::int64_t entry, handle scratch,
+                      handle remainder, Where where) {
+    const mas::Reading reading;
+    const Views theta = read_first<On>("theta", theta_list);
+    Tensors pass(theta, fields[0]);
+    const DType dtype = dtype_of(theta);
+    const auto device = theta[0].device;
+    mas::Merge args = {};
+    args.state = pass.state(fields, theta);
+    if (args.state.rows != 1) mas::refuse("alpha: got {} numbers, expected 1", args.state.rows);
+    bool reordered = false;
+    const Views importance =
+        mas::read_like("importance", importance_list, theta, sum_dtype(dtype), reordered);
+    pass.beside(importance);
     if (anchor < 0 || anchor > 2) throw std::invalid_argument("anchor: expected 0, 1 or 2");
-    const auto segments = layout.with(theta, importance);
-    run(mas::Merge{layout.list(segments), layout.whole(state), keep, gain,
-                   static_cast<mas::Anchor>(anchor), entry, as<double>(partial),
-                   as<double>(remainder)},
-        where);
+    args.keep = keep;
+    args.gain = gain;
+    args.anchor = static_cast<mas::Anchor>(anchor);
+    args.entry = entry;
+    args.partial = scratch_of(scratch, device, pass.chunks);
+    const auto count = static_cast<std::int64_t>(theta.size());
+    args.remainder = static_cast<double*>(
+        mas::read_array("remainder", remainder, device, DType::float64, {count}));
+    args.segments = pass.list();
+    refuse_other_strides(reordered);
+    On::run(args, where);
   });
 
-  sub.def("per_sample",
-          [](Pointer omega, Pointer grad, Pointer input, Pointer rows, Pointer partial,
-             const std::array<std::int64_t, 6>& sizes, const std::array<std::int64_t, 4>& strides,
-             int dtype, std::int64_t splits, bool square, Where where) {
-            const auto negative = [](std::int64_t n) { return n < 0; };
-            if (std::any_of(sizes.begin(), sizes.end(), negative) ||
-                std::any_of(strides.begin(), strides.end(), negative)) {
-              throw std::invalid_argument("sizes and strides: expected numbers from 0 up");
-            }
-            if (splits < 1) throw std::invalid_argument("splits: expected at least 1");
-            const auto [groups, outputs, taps, channels, batch, positions] = sizes;
-            const auto [grad_sample, grad_position, input_sample, input_row] = strides;
-            if (rows == 0 && taps > 1)
-              throw std::invalid_argument("rows: expected one row for each tap");
-            run(mas::PerSample{as<void>(omega), as<const void>(grad), as<const void>(input),
-                               as<const std::int32_t>(rows), as<void>(partial), groups, outputs,
-                               taps, channels, batch, positions, grad_sample, grad_position,
-                               input_sample, input_row, splits, square, dtype_of(dtype)},
-                where);
-          });
+  sub.def("per_sample", [](handle omega, handle grad, handle input, handle rows,
+                           const std::array<std::int64_t, 2>& range, handle partial,
+                           std::int64_t splits, bool square, Where where) {
+    const mas::Reading reading;
+    refuse_elsewhere<On>("grad", mas::read("grad", grad));
+    const auto args =
+        mas::read_per_sample(omega, grad, input, rows, range, partial, splits, square);
+    if (args) On::run(*args, where);
+  });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(MAS_MODULE_NAME, m) {
-  py::class_<Layout>(m, "Layout", py::module_local())
-      .def(py::init<const std::vector<std::int64_t>&, const std::vector<std::int64_t>&>())
-      .def_property_readonly("chunks", &Layout::chunks);
-  py::class_<mas::State>(m, "State", py::module_local()).def(py::init(&state_of));
+  mas::prepare_reading();
+  py::register_local_exception<mas::OtherStrides>(m, "OtherStrides");
+  m.def("chunks", [](py::handle tensors) {
+    std::int64_t chunks = 0;
+    for (const std::int64_t size : mas::read_sizes(tensors)) chunks += chunks_of(size);
+    return chunks;
+  });
+  m.def("layout_key", &mas::layout_key);
   m.def("instruction_set", &mas::cpu::instruction_set);
-  bind<int>(m, "cpu");
+  bind<OnCpu>(m, "cpu");
 #ifdef MAS_CUDA
-  bind<Pointer>(m, "cuda");
+  bind<OnCuda>(m, "cuda");
   m.attr("cuda_architectures") = MAS_CUDA_ARCHITECTURES;
 #endif
 }

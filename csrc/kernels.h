@@ -68,8 +68,8 @@ struct Penalty {
   State state;
   Gradient gradient;
   const double* grad_output;  // null: 1
-  double* partial;            // `chunks` doubles of scratch
-  void* value;                // one float32 or float64
+  double* partial;            // `chunks` doubles of scratch, for the value
+  void* value;                // one float32 or float64; null: not asked for
   DType value_dtype;
 };
 

@@ -1,28 +1,19 @@
-"""The compiled kernels: integers in, exceptions out. Only mas_ext/kernels/ calls them, after its checks."""
+"""The compiled kernels: tensors in, exceptions out. They check all that they are called with."""
 
 from collections.abc import Sequence
 
-class Layout:
-    """Sizes of the tensors of one call and where each one's part of the flat state starts."""
+from torch import Tensor
 
-    def __init__(self, sizes: Sequence[int], offsets: Sequence[int]) -> None: ...
-    @property
-    def chunks(self) -> int: ...
+from mas_ext.kernels.flat_state import State
 
-class State:
-    """Pointers to the flat state buffers of one group, with the dtypes that go with them."""
+class OtherStrides(Exception):
+    """Tensors lie in memory in another order than the first: to be called again with copies."""
 
-    def __init__(
-        self,
-        theta_dtype: int,
-        omega_dtype: int,
-        omega: int,
-        anchor: int,
-        stride: int,
-        rows: int,
-        alpha: int,
-        remainder: int,
-    ) -> None: ...
+def chunks(theta: Sequence[Tensor]) -> int:
+    """How many float64 numbers a sum over these tensors needs as scratch."""
+
+def layout_key(tensors: Sequence[Tensor]) -> bytes | None:
+    """Equal for equal dtypes, devices, shapes and strides; None where a tensor has none that can be read."""
 
 def instruction_set() -> str: ...
 
@@ -34,23 +25,20 @@ class cpu:
 
     @staticmethod
     def penalty(
-        layout: Layout,
-        state: State,
-        theta: Sequence[int],
-        grad: Sequence[int],
+        theta: Sequence[Tensor],
+        grad: Sequence[Tensor],
         gradient: int,
-        grad_output: int,
-        partial: int,
-        value: int,
-        value_dtype: int,
+        state: State,
+        grad_output: Tensor | None,
+        scratch: Tensor | None,
+        value: Tensor | None,
         where: int,
     ) -> None: ...
     @staticmethod
     def proximal(
-        layout: Layout,
+        theta: Sequence[Tensor],
+        second_moment: Sequence[Tensor] | None,
         state: State,
-        theta: Sequence[int],
-        second_moment: Sequence[int],
         eta: float,
         correction: float,
         eps: float,
@@ -58,12 +46,10 @@ class cpu:
     ) -> None: ...
     @staticmethod
     def sgd(
-        layout: Layout,
-        theta_dtype: int,
-        state: State | None,
-        theta: Sequence[int],
-        grad: Sequence[int],
-        moments: Sequence[Sequence[int]],
+        theta: Sequence[Tensor],
+        grad: Sequence[Tensor],
+        moments: Sequence[tuple[str, Sequence[Tensor]]],
+        state: State,
         lr: float,
         momentum: float,
         dampening: float,
@@ -72,62 +58,52 @@ class cpu:
         nesterov: bool,
         first: bool,
         proximal: bool,
-        scale: int,
-        overflow: int,
+        scale: Tensor | None,
+        overflow: Tensor | None,
         where: int,
     ) -> None: ...
     @staticmethod
     def adamw(
-        layout: Layout,
-        theta_dtype: int,
-        state: State | None,
-        theta: Sequence[int],
-        grad: Sequence[int],
-        moments: Sequence[Sequence[int]],
-        steps: Sequence[int],
+        theta: Sequence[Tensor],
+        grad: Sequence[Tensor],
+        moments: Sequence[tuple[str, Sequence[Tensor]]],
+        step: Sequence[Tensor],
+        state: State,
         lr: float,
         beta1: float,
         beta2: float,
         eps: float,
         decay: float,
         proximal: bool,
-        scale: int,
-        overflow: int,
+        scale: Tensor | None,
+        overflow: Tensor | None,
         where: int,
     ) -> None: ...
     @staticmethod
     def accumulate(
-        layout: Layout,
-        omega: Sequence[int],
-        grad: Sequence[int],
-        grad_dtype: int,
-        weight: float,
-        where: int,
+        omega: Sequence[Tensor], grad: Sequence[Tensor], weight: float, where: int
     ) -> None: ...
     @staticmethod
     def merge(
-        layout: Layout,
         state: State,
-        theta: Sequence[int],
-        importance: Sequence[int],
+        theta: Sequence[Tensor],
+        importance: Sequence[Tensor],
         keep: float,
         gain: float,
         anchor: int,
         entry: int,
-        partial: int,
-        remainder: int,
+        scratch: Tensor,
+        remainder: Tensor,
         where: int,
     ) -> None: ...
     @staticmethod
     def per_sample(
-        omega: int,
-        grad: int,
-        input: int,
-        rows: int,
-        partial: int,
-        sizes: Sequence[int],
-        strides: Sequence[int],
-        dtype: int,
+        omega: Tensor,
+        grad: Tensor,
+        input: Tensor,
+        rows: Tensor | None,
+        range: tuple[int, int],
+        partial: Tensor,
         splits: int,
         square: bool,
         where: int,

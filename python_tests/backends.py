@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from mas_ext.kernels import backends, checks
+from mas_ext.kernels import backends
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(os.environ.get("MAS_EXT_EMULATED", ROOT / "build" / "emulated"))
@@ -48,7 +48,6 @@ class Backend(NamedTuple):
 
 
 def choose(name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    monkeypatch.setattr(checks, "_recent", [])  # what the other extension made
     if name == "emulated" or (name == "cpu" and SANITIZED):
         monkeypatch.setattr(backends, "_C", EMULATED)
     if name == "emulated":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mas_ext
 from mas_ext import FusedMASPenalty, compat
-from mas_ext.kernels import backends, checks
+from mas_ext.kernels import backends
 
 Snapshot = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -513,7 +513,6 @@ def test_an_error_while_estimating_changes_nothing() -> None:
 
 def test_the_reference_never_calls_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_C", None)
-    monkeypatch.setattr(checks, "_recent", [])
     model, penalty, history = trained(backend="reference")
     expected = expected_penalty(model, history, consistent_alpha(history, 1.0))
     penalty().backward()

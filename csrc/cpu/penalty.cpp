@@ -74,9 +74,11 @@ double penalty_chunk(Type<T>, Type<O>, std::integral_constant<Gradient, G>, Chun
 void run(const Penalty& args, int threads) {
   with_gradient(args.gradient, [&](auto g) {
     for_each_typed_chunk(args, threads, [&](auto t, auto o, Chunk chunk, std::int64_t c) {
-      args.partial[c] = penalty_chunk(t, o, g, chunk, args);
+      const double value = penalty_chunk(t, o, g, chunk, args);
+      if (args.value != nullptr) args.partial[c] = value;
     });
   });
+  if (args.value == nullptr) return;
   double sum = args.state.alpha[0] * *args.state.remainder;
   for (std::int64_t c = 0; c < args.segments.chunks; ++c) sum += args.partial[c];
   put_value(args, sum);

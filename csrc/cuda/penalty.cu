@@ -39,6 +39,7 @@ __global__ void penalty_chunks(const Table __grid_constant__ table, Penalty args
       write(grad + i, g);
     }
   });
+  if (args.value == nullptr) return;
   value = block_sum(value);
   if (threadIdx.x == 0) args.partial[chunk_number(table)] = value;
 }
@@ -58,7 +59,7 @@ void run(const Penalty& args, void* stream) {
                             decltype(g)::value>;
     });
   });
-  launch(penalty_value, 1, stream, args);
+  if (args.value != nullptr) launch(penalty_value, 1, stream, args);
 }
 
 }  // namespace mas::cuda

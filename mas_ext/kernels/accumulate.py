@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from mas_ext.kernels.backends import launch
-from mas_ext.kernels.checks import check_like, check_tensors
-from mas_ext.kernels.dtypes import DTYPES, compute_dtype
+from mas_ext.kernels.order import in_order
 from mas_ext.kernels.registry import operator
 
 
@@ -23,9 +22,5 @@ def accumulate_(
             factor = torch.tensor(weight, dtype=total.dtype, device=total.device)
             total += factor * g.to(total.dtype).abs()
         return
-    known = check_tensors("omega", omega, [0] * len(omega))
-    dtype = grad[0].dtype if grad else known.dtype
-    if dtype not in DTYPES or compute_dtype(dtype) != known.dtype:
-        raise ValueError(f"grad[0]: got {dtype}, expected one that adds up in {known.dtype}")
-    grad = check_like("grad", grad, known, dtype)
-    launch("accumulate", known.device, known.compiled, omega, grad, dtype, weight)
+    in_order(omega, [grad], [], lambda g: launch("accumulate", omega, omega, g, weight))
+    torch.autograd.graph.increment_version(omega)

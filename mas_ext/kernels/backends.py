@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch  # before _C: one OpenMP runtime, torch's, then serves both
 from torch import Tensor
 
-from mas_ext.kernels.dtypes import DTYPES
 from mas_ext.kernels.warning import warn
 
 try:
@@ -90,21 +90,24 @@ def _device_kernels(device: torch.device) -> tuple[Any, int, AbstractContextMana
     return _C.cuda, stream, torch.cuda.device(device)
 
 
-def launch(kernel: str, device: torch.device, *arguments: Any) -> None:
-    """Run a compiled kernel on a device: on torch's number of CPU threads, or on the current stream.
+def launch(kernel: str, theta: Sequence[Tensor], *arguments: Any) -> None:
+    """Run a compiled kernel where `theta` lies: on torch's number of CPU threads, or on the current stream.
 
-    Tensors, lists of them and dtypes go down as addresses and numbers: the caller has checked them.
+    It reads and checks all that it is called with, tensors and lists of them.
     """
-    kernels, where, context = _device_kernels(device)
+    kernels, where, context = _device_kernels(theta[0].device if theta else torch.device("cpu"))
     with context:
-        getattr(kernels, kernel)(*map(_lowered, arguments), where)
+        getattr(kernels, kernel)(*arguments, where)
 
 
-def _lowered(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    if isinstance(argument, torch.dtype):
-        return DTYPES[argument]
-    if isinstance(argument, (list, tuple)):
-        return [x.data_ptr() if isinstance(x, Tensor) else _lowered(x) for x in argument]
-    return argument
+def layout_key(tensors: Sequence[Tensor]) -> bytes | None:
+    """Equal for tensors of equal dtypes, devices, shapes and strides; None where the extension can't tell."""
+    if _C is None or torch.compiler.is_compiling():
+        return None
+    key: bytes | None = _C.layout_key(tensors)
+    return key
+
+
+def scratch_for(theta: Sequence[Tensor]) -> Tensor:
+    """Memory for a sum over these tensors: one float64 number for each chunk of them."""
+    return torch.empty(_C.chunks(theta), dtype=torch.float64, device=theta[0].device)

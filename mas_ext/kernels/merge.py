@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mas_ext.kernels.backends import launch
-from mas_ext.kernels.checks import check_like, check_state, check_tensors
+from mas_ext.kernels.backends import launch, scratch_for
 from mas_ext.kernels.dtypes import compute_dtype, finite, omega_values, round_stochastically
 from mas_ext.kernels.flat_state import CHANGED_STATE, State, flat_view
+from mas_ext.kernels.order import in_order
 from mas_ext.kernels.registry import operator
 
 _ANCHOR_RULES = {"mean": 0, "move": 1, "keep": 2}
@@ -57,16 +58,15 @@ def merge_(
             index = flat_view(index, 0, x)
             omega.copy_(round_stochastically(total, omega.dtype, index, entry))
         return added
-    known = check_tensors("theta", theta, state.offsets)
     if anchor_rule not in _ANCHOR_RULES:
         raise ValueError(f"anchor_rule: got {anchor_rule!r}, expected one of {[*_ANCHOR_RULES]}")
+    scratch = scratch_for(theta)
     # alpha and the remainder are not read; they may lie on another device.
-    one = torch.ones(1, dtype=torch.float64, device=known.device)
-    compiled = check_state(known, state._replace(alpha=one, remainder=one[0]))
-    importance = check_like("importance", importance, known, compute_dtype(known.dtype))
-    remainder = torch.empty(len(theta), dtype=torch.float64, device=known.device)
-    partial = torch.empty(known.compiled.chunks, dtype=torch.float64, device=known.device)
+    one = torch.ones(1, dtype=torch.float64, device=scratch.device)
+    whole = state._replace(alpha=one, remainder=one[0])
+    remainder = torch.empty(len(theta), dtype=torch.float64, device=scratch.device)
     rule = (keep, gain, _ANCHOR_RULES[anchor_rule], entry)
-    outputs = (partial, remainder)
-    launch("merge", known.device, known.compiled, compiled, theta, importance, *rule, *outputs)
+    run = partial(launch, "merge", theta, whole, theta)
+    in_order(theta, [importance], [], lambda new: run(new, *rule, scratch, remainder))
+    torch.autograd.graph.increment_version([state.omega, state.anchor])
     return remainder

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mas_ext.kernels.backends import launch
-from mas_ext.kernels.checks import check_like, check_partial_state, check_tensors, copy_back
 from mas_ext.kernels.dtypes import compute_dtype
 from mas_ext.kernels.flat_state import STATE, State
+from mas_ext.kernels.order import in_order
 from mas_ext.kernels.penalty import gradients
 from mas_ext.kernels.proximal import approach
 from mas_ext.kernels.registry import operator
@@ -56,44 +56,15 @@ def _launch(
     theta: Sequence[Tensor],
     grad: Sequence[Tensor],
     moments: Mapping[str, Sequence[Tensor]],
-    state: State,
-    numbers: Sequence[Any],
-    proximal: bool,
-    scale: Tensor | None,
-    overflow: Tensor | None,
+    *arguments: Any,
 ) -> None:
-    known = check_tensors("theta", theta, state.offsets)
-    compiled = check_partial_state(known, state) if len(state.alpha) else None
-    grad = check_like("grad", grad, known, known.dtype)
-    written = [check_like(name, m, known, known.dtype) for name, m in moments.items()]
-    launch(
-        kernel,
-        known.device,
-        known.compiled,
-        known.dtype,
-        compiled,
-        theta,
-        grad,
-        written,
-        *numbers,
-        proximal,
-        _address("scale", scale, known.device),
-        _address("overflow", overflow, known.device),
-    )
-    for m, w in zip(moments.values(), written, strict=True):
-        copy_back(m, w)
+    def run(g: Sequence[Tensor], *written: Sequence[Tensor]) -> None:
+        named = [*zip(moments, written, strict=True)]
+        launch(kernel, theta, theta, g, named, *arguments)
 
-
-def _address(name: str, t: Tensor | None, device: torch.device) -> int:
-    """The address of a float32 number on the device; 0 for none."""
-    if t is None:
-        return 0
-    if t.dtype != torch.float32 or t.device != device or t.numel() != 1:
-        raise ValueError(
-            f"{name}: got {t.dtype} on {t.device} of shape {tuple(t.shape)}, expected one float32 number "
-            f"on {device}"
-        )
-    return t.data_ptr()
+    in_order(theta, [grad], [*moments.values()], run)
+    for changed in (theta, *moments.values()):
+        torch.autograd.graph.increment_version(changed)
 
 
 # -- the steps -------------------------------------------------------------------------------------
@@ -129,7 +100,7 @@ def sgd_(
     if state.native:
         moments = {"momentum_buffer": momentum_buffer} if momentum else {}
         numbers = (lr, momentum, dampening, weight_decay, eta, nesterov, first)
-        _launch("sgd", theta, grad, moments, state, numbers, proximal, scale, overflow)
+        _launch("sgd", theta, grad, moments, state, *numbers, proximal, scale, overflow)
         return
     for i, (x, g) in enumerate(zip(theta, grad, strict=True)):
         dtype = compute_dtype(x.dtype)
@@ -174,11 +145,9 @@ def adamw_(
         moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         if max_exp_avg_sq:
             moments["max_exp_avg_sq"] = max_exp_avg_sq
-        if len(step) != len(theta):
-            raise ValueError(f"step: got {len(step)} tensors, expected {len(theta)}")
-        counts = [_address("step", t, theta[0].device) for t in step]
-        numbers = (counts, lr, beta1, beta2, eps, weight_decay)
-        _launch("adamw", theta, grad, moments, state, numbers, proximal, scale, overflow)
+        numbers = (lr, beta1, beta2, eps, weight_decay)
+        _launch("adamw", theta, grad, moments, step, state, *numbers, proximal, scale, overflow)
+        torch.autograd.graph.increment_version(step)
         return
     for i, (x, g) in enumerate(zip(theta, grad, strict=True)):
         dtype = compute_dtype(x.dtype)

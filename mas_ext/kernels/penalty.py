@@ -6,22 +6,16 @@ Of float32 parameters the value reads 12 bytes each, value and new gradient move
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mas_ext.kernels.backends import launch
-from mas_ext.kernels.checks import (
-    Checked,
-    check_like,
-    check_scalar,
-    check_state,
-    check_tensors,
-    copy_back,
-)
+from mas_ext.kernels.backends import launch, scratch_for
 from mas_ext.kernels.dtypes import compute_dtype, finite
 from mas_ext.kernels.flat_state import STATE, State
+from mas_ext.kernels.order import in_order
 from mas_ext.kernels.registry import operator
 
 # What the compiled kernel does with the gradient.
@@ -54,15 +48,12 @@ def _launch(
     grad: Sequence[Tensor],
     mode: int,
     state: State,
-    known: Checked,
     grad_output: Tensor | None = None,
 ) -> Tensor:
-    compiled = check_state(known, state)
-    value = torch.empty((), dtype=compute_dtype(known.dtype), device=known.device)
-    partial = torch.empty(known.compiled.chunks, dtype=torch.float64, device=known.device)
-    upstream = 0 if grad_output is None else grad_output
-    outputs = (partial, value, value.dtype)
-    launch("penalty", known.device, known.compiled, compiled, theta, grad, mode, upstream, *outputs)
+    """The value, with the gradient written or added."""
+    scratch = scratch_for(theta)
+    value = torch.empty((), dtype=compute_dtype(theta[0].dtype), device=theta[0].device)
+    launch("penalty", theta, theta, grad, mode, state, grad_output, scratch, value)
     return value
 
 
@@ -94,10 +85,8 @@ def penalty_with_grad(
         value = _value(theta, state)
         found = gradients(theta, state, upstream)
         return value, [torch.empty_like(x).copy_(g) for x, g in zip(theta, found, strict=True)]
-    known = check_tensors("theta", theta, state.offsets)
-    check_scalar("grad_output", upstream, known.device)
     grad = [torch.empty_like(t) for t in theta]
-    return _launch(theta, grad, _WRITE, state, known, upstream), grad
+    return _launch(theta, grad, _WRITE, state, upstream), grad
 
 
 def keep_for_backward(ctx: Any, theta: Sequence[Tensor], state: State) -> None:
@@ -112,6 +101,25 @@ def kept_for_backward(ctx: Any) -> tuple[list[Tensor], State]:
     return theta, State(ctx.offsets, omega, anchor, alpha, remainder, ctx.native)
 
 
+class _Penalty(torch.autograd.Function):
+    """The penalty of eager code: by autograd's own Function, which costs less than an operator's lists."""
+
+    @staticmethod
+    def forward(ctx: Any, state: State, *theta: Tensor) -> Tensor:
+        keep_for_backward(ctx, theta, state)
+        return penalty(theta, state)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        _, grad = penalty_with_grad(*kept_for_backward(ctx), grad_output)
+        return None, *grad
+
+
+def _differentiable(theta: Sequence[Tensor], state: State) -> Tensor:
+    found: Tensor = _Penalty.apply(state, *theta)  # type: ignore[no-untyped-call]
+    return found
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     theta, *state = inputs
     keep_for_backward(ctx, theta, State(*state))
@@ -123,7 +131,11 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
 
 
 @operator(
-    f"(Tensor[] theta, {STATE}) -> Tensor", shapes=_value_shape, keep=_keep, backward=_backward
+    f"(Tensor[] theta, {STATE}) -> Tensor",
+    shapes=_value_shape,
+    keep=_keep,
+    backward=_backward,
+    differentiable=_differentiable,
 )
 def penalty(theta: Sequence[Tensor], state: State) -> Tensor:
     """sum_t alpha_t sum_i Omega_ti (theta_i - A_ti)^2 + alpha_0 r, summed in float64; differentiable by theta.
@@ -132,8 +144,7 @@ def penalty(theta: Sequence[Tensor], state: State) -> Tensor:
     """
     if not state.native:
         return _value(theta, state)
-    known = check_tensors("theta", theta, state.offsets)
-    return _launch(theta, [], _NO_GRADIENT, state, known)
+    return _launch(theta, [], _NO_GRADIENT, state)
 
 
 @operator(
@@ -144,11 +155,24 @@ def add_grad_(theta: Sequence[Tensor], grad: Sequence[Tensor], state: State) -> 
     """grad += sum_t 2 alpha_t Omega_t (theta - A_t); returns the value."""
     if not state.native:
         value = _value(theta, state)
-        for g, added in zip(grad, gradients(theta, state), strict=True):
-            g.copy_(g.to(added.dtype) + added)
+        _add(grad, gradients(theta, state))
         return value
-    known = check_tensors("theta", theta, state.offsets)
-    written = check_like("grad", grad, known, known.dtype)
-    value = _launch(theta, written, _ADD, state, known)
-    copy_back(grad, written)
+    value = in_order(theta, [], [grad], lambda g: _launch(theta, g, _ADD, state))
+    torch.autograd.graph.increment_version(grad)
     return value
+
+
+@operator(f"(Tensor[] theta, Tensor(a!)[] grad, {STATE}) -> ()")
+def add_grad_alone_(theta: Sequence[Tensor], grad: Sequence[Tensor], state: State) -> None:
+    """grad += sum_t 2 alpha_t Omega_t (theta - A_t), where nobody reads the value."""
+    if not state.native:
+        _add(grad, gradients(theta, state))
+        return
+    launched = partial(launch, "penalty", theta, theta)
+    in_order(theta, [], [grad], lambda g: launched(g, _ADD, state, None, None, None))
+    torch.autograd.graph.increment_version(grad)
+
+
+def _add(grad: Sequence[Tensor], gradients: Iterator[Tensor]) -> None:
+    for g, added in zip(grad, gradients, strict=True):
+        g.copy_(g.to(added.dtype) + added)

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mas_ext.kernels.backends import launch
-from mas_ext.kernels.dtypes import DTYPES, compute_dtype
 from mas_ext.kernels.registry import operator
 
 # A small omega is no work for a whole machine: the batch is then split, and each part summed into a
@@ -48,66 +47,6 @@ def _range(rows: Tensor) -> tuple[int, int]:
         seen = _Seen(rows._version, rows.data_ptr(), int(least), int(greatest))
         _seen[rows] = seen
     return seen.least, seen.greatest
-
-
-def _check_operand(name: str, t: Tensor, columns: int, like: Tensor) -> None:
-    if t.dtype != like.dtype or t.device != like.device or t.dim() != 3 or t.shape[2] != columns:
-        raise ValueError(
-            f"{name}: got {t.dtype} on {t.device} of shape {tuple(t.shape)}, expected {like.dtype} "
-            f"on {like.device} of shape (samples, positions, {columns})"
-        )
-    if columns > 1 and t.stride(2) != 1:
-        raise ValueError(
-            f"{name}: got strides {t.stride()}, expected 1 in the last dimension (contiguous rows)"
-        )
-
-
-def _check(omega: Tensor, grad: Tensor, input: Tensor, rows: Tensor | None) -> None:
-    if grad.dtype not in DTYPES:
-        raise TypeError(f"grad: got {grad.dtype}, expected one of {[*map(str, DTYPES)]}")
-    dtype = compute_dtype(grad.dtype)
-    if (
-        omega.dtype != dtype
-        or omega.device != grad.device
-        or omega.dim() != 4
-        or not omega.is_contiguous()
-    ):
-        raise ValueError(
-            f"omega: got {omega.dtype} on {omega.device} of shape {tuple(omega.shape)}, strides "
-            f"{omega.stride()}, expected a contiguous (groups, outputs, taps, channels) tensor of "
-            f"{dtype} on {grad.device}"
-        )
-    groups, outputs, taps, channels = omega.shape
-    _check_operand("grad", grad, groups * outputs, grad)
-    _check_operand("input", input, groups * channels, grad)
-    batch, positions = grad.shape[:2]
-    if input.shape[0] != batch:
-        raise ValueError(f"input: got {input.shape[0]} samples, expected {batch} like grad")
-    if rows is None:
-        if taps != 1:
-            raise ValueError(f"rows: got None for {taps} taps, expected a ({taps}, P) tensor")
-        if input.shape[1] != positions:
-            raise ValueError(
-                f"input: got {input.shape[1]} positions, expected {positions} like grad"
-            )
-        return
-    if (
-        rows.dtype != torch.int32
-        or rows.device != grad.device
-        or rows.shape != (taps, positions)
-        or not rows.is_contiguous()
-    ):
-        raise ValueError(
-            f"rows: got {rows.dtype} on {rows.device} of shape {tuple(rows.shape)}, strides "
-            f"{rows.stride()}, expected contiguous torch.int32 on {grad.device} of shape "
-            f"({taps}, {positions})"
-        )
-    least, greatest = _range(rows)
-    if least < -1 or greatest >= input.shape[1]:
-        raise ValueError(
-            f"rows: got numbers from {least} to {greatest}, expected -1 to {input.shape[1] - 1}, "
-            "rows of input"
-        )
 
 
 def _splits(device: str, size: int, batch: int, positions: int) -> int:
@@ -164,27 +103,15 @@ def per_sample_(
     if not native:
         _plain(omega, grad, input, rows, square)
         return
-    _check(omega, grad, input, rows)
     batch, positions = grad.shape[:2]
-    if 0 in (batch, positions, omega.numel()):
-        return
     one_position = positions == 1 and rows is None
     if one_position and grad.device.type == "cuda":
         _plain(omega, grad, input, rows, square)  # one product of matrices
         return
-    splits = 1 if one_position else _splits(grad.device.type, omega.numel(), batch, positions)
-    partial = omega.new_zeros(splits * omega.numel() if splits > 1 else 0)
-    launch(
-        "per_sample",
-        grad.device,
-        omega,
-        grad,
-        input,
-        0 if rows is None else rows,
-        partial,
-        (*omega.shape, batch, positions),
-        (*grad.stride()[:2], *input.stride()[:2]),
-        grad.dtype,
-        splits,
-        square,
-    )
+    size = omega.numel()
+    splits = 1 if one_position or size == 0 else _splits(grad.device.type, size, batch, positions)
+    partial = omega.new_zeros(splits * size if splits > 1 else 0)
+    # On a CPU the kernel itself looks at the table.
+    seen = _range(rows) if rows is not None and rows.is_cuda else (0, -1)
+    launch("per_sample", [grad], omega, grad, input, rows, seen, partial, splits, square)
+    torch.autograd.graph.increment_version(omega)

@@ -6,14 +6,15 @@ It moves 16 bytes per float32 parameter, 20 with a second moment.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mas_ext.kernels.backends import launch
-from mas_ext.kernels.checks import check_like, check_state, check_tensors
 from mas_ext.kernels.dtypes import compute_dtype, finite
 from mas_ext.kernels.flat_state import STATE, State
+from mas_ext.kernels.order import in_order
 from mas_ext.kernels.registry import operator
 
 LARGEST_PULL = 1e30
@@ -56,13 +57,13 @@ def proximal_(
     tensor like each parameter, as Adam keeps it) the step length is eta / (sqrt(v correction) + eps).
     """
     if state.native:
-        known = check_tensors("theta", theta, state.offsets)
-        compiled = check_state(known, state)
-        moments = second_moment
-        if moments:
-            moments = check_like("second_moment", moments, known, known.dtype)
-        numbers = (eta, correction, eps)
-        launch("proximal", known.device, known.compiled, compiled, theta, moments, *numbers)
+        step = partial(launch, "proximal", theta, theta)
+        if second_moment:
+            numbers = (state, eta, correction, eps)
+            in_order(theta, [second_moment], [], lambda v: step(v, *numbers))
+        else:
+            step(None, state, eta, correction, eps)
+        torch.autograd.graph.increment_version(theta)
         return
     for i, x in enumerate(theta):
         dtype, divisor = compute_dtype(x.dtype), None

@@ -1,4 +1,7 @@
-"""The kernels as PyTorch operators: one decorator is all that registers a kernel."""
+"""The kernels as functions of tensors and as PyTorch operators: one decorator is all that registers a kernel.
+
+Eager code calls the function itself. Where calls are traced, compiled or transformed, it calls the operator.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,23 @@ def _nothing(*args: Any) -> None:
     return None
 
 
+def _traced() -> bool:
+    """Whether calls are compiled, seen by a dispatch mode, or transformed by torch.func."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def operator(
     schema: str,
     shapes: Callable[..., Any] = _nothing,
     keep: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    differentiable: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Register a function of tensors as torch.ops.mas_ext.NAME, and put a call of that in its place.
+    """Register a function of tensors as torch.ops.mas_ext.NAME, which stands for it where calls are traced.
 
     A parameter called `state` is a State for Python, and its fields one by one for the operator.
 
@@ -37,6 +50,7 @@ def operator(
             returns nothing.
         keep: called with (ctx, flat inputs, output) before `backward`.
         backward: called with (ctx, *gradients of the outputs), returns those of the flat inputs.
+        differentiable: what eager code calls while gradients are recorded; the operator without it.
     """
 
     def register(kernel: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -62,6 +76,11 @@ def operator(
 
         @functools.wraps(kernel)
         def call(*args: Any, **named: Any) -> Any:
+            if not _traced():
+                if backward is None or not torch.is_grad_enabled():
+                    return kernel(*args, **named)
+                if differentiable is not None:
+                    return differentiable(*args, **named)
             state = args[start] if "state" in parameters else ()
             return flat(*args[:start], *state, *args[start + 1 :], **named)
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from mas_ext.kernels.checks import aligned, copy_back
 from mas_ext.kernels.flat_state import State
+from mas_ext.kernels.order import aligned, copy_back
 from mas_ext.kernels.penalty import (
-    add_grad_,
+    add_grad_alone_,
     keep_for_backward,
     kept_for_backward,
     penalty,
@@ -44,7 +44,7 @@ def run_kernel(
     """kernel(*tensors, state, *numbers), in one call or one for each block of the group's state.
 
     Args:
-        kernel: add_grad_ or proximal_.
+        kernel: add_grad_, add_grad_alone_ or proximal_.
         group: whose state it is.
         state: the group's, for these parameters.
         tensors: the parameters, or some of them, and lists of tensors like those.
@@ -97,7 +97,7 @@ class _OffloadedValue(torch.autograd.Function):
         theta, state = kept_for_backward(ctx)
         grad = [torch.zeros_like(t) for t in theta]
         upstream = state._replace(alpha=state.alpha * grad_output.double())
-        _over_blocks(add_grad_, upstream, [theta, grad])
+        _over_blocks(add_grad_alone_, upstream, [theta, grad])
         return None, *grad
 
 

@@ -6,7 +6,7 @@ import importlib
 import os
 import pkgutil
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import naive
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from mas_ext import kernels
-from mas_ext.kernels import checks
 from mas_ext.kernels.accumulate import accumulate_
 from mas_ext.kernels.dtypes import compute_dtype, from_codes, to_codes
 from mas_ext.kernels.flat_state import State
@@ -693,7 +693,6 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("name", list(BAD_CALLS))
 def test_bad_state_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_recent", [])
     change, message = BAD_CALLS[name]
     case = make(torch.float32, rows=2, shapes=[(4,), (3, 2)])
     case = case._replace(**change(case))
@@ -714,28 +713,18 @@ def test_importance_of_another_precision_is_refused() -> None:
             accumulate_([torch.zeros(4, dtype=omega)], [torch.ones(4, dtype=grad)], 1.0, True)
 
 
-def test_what_was_checked_once_is_known_by_its_offsets_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_recent", [])
+def test_nothing_is_remembered_of_a_call() -> None:
     case = make(torch.float32, shapes=[(4,), (3, 2)])
     for offsets in ([0, 64], [64, 0], [64, 100]):
         moved = case._replace(offsets=offsets)
         value = float(kernel(penalty)(moved.theta, moved.state(True)))
         assert value == pytest.approx(expected_value(moved), rel=2e-7)
-    # The caller's list may change after the call.
     offsets = [8, 64]
     state = case._replace(offsets=offsets).state(True)
     kernel(penalty)(case.theta, state)
     offsets[1] = 10**9
     with pytest.raises(ValueError, match="omega: got"):
         kernel(penalty)(case.theta, state)
-
-
-def test_few_of_the_checked_lists_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_recent", [])
-    for n in range(1, 40):
-        accumulate_([torch.zeros(n)], [torch.ones(n)], 1.0, True)
-    assert len(checks._recent) == 16
-    assert checks._recent[0].layouts[0][2] == (39,)
 
 
 def test_bad_gradients_are_refused_before_anything_is_written() -> None:
@@ -752,51 +741,110 @@ def test_bad_gradients_are_refused_before_anything_is_written() -> None:
         assert torch.equal(good[0], torch.zeros(4))
 
 
-def test_a_layout_larger_than_32_bits_is_counted_right() -> None:
-    layout = EMULATED.Layout([2**31 - 1, 2**33, 0, 1], [0, 2**31, 0, 0])
-    assert layout.chunks == 2**18 + 2**20 + 1
-    with pytest.raises(ValueError, match="from 0 up"):
-        EMULATED.Layout([-1], [0])
-    with pytest.raises(ValueError, match="expected one for each"):
-        EMULATED.Layout([1, 2], [0])
+def freed(t: Tensor) -> Tensor:
+    t.untyped_storage().resize_(0)
+    return t
 
 
-def test_the_extension_refuses_what_its_caller_should_have() -> None:
-    def state(rows: int, stride: int) -> Any:
-        return EMULATED.State(0, 0, 64, 64, stride, rows, 64, 64)
+def shrunk(t: Tensor) -> Tensor:
+    t.untyped_storage().resize_(t.nbytes - 1)
+    return t
 
-    layout, backwards = EMULATED.Layout([10], [64]), EMULATED.Layout([10, 10], [64, 0])
+
+def shrunk_before(t: Tensor) -> Tensor:
+    """A view that ends where its storage ended; as many bytes as it has itself are left."""
+    view = torch.cat([t.flatten(), t.flatten()])[t.numel() :].view(t.shape)
+    view.untyped_storage().resize_(t.nbytes)
+    return view
+
+
+def fake(t: Tensor) -> Tensor:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return mode.from_tensor(t)
+
+
+# What is no tensor with numbers in memory, and what is said of it.
+HOSTILE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "None": (lambda t: None, "got NoneType, expected a tensor"),
+    "a number": (lambda t: 3.0, "got float, expected a tensor"),
+    "an array": (lambda t: t.numpy(), "got ndarray, expected a tensor"),
+    "a list": (lambda t: [t], "got list, expected a tensor"),
+    "freed": (freed, "without memory"),
+    "shrunk": (shrunk, "got a storage of"),
+    "shrunk before": (shrunk_before, "got a storage of"),
+    "negated": (torch._neg_view, "negative bit"),
+    "zeros": (lambda t: torch._efficientzerotensor(t.shape), "without memory"),
+    "fake": (fake, "without memory"),
+    "meta": (lambda t: t.to("meta"), "meta"),
+    "sparse": (lambda t: t.to_sparse(), "expected"),
+    "nested": (lambda t: torch.nested.nested_tensor([t]), "expected"),
+    "complex": (lambda t: t.cfloat(), "complex64"),
+    "bool": (lambda t: t.bool(), "torch.bool"),
+    "gaps": (lambda t: torch.cat([t, t], -1)[..., ::2], "strides|shape"),
+}
+
+
+PLACES = ("theta", "grad", "omega", "anchor", "alpha", "remainder")
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype.*:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [(kind, place) for kind in HOSTILE for place in PLACES if kind != "gaps" or place == "theta"],
+)
+@pytest.mark.parametrize("extension", ["cpu", "cuda"])
+def test_what_is_no_tensor_in_memory_is_refused(kind: str, place: str, extension: str) -> None:
+    change, message = HOSTILE[kind]
+    case = make(torch.float32, shapes=[(4,), (3, 2)])
+    call: dict[str, Any] = {**case._asdict(), "grad": [torch.zeros_like(t) for t in case.theta]}
+    first, before = call["grad"][0], case.theta[0].clone()
+    if place in ("theta", "grad"):
+        call[place] = [call[place][0], change(call[place][1])]
+    else:
+        call[place] = change(call[place])
+    state = State(*(call[k] for k in Case._fields[1:]), True)
+    scratch = torch.empty(2, dtype=torch.float64)
+    run = getattr(EMULATED, extension).penalty
+    with pytest.raises(
+        (ValueError, TypeError), match=rf"{place}.*: got.*{message.removeprefix('got ')}"
+    ):
+        run(call["theta"], call["grad"], 2, state, None, scratch, torch.empty(()), 1)
+    assert torch.equal(first, torch.zeros(4))
+    assert torch.equal(case.theta[0], before)
+
+
+def test_the_extension_refuses_numbers_that_mean_nothing() -> None:
+    case = make(torch.float32, shapes=[(4,), (3, 2)])
+    state, theta = case.state(True), case.theta
+    grad = [torch.zeros_like(t) for t in theta]
+    scratch, value = torch.empty(2, dtype=torch.float64), torch.empty(())
     for compiled in (EMULATED.cpu, EMULATED.cuda):
-        with pytest.raises(ValueError, match="rows of at least 74"):
-            compiled.penalty(layout, state(1, 73), [64], [], 0, 0, 64, 64, 0, 1)
-        with pytest.raises(ValueError, match="float32 or float64"):
-            compiled.penalty(layout, state(1, 128), [64], [], 0, 0, 64, 64, 2, 1)
-        with pytest.raises(ValueError, match="one pointer a tensor"):
-            compiled.penalty(layout, state(1, 128), [64], [], 2, 0, 64, 64, 0, 1)
-        with pytest.raises(ValueError, match="expected one for each"):
-            compiled.penalty(layout, state(1, 128), [64, 64], [], 0, 0, 64, 64, 0, 1)
-        with pytest.raises(ValueError, match="rows of at least 74"):
-            compiled.penalty(backwards, state(1, 73), [64, 64], [], 0, 0, 64, 64, 0, 1)
-        with pytest.raises(ValueError, match="expected one for each of 2"):
-            compiled.proximal(backwards, state(1, 128), [64, 64], [64], 0.1, 1.0, 0.0, 1)
-        for gradient in (-1, 3):
-            with pytest.raises(ValueError, match="gradient: expected 0"):
-                compiled.penalty(layout, state(1, 128), [64], [64], gradient, 0, 64, 64, 0, 1)
+        for mode in (-1, 3):
+            with pytest.raises(ValueError, match="gradient: expected 0, 1 or 2"):
+                compiled.penalty(theta, grad, mode, state, None, scratch, value, 1)
+        with pytest.raises(ValueError, match=r"scratch: got .* of shape \(1,\)"):
+            compiled.penalty(theta, grad, 2, state, None, scratch[:1], value, 1)
+        with pytest.raises(ValueError, match=r"value: got torch\.float64"):
+            compiled.penalty(theta, grad, 2, state, None, scratch, value.double(), 1)
+        one = torch.ones(1, dtype=torch.float64)
+        single = state._replace(alpha=one, omega=state.omega[:1], anchor=state.anchor[:1])
         for anchor in (-1, 3):
             with pytest.raises(ValueError, match="anchor: expected 0, 1 or 2"):
-                compiled.merge(layout, state(1, 128), [64], [64], 1.0, 1.0, anchor, 0, 64, 64, 1)
+                compiled.merge(single, theta, grad, 1.0, 1.0, anchor, 0, scratch, scratch, 1)
+        turned = [grad[0], torch.zeros(2, 3).t()]
+        with pytest.raises(EMULATED.OtherStrides, match="another order"):
+            compiled.penalty(theta, turned, 2, state, None, scratch, value, 1)
+        for offset in (2**63 - 3, 2**62, -2, 2**63):
+            odd = state._replace(offsets=[0, offset])
+            with pytest.raises(ValueError, match=r"omega: got|from 0 up"):
+                compiled.penalty(theta, grad, 2, odd, None, scratch, value, 1)
+        none = State([0, -1], *State.empty(2, torch.device("cpu"), True)[1:])
+        numbers = (0.1, 0.0, 0.0, 0.0, 0.1, False, False, False, None, None, 1)
+        with pytest.raises(ValueError, match="expected -1 without a state"):
+            compiled.sgd(theta, grad, [], none, *numbers)
     with pytest.raises(ValueError, match="threads"):
-        EMULATED.cpu.penalty(layout, state(1, 128), [64], [], 0, 0, 64, 64, 0, 0)
-    with pytest.raises(ValueError, match="rows: expected at least 1"):
-        state(0, 128)
-    for dtype in (-1, 4):
-        with pytest.raises(ValueError, match=f"dtype: got {dtype}"):
-            EMULATED.State(dtype, 0, 64, 64, 1, 1, 64, 64)
-    with pytest.raises(ValueError, match="dtype: got 5"):
-        EMULATED.State(0, 5, 64, 64, 1, 1, 64, 64)
-    for omega in (1, 3):  # float64 beside float32, and float16
-        with pytest.raises(ValueError, match="omega: expected float32, bfloat16 or float8"):
-            EMULATED.State(0, omega, 64, 64, 1, 1, 64, 64)
+        EMULATED.cpu.penalty(theta, grad, 2, state, None, scratch, value, 0)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grad)
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -821,6 +869,7 @@ def operator_calls(case: Case, compiled: bool) -> dict[str, tuple[Any, ...]]:
         "penalty": (theta, *state),
         "penalty_with_grad": (theta, *state, one),
         "add_grad_": (theta, like, *state),
+        "add_grad_alone_": (theta, like, *state),
         "proximal_": (theta, like, *state, 0.1, 1.5, 1e-8),
         "sgd_": (
             *(theta, like, [torch.rand_like(t) for t in theta], *state),
@@ -847,7 +896,6 @@ def operator_calls(case: Case, compiled: bool) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("name", sorted(torch.ops.mas_ext))
 def test_opcheck(name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_recent", [])
     args = operator_calls(make(torch.float32, shapes=[(4,), (3, 2)]), compiled)[name]
     torch.library.opcheck(getattr(torch.ops.mas_ext, name).default, args)
 

@@ -13,7 +13,6 @@ from kernels.test_kernels import Case, array, close, each_dtype, each_rows, flat
 from oracles import naive
 from torch import Tensor
 
-from mas_ext.kernels import checks
 from mas_ext.kernels.flat_state import State
 from mas_ext.kernels.optim import adamw_, sgd_
 
@@ -303,7 +302,6 @@ STATE = State(
 def test_bad_calls_are_refused_before_anything_is_written(
     change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "_recent", [])
     theta = [torch.ones(4), torch.ones(6)]
     like = [torch.ones(4), torch.ones(6)]
     arguments: dict[str, Any] = {

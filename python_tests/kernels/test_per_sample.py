@@ -330,27 +330,39 @@ def test_bad_uses_are_refused_before_anything_is_written(name: str) -> None:
     assert torch.equal(use.omega, before)
 
 
-def test_rows_are_looked_at_again_only_when_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked = []
-    aminmax = Tensor.aminmax
-    monkeypatch.setattr(Tensor, "aminmax", lambda t: looked.append(t) or aminmax(t))
+def test_rows_are_looked_at_in_every_call() -> None:
+    """Also where they were written past their version, as by NumPy."""
     use = make(SIZES["groups"])
     assert use.rows is not None
     per_sample_(*use, False, True)
-    per_sample_(*use, False, True)
-    assert len(looked) == 1
-    use.rows[1, 3] = 9
+    before = use.omega.clone()
+    use.rows.numpy()[1, 3] = 9
     with pytest.raises(ValueError, match="to 9, expected"):
         per_sample_(*use, False, True)
     use.rows.data = torch.full_like(use.rows, 10)
     with pytest.raises(ValueError, match="from 10 to 10"):
         per_sample_(*use, False, True)
+    assert torch.equal(use.omega, before)
+
+
+def test_a_table_on_a_gpu_is_looked_at_again_when_it_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked = []
+    aminmax = Tensor.aminmax
+    monkeypatch.setattr(Tensor, "aminmax", lambda t: looked.append(t) or aminmax(t))
+    rows = torch.arange(6, dtype=torch.int32).view(2, 3)
+    assert [per_sample._range(rows) for _ in range(2)] == 2 * [(0, 5)]
+    assert len(looked) == 1
+    rows[1, 1] = 9
+    assert per_sample._range(rows) == (0, 9)
+    rows.data = torch.full_like(rows, 10)
+    assert per_sample._range(rows) == (10, 10)
     with torch.inference_mode():
-        rows = torch.zeros_like(use.rows)
-        per_sample_(*use[:3], rows, False, True)
+        rows = torch.zeros_like(rows)
+        assert per_sample._range(rows) == (0, 0)
         rows.fill_(11)
-        with pytest.raises(ValueError, match="from 11 to 11"):
-            per_sample_(*use[:3], rows, False, True)
+        assert per_sample._range(rows) == (11, 11)
 
 
 def test_a_batch_is_split_where_omega_is_small_and_there_is_enough_for_each_part() -> None:
@@ -366,24 +378,21 @@ def test_a_batch_is_split_where_omega_is_small_and_there_is_enough_for_each_part
 
 
 def test_tables_are_forgotten_with_their_tensors() -> None:
-    use = make(SIZES["groups"])
-    per_sample_(*use, False, True)
+    rows = torch.zeros(2, dtype=torch.int32)
+    per_sample._range(rows)
     known = len(per_sample._seen)
-    del use
+    del rows
     assert len(per_sample._seen) == known - 1
 
 
 def test_the_extension_refuses_what_its_caller_should_have() -> None:
-    sizes, strides = (1, 1, 2, 1, 1, 1), (1, 1, 1, 1)
+    use = make(SIZES["groups"])
+    none = use.omega.new_zeros(0)
     for compiled in (EMULATED.cpu, EMULATED.cuda):
-        with pytest.raises(ValueError, match="rows: expected one row for each tap"):
-            compiled.per_sample(64, 64, 64, 0, 0, sizes, strides, 0, 1, False, 1)
-        with pytest.raises(ValueError, match="splits: expected at least 1"):
-            compiled.per_sample(64, 64, 64, 64, 0, sizes, strides, 0, 0, False, 1)
-        with pytest.raises(ValueError, match="dtype: got 4"):
-            compiled.per_sample(64, 64, 64, 64, 0, sizes, strides, 4, 1, False, 1)
-        with pytest.raises(ValueError, match="sizes and strides: expected numbers from 0 up"):
-            compiled.per_sample(64, 64, 64, 64, 0, sizes, (1, 1, -1, 1), 0, 1, False, 1)
+        with pytest.raises(ValueError, match="splits: got 0, expected at least 1"):
+            compiled.per_sample(*use, (0, -1), none, 0, False, 1)
+        with pytest.raises(ValueError, match="partial: got"):
+            compiled.per_sample(*use, (0, -1), none, 2, False, 1)
 
 
 # -- any shape -------------------------------------------------------------------------------------
