@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from mas_ext.failures import Diverged
 from mas_ext.importance import ESTIMATORS, EstimatorName, Forward, ImportanceSum, gather
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
-from mas_ext.kernels.penalty import add_grad_
+from mas_ext.kernels.penalty import add_grad_, add_grad_alone_
 from mas_ext.kernels.proximal import proximal_
 from mas_ext.kernels.warning import warn
 from mas_ext.optim.fused import FusedOptimizer
@@ -156,7 +156,7 @@ class FusedMASPenalty(nn.Module):
         """
         tracked = self._tracked
         bound = self.bound()
-        if not all(p.requires_grad for _, theta in bound for p in theta):
+        if not all([p.requires_grad for _, theta in bound for p in theta]):  # noqa: C419  faster
             value = self.forward()
             self.add_grad_to({id(p) for _, theta in bound for p in theta})
             return value
@@ -165,7 +165,7 @@ class FusedMASPenalty(nn.Module):
                 add_grad_,
                 g,
                 g.state,
-                [tracked.local(theta), tracked.local([_grad(p) for p in theta])],
+                [tracked.local(theta), tracked.local(_grads(theta))],
             )
             for g, theta in bound
         ]
@@ -181,8 +181,8 @@ class FusedMASPenalty(nn.Module):
             chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in only]
             if chosen:
                 own = self._tracked.local([theta[i] for i in chosen])
-                grads = self._tracked.local([_grad(theta[i]) for i in chosen])
-                run_kernel(add_grad_, g, g.subset(chosen, times), [own, grads])
+                grads = self._tracked.local(_grads([theta[i] for i in chosen]))
+                run_kernel(add_grad_alone_, g, g.subset(chosen, times), [own, grads])
 
     @torch.no_grad()
     def proximal_(
@@ -680,9 +680,11 @@ _SETTINGS = (
 )
 
 
-def _grad(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    elif parameter.grad.is_sparse:
-        parameter.grad = parameter.grad.to_dense()
-    return parameter.grad
+def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients, made where there are none and dense where they are sparse."""
+    grads = [p.grad for p in parameters]
+    if any([g is None or g.is_sparse for g in grads]):  # noqa: C419  faster
+        for p, g in zip(parameters, grads, strict=True):
+            p.grad = torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
+        grads = [p.grad for p in parameters]
+    return cast("list[Tensor]", grads)

@@ -169,8 +169,11 @@ class Binding:
     modules still hang where they hung, so that a replaced head is noticed. A name that the model lacks is found
     as an empty tensor.
 
-    bound: the parameters when this was made, in the order of the names.
+    bound: the parameters when this was made, in the order of the names. layout_key: of those that were found to
+    lie in memory as the state does.
     """
+
+    layout_key: bytes | None = None
 
     def __init__(self, view: ModelView, names: Sequence[str]) -> None:
         found = [view.places.get(name) for name in names]

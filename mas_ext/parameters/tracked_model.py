@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mas_ext.kernels import backends
 from mas_ext.parameters.fsdp import ShardedBinding, Sharding, local_parts, optimizer_view, whole
 from mas_ext.parameters.names import Binding, Layout, ModelView, has_parameter, layouts
 
@@ -143,8 +144,15 @@ class TrackedModel:
         for group, binding in zip(groups, self._bindings, strict=True):
             theta = binding.parameters()
             same = all([p is q for p, q in zip(theta, binding.bound, strict=True)])  # noqa: C419
-            if not same or not binding.intact() or layouts(self.local(theta)) != group.layout:
+            if not same or not binding.intact():
                 return None
+            own = self.local(theta)
+            key = backends.layout_key(own)  # in a tenth of the time
+            if key is None or key != binding.layout_key:
+                if layouts(own) != group.layout:
+                    return None
+                if key is not None:
+                    binding.layout_key = key
             found.append((group, theta))
         return found
 
