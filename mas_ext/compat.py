@@ -104,7 +104,7 @@ class AveragedFromFirst(FusedMASPenalty):
     """Averaged, but a parameter's first Omega_t is its W: at the first task, and where a head is new."""
 
     def _merged(self, importance: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        known, share = self._consolidated(), 1 - self._state.rule.gamma
+        known, share = self._state.memory.names, 1 - self._state.rule.gamma
         return {n: omega * share if n in known else omega for n, omega in importance.items()}
 
 

@@ -204,7 +204,15 @@ class FusedMASPenalty(nn.Module):
                 eta / (sqrt(v correction) + eps).
             correction: 1 / (1 - beta2^step), Adam's bias correction.
             eps: Adam's eps.
+
+        Raises:
+            ValueError: an eta, correction or eps that is negative or not finite, before anything is moved.
         """
+        # On another device than the CPU it would take a wait to read it.
+        if not isinstance(eta, Tensor) or eta.device.type == "cpu":
+            check_factor(eta, "eta")
+        check_factor(correction, "correction")
+        check_factor(eps, "eps")
         wanted = {id(p) for p in parameters}
         length, times = (1.0, eta) if isinstance(eta, Tensor) else (eta, None)
         for g, theta in self.bound():
@@ -279,7 +287,7 @@ class FusedMASPenalty(nn.Module):
     @_disable_dynamo
     def _fit(self) -> None:
         """Have the state follow parameters that were moved, cast, widened, renamed, removed or brought back."""
-        view = self._tracked.view(self._consolidated())
+        view = self._tracked.view(self._state.memory.names)
         self._follow(view)
         memory = self._state.memory
         self._tracked.bind(memory.groups, view)
@@ -291,7 +299,7 @@ class FusedMASPenalty(nn.Module):
 
     def _follow(self, view: ModelView) -> None:
         """Have what is known follow parameters that are under other names now."""
-        known = self._consolidated()
+        known = self._state.memory.names
         found = self._tracked.moved({*known, *self._pending.sums}, view)
         moved = {old: new for old, new in found.items() if new in view.places}
         for old, new in found.items():
@@ -311,10 +319,6 @@ class FusedMASPenalty(nn.Module):
                 sums.pop(name, None)
             self._pending.sums = {moved.get(name, name): t for name, t in sums.items()}
             self._followed |= moved
-
-    def _consolidated(self) -> set[str]:
-        memory = self._state.memory
-        return {*memory.absent, *(name for group in memory.groups for name in group.names)}
 
     # -- tasks -------------------------------------------------------------------------------------
 
@@ -429,7 +433,7 @@ class FusedMASPenalty(nn.Module):
 
         A parameter that is itself under another name is followed without it, as when its layer is wrapped.
         """
-        if old not in self._consolidated() and self._followed.get(old) == new:
+        if old not in self._state.memory.names and self._followed.get(old) == new:
             return
         self._state.rename(old, new)
         self._tracked.rename(old, new)
@@ -595,7 +599,7 @@ class FusedMASPenalty(nn.Module):
         return nn.modules.module._IncompatibleKeys([], [])
 
     def _load(self, found: Mapping[str, Tensor]) -> None:
-        view = self._tracked.view(self._consolidated())
+        view = self._tracked.view(self._state.memory.names)
         theta = self._tracked.own_parameters(view)
         if self._tracked.sharding is None:
             found = {key: whole_tensor(t) for key, t in found.items()}
@@ -652,7 +656,7 @@ class FusedMASPenalty(nn.Module):
         self, find: Callable[[ModelView], Mapping[str, Tensor]], weight: float, move_anchor: bool
     ) -> None:
         """Merge the importance that is found while every rank has the whole model."""
-        with self._tracked.whole(self._consolidated()) as view:
+        with self._tracked.whole(self._state.memory.names) as view:
             self._follow(view)
             omega, sharding = find(view), self._tracked.sharding
             self._state.add_task(view.parameters(), omega, weight, move_anchor, sharding)

@@ -25,7 +25,8 @@ def approach(x: Tensor, i: int, state: State, eta: float, divisor: Tensor | None
     alpha = state.alpha
     largest = alpha.max().clamp(min=0)
     share = torch.where(largest > 0, alpha / largest, torch.zeros_like(alpha))
-    strength = finite(2 * eta * largest, x.dtype)
+    # An alpha that is NaN pulls nothing, as in the compiled kernel.
+    strength = finite((2 * eta * largest).nan_to_num(0.0, torch.inf), x.dtype)
     weight, distance = torch.zeros_like(x), torch.zeros_like(x)
     for row, (omega, anchor) in enumerate(state.rows(i, x)):
         task = share[row].to(x.dtype) * omega
@@ -56,6 +57,9 @@ def proximal_(
     W = sum_t alpha_t Omega_t and A the W-weighted mean of the anchors. With `second_moment` (v, one
     tensor like each parameter, as Adam keeps it) the step length is eta / (sqrt(v correction) + eps).
     """
+    for name, number in (("eta", eta), ("correction", correction), ("eps", eps)):
+        if not 0 <= number < float("inf"):
+            raise ValueError(f"{name}: got {number}, expected a finite number from 0 up")
     if state.native:
         step = partial(launch, "proximal", theta, theta)
         if second_moment:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mas_ext.failures import Diverged
 from mas_ext.kernels import backends
 from mas_ext.kernels.dtypes import LARGEST_CODED, compute_dtype, from_codes, to_codes
 from mas_ext.kernels.flat_state import State, flat_view
@@ -96,6 +97,11 @@ class Memory(NamedTuple):
     groups: list[Group]
     absent: dict[str, ParameterState]
 
+    @property
+    def names(self) -> set[str]:
+        """The parameters that something is known of."""
+        return {*self.absent, *(name for group in self.groups for name in group.names)}
+
     def parts(self) -> dict[str, ParameterState]:
         """The state of every parameter by name, as Group.part gives it."""
         present = {
@@ -171,6 +177,11 @@ def _largest(tensors: Sequence[Tensor]) -> float:
 def _unit(largest: float) -> float:
     """The power of two that brings everything up to the largest into the range of 8 bits."""
     # Not so far out that float32 has no such power, or only one of fewer bits.
+    if not largest <= LARGEST_CODED * 2.0**100:
+        raise Diverged(
+            f"importance: got values that make W {largest:.3g}, expected at most "
+            f"{LARGEST_CODED * 2.0**100:.3g} with omega_dtype=uint8"
+        )
     mantissa, exponent = math.frexp(largest / LARGEST_CODED)
     return 2.0 ** min(max(exponent - (mantissa == 0.5), -100), 100)
 
@@ -187,7 +198,8 @@ def _fill(group: Group, index: int, x: Tensor, old: ParameterState | None, rows:
         omega, anchor = (
             flat_view(t[row], offset, x) for t in (group.state.omega, group.state.anchor)
         )
-        anchor.copy_(x.detach())
+        # Where W is 0 the anchor is of no matter, but 0 times what is not finite would be NaN.
+        anchor.copy_(x.detach()).nan_to_num_(0.0, 0.0, 0.0)
         if old is not None and row < old.omega.shape[0]:
             # A widened parameter keeps its leading part.
             kept = tuple(

@@ -94,13 +94,21 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 def check_share(share: float, name: str) -> None:
     """Raise a ValueError for an argument of this name that is not from 0 to 1."""
-    if not 0 <= share <= 1:
-        raise ValueError(f"{name}: got {share}, expected a number from 0 to 1")
+    if not 0 <= _number(share) <= 1:
+        raise ValueError(f"{name}: got {share!r}, expected a number from 0 to 1")
 
 
-def check_factor(factor: float, name: str) -> float:
+def check_factor(factor: Any, name: str) -> float:
     """An argument of this name as a float; a ValueError unless it is finite and at least 0."""
-    factor = float(factor)
-    if not 0 <= factor < float("inf"):
-        raise ValueError(f"{name}: got {factor}, expected a finite number from 0 up")
-    return factor
+    number = _number(factor)
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{name}: got {factor!r}, expected a finite number from 0 up")
+    return number
+
+
+def _number(x: Any) -> float:
+    """x as a float; NaN for what is none."""
+    try:
+        return float(x)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return float("nan")

@@ -70,7 +70,9 @@ class Consolidation:
 
     def set_lam(self, lam: float) -> None:
         """Change the strength, in place where captured graphs read it."""
-        self.lam = check_factor(lam, "lam")
+        lam = check_factor(lam, "lam")
+        self._factors(lam, self.memory)
+        self.lam = lam
         self._take_over(self.memory)
 
     def set_weight(self, task: int, weight: float) -> None:
@@ -133,15 +135,18 @@ class Consolidation:
         known = {name: theta[name].detach() for name in names}
         merged = self.rule.store == "merged"
         gain = self.rule.gain(entry) if merged else 1.0
+        if not gain <= torch.finfo(torch.float32).max:
+            raise Diverged(
+                f"importance: got a sum of {total} and a weight of {weight}, expected a factor in omega that "
+                f"float32 holds, not {gain:.3g}"
+            )
         groups = build_groups(known, old, self._rows(entries), self.rule, importance, gain)
         if merged:
             self._merge(groups, known, importance, entry, move_anchor)
         else:
             self._write_row(groups, known, importance, len(entries) - 1)
-        if sharding is not None:
-            for group in groups:
-                sharding.share(group.remainders)
-                group.add_up()
+        for group in groups:
+            _finish(group, sharding)
         self._take_over(Memory(entries, groups, {}))
 
     def drop(self, task: int) -> None:
@@ -180,24 +185,31 @@ class Consolidation:
         """S_t, after every check; None where there is nothing to consolidate."""
         if not importance:
             return None
+        anchored = self.memory.names | importance.keys()
+        for name in [name for name in theta if name in anchored]:
+            check_supported(name, theta[name])
+            if not torch.isfinite(theta[name]).all():
+                raise Diverged(
+                    f"parameter {name!r}: got NaN or Inf, expected finite values; where training diverged, a "
+                    "smaller lam or the proximal form helps"
+                )
         sums = []
         for name, omega in importance.items():
             if name not in theta:
                 raise KeyError(f"importance: got {name!r}, which the model has no parameter for")
-            check_supported(name, theta[name])
             if not isinstance(omega, Tensor):
                 raise TypeError(
                     f"importance of {name!r}: got {type(omega).__name__}, expected a tensor"
+                )
+            if omega.is_complex() or omega.layout != torch.strided or omega.is_meta:
+                raise TypeError(
+                    f"importance of {name!r}: got {omega.dtype}, {omega.layout} on {omega.device}, expected "
+                    "real numbers in a dense tensor with data"
                 )
             if omega.shape != theta[name].shape:
                 raise ValueError(
                     f"importance of {name!r}: got shape {tuple(omega.shape)}, expected "
                     f"{tuple(theta[name].shape)}"
-                )
-            if not torch.isfinite(theta[name]).all():
-                raise Diverged(
-                    f"parameter {name!r}: got NaN or Inf, expected finite values; where training diverged, a "
-                    "smaller lam or the proximal form helps"
                 )
             sums.append(omega.sum(dtype=torch.float64).cpu())
             if not torch.isfinite(sums[-1]):
@@ -210,6 +222,8 @@ class Consolidation:
                     "values from 0 up"
                 )
         total = float(torch.stack(sums).sum())
+        if not math.isfinite(total):
+            raise Diverged(f"importance: got a sum of {total}, expected a finite one")
         if self.rule.merge == "consistent":
             known = [entry.total for entry in self.memory.entries]
             if total <= 1e-6 * (statistics.median(known) if known else 0.0):
@@ -275,7 +289,6 @@ class Consolidation:
                 len(self.memory.entries),
             )
             group.remainders += added.to(group.remainders.device) * group.unit
-            group.add_up()
 
     def _fitted(
         self,
@@ -290,13 +303,23 @@ class Consolidation:
 
     def _take_over(self, memory: Memory) -> None:
         """Hold this from now on, with the factors that the kernels take."""
-        if self.rule.store == "merged":
-            alpha = [self.rule.scale(self.lam, memory.entries)]
-        else:
-            alpha = self.rule.alpha(self.lam, memory.entries)
+        factors = self._factors(self.lam, memory)
         for group in memory.groups:
-            group.state.alpha.copy_(torch.tensor(alpha, dtype=torch.float64) * group.unit)
+            group.state.alpha.copy_(factors * group.unit)
         self.memory = memory
+
+    def _factors(self, lam: float, memory: Memory) -> Tensor:
+        """The factor of each row; a ValueError unless all are finite, also as the kernels take them."""
+        merged = self.rule.store == "merged"
+        alpha = self.rule.alpha(lam, memory.entries)
+        factors = [self.rule.scale(lam, memory.entries)] if merged else alpha
+        largest = max([1.0, *(group.unit for group in memory.groups)])
+        if not all(math.isfinite(a * largest) for a in (*factors, *alpha)):
+            raise ValueError(
+                f"lam: got {lam}, expected one that is finite times the tasks' weights "
+                f"{[entry.weight for entry in memory.entries]}"
+            )
+        return torch.tensor(factors, dtype=torch.float64)
 
     # -- state dict --------------------------------------------------------------------------------
 
@@ -340,8 +363,27 @@ class Consolidation:
             shape = (rows, *theta[name].shape) if name in theta else tuple(p.omega.shape)
             _check_part(name, p, shape)
         memory = self._fitted(entries, parts, theta)
+        self._factors(lam, memory)
         self.lam = lam
         self._take_over(memory)
+
+
+def _finish(group: Group, sharding: Sharding | None) -> None:
+    """Share a changed group's remainders among the ranks; Diverged on all of them where omega overflowed."""
+    if group.state.omega.numel():
+        # 0 times what is not finite is NaN, which goes to every rank with the sum.
+        group.remainders += 0.0 * group.state.omega.max().to(group.remainders)
+    if sharding is not None:
+        sharding.share(group.remainders)
+    group.add_up()
+    if not torch.isfinite(group.remainders).all():
+        parts = {name: group.part(i) for i, name in enumerate(group.names)}
+        bad = [name for name, p in parts.items() if not p.omega.isfinite().all()]
+        bad += [name for name, p in parts.items() if not p.remainder.isfinite()]
+        raise Diverged(
+            f"importance of {bad[0]!r}: got values with which omega overflows {group.state.omega.dtype}, "
+            "expected smaller ones"
+        )
 
 
 def check_format(found: Mapping[str, Tensor]) -> None:

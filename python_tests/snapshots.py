@@ -1,0 +1,41 @@
+"""All that a penalty and its model hold, copied, to be compared with what they hold later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mas_ext import FusedMASPenalty
+
+Snapshot = dict[str, Any]
+
+
+def snapshot(penalty: FusedMASPenalty) -> Snapshot:
+    """Entries, omega, anchors, observed sums, lam, the kernels' own factors, and the model's tensors."""
+    state = penalty._state
+    held: dict[str, Any] = {**state.tensors(), **penalty._pending.tensors()}
+    held |= {f"model.{name}": t for name, t in penalty.model.state_dict(keep_vars=True).items()}
+    held |= {f"grad.{n}": p.grad for n, p in penalty.model.named_parameters() if p.grad is not None}
+    for k, group in enumerate(state.memory.groups):
+        held[f"alpha.{k}"], held[f"remainder.{k}"] = group.state.alpha, group.state.remainder
+        held[f"names.{k}"] = list(group.names)
+    copied = {n: t.detach().clone() if isinstance(t, Tensor) else t for n, t in held.items()}
+    modes = [module.training for module in penalty.model.modules()]
+    return {**copied, "modes": modes, "entries": list(state.memory.entries), "lam": state.lam}
+
+
+def equal(a: Snapshot, b: Snapshot) -> bool:
+    """Whether two snapshots are the same, bit by bit, NaN included."""
+    return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor):
+        return bool(a == b)
+    return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,230 @@
+"""Numbers at the edge of what a dtype holds, and beyond: right, or refused by name before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from snapshots import equal, snapshot
+from torch import Tensor, nn
+
+from mas_ext import FusedMASPenalty
+from mas_ext.kernels.flat_state import State
+from mas_ext.kernels.penalty import add_grad_
+from mas_ext.kernels.proximal import proximal_
+from mas_ext.state.merge_rules import Store
+
+X = torch.rand(8, 4, generator=torch.Generator().manual_seed(0))
+NAN, INF = float("nan"), float("inf")
+both_backends = pytest.mark.parametrize("backend", ["native", "reference"])
+
+
+def penalised(**options: Any) -> FusedMASPenalty:
+    """After one task, half a unit away from the anchor."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    penalty = FusedMASPenalty(model, **{"merge": "sum", **options})
+    penalty.consolidate([X])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.5)
+    return penalty
+
+
+def parameters(penalty: FusedMASPenalty) -> list[nn.Parameter]:
+    return [*penalty.model.parameters()]
+
+
+def importance(penalty: FusedMASPenalty, value: float, dtype: Any = None) -> dict[str, Tensor]:
+    return {
+        n: torch.full_like(p, value, dtype=dtype, requires_grad=False)
+        for n, p in penalty.model.named_parameters()
+    }
+
+
+def spoil(penalty: FusedMASPenalty, name: str, value: float) -> None:
+    with torch.no_grad():
+        penalty.model.get_parameter(name).view(-1)[0] = value
+
+
+def refused(penalty: FusedMASPenalty, call: Callable[[], Any], message: str) -> None:
+    """The call raises, and the penalty and its model are what they were, and go on."""
+    before = snapshot(penalty)
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
+    assert equal(snapshot(penalty), before)
+
+
+@both_backends
+@pytest.mark.parametrize("eta", [NAN, INF, -INF, -1.0, "x", None, torch.tensor(NAN)])
+@pytest.mark.parametrize("tasks", [0, 1])
+def test_a_step_length_that_is_none(eta: Any, backend: Any, tasks: int) -> None:
+    """Before the first task too, where nothing would be moved."""
+    penalty = penalised(backend=backend)
+    if not tasks:
+        penalty = FusedMASPenalty(penalty.model, backend=backend)
+    refused(penalty, lambda: penalty.proximal_(parameters(penalty), eta), "eta: got")
+
+
+@both_backends
+@pytest.mark.parametrize("name", ["correction", "eps"])
+@pytest.mark.parametrize("value", [NAN, INF, -1.0])
+def test_adams_numbers_that_are_none(name: str, value: float, backend: Any) -> None:
+    penalty = penalised(backend=backend)
+    moments = {id(p): torch.ones_like(p) for p in parameters(penalty)}
+    numbers: dict[str, Any] = {"correction": 1.0, "eps": 1e-8, name: value}
+    call = lambda: penalty.proximal_(parameters(penalty), 0.1, moments, **numbers)  # noqa: E731
+    refused(penalty, call, f"{name}: got")
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("where", ["0.weight", "0.bias", "1.weight", "1.bias"])
+@pytest.mark.parametrize("merge", ["consistent", "sum", "latest", "decay"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_parameter_that_importance_leaves_out(
+    bad: float, where: str, merge: str, frozen: bool
+) -> None:
+    penalty = penalised(merge=merge)
+    spoil(penalty, where, bad)
+    penalty.model.get_parameter(where).requires_grad_(not frozen)
+    given = importance(penalty, 1.0)
+    del given[where]
+    call = lambda: penalty.consolidate(importance=given)  # noqa: E731
+    refused(penalty, call, f"parameter '{where}': got NaN or Inf")
+
+
+def test_an_excluded_or_new_parameter_without_importance_may_be_anything() -> None:
+    penalty = penalised(exclude=("1.bias",))
+    penalty.model.register_parameter("new", nn.Parameter(torch.tensor([NAN])))
+    spoil(penalty, "1.bias", NAN)
+    given = {n: t for n, t in importance(penalty, 1.0).items() if n not in ("1.bias", "new")}
+    penalty.consolidate(importance=given)
+    assert penalty.num_tasks == 2
+    assert "new" not in penalty.omega
+
+
+@both_backends
+@pytest.mark.parametrize("store", ["merged", "per_task"])
+def test_a_widened_head_whose_new_rows_are_not_filled_yet(store: Store, backend: Any) -> None:
+    """What holds nothing contributes nothing: 0 times NaN would be NaN."""
+    penalty = penalised(store=store, backend=backend)
+    right, head = penalty().item(), penalty.model.get_submodule("1")
+    assert isinstance(head, nn.Linear)
+    wide = nn.Linear(3, 4)
+    with torch.no_grad():
+        for p, old in zip(wide.parameters(), head.parameters(), strict=True):
+            p.fill_(NAN)
+            p[:2] = old
+    penalty.model.add_module("1", wide)
+    penalty.omega  # noqa: B018 (the state follows here)
+    with torch.no_grad():
+        for p in wide.parameters():
+            p[2:] = 7.0
+    assert penalty().item() == pytest.approx(right, rel=1e-6)
+
+
+@both_backends
+@pytest.mark.parametrize("omega_dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("merge", ["sum", "latest", "decay"])
+def test_omega_that_overflows(merge: str, omega_dtype: torch.dtype, backend: Any) -> None:
+    """In one task, and by the sum of tasks that are each in range."""
+    penalty = penalised(merge=merge, omega_dtype=omega_dtype, backend=backend)
+    largest = 1e35 if omega_dtype == torch.uint8 else 3e38
+    fill = lambda value: importance(penalty, value, torch.float64)  # noqa: E731
+    refused(penalty, lambda: penalty.consolidate(importance=fill(1e39)), "importance.*: got")
+    one = {"1.bias": torch.full((2,), largest)}
+    penalty.consolidate(importance=one)
+    assert penalty.omega["1.bias"].isfinite().all()
+    refused(penalty, lambda: penalty.consolidate(importance=one), "importance.*: got")
+    penalty.consolidate(importance=fill(1.0))
+    assert penalty.num_tasks == 3
+
+
+def test_the_parameter_whose_omega_overflows_is_named() -> None:
+    penalty = penalised(store="per_task")
+    given = importance(penalty, 1.0, torch.float64) | {
+        "1.weight": torch.full((2, 3), 1e300, dtype=torch.float64)
+    }
+    refused(penalty, lambda: penalty.consolidate(importance=given), "importance of '1.weight'")
+
+
+def test_importance_whose_sum_overflows() -> None:
+    penalty = penalised(omega_dtype=torch.float64)
+    penalty.model.double()
+    given = importance(penalty, 1e308, torch.float64)
+    refused(penalty, lambda: penalty.consolidate(importance=given), "importance.*: got")
+
+
+def test_importance_whose_inverse_overflows() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    penalty = FusedMASPenalty(model, merge="consistent")
+    given = {"weight": torch.full((1, 1), 1e-45)}
+    refused(penalty, lambda: penalty.consolidate(importance=given), "importance: got a sum")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.ones(2, 3, dtype=torch.complex64),
+        torch.ones(2, 3).to_sparse(),
+        torch.ones(2, 3, device="meta"),
+        [[1.0] * 3] * 2,
+        None,
+    ],
+    ids=["complex", "sparse", "meta", "list", "None"],
+)
+def test_importance_that_is_no_dense_real_tensor(given: Any) -> None:
+    penalty = penalised()
+    call = lambda: penalty.consolidate(importance={"1.weight": given})  # noqa: E731
+    refused(penalty, call, r"importance of '1\.weight': got")
+
+
+@pytest.mark.parametrize("store", ["merged", "per_task"])
+@pytest.mark.parametrize("merge", ["consistent", "sum"])
+def test_a_strength_near_the_largest_float(merge: str, store: Store) -> None:
+    """The anchor pulls with all that a float can; and where a factor would be infinite, it is refused."""
+    penalty = penalised(merge=merge, store=store)
+    for p, a in zip(parameters(penalty), penalty.anchor.values(), strict=True):
+        p.data.copy_(a)
+    penalty.lam = 1e300
+    assert penalty().item() == 0.0
+    penalty.consolidate([X])
+    penalty.proximal_(parameters(penalty), 1.0)
+    assert all(p.isfinite().all() for p in parameters(penalty))
+    if merge == "consistent":
+        refused(penalty, lambda: setattr(penalty, "lam", 1.7e308), "lam: got 1.7e[+]308")
+    if store == "per_task":
+        refused(penalty, lambda: penalty.set_weight(0, 1.7e308), "lam: got")
+    refused(penalty, lambda: penalty.consolidate([X], weight=1.7e308), "got")
+    assert penalty.num_tasks == 2
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -1.0, "x", None, [1.0], 10**400, 1j])
+@pytest.mark.parametrize("name", ["lam", "weight", "set_weight", "gamma"])
+def test_what_is_no_strength_is_named(name: str, value: Any) -> None:
+    penalty = penalised(store="per_task")
+    calls: dict[str, Callable[[], Any]] = {
+        "lam": lambda: setattr(penalty, "lam", value),
+        "weight": lambda: penalty.consolidate([X], weight=value),
+        "set_weight": lambda: penalty.set_weight(0, value),
+        "gamma": lambda: FusedMASPenalty(penalty.model, merge="decay", gamma=value),
+    }
+    refused(penalty, calls[name], f"{name.removeprefix('set_')}: got")
+
+
+@pytest.mark.parametrize("alpha", [NAN, INF, -INF, -1.0, 0.0, 1e308])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_any_alpha_means_the_same_to_both_backends(alpha: float, rows: int) -> None:
+    found = []
+    for native in (True, False):
+        omega, anchor = torch.zeros(rows, 64), torch.zeros(rows, 64)
+        omega[:, :3], anchor[:, 0] = torch.tensor([0.0, 1.0, 2.0]), 1.0
+        factors = torch.full((rows,), alpha, dtype=torch.float64)
+        state = State([0], omega, anchor, factors, torch.zeros((), dtype=torch.float64), native)
+        theta, grad = torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3)
+        value = add_grad_([theta], [grad], state)
+        proximal_([theta], [], state, 0.5, 1.0, 0.0)
+        found.append([value.item(), *grad.tolist(), *theta.tolist()])
+    assert str(found[0]) == str(found[1])
