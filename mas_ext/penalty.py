@@ -199,7 +199,8 @@ class FusedMASPenalty(nn.Module):
 
         Args:
             parameters: the ones to move; those frozen or not consolidated are left alone.
-            eta: step length, finite and >= 0; a 0-dim tensor is read on the device.
+            eta: step length, finite and >= 0; a 0-dim tensor is read on the device, where NaN and what is
+                negative move nothing.
             second_moment: by id of the parameter, v of Adam; the step length is then
                 eta / (sqrt(v correction) + eps).
             correction: 1 / (1 - beta2^step), Adam's bias correction.
@@ -208,13 +209,10 @@ class FusedMASPenalty(nn.Module):
         Raises:
             ValueError: an eta, correction or eps that is negative or not finite, before anything is moved.
         """
-        # On another device than the CPU it would take a wait to read it.
-        if not isinstance(eta, Tensor) or eta.device.type == "cpu":
-            check_factor(eta, "eta")
+        length, times = (1.0, eta) if isinstance(eta, Tensor) else (check_factor(eta, "eta"), None)
         check_factor(correction, "correction")
         check_factor(eps, "eps")
         wanted = {id(p) for p in parameters}
-        length, times = (1.0, eta) if isinstance(eta, Tensor) else (eta, None)
         for g, theta in self.bound():
             chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in wanted]
             if chosen:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,14 @@ from mas_ext.optim.hooks import (
     check_step_sizes,
     take_proximal_steps,
 )
-from mas_ext.optim.step_size import STEP_SIZES, StepSizes, adam_steps, sgd_eta, sgd_steps
+from mas_ext.optim.step_size import (
+    STEP_SIZES,
+    StepSizes,
+    adam_steps,
+    check_numbers,
+    sgd_eta,
+    sgd_steps,
+)
 from mas_ext.parameters.names import is_sharded
 from mas_ext.state.buffers import Group
 
@@ -47,6 +55,12 @@ class _Bucket:
     offsets: list[int] = field(default_factory=list)
 
     @property
+    def missing(self) -> list[tuple[Tensor, Tensor]]:
+        """The parameters without a gradient, with the zeros that stand for it."""
+        pairs = zip(self.parameters, self.grads, strict=True)
+        return [(p, g) for p, g in pairs if p.grad is None]
+
+    @property
     def state(self) -> State:
         """The kernels' argument."""
         if self.group is not None:
@@ -54,9 +68,13 @@ class _Bucket:
         device = self.parameters[0].device
         return State.empty(len(self.parameters), device, backends.serves(device, "auto"))
 
-    def lists(self, state: Mapping[Tensor, Mapping[str, Tensor]], key: str) -> list[Tensor]:
-        """What the optimizer keeps of each parameter under this name."""
-        return [state[p][key] for p in self.parameters]
+
+class _Launch(NamedTuple):
+    """A step of a bucket that is ready to be made, and what parameters get by it that have none before."""
+
+    kernel: Callable[[], None]
+    state: dict[Tensor, dict[str, Tensor]]
+    grads: list[tuple[Tensor, Tensor]]
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -94,9 +112,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         places = self._places()
+        # All that can fail comes before the first parameter moves.
         for group in self.param_groups:
-            for bucket in self._buckets(group, places):
-                self._apply(group, bucket)
+            _check_own_numbers(group)
+        plan = [
+            (group, [self._prepared(group, b) for b in self._buckets(group, places)])
+            for group in self.param_groups
+        ]
+        for group, launches in plan:
+            for launch in launches:
+                launch.kernel()
+                self.state.update(launch.state)
+                for p, grad in launch.grads:
+                    p.grad = grad
             if self._penalty is not None and self._mode == "proximal":
                 rest = [p for p in group["params"] if p.grad is None and id(p) in places]
                 if rest:
@@ -106,16 +134,21 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        self._check()
+        try:
+            self._check(self.param_groups[-1:])
+        except Exception:
+            self.param_groups.pop()
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # may come from torch's own optimizer
+        for group in state["param_groups"]:  # may come from torch's own optimizer
             group["fused"] = True
-        self._check()
+        self._check(state["param_groups"])
+        super().__setstate__(state)
 
-    def _check(self) -> None:
-        for group in self.param_groups:
+    def _check(self, groups: Iterable[dict[str, Any]]) -> None:
+        for group in groups:
+            _check_own_numbers(group)
             if any(is_sharded(p) for p in group["params"]):
                 raise TypeError(
                     "params: got a DTensor, as by fully_shard, expected parameters that are whole; use torch's "
@@ -145,18 +178,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         buckets: defaultdict[Any, _Bucket] = defaultdict(_Bucket)
         for p in group["params"]:
             state_group, offset = places.get(id(p), (None, -1))
-            if p.grad is None:
+            grad = p.grad
+            if grad is None:
                 if state_group is None or self._mode == "proximal":
                     continue
-                p.grad = torch.zeros_like(p)
-            if p.grad.is_sparse:
+                grad = torch.zeros_like(p)
+            if grad.is_sparse:
                 raise RuntimeError(
                     f"parameters: got a sparse gradient of shape {tuple(p.shape)}, expected dense ones"
                 )
             bucket = buckets[p.device, p.dtype, self._first(group, p)]
             bucket.group = bucket.group or state_group
             bucket.parameters.append(p)
-            bucket.grads.append(p.grad)
+            bucket.grads.append(grad)
             bucket.offsets.append(offset)
         return buckets.values()
 
@@ -170,16 +204,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether a parameter's first step is another one than those that follow."""
         return False
 
-    def _apply(self, group: dict[str, Any], bucket: _Bucket) -> None:
+    def _prepared(self, group: dict[str, Any], bucket: _Bucket) -> _Launch:
+        """The step of a bucket, with everything checked and allocated that it needs."""
         raise NotImplementedError
 
 
-def _number(name: str, x: float | Tensor) -> float:
-    if isinstance(x, Tensor) and x.device.type != "cpu":
-        raise TypeError(
-            f"{name}: got a tensor on {x.device}, expected a number or a tensor on the CPU"
-        )
-    return float(x)
+def _check_own_numbers(group: Mapping[str, Any]) -> None:
+    """Refuse numbers that are out of their range, or on a GPU."""
+    for name, x in group.items():
+        if isinstance(x, Tensor) and x.device.type != "cpu":
+            raise TypeError(
+                f"{name}: got a tensor on {x.device}, expected a number or a tensor on the CPU"
+            )
+    check_numbers({n: float(x) if isinstance(x, Tensor) else x for n, x in group.items()})
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -197,7 +234,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         lr: a number, or a tensor on the CPU.
 
     Raises:
-        ValueError: foreach, maximize or differentiable, in a group of parameters.
+        ValueError: foreach, maximize or differentiable, in a group of parameters; there or in a step, before
+            anything changes, a number out of its range.
     """
 
     _step_sizes = staticmethod(sgd_steps)
@@ -214,25 +252,39 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, fused=True)
 
     def _first(self, group: dict[str, Any], p: Tensor) -> bool:
-        return group["momentum"] != 0 and self.state[p].get("momentum_buffer") is None
+        return group["momentum"] != 0 and self.state.get(p, {}).get("momentum_buffer") is None
 
-    def _apply(self, group: dict[str, Any], bucket: _Bucket) -> None:
+    def _prepared(self, group: dict[str, Any], bucket: _Bucket) -> _Launch:
         parameters, proximal = bucket.parameters, self._mode == "proximal"
         scale, overflow = self._amp(parameters[0].device)
         first = self._first(group, parameters[0])
         if first and overflow is not None and bool(overflow):
-            return  # a buffer holds nothing before a step that was made
-        for p in parameters if first else ():
-            self.state[p]["momentum_buffer"] = torch.empty_like(p)
-        sgd_(
+            return _Launch(
+                lambda: None, {}, []
+            )  # a buffer holds nothing before a step that was made
+        momenta: list[Tensor] = []
+        if group["momentum"] and first:
+            momenta = [torch.empty_like(p) for p in parameters]
+        elif group["momentum"]:
+            momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        new = (
+            {
+                p: {**self.state.get(p, {}), "momentum_buffer": buffer}
+                for p, buffer in zip(parameters, momenta, strict=True)
+            }
+            if first
+            else {}
+        )
+        kernel = partial(
+            sgd_,
             parameters,
             bucket.grads,
-            bucket.lists(self.state, "momentum_buffer") if group["momentum"] else [],
+            momenta,
             bucket.state,
-            lr=_number("lr", group["lr"]),
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=_number("weight_decay", group["weight_decay"]),
+            lr=float(group["lr"]),
+            momentum=float(group["momentum"]),
+            dampening=float(group["dampening"]),
+            weight_decay=float(group["weight_decay"]),
             eta=float(sgd_eta(group)) if proximal else 0.0,
             nesterov=group["nesterov"],
             first=first,
@@ -240,6 +292,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             scale=scale,
             overflow=overflow,
         )
+        return _Launch(kernel, new, bucket.missing)
 
 
 class AdamW(FusedOptimizer, torch.optim.AdamW):
@@ -255,7 +308,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         lr: a number, or a tensor on the CPU.
 
     Raises:
-        ValueError: foreach, maximize or differentiable, in a group of parameters.
+        ValueError: foreach, maximize or differentiable, in a group of parameters; there or in a step, before
+            anything changes, a number out of its range.
     """
 
     _step_sizes = staticmethod(adam_steps)
@@ -277,33 +331,37 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             if "step" in own:
                 own["step"] = own["step"].to(p.device, torch.float32)
 
-    def _apply(self, group: dict[str, Any], bucket: _Bucket) -> None:
+    def _prepared(self, group: dict[str, Any], bucket: _Bucket) -> _Launch:
         keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
         parameters = bucket.parameters
-        for p in parameters:
-            if len(self.state[p]) == 0:
-                self.state[p]["step"] = torch.zeros((), device=p.device)
-                self.state[p].update({key: torch.zeros_like(p) for key in keys})
+        new = {
+            p: {"step": torch.zeros((), device=p.device), **{k: torch.zeros_like(p) for k in keys}}
+            for p in parameters
+            if not self.state.get(p)
+        }
+        kept = [new.get(p) or self.state[p] for p in parameters]
         scale, overflow = self._amp(parameters[0].device)
         beta1, beta2 = group["betas"]
-        exp_avg, exp_avg_sq, *largest = (bucket.lists(self.state, key) for key in keys)
-        adamw_(
+        exp_avg, exp_avg_sq, *largest = ([own[key] for own in kept] for key in keys)
+        kernel = partial(
+            adamw_,
             parameters,
             bucket.grads,
             exp_avg,
             exp_avg_sq,
             largest[0] if largest else [],
-            bucket.lists(self.state, "step"),
+            [own["step"] for own in kept],
             bucket.state,
-            lr=_number("lr", group["lr"]),
+            lr=float(group["lr"]),
             beta1=float(beta1),
             beta2=float(beta2),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
             proximal=self._mode == "proximal",
             scale=scale,
             overflow=overflow,
         )
+        return _Launch(kernel, new, bucket.missing)
 
 
 STEP_SIZES.update({SGD: sgd_steps, AdamW: adam_steps})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from mas_ext.optim.step_size import STEP_SIZES, Step, StepSizes, constant
+from mas_ext.optim.step_size import STEP_SIZES, Step, StepSizes, check_numbers, constant
 from mas_ext.state.buffers import Group
 
 Mode = Literal["gradient", "proximal"]
@@ -63,12 +63,28 @@ class _Hook:
         self.penalty = penalty
 
 
+class _CheckNumbers(_Hook):
+    """Before a step that a proximal one follows: what failed after it would leave it without that."""
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        _check_numbers(optimizer)
+        if type(optimizer) is torch.optim.SGD:  # that of Adam takes a wait for the GPU
+            check_step_sizes(optimizer, STEP_SIZES[torch.optim.SGD])
+
+
+def _check_numbers(optimizer: torch.optim.Optimizer) -> None:
+    if type(optimizer) in STEP_SIZES:  # what numbers mean to another one is not known
+        for group in optimizer.param_groups:
+            check_numbers(group)
+
+
 class _AddGradient(_Hook):
     def __call__(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if _inside_own_step(optimizer):
             return None
+        _check_numbers(optimizer)
 
         def add() -> None:
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -204,7 +220,14 @@ def register_hook(
             'or AdamW; pass eta= for mode="proximal" or use mode="gradient"'
         )
     check_step_sizes(optimizer, step_sizes)
-    return Handle(optimizer.register_step_post_hook(_ProximalStep(penalty, step_sizes)).remove)
+    before = optimizer.register_step_pre_hook(_CheckNumbers(penalty))
+    after = optimizer.register_step_post_hook(_ProximalStep(penalty, step_sizes))
+
+    def remove() -> None:
+        before.remove()
+        after.remove()
+
+    return Handle(remove)
 
 
 def check_step_sizes(optimizer: torch.optim.Optimizer, step_sizes: StepSizes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,22 @@ class Step(NamedTuple):
 StepSizes = Callable[[dict[str, Any], Mapping[Tensor, Mapping[str, Any]]], Iterator[Step]]
 
 
+def check_numbers(group: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a number of SGD, Adam or AdamW in a group of parameters that is out of its range.
+
+    A tensor, which is read on its device, may be anything.
+    """
+    for name in ("lr", "momentum", "weight_decay", "eps"):
+        if not isinstance(group.get(name), Tensor):
+            check_factor(group.get(name, 0.0), name)
+    for k, beta in enumerate(group.get("betas", ())):
+        if not isinstance(beta, Tensor) and not check_factor(beta, f"betas[{k}]") < 1:
+            raise ValueError(f"betas[{k}]: got {beta!r}, expected a number below 1")
+    dampening = group.get("dampening", 0.0)
+    if not isinstance(dampening, (int, float)) or not math.isfinite(dampening):
+        raise ValueError(f"dampening: got {dampening!r}, expected a finite number")
+
+
 def constant(eta: float) -> StepSizes:
     """The step size eta for all parameters; a ValueError unless it is finite and at least 0."""
     eta = check_factor(eta, "eta")
@@ -36,6 +53,8 @@ def sgd_eta(group: dict[str, Any]) -> float | Tensor:
     momentum = group["momentum"]
     if momentum >= 1:
         raise ValueError(f"momentum: got {momentum}, expected less than 1")
+    if group["dampening"] > 1:
+        raise ValueError(f"dampening: got {group['dampening']}, expected at most 1")
     # Without momentum SGD ignores dampening.
     damped = 1 - group["dampening"] if momentum else 1.0
     eta: float | Tensor = group["lr"] * (damped / (1 - momentum))

@@ -172,7 +172,7 @@ def test_the_scale_and_the_overflow_are_read_on_the_device(mode: Any) -> None:
     optimizer = SGD(case.model.parameters(), lr=torch.tensor(0.1), fused=True)
     case.penalty.attach(optimizer, mode)
     before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    (hook,) = [*before.values(), *after.values()]
+    *_, hook = [*before.values(), *after.values()]
     case.loss().backward()
     optimizer.grad_scale = torch.tensor(2.0)  # type: ignore[attr-defined]
     optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
