@@ -12,7 +12,7 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) $(BIN)/
 CXX_FILES := $(shell find csrc python_tests/emulation -type f)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml $(CONSTRAINTS)
 
-.PHONY: demo test tests test-integrations bench reproduce docs lint format emulated clean
+.PHONY: demo test tests long test-integrations bench reproduce docs lint format emulated clean
 
 demo: .venv/demo.stamp
 	$(BIN)/mas-ext demo
@@ -26,6 +26,9 @@ tests: emulated
 	OMP_NUM_THREADS=1 MAS_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest -n auto --dist loadfile
 
 # The adapters, against the libraries that they are for.
+long: .venv/dev.stamp
+	OMP_NUM_THREADS=1 MAS_EXT_TIMES=40 $(BIN)/pytest -n auto --dist loadfile python_tests/state python_tests/compare
+
 test-integrations: .venv-integrations/stamp
 	OMP_NUM_THREADS=1 MAS_EXT_REQUIRE_NATIVE=1 .venv-integrations/bin/python -m pytest python_tests/integrations
 

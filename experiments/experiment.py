@@ -13,7 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from experiments.manifest import check_data
 from mas_ext.compare.cells import Cell, Found, fill
-from mas_ext.compare.directory import clear, defined, environment, write
+from mas_ext.compare.directory import defined, environment
+from mas_ext.state.replacing import remove_leftovers, write
 
 __all__ = ["Cell", "Experiment", "Found", "Page", "Results", "draw", "reproduce"]
 
@@ -164,7 +165,7 @@ def reproduce(experiment: Experiment, name: str, out: Path) -> Page:
             it are not those of the manifest.
     """
     out.mkdir(parents=True, exist_ok=True)
-    clear(out)
+    remove_leftovers(out)
     results = Results(out / f"{name}.json", experiment.protocol())
 
     def missing() -> Iterator[Cell]:

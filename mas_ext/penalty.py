@@ -545,6 +545,12 @@ class FusedMASPenalty(nn.Module):
         tensors = checkpoint.load(path)
         check_format(tensors)
         settings = checkpoint.decode("settings", tensors.pop("settings", None), _SETTINGS)
+        names = settings["exclude"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"exclude: got {names!r} in the file, expected a list of patterns")
+        for key in ("importance", "objective"):
+            if not isinstance(settings[key], (str, type(None))):
+                raise ValueError(f"{key}: got {settings[key]!r} in the file, expected a name")
         settings["omega_dtype"] = getattr(torch, str(settings["omega_dtype"]), None)
         saved = settings.pop("objective")
         if saved is None and objective is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from oracles import naive_training as naive
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.joint import Joint
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
+from mas_ext.state import files
 from mas_ext.trainer import Callback, Trainer
 from mas_ext.training import run as learning_module
 from mas_ext.training.run import Epoch, Learning, Result
@@ -652,6 +655,24 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit(Twice(), checkpoint=tmp_path / "run.safetensors")
     assert not (tmp_path / "run.safetensors").exists()
+
+
+STRANGE = [None, -1, 7, 1.5, "x", [], {}, {"a": 1}, torch.zeros(2), torch.zeros(0, 3)]
+
+
+def test_a_crafted_checkpoint_is_refused(tmp_path: Path) -> None:
+    """Whatever is put in the place of anything in it, or taken away: a ValueError, or a run to the end."""
+    path = tmp_path / "run"
+    tiny.interrupt("mas", path)
+    whole = files.unpack(files.load(path))
+    assert whole["at"]["task"] == 1
+    for key in whole:
+        for other in [{**whole, key: strange} for strange in STRANGE] + [
+            {k: v for k, v in whole.items() if k != key}
+        ]:
+            files.save(files.pack(other), path)
+            with suppress(ValueError):
+                tiny.trainer("mas", checkpoint=path).fit(tiny.scenario())
 
 
 def test_a_checkpoint_of_another_run_changes_nothing(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from torch import Tensor
 from mas_ext.compare.cells import Cell, Found
 from mas_ext.compare.options import Config, differences, read_toml
 from mas_ext.info import info
+from mas_ext.state.replacing import remove_leftovers, write
 
 CONFIG, ENVIRONMENT, METRICS, LAM = "config.toml", "environment.json", "metrics.jsonl", "lam.json"
 ACCURACY, CHECKPOINT, RESULT = "accuracy.csv", "checkpoint.safetensors", "result.json"
@@ -92,7 +93,7 @@ class Directory:
         if (out / CONFIG).exists():
             starts = json.loads((out / ENVIRONMENT).read_text(encoding="utf-8"))
             write_json(out / ENVIRONMENT, [*starts, environment()])
-            clear(out)
+            remove_leftovers(out)
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = _temporary(out)
@@ -168,19 +169,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file, text as UTF-8; the one that was there before survives until the new one is complete."""
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write JSON: tensors as lists, NaN and infinity as null."""
     write(path, json.dumps(defined(content), indent=1) + "\n")
@@ -197,12 +185,6 @@ def read_matrix(path: Path) -> Tensor:
     with open(path, encoding="utf-8", newline="") as file:
         rows = [[float(x) if x else math.nan for x in row] for row in csv.reader(file)]
     return torch.tensor(rows, dtype=torch.float64)
-
-
-def clear(folder: Path) -> None:
-    """Remove files that were not complete when a run was killed."""
-    for temporary in folder.glob(".*." + 32 * "[0-9a-f]"):
-        temporary.unlink()
 
 
 def defined(content: Any) -> Any:

@@ -11,9 +11,9 @@ from string import Template
 from typing import Any
 
 from mas_ext.compare.charts import CHARTS, pictures
-from mas_ext.compare.directory import write
 from mas_ext.compare.results import Findings
 from mas_ext.compare.tables import notes, results
+from mas_ext.state.replacing import write
 
 PAGE = "report.html"
 

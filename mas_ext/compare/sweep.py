@@ -29,6 +29,7 @@ from mas_ext.methods import Method, options
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 from mas_ext.scenarios.datasets import import_extra
+from mas_ext.state.replacing import remove_leftovers, write
 from mas_ext.trainer import Trainer
 from mas_ext.training.run import Epoch, Learning, Result
 from mas_ext.training.settings import Settings
@@ -78,7 +79,7 @@ def run(config: Config, out: str | Path, *, resume: bool = False, tensorboard: b
         sweep = Sweep(config, directory, make_scenario, epochs, journal, progress, tools)
         fill(directory, sweep.shown(sweep.plan()), sweep.measure)
     text = summary(Findings.read(directory.path))
-    files.write(directory.path / files.TABLE, text)
+    write(directory.path / files.TABLE, text)
     return text
 
 
@@ -152,7 +153,7 @@ class Sweep:
         """Train, or go on from the checkpoint."""
         folder, seed = self.directory.folder(cell), cell["seed"]
         folder.mkdir(parents=True, exist_ok=True)
-        files.clear(folder)
+        remove_leftovers(folder)
         scenario, path = self.make_scenario(seed), folder / files.CHECKPOINT
         with self._writer(folder) as writer:
             found = train(

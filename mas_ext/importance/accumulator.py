@@ -32,7 +32,7 @@ from mas_ext.importance.local import Local
 from mas_ext.importance.model_state import Habits
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
-from mas_ext.kernels.dtypes import compute_dtype
+from mas_ext.kernels.dtypes import DTYPES, compute_dtype
 from mas_ext.parameters.names import ModelView, check_supported
 from mas_ext.parameters.ranks import SampleSums
 from mas_ext.parameters.tracked_model import whole_model
@@ -178,11 +178,15 @@ class ImportanceSum:
 
     def load_tensors(self, found: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` gave, for these parameters."""
-        try:
-            samples, objective = int(found["pending_samples"]), float(found["pending_objective"])
-        except KeyError as error:
-            raise KeyError(f"state: got no {error}, expected one") from error
-        if samples < 0 or not 0 <= objective < float("inf"):
+        counted = {}
+        for key in ("pending_samples", "pending_objective"):
+            if key not in found:
+                raise KeyError(f"state: got no {key!r}, expected one")
+            if found[key].numel() != 1 or found[key].is_complex():
+                raise ValueError(f"state: got a {key!r} that is no number, expected one")
+            counted[key] = found[key].item()
+        samples, objective = counted["pending_samples"], float(counted["pending_objective"])
+        if not isinstance(samples, int) or samples < 0 or not 0 <= objective < float("inf"):
             raise ValueError(
                 f"state: got pending_samples {samples} and pending_objective {objective}, expected "
                 "finite numbers from 0 up"
@@ -196,10 +200,10 @@ class ImportanceSum:
                         f"state, pending importance of {name!r}: got shape {tuple(t.shape)}, expected "
                         "that of a parameter of the model"
                     )
-                if not torch.isfinite(t).all() or (t < 0).any():
+                if t.dtype not in DTYPES or not torch.isfinite(t).all() or (t < 0).any():
                     raise ValueError(
-                        f"state, pending importance of {name!r}: got NaN, Inf or negative values, "
-                        "expected finite ones"
+                        f"state, pending importance of {name!r}: got {t.dtype}, NaN, Inf or negative values, "
+                        "expected finite floating-point ones"
                     )
                 sums[name] = t.to(theta[name].device, compute_dtype(theta[name].dtype), copy=True)
         self.sums, self.samples, self.objective_sum = sums, samples, objective

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from mas_ext.scenarios.tasks import Tensors
 
+# Bytes that are always unpacked, and how many times its own size a file may unpack to beyond them.
+_ALWAYS_TAKEN, _MOST_PACKED = 1 << 26, 200
+
 
 def images(path: Path, pixels: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Tensors:
     """Bytes (N, H, W) or (N, H, W, C) as float32 (N, C, H, W) in [0, 1], with their labels (N,)."""
@@ -66,26 +69,33 @@ def read_idx(path: Path, dims: int) -> Tensor:
     Raises:
         ValueError: the file is anything else.
     """
+    header = 4 + 4 * dims
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            start = file.read(header)
+            if len(start) < header:
+                raise ValueError(
+                    f"{path}: got {len(start)} bytes, expected a header of {header} bytes"
+                )
+            magic, *sizes = (int(number) for number in np.frombuffer(start, dtype=">u4"))
+            if magic != 0x0800 + dims:
+                raise ValueError(
+                    f"{path}: got magic number {magic:#06x}, expected {0x0800 + dims:#06x}"
+                )
+            count = math.prod(sizes)
+            _check_size(path, count)
+            content = file.read(count + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
             f"{path}: got a damaged gzip file, expected a whole one ({error})"
         ) from error
-
-    header = 4 + 4 * dims
-    if len(content) < header:
-        raise ValueError(f"{path}: got {len(content)} bytes, expected a header of {header} bytes")
-    magic, *sizes = (int(number) for number in np.frombuffer(content[:header], dtype=">u4"))
-    if magic != 0x0800 + dims:
-        raise ValueError(f"{path}: got magic number {magic:#06x}, expected {0x0800 + dims:#06x}")
-    if math.prod(sizes) != len(content) - header:
+    if len(content) != count:
+        got = f"more than {count}" if len(content) > count else len(content)
         raise ValueError(
-            f"{path}: got {len(content) - header} bytes after the header, expected "
-            f"{' x '.join(map(str, sizes))} as it says"
+            f"{path}: got {got} bytes after the header, expected {' x '.join(map(str, sizes))} as it says"
         )
     # A bytearray, because torch warns about memory that it may not write to.
-    return torch.from_numpy(np.frombuffer(bytearray(content[header:]), np.uint8)).reshape(sizes)
+    return torch.from_numpy(np.frombuffer(bytearray(content), np.uint8)).reshape(sizes)
 
 
 def read_npz(path: Path) -> tuple[Tensors, Tensors]:
@@ -101,8 +111,11 @@ def read_npz(path: Path) -> tuple[Tensors, Tensors]:
 def _array(path: Path, content: io.BytesIO, name: str) -> npt.NDArray[Any]:
     try:
         with zipfile.ZipFile(content) as archive:
+            entry = archive.getinfo(f"{name}.npy")
+            _check_size(path, entry.file_size)
             # All of it first: that compares the checksum, so that what NumPy reads is whole.
-            whole = io.BytesIO(archive.read(f"{name}.npy"))
+            whole = io.BytesIO(archive.read(entry))
+        _check_length(whole, entry.file_size)
         array: npt.NDArray[Any] = np.load(whole, allow_pickle=False)
     except (KeyError, ValueError) as error:
         raise ValueError(
@@ -113,6 +126,23 @@ def _array(path: Path, content: io.BytesIO, name: str) -> npt.NDArray[Any]:
             f"{path}: got a damaged npz file, expected a whole one ({error})"
         ) from error
     return array
+
+
+def _check_length(whole: io.BytesIO, size: int) -> None:
+    """Raise a ValueError for an array that says it has other numbers than there are, before it takes memory."""
+    version = np.lib.format.read_magic(whole)
+    read = np.lib.format.read_array_header_1_0
+    shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(whole)
+    if math.prod(shape) * dtype.itemsize != size - whole.tell():
+        raise ValueError(f"shape {shape} of {dtype} in {size - whole.tell()} bytes")
+    whole.seek(0)
+
+
+def _check_size(path: Path, count: int) -> None:
+    """Raise a ValueError for a file that says it unpacks to far more than images do, before it takes memory."""
+    most = max(_ALWAYS_TAKEN, _MOST_PACKED * path.stat().st_size)
+    if count > most:
+        raise ValueError(f"{path}: got a size of {count} bytes, expected at most {most} unpacked")
 
 
 def _plain_or_zipped(plain: Path) -> Path:

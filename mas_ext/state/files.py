@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from mas_ext.state.replacing import replacing
 
 
 def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
@@ -38,36 +39,32 @@ def save(
     Raises:
         OSError: the file can't be written; the old one is as it was.
     """
-    path = Path(path)
     # Into new memory: a view of one element may claim to be contiguous with any stride.
     kept = {n: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for n, t in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with open(temporary, "xb") as file:
-        mode = os.fstat(file.fileno()).st_mode
-    try:
-        text = json.dumps(about or {})
-        metadata = {"mas_ext": text, "crc32": _checksum(kept, text)}
-        safetensors.torch.save_file(kept, temporary, metadata=metadata)
-        os.chmod(temporary, mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: could not be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(about or {})
+    metadata = {"mas_ext": text, "crc32": _checksum(kept, text)}
+    with replacing(path) as new:
+        try:
+            safetensors.torch.save_file(kept, new, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written ({error})") from error
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the tensors; never runs code from the file.
+
+    A file that is replaced meanwhile is the old one, or the new one.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is empty, cut off, damaged or of another kind.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: got what is no regular file, expected safetensors")
     try:
-        with safe_open(path, framework="pt") as file:
+        # By its descriptor: safetensors opens a path more than once.
+        with open(path, "rb") as opened, safe_open(_again(opened), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -77,6 +74,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if metadata["crc32"] != _checksum(tensors, metadata.get("mas_ext", "")):
         raise ValueError(f"{path}: got a damaged file, its checksum does not fit its content")
     return tensors
+
+
+def _again(file: BinaryIO) -> str:
+    """A path that opens the same file, whatever its own path leads to by now."""
+    return f"/dev/fd/{file.fileno()}"
 
 
 def encode(content: Mapping[str, Any]) -> Tensor:
@@ -90,9 +92,13 @@ def decode(
     """What `encode` was given; a ValueError that calls it `name` unless it has exactly these keys, if any."""
     if encoded is None:
         raise ValueError(f"state: got no {name!r}, expected what mas_ext saved")
+    if encoded.dtype != torch.uint8 or encoded.dim() != 1:
+        raise ValueError(
+            f"state: got a {name!r} of {encoded.dtype}, shape {tuple(encoded.shape)}, expected bytes"
+        )
     try:
-        content = json.loads(bytes(encoded.tolist()))
-    except (ValueError, TypeError) as error:
+        content = json.loads(encoded.cpu().numpy().tobytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"state: got a {name!r} that can't be read ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"state: got a {name!r} of {type(content).__name__}, expected a dict")
@@ -127,7 +133,7 @@ def pack(tree: Any) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> Any:
-    """What `pack` was given."""
+    """What `pack` was given; a ValueError for what it can't have been."""
 
     def grown(node: Any) -> Any:
         if not isinstance(node, dict):
@@ -139,4 +145,8 @@ def unpack(tensors: Mapping[str, Tensor]) -> Any:
             return {key: grown(item) for key, item in items}
         return (list if kind == "list" else tuple)(grown(item) for item in items)
 
-    return grown(decode("tree", tensors.get("tree"), ("tree",))["tree"])
+    tree = decode("tree", tensors.get("tree"), ("tree",))["tree"]
+    try:
+        return grown(tree)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"state: got a 'tree' that can't be read ({error!r})") from error

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mas_ext.failures import Diverged, Vanished
+from mas_ext.kernels.dtypes import DTYPES
 from mas_ext.kernels.flat_state import flat_view
 from mas_ext.kernels.merge import merge_
 from mas_ext.kernels.warning import warn
@@ -347,7 +348,7 @@ class Consolidation:
         for key, own in (("merge", self.rule.merge), ("store", self.rule.store)):
             if config[key] != own:
                 raise ValueError(f"state: got {key} {config[key]!r}, expected {own!r}")
-        lam, entries = _numbers(config)
+        lam, entries = _checked(config)
         expected = {f"{kind}.{name}" for kind in ParameterState._fields for name in config["names"]}
         for key in sorted(expected ^ (set(found) - {"config"})):
             got, wanted = ("no", "one") if key in expected else ("a", "none")
@@ -360,9 +361,16 @@ class Consolidation:
         for name, p in parts.items():
             if name not in theta and name not in config["absent"]:
                 raise KeyError(f"state: got {name!r}, which the model has no parameter for")
-            shape = (rows, *theta[name].shape) if name in theta else tuple(p.omega.shape)
+            shape = (rows, *(theta[name].shape if name in theta else p.omega.shape[1:]))
             _check_part(name, p, shape)
         memory = self._fitted(entries, parts, theta)
+        for group in memory.groups:
+            for i, name in enumerate(group.names):
+                if not all(t.isfinite().all() for t in group.part(i)):
+                    raise Diverged(
+                        f"state of {name!r}: got values that overflow beside {group.layout[i][0]}, expected "
+                        "smaller ones"
+                    )
         self._factors(lam, memory)
         self.lam = lam
         self._take_over(memory)
@@ -394,30 +402,50 @@ def check_format(found: Mapping[str, Tensor]) -> None:
         raise ValueError(f"state: got format {got!r}, expected {FORMAT}{hint}")
 
 
-def _numbers(config: Mapping[str, Any]) -> tuple[float, list[TaskEntry]]:
-    """lam and the entries of a loaded state, checked."""
+def _checked(config: Mapping[str, Any]) -> tuple[float, list[TaskEntry]]:
+    """lam and the entries of a loaded configuration, after a check of all that it says."""
+    names, absent, entries = (config[key] for key in ("names", "absent", "entries"))
+    if not _are_names(names) or not _are_names(absent) or not set(absent) <= set(names):
+        raise ValueError("state: got a 'config' with wrong names or absent, expected names")
+    pairs = isinstance(entries, list) and all(
+        isinstance(entry, list) and len(entry) == 2 for entry in entries
+    )
+    if not pairs or (names and not entries):
+        raise ValueError(
+            "state: got a 'config' with wrong entries, expected [total, weight] of each"
+        )
+    lowest = -math.inf if config["merge"] == "latest" else 0.0
     try:
-        lam = check_factor(config["lam"], "lam")
-        entries = [
-            TaskEntry(float(total), check_factor(weight, "weight"))
-            for total, weight in config["entries"]
+        lam = _plain_number(config["lam"], "lam")
+        found = [
+            TaskEntry(_plain_number(total, "total", lowest), _plain_number(weight, "weight"))
+            for total, weight in entries
         ]
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(
             f"state: got a 'config' with wrong lam or entries ({error}), expected numbers"
         ) from error
-    for total, _ in entries:
-        lowest = float("-inf") if config["merge"] == "latest" else 0.0
-        finite = math.isfinite(total) and total >= lowest
-        if not finite or (total == 0 and config["merge"] == "consistent"):
-            raise ValueError(f"state: got a 'config' with total {total}, expected finite and > 0")
-    return lam, entries
+    if config["merge"] == "consistent" and any(total == 0 for total, _ in found):
+        raise ValueError("state: got a 'config' with total 0.0, expected finite and > 0")
+    return lam, found
+
+
+def _are_names(names: Any) -> bool:
+    strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return strings and len(set(names)) == len(names)
+
+
+def _plain_number(x: Any, name: str, lowest: float = 0.0) -> float:
+    """A number of a loaded configuration; a ValueError unless it is finite and at least `lowest`."""
+    if type(x) not in (int, float):
+        raise ValueError(f"{name}: got {x!r}, expected a number")
+    return check_factor(abs(x) if lowest < 0 else x, name) * (-1 if x < 0 else 1)
 
 
 def _check_part(name: str, p: ParameterState, shape: tuple[int, ...]) -> None:
     for kind, t in p._asdict().items():
         expected = () if kind == "remainder" else shape
-        if tuple(t.shape) != expected or not t.is_floating_point():
+        if tuple(t.shape) != expected or t.dtype not in DTYPES:
             raise ValueError(
                 f"state, {kind} of {name!r}: got {t.dtype} of shape {tuple(t.shape)}, expected "
                 f"floating point of shape {expected}"

@@ -353,11 +353,14 @@ class Learning:
             got, own = (tuple(t[name].shape) if name in t else None for t in models)
             if got != own and not name.startswith("heads."):
                 raise ValueError(f"checkpoint: got {name!r} of shape {got}, expected {own}")
+        best, shapes = state["best_model"], {n: t.shape for n, t in state["model"].items()}
+        if {n: t.shape for n, t in best.items()} not in ({}, shapes):
+            raise ValueError("checkpoint: got a best_model that is not the model's, expected one")
         self._add_heads(state["heads"])
         self.model.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"], self.model)
         self.at, self.found = Position(**state["at"]), Result(**state["found"])
-        self._best_model = state["best_model"]
+        self._best_model = best
         self._loss_sum.copy_(state["loss_sum"])
         if self.inside:
             self.begin_task(resumed=True)

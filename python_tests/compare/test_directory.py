@@ -76,14 +76,6 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path) -> None:
-    left, other = tmp_path / (".result.json." + 4 * "01234abf"), tmp_path / ".keep"
-    left.touch()
-    other.touch()
-    files.clear(tmp_path)
-    assert list(tmp_path.iterdir()) == [other]
-
-
 def test_matrix(tmp_path: Path) -> None:
     path = tmp_path / "accuracy.csv"
     matrix = torch.tensor([[1 / 3, math.nan], [0.1, 1.0]], dtype=torch.float64)
@@ -112,7 +104,7 @@ def test_begin(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run' is another run: seeds was 2 and is 1"):
         directory.check(Config(), resume=True)
 
-    (out / (".table.md." + 4 * "01234abf")).touch()
+    (out / ".mas_ext.01234abf").mkdir()
     directory.begin(config)
     assert {path.name for path in out.iterdir()} == {"config.toml", "environment.json"}
     first, second = json.loads((out / "environment.json").read_text())

@@ -10,11 +10,12 @@ import pytest
 from compare.test_results import WHY, make
 
 from mas_ext.cli import main
-from mas_ext.compare.directory import write, write_json
+from mas_ext.compare.directory import write_json
 from mas_ext.compare.options import Config
 from mas_ext.compare.report import report
 from mas_ext.compare.results import Findings
 from mas_ext.compare.tables import results
+from mas_ext.state.replacing import write
 
 
 class Page(HTMLParser):

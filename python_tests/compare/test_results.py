@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from mas_ext.compare.directory import write, write_json
+from mas_ext.compare.directory import write_json
 from mas_ext.compare.options import Config
 from mas_ext.compare.results import Findings, importance_by_layer, over_seeds, shares
 from mas_ext.state import files as checkpoint
+from mas_ext.state.replacing import write
 
 # accuracy[t, k] by method and seed, None where nothing was measured. mas diverged with seed 1 in task 1 and
 # is on its way with seed 2; joint has not begun with seed 1.

@@ -9,7 +9,8 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -502,6 +503,96 @@ def test_a_model_with_other_parameters_is_refused_by_name(
         penalty.consolidate()
     penalty.save(tmp_path / "file")
     assert named in refused(tmp_path / "file", make()).replace("'bias'", "'bias' of weight")
+
+
+STRANGE: list[Any] = [
+    *(None, True, -1, 0, 2, 1.5, NAN, INF, 10**400, 2**63, "x", "", "nn", "uint8", "complex64"),
+    *([], [1], ["x"], [None], {}, {"a": 1}, [[1, 2, 3]], [[]], [[1, "x"]], "\ud800"),
+]
+RAW = [b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe", b"1" * 5000, b'"x"', b"null", b"{}"]
+
+
+def places(node: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something stands in JSON, the whole included."""
+    yield place
+    for key in (
+        node if isinstance(node, dict) else range(len(node) if isinstance(node, list) else 0)
+    ):
+        yield from places(node[key], (*place, key))
+
+
+def put(content: Any, place: tuple[Any, ...], value: Any) -> Any:
+    if not place:
+        return value
+    content = json.loads(json.dumps(content))
+    inner = content
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    return content
+
+
+def loaded_or_refused(tensors: Tensors, path: Path, model: nn.Module) -> None:
+    """With a checksum that fits: a penalty that gives a number, or one of the errors that are promised."""
+    checkpoint.save(tensors, path)
+    with suppress(ValueError, KeyError):
+        assert not FusedMASPenalty.load(path, model)().isnan()
+
+
+@pytest.mark.parametrize("options", [{}, {"store": "per_task"}, {"omega_dtype": torch.uint8}])
+@pytest.mark.parametrize("key", ["config", "settings"])
+def test_any_value_anywhere_in_what_a_file_says_is_refused_or_right(
+    key: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model, path = nn.Linear(3, 2), tmp_path / "file"
+    held(model, **options).save(path)
+    whole = checkpoint.load(path)
+    content = json.loads(bytes(whole[key].tolist()))
+    wrong = [json.dumps(put(content, p, v)).encode() for p in places(content) for v in STRANGE]
+    for text in [*wrong, *RAW]:
+        coded = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        loaded_or_refused({**whole, key: coded}, path, model)
+    for strange in (whole[key].float(), whole[key][None], whole[key] != 0, torch.tensor(7)):
+        loaded_or_refused({**whole, key: strange}, path, model)
+
+
+@pytest.mark.parametrize("options", [{}, {"store": "per_task"}, {"omega_dtype": torch.uint8}])
+def test_any_tensor_of_a_file_that_is_another_is_refused_or_right(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    model, path = nn.Linear(3, 2), tmp_path / "file"
+    held(model, **options).save(path)
+    whole = checkpoint.load(path)
+    kinds = [
+        torch.complex64,
+        torch.bool,
+        torch.int32,
+        torch.uint8,
+        torch.float16,
+        torch.float8_e4m3fn,
+    ]
+    for name in whole.keys() - {"config", "settings"}:
+        t = whole[name]
+        others = [t.to(dtype) for dtype in kinds]
+        others += [
+            t.reshape(-1),
+            t[None],
+            torch.zeros(0),
+            torch.zeros(1, 1, 1, 1),
+            t.double() * NAN,
+        ]
+        others += [torch.full_like(t, -1), t.double() + 1e300, t.double() - 1e300]
+        for other in others:
+            loaded_or_refused({**whole, name: other}, path, model)
+        loaded_or_refused({n: t for n, t in whole.items() if n != name}, path, model)
+        loaded_or_refused({**whole, f"{name}.more": t}, path, model)
+
+
+@pytest.mark.parametrize("text", [*RAW, b'{"tree": {"tensor": []}}', b'{"tree": {"a": 1, "b": 2}}'])
+def test_a_tree_that_is_none_is_refused(text: bytes) -> None:
+    coded = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="state: got a 'tree'"):
+        checkpoint.unpack({"tree": coded})
 
 
 def test_a_tree_of_any_kind_comes_back_from_a_file(tmp_path: Path) -> None:
