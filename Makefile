@@ -25,10 +25,11 @@ tests: emulated
 	  $(BIN)/pytest -n auto -m "not cuda" python_tests/kernels/test_kernels.py python_tests/kernels/test_per_sample.py
 	OMP_NUM_THREADS=1 MAS_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest -n auto --dist loadfile
 
-# The adapters, against the libraries that they are for.
+# With 40 times as many sequences and kills.
 long: .venv/dev.stamp
 	OMP_NUM_THREADS=1 MAS_EXT_TIMES=40 $(BIN)/pytest -n auto --dist loadfile python_tests/state python_tests/compare
 
+# The adapters, against the libraries that they are for.
 test-integrations: .venv-integrations/stamp
 	OMP_NUM_THREADS=1 MAS_EXT_REQUIRE_NATIVE=1 .venv-integrations/bin/python -m pytest python_tests/integrations
 

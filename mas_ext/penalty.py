@@ -5,10 +5,11 @@ The only place with the convention of lambda: penalty = lam * sum W (theta - A)^
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,17 @@ from mas_ext.state.quadratic import FORMAT, Consolidation, check_format
 
 if TYPE_CHECKING:  # torch may be built without it
     from torch.distributed import ProcessGroup
+
+
+class _Held(NamedTuple):
+    """All that a penalty holds, replaced as one, so that an interruption leaves the old one whole.
+
+    followed: new names by old ones, of parameters that were followed.
+    """
+
+    state: Consolidation
+    pending: ImportanceSum
+    followed: dict[str, str]
 
 
 class FusedMASPenalty(nn.Module):
@@ -106,20 +118,19 @@ class FusedMASPenalty(nn.Module):
                 raise ValueError(
                     f"exclude: got {tuple(exclude)}, expected {importance.exclude} as in importance"
                 )
-            self._pending = importance.empty()
+            pending = importance.empty()
         elif importance in ESTIMATORS:
-            self._pending = ImportanceSum(importance, objective, forward, exclude, backend=backend)
+            pending = ImportanceSum(importance, objective, forward, exclude, backend=backend)
         else:
             raise ValueError(f"importance: got {importance!r}, expected one of {tuple(ESTIMATORS)}")
         rule = MergeRule(merge, store, alpha_sum, gamma, omega_dtype, backend, state_device)
-        self._state = Consolidation(rule, check_factor(lam, "lam"))
+        self._held = _Held(Consolidation(rule, lam), pending, {})
         self._tracked = TrackedModel(model, exclude)
         if omega_dtype == torch.uint8 and self._tracked.sharding is not None:
             raise ValueError(
                 "omega_dtype: got uint8 for a model sharded by fully_shard, expected a floating-point dtype: "
                 "each rank's part would have a range of its own"
             )
-        self._followed: dict[str, str] = {}
         self._ranks = Ranks(process_group)
         # What is wrong with it shows here, not at the end of a task.
         self._ranks.group(model)
@@ -272,8 +283,7 @@ class FusedMASPenalty(nn.Module):
     def bound(self) -> list[tuple[Group, list[Tensor]]]:
         """The state's groups with their parameters as they are now; the state follows what has changed."""
         memory = self._state.memory
-        back = self._tracked.are_back(memory.absent)
-        found = None if back else self._tracked.find(memory.groups)
+        found = None if memory.absent and self._are_back() else self._tracked.find(memory.groups)
         if found is None:
             self._fit()
             found = self._tracked.find(self._state.memory.groups)
@@ -283,40 +293,67 @@ class FusedMASPenalty(nn.Module):
 
     # Unlike torch.compiler.disable, this does not import the compiler with the package.
     @_disable_dynamo
+    def _are_back(self) -> bool:
+        """Whether the model has a parameter again that it lacked, under any name."""
+        view = ModelView(self.model, self.exclude)
+        return not self._state.memory.absent.keys().isdisjoint(view.places) or bool(
+            self._moves(view)[0]
+        )
+
+    @_disable_dynamo
     def _fit(self) -> None:
         """Have the state follow parameters that were moved, cast, widened, renamed, removed or brought back."""
         view = self._tracked.view(self._state.memory.names)
         self._follow(view)
         memory = self._state.memory
         self._tracked.bind(memory.groups, view)
-        if self._tracked.find(memory.groups) is None or not memory.absent.keys().isdisjoint(
-            view.places
-        ):
-            self._state.fit(self._tracked.own_parameters(view))
-            self._tracked.bind(self._state.memory.groups, view)
+        back = not memory.absent.keys().isdisjoint(view.places)
+        if back or self._tracked.find(memory.groups) is None:
+            state = copy.copy(self._state)
+            state.fit(self._tracked.own_parameters(view))
+            self._held = self._held._replace(state=state)
+            self._tracked.bind(state.memory.groups, view)
+
+    def _moves(self, view: ModelView) -> tuple[dict[str, str], dict[str, str]]:
+        """New names of parameters whose old ones are gone: those to follow, and those that are not free."""
+        known = self._state.memory.names | self._pending.sums.keys()
+        found = self._tracked.moved(known, view)
+        free = {old: new for old, new in found.items() if new in view.places and new not in known}
+        return free, {old: new for old, new in found.items() if old not in free}
 
     def _follow(self, view: ModelView) -> None:
-        """Have what is known follow parameters that are under other names now."""
-        known = self._state.memory.names
-        found = self._tracked.moved({*known, *self._pending.sums}, view)
-        moved = {old: new for old, new in found.items() if new in view.places}
-        for old, new in found.items():
-            if old not in moved:
-                lost = "which is excluded, so that nothing holds it"
-            elif new in known and new not in moved:
-                lost = "so that what was remembered under that name is dropped"
-            else:
-                continue
-            warn(f"parameter {old!r}: its name is now {new!r}, {lost}", RuntimeWarning)
-        if found:
-            self._tracked.remember(view)
+        """Have what is known follow parameters whose names are gone, each to its new name if that is free."""
+        moved, lost = self._moves(view)
+        for old, new in lost.items():
+            why = "which is known itself" if new in view.places else "which is excluded"
+            warn(
+                f"parameter {old!r}: its name is now {new!r}, {why}, so that nothing holds what was "
+                f"remembered of {old!r}",
+                RuntimeWarning,
+            )
         if moved:
-            self._state.move(moved)
-            sums = self._pending.sums
-            for name in set(moved.values()) - set(moved):
-                sums.pop(name, None)
-            self._pending.sums = {moved.get(name, name): t for name, t in sums.items()}
-            self._followed |= moved
+            told = ", ".join(f"{old!r} is {new!r}" for old, new in [*moved.items()][:4])
+            warn(
+                f"parameters under other names: {told}{', ...' if len(moved) > 4 else ''}; what is "
+                "remembered of them goes with them",
+                RuntimeWarning,
+            )
+            state = copy.copy(self._state)
+            state.move(moved)
+            self._held = _Held(state, self._renamed(moved), {**self._held.followed, **moved})
+
+    def _renamed(self, names: Mapping[str, str]) -> ImportanceSum:
+        """What was observed, under other names."""
+        sums = {names.get(name, name): t for name, t in self._pending.sums.items()}
+        return self._pending.with_totals(self._pending.totals._replace(sums=sums))
+
+    @property
+    def _state(self) -> Consolidation:
+        return self._held.state
+
+    @property
+    def _pending(self) -> ImportanceSum:
+        return self._held.pending
 
     # -- tasks -------------------------------------------------------------------------------------
 
@@ -362,8 +399,7 @@ class FusedMASPenalty(nn.Module):
                 return {name: whole_tensor(t) for name, t in importance.items()}
             return self._mean(view, lambda: collect(view))
 
-        self._add(lambda view: self._merged(find(view)), weight, move_anchor=True)
-        self._pending = self._pending.empty()
+        self._add(lambda view: self._merged(find(view)), weight, ends_task=True)
 
     def _merged(self, importance: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What consolidate merges of a task's importance: all of it."""
@@ -415,7 +451,7 @@ class FusedMASPenalty(nn.Module):
         def find(view: ModelView) -> Mapping[str, Tensor]:
             return self._mean(view, lambda: self._gathered(view, batches))
 
-        self._add(find, weight, move_anchor=False)
+        self._add(find, weight, ends_task=False)
 
     def set_weight(self, t: int, w: float) -> None:
         """Change the weight of entry t; store "per_task" only."""
@@ -423,19 +459,29 @@ class FusedMASPenalty(nn.Module):
 
     def drop(self, t: int) -> None:
         """Forget entry t; store "per_task" only."""
-        self._state.drop(self._task(t))
-        self._fit()
+        state = copy.copy(self._state)
+        state.drop(self._task(t))
+        self._refit(state, self._pending)
 
     def rename(self, old: str, new: str) -> None:
         """Let what was consolidated of parameter `old` count for parameter `new` from now on.
 
         A parameter that is itself under another name is followed without it, as when its layer is wrapped.
         """
-        if old not in self._state.memory.names and self._followed.get(old) == new:
+        if old not in self._state.memory.names and self._held.followed.get(old) == new:
             return
-        self._state.rename(old, new)
-        self._tracked.rename(old, new)
-        self._fit()
+        state = copy.copy(self._state)
+        state.rename(old, new)
+        if self._tracked.sharding is not None:
+            self._tracked.sharding.rename(old, new)
+        self._refit(state, self._renamed({} if new in self._pending.sums else {old: new}))
+
+    def _refit(self, state: Consolidation, pending: ImportanceSum) -> None:
+        """Hold a changed state from now on, once it fits the parameters that are there."""
+        view = self._tracked.view(state.memory.names)
+        state.fit(self._tracked.own_parameters(view))
+        self._held = self._held._replace(state=state, pending=pending)
+        self._tracked.bind(state.memory.groups, view)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -575,7 +621,7 @@ class FusedMASPenalty(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         self._follow(optimizer_view(self.model, self.exclude))
-        if self._tracked.are_back(self._state.memory.absent):
+        if self._state.memory.absent and self._are_back():
             self._fit()
         found = {**self._state.tensors(), **self._pending.tensors()}
         if self._tracked.sharding is not None:
@@ -612,9 +658,10 @@ class FusedMASPenalty(nn.Module):
         pending = self._pending.empty()
         observed = {key: t for key, t in found.items() if key.startswith("pending")}
         pending.load_tensors(observed, theta)
-        self._state.load_tensors({k: t for k, t in found.items() if k not in observed}, theta)
-        self._pending = pending
-        self._tracked.bind(self._state.memory.groups, view)
+        state = copy.copy(self._state)
+        state.load_tensors({k: t for k, t in found.items() if k not in observed}, theta)
+        self._held = _Held(state, pending, {})
+        self._tracked.bind(state.memory.groups, view)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -657,14 +704,17 @@ class FusedMASPenalty(nn.Module):
         return total.mean() if total.sums is self._pending.sums else total.into_mean()
 
     def _add(
-        self, find: Callable[[ModelView], Mapping[str, Tensor]], weight: float, move_anchor: bool
+        self, find: Callable[[ModelView], Mapping[str, Tensor]], weight: float, ends_task: bool
     ) -> None:
         """Merge the importance that is found while every rank has the whole model."""
         with self._tracked.whole(self._state.memory.names) as view:
             self._follow(view)
             omega, sharding = find(view), self._tracked.sharding
-            self._state.add_task(view.parameters(), omega, weight, move_anchor, sharding)
-        self._tracked.bind(self._state.memory.groups, view)
+            state = copy.copy(self._state)
+            state.add_task(view.parameters(), omega, weight, ends_task, sharding)
+        pending = self._pending.empty() if ends_task else self._pending
+        self._held = self._held._replace(state=state, pending=pending)
+        self._tracked.bind(state.memory.groups, view)
 
     def _quadratic(self) -> dict[str, tuple[Tensor, Tensor]]:
         self.bound()
@@ -673,9 +723,9 @@ class FusedMASPenalty(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedMASPenalty:
         """.to(), .cuda(), .half(): the state follows the parameters' devices and keeps its dtypes."""
-        self._pending.sums = {
-            name: t.to(fn(t.new_empty(0)).device) for name, t in self._pending.sums.items()
-        }
+        totals = self._pending.totals
+        moved = {name: t.to(fn(t.new_empty(0)).device) for name, t in totals.sums.items()}
+        self._pending.totals = totals._replace(sums=moved)
         return self
 
 

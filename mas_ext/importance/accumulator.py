@@ -53,8 +53,8 @@ ESTIMATORS: dict[str, Callable[[Backend], Estimator]] = {
 class ImportanceSum:
     """Importance gathered batch by batch: sums over samples, and how many there were.
 
-    `sums` maps names to tensors like the parameters, float64 for float64 parameters, else float32.
-    `objective_sum` is the sum of |objective| over the samples.
+    `sums` maps names to tensors like the parameters, float64 for float64 parameters, else float32. `totals`,
+    which has all three, is replaced as one, so that an interruption leaves the old ones whole.
 
     Args:
         method: "exact", "batch" or "local", see estimate_importance.
@@ -94,9 +94,22 @@ class ImportanceSum:
             objectives.values, objective=objective, max_outputs=max_outputs
         )
         self._labels, self._mode, self._habits = labels, mode, Habits()
-        self.sums: dict[str, Tensor] = {}
-        self.samples = 0
-        self.objective_sum = 0.0
+        self.totals = SampleSums({}, 0, 0.0)
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Importance by name, summed over the samples."""
+        return self.totals.sums
+
+    @property
+    def samples(self) -> int:
+        """How many there were."""
+        return self.totals.samples
+
+    @property
+    def objective_sum(self) -> float:
+        """The sum of the absolute values of the objective."""
+        return self.totals.objective_sum
 
     def empty(self) -> ImportanceSum:
         """A new sum of nothing, with the same settings, and with what was found out about the model."""
@@ -105,18 +118,13 @@ class ImportanceSum:
     def with_totals(self, totals: SampleSums) -> ImportanceSum:
         """A sum with the same settings that has come to these totals."""
         other = copy.copy(self)
-        other.sums, other.samples, other.objective_sum = totals
+        other.totals = totals
         return other
 
     def uninterrupted(self) -> AbstractContextManager[None]:
         """While it lasts, nothing but the batch changes from add to add."""
         estimator = self._estimator
         return estimator.uninterrupted() if isinstance(estimator, Exact) else nullcontext()
-
-    @property
-    def totals(self) -> SampleSums:
-        """What the sum has come to."""
-        return SampleSums(self.sums, self.samples, self.objective_sum)
 
     def add(self, model: nn.Module | ModelView, batch: Any) -> None:
         """Add a batch: every sample counts the same, whatever the size of its batch.
@@ -137,7 +145,7 @@ class ImportanceSum:
         batch = batch_of.told(batch)
         samples = batch_of.size(batch)
         if samples == 0 or not theta:
-            self.samples += samples
+            self.totals = self.totals._replace(samples=self.samples + samples)
             return
         device = next(iter(theta.values())).device
         given = Labelled(batch_of.to(batch, device))
@@ -162,12 +170,12 @@ class ImportanceSum:
                 f"{what} from a batch with objective {added}, expected finite ones; where training "
                 'diverged, a smaller lam or attach(optimizer, mode="proximal") helps'
             )
-        # Nothing below can fail: no error leaves half a batch in the sums.
-        known = {name: t for name, t in found.items() if name in self.sums}
-        accumulate(self.sums, known, Summation(self.backend))
-        self.sums = {**found, **self.sums}
-        self.samples += len(objective)
-        self.objective_sum += added
+        # Into the batch's own memory: an interruption leaves the sums as they were.
+        known = {name: t for name, t in self.sums.items() if name in found}
+        accumulate(found, known, Summation(self.backend))
+        self.totals = SampleSums(
+            {**self.sums, **found}, self.samples + len(objective), self.objective_sum + added
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums and counts as named tensors."""
@@ -206,7 +214,7 @@ class ImportanceSum:
                         "expected finite floating-point ones"
                     )
                 sums[name] = t.to(theta[name].device, compute_dtype(theta[name].dtype), copy=True)
-        self.sums, self.samples, self.objective_sum = sums, samples, objective
+        self.totals = SampleSums(sums, samples, objective)
 
     def refuse_rounding_noise(self, theta: Mapping[str, Tensor]) -> None:
         """Raise Vanished for importance at the level of rounding, as of an output of constant norm.
@@ -241,7 +249,7 @@ class ImportanceSum:
         """The mean, in the memory of the sums, which are empty afterwards."""
         self._refuse_empty()
         omega, samples = self.sums, self.samples
-        self.sums, self.samples, self.objective_sum = {}, 0, 0.0
+        self.totals = SampleSums({}, 0, 0.0)
         for total in omega.values():
             total /= samples
         return omega

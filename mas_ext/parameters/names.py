@@ -52,17 +52,6 @@ def _is_hidden(module: nn.Module, key: str) -> bool:
     return key in _WRAPPERS or (key == "module" and isinstance(module, PARALLEL))
 
 
-def has_parameter(module: nn.Module, name: str) -> bool:
-    """Whether a module has a parameter of this name, found without a walk over all of them."""
-    if name in module._parameters and module._parameters[name] is not None:
-        return True
-    for key, child in module._modules.items():
-        inner = name if _is_hidden(module, key) else name.removeprefix(f"{key}.")
-        if child is not None and (inner != name or _is_hidden(module, key)):
-            return has_parameter(child, inner)
-    return False
-
-
 class ModelView:
     """A model and the places of its parameters by name: one walk, handed down for the length of a call.
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -14,11 +13,13 @@ from torch import Tensor, nn
 
 from mas_ext.kernels import backends
 from mas_ext.parameters.fsdp import ShardedBinding, Sharding, local_parts, optimizer_view, whole
-from mas_ext.parameters.names import Binding, Layout, ModelView, has_parameter, layouts
+from mas_ext.parameters.names import Binding, Layout, ModelView, layouts
 
 
 class ParameterGroup(Protocol):
-    """Parameters by name, and their layouts when the group was made."""
+    """Parameters by name, their layouts when the group was made, and where they were found."""
+
+    binding: Binding | None
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -49,7 +50,6 @@ class TrackedModel:
     def __init__(self, model: nn.Module, exclude: Sequence[str]) -> None:
         self._model, self._exclude = model, tuple(exclude)
         self._memo: dict[int, Any] | None = None
-        self._bindings: list[Binding] = []
         # Parameters by the name that each was last seen under.
         self._seen: dict[str, weakref.ref[Tensor]] = {}
         self.sharding = Sharding.of(model, optimizer_view(model, exclude).parameters())
@@ -61,24 +61,25 @@ class TrackedModel:
             memo, self._memo = self._memo, None
             self._model = memo.get(id(self._model), self._model)
             seen = {name: found() for name, found in self._seen.items()}
-            self._remember({name: memo.get(id(p), p) for name, p in seen.items() if p is not None})
+            self._seen = {
+                n: weakref.ref(memo.get(id(p), p)) for n, p in seen.items() if p is not None
+            }
         return self._model
-
-    def _remember(self, parameters: Mapping[str, Tensor]) -> None:
-        self._seen |= {name: weakref.ref(p) for name, p in parameters.items()}
 
     def remember(self, view: ModelView) -> None:
         """Know the parameters of a view again under other names, and those that are gone if they come back."""
-        self._seen = {
-            name: seen for name, seen in self._seen.items() if view.name_of(seen()) is None
+        gone = {
+            n: seen for n, seen in self._seen.items() if view.name_of(seen()) not in view.places
         }
-        self._remember(view.found)
+        self._seen = gone | {name: weakref.ref(p) for name, (p, *_) in view.places.items()}
 
     def moved(self, known: Collection[str], view: ModelView) -> dict[str, str]:
-        """The present names of known parameters that are under other ones than before, also excluded ones."""
-        before = {name: seen() for name, seen in self._seen.items() if name in known}
+        """The present names, also excluded ones, of parameters whose known names the view lacks."""
+        before = {
+            n: seen() for n, seen in self._seen.items() if n in known and n not in view.places
+        }
         found = ((name, view.name_of(p)) for name, p in before.items())
-        return {name: now for name, now in found if now is not None and now != name}
+        return {name: now for name, now in found if now is not None}
 
     def view(self, consolidated: Collection[str]) -> ModelView:
         """The parameters as the optimizer knows them, after taking over how they are sharded now.
@@ -119,29 +120,24 @@ class TrackedModel:
         """The tensor like a parameter, from this rank's part of it."""
         return own if self.sharding is None else self.sharding.join(name, own)
 
-    def rename(self, old: str, new: str) -> None:
-        """Let what is known of one parameter hold for another."""
-        for name in (old, new):
-            self._seen.pop(name, None)
-        self._bindings = []
-        if self.sharding is not None:
-            self.sharding.rename(old, new)
-
     def bind(self, groups: Sequence[ParameterGroup], view: ModelView) -> None:
         """Have `find` look these groups' parameters up where they hang in the view."""
         binding = Binding if self.sharding is None else ShardedBinding
-        self._bindings = [binding(view, group.names) for group in groups]
+        for group in groups:
+            group.binding = binding(view, group.names)
         self.remember(view)
 
     def find(self, groups: Sequence[G]) -> list[tuple[G, list[Tensor]]] | None:
         """The groups with their parameters as they are now; None where these or their layouts are others."""
-        if len(self._bindings) != len(groups):  # of a copy
+        if any([group.binding is None for group in groups]):  # noqa: C419 (of a copy)
             view = optimizer_view(self.model, self._exclude)
             if self.moved([name for group in groups for name in group.names], view):
                 return None
             self.bind(groups, view)
         found = []
-        for group, binding in zip(groups, self._bindings, strict=True):
+        for group in groups:
+            binding = group.binding
+            assert binding is not None
             theta = binding.parameters()
             same = all([p is q for p, q in zip(theta, binding.bound, strict=True)])  # noqa: C419
             if not same or not binding.intact():
@@ -156,25 +152,16 @@ class TrackedModel:
             found.append((group, theta))
         return found
 
-    def are_back(self, absent: Collection[str]) -> bool:
-        """Whether the model has one of these parameters again, and does not exclude it."""
-        return any(
-            has_parameter(self.model, name)
-            and not any(fnmatchcase(name, pattern) for pattern in self._exclude)
-            for name in absent
-        )
-
     def __getstate__(self) -> dict[str, Any]:
         model = self.model  # what is seen is the copy's from here on
         own = {id(p) for p in model.parameters()}
         seen = {name: found() for name, found in self._seen.items()}
         kept = {name: p for name, p in seen.items() if id(p) in own}
-        return {**self.__dict__, "_memo": None, "_bindings": [], "_seen": kept}
+        return {**self.__dict__, "_memo": None, "_seen": kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        seen = state.pop("_seen", {})  # older pickles have none
-        self.__dict__.update(state, _seen={})
-        self._remember(seen)
+        seen = {name: weakref.ref(p) for name, p in state.pop("_seen").items()}
+        self.__dict__.update(state, _seen=seen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrackedModel:
         copied = copy.copy(self)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from mas_ext.failures import Diverged
 from mas_ext.kernels import backends
 from mas_ext.kernels.dtypes import LARGEST_CODED, compute_dtype, from_codes, to_codes
 from mas_ext.kernels.flat_state import State, flat_view
-from mas_ext.parameters.names import Layout, check_supported, layouts
+from mas_ext.parameters.names import Binding, Layout, check_supported, layouts
 from mas_ext.state.merge_rules import MergeRule, TaskEntry
 
 # Every tensor's part of the flat state starts at a multiple of this many elements: 16-byte loads.
@@ -45,6 +45,7 @@ class Group:
     names, layout: the parameters, and their dtypes, devices, shapes and strides.
     state: omega and anchor on the parameters' device, or on the CPU if `offloaded`.
     remainders: each parameter's share of r, float64 of shape (parameters,).
+    binding: where the parameters were found in the model, which a copy may have another one of.
     """
 
     names: list[str]
@@ -53,6 +54,10 @@ class Group:
     remainders: Tensor
     offloaded: bool
     unit: float = 1.0
+    binding: Binding | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "binding": None}
 
     def part(self, index: int) -> ParameterState:
         """The state of one parameter, as views but for what is decoded."""
@@ -93,6 +98,7 @@ class Memory(NamedTuple):
     `absent` holds the state of parameters that the model lacks at the moment.
     """
 
+    lam: float
     entries: list[TaskEntry]
     groups: list[Group]
     absent: dict[str, ParameterState]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,15 +29,19 @@ from mas_ext.state.merge_rules import MergeRule, TaskEntry, check_factor
 FORMAT = 1
 
 
-@dataclass
 class Consolidation:
     """What is known of the tasks, and the rule by which it changes; a change is made whole or not at all."""
 
-    rule: MergeRule
-    lam: float
-    memory: Memory = field(default_factory=lambda: Memory([], [], {}))
+    def __init__(self, rule: MergeRule, lam: float) -> None:
+        self.rule = rule
+        self.memory = Memory(check_factor(lam, "lam"), [], [], {})
 
     # -- reading -----------------------------------------------------------------------------------
+
+    @property
+    def lam(self) -> float:
+        """The strength."""
+        return self.memory.lam
 
     @property
     def scale(self) -> float:
@@ -71,10 +74,7 @@ class Consolidation:
 
     def set_lam(self, lam: float) -> None:
         """Change the strength, in place where captured graphs read it."""
-        lam = check_factor(lam, "lam")
-        self._factors(lam, self.memory)
-        self.lam = lam
-        self._take_over(self.memory)
+        self._take_over(self.memory._replace(lam=check_factor(lam, "lam")))
 
     def set_weight(self, task: int, weight: float) -> None:
         """Change one task's weight, in place where captured graphs read alpha."""
@@ -84,7 +84,7 @@ class Consolidation:
 
     def fit(self, theta: Mapping[str, Tensor]) -> None:
         """Follow parameters that were moved, cast, widened, removed or brought back."""
-        self._take_over(self._fitted(self.memory.entries, self.memory.parts(), theta))
+        self._take_over(self._fitted(self.memory, theta))
 
     def add_task(
         self,
@@ -148,7 +148,7 @@ class Consolidation:
             self._write_row(groups, known, importance, len(entries) - 1)
         for group in groups:
             _finish(group, sharding)
-        self._take_over(Memory(entries, groups, {}))
+        self._take_over(Memory(self.lam, entries, groups, {}))
 
     def drop(self, task: int) -> None:
         """Forget one task; store "per_task" only."""
@@ -159,7 +159,7 @@ class Consolidation:
             for name, p in self.memory.parts().items()
             if kept
         }
-        self.memory = Memory(entries, [], parts)
+        self.memory = Memory(self.lam, entries, [], parts)
 
     def rename(self, old: str, new: str) -> None:
         """Give the state of one parameter to another name."""
@@ -171,12 +171,9 @@ class Consolidation:
         self.move({old: new})
 
     def move(self, names: Mapping[str, str]) -> None:
-        """Give the state of parameters to other names, all at once; what was known under those is dropped."""
-        kept = self.memory.parts()
-        for new in set(names.values()) - set(names):
-            kept.pop(new, None)
-        moved = {names.get(name, name): p for name, p in kept.items()}
-        self.memory = Memory(self.memory.entries, [], moved)
+        """Give the state of parameters to other names, of which none has one, all at once."""
+        moved = {names.get(name, name): p for name, p in self.memory.parts().items()}
+        self.memory = self.memory._replace(groups=[], absent=moved)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -291,36 +288,35 @@ class Consolidation:
             )
             group.remainders += added.to(group.remainders.device) * group.unit
 
-    def _fitted(
-        self,
-        entries: list[TaskEntry],
-        parts: Mapping[str, ParameterState],
-        theta: Mapping[str, Tensor],
-    ) -> Memory:
-        """The parts in new groups for these parameters; those of absent ones are set aside."""
+    def _fitted(self, memory: Memory, theta: Mapping[str, Tensor]) -> Memory:
+        """A memory in new groups for these parameters; the parts of absent ones are set aside."""
+        parts, rows = memory.parts(), self._rows(memory.entries)
         known = {name: x for name, x in theta.items() if name in parts}
         absent = {name: p for name, p in parts.items() if name not in theta}
-        return Memory(entries, build_groups(known, parts, self._rows(entries), self.rule), absent)
+        return memory._replace(groups=build_groups(known, parts, rows, self.rule), absent=absent)
 
     def _take_over(self, memory: Memory) -> None:
-        """Hold this from now on, with the factors that the kernels take."""
-        factors = self._factors(self.lam, memory)
-        for group in memory.groups:
-            group.state.alpha.copy_(factors * group.unit)
-        self.memory = memory
+        """Hold this from now on, in one assignment; after an error or an interruption, what was held before."""
+        try:
+            self._tell_kernels(memory)
+            self.memory = memory
+        except BaseException:
+            self._tell_kernels(self.memory)
+            raise
 
-    def _factors(self, lam: float, memory: Memory) -> Tensor:
-        """The factor of each row; a ValueError unless all are finite, also as the kernels take them."""
-        merged = self.rule.store == "merged"
-        alpha = self.rule.alpha(lam, memory.entries)
-        factors = [self.rule.scale(lam, memory.entries)] if merged else alpha
+    def _tell_kernels(self, memory: Memory) -> None:
+        """Write the factor of each row where the kernels read it; a ValueError unless all are finite."""
+        alpha = self.rule.alpha(memory.lam, memory.entries)
+        scale = self.rule.scale(memory.lam, memory.entries)
+        factors = [scale] if self.rule.store == "merged" else alpha
         largest = max([1.0, *(group.unit for group in memory.groups)])
         if not all(math.isfinite(a * largest) for a in (*factors, *alpha)):
             raise ValueError(
-                f"lam: got {lam}, expected one that is finite times the tasks' weights "
+                f"lam: got {memory.lam}, expected one that is finite times the tasks' weights "
                 f"{[entry.weight for entry in memory.entries]}"
             )
-        return torch.tensor(factors, dtype=torch.float64)
+        for group in memory.groups:
+            group.state.alpha.copy_(torch.tensor(factors, dtype=torch.float64) * group.unit)
 
     # -- state dict --------------------------------------------------------------------------------
 
@@ -363,7 +359,7 @@ class Consolidation:
                 raise KeyError(f"state: got {name!r}, which the model has no parameter for")
             shape = (rows, *(theta[name].shape if name in theta else p.omega.shape[1:]))
             _check_part(name, p, shape)
-        memory = self._fitted(entries, parts, theta)
+        memory = self._fitted(Memory(lam, entries, [], parts), theta)
         for group in memory.groups:
             for i, name in enumerate(group.names):
                 if not all(t.isfinite().all() for t in group.part(i)):
@@ -371,8 +367,6 @@ class Consolidation:
                         f"state of {name!r}: got values that overflow beside {group.layout[i][0]}, expected "
                         "smaller ones"
                     )
-        self._factors(lam, memory)
-        self.lam = lam
         self._take_over(memory)
 
 

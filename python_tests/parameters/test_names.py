@@ -18,7 +18,6 @@ from mas_ext.parameters.names import (
     ModelView,
     check_patterns,
     check_supported,
-    has_parameter,
     layouts,
     named_parameters,
 )
@@ -110,28 +109,6 @@ def test_a_wrapper_leaves_no_trace_in_names_importance_and_state(wrapper: str) -
         found["scale"] += 2
     expected_value = 4 * kept.scale * kept.omega["scale"].double().sum()
     assert other().item() == pytest.approx(expected_value.item(), rel=1e-5)
-
-
-@pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_parameter_is_found_by_its_name(wrapper: str) -> None:
-    wrapped = WRAPPERS[wrapper](Net())
-    assert all(has_parameter(wrapped, name) for name in NAMES)
-    for name in (
-        "",
-        "head",
-        "bias",
-        "module.scale",
-        "module.0",
-        "head.weight.",
-        "module.module.0.bias",
-    ):
-        assert not has_parameter(wrapped, name)
-    wrapped.get_submodule("")._parameters.clear()
-    for name in ("head.weight", "head.bias"):
-        module = next(m for m in wrapped.modules() if isinstance(m, Net)).head
-        module.register_parameter(name.split(".")[1], None)
-        assert not has_parameter(wrapped, name)
 
 
 def test_a_child_called_module_keeps_its_name() -> None:
