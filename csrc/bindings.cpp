@@ -153,7 +153,7 @@ void step(py::handle theta_list, py::handle grad_list,
   }
   py::tuple steps;
   if (!step_list.is_none()) {
-    steps = py::reinterpret_steal<py::tuple>(PySequence_Tuple(step_list.ptr()));
+    steps = mas::items("step", step_list);
     if (steps.size() != theta.size()) {
       mas::refuse("step: got {} tensors, expected {}", steps.size(), theta.size());
     }
@@ -250,8 +250,7 @@ void bind(py::module_ m, const char* name) {
     const mas::Reading reading;
     const Views omega = read_first<On>("omega", omega_list);
     Tensors pass(omega);
-    const auto grads = py::reinterpret_steal<py::tuple>(PySequence_Tuple(grad_list.ptr()));
-    if (!grads) throw py::error_already_set();
+    const py::tuple grads = mas::items("grad", grad_list);
     const int code = grads.empty() ? omega[0].code : mas::read("grad", grads[0], 0).code;
     const bool known = code >= 0 && code <= code_of(DType::float16);
     if (!known || sum_dtype(static_cast<DType>(code)) != dtype_of(omega)) {

@@ -138,12 +138,8 @@ bool same_strides(const View& a, const View& b) {
 }
 
 Views read_all(const char* name, py::handle list) {
-  if (!PyList_Check(list.ptr()) && !PyTuple_Check(list.ptr())) {
-    refuse<py::type_error>("{}: got {}, expected a list of tensors", name,
-                           py::type::of(list).attr("__name__"));
-  }
   Views found;
-  found.owner = py::reinterpret_steal<py::tuple>(PySequence_Tuple(list.ptr()));
+  found.owner = items(name, list);
   found.reserve(found.owner.size());
   for (const py::handle object : found.owner) {
     found.push_back(read(name, object, static_cast<std::ptrdiff_t>(found.size())));
@@ -197,6 +193,14 @@ void prepare_reading() {
   nbytes = kept(torch.attr("UntypedStorage").attr("nbytes"));
 }
 
+py::tuple items(const char* name, py::handle list) {
+  if (!PyList_Check(list.ptr()) && !PyTuple_Check(list.ptr())) {
+    refuse<py::type_error>("{}: got {}, expected a list", name,
+                           py::type::of(list).attr("__name__"));
+  }
+  return py::reinterpret_steal<py::tuple>(PySequence_Tuple(list.ptr()));
+}
+
 namespace {
 
 View look_at(const char* name, py::handle object, std::ptrdiff_t i) {
@@ -232,8 +236,7 @@ View read(const char* name, py::handle object, std::ptrdiff_t i) {
 }
 
 std::vector<std::int64_t> read_sizes(py::handle list) {
-  const auto all = py::reinterpret_steal<py::tuple>(PySequence_Tuple(list.ptr()));
-  if (!all) throw py::error_already_set();
+  const py::tuple all = items("theta", list);
   if (all.empty()) refuse("theta: got an empty list, expected at least one tensor");
   std::vector<std::int64_t> sizes;
   sizes.reserve(all.size());
@@ -244,8 +247,7 @@ std::vector<std::int64_t> read_sizes(py::handle list) {
 }
 
 py::object layout_key(py::handle list) {
-  const auto all = py::reinterpret_steal<py::tuple>(PySequence_Tuple(list.ptr()));
-  if (!all) throw py::error_already_set();
+  const py::tuple all = items("tensors", list);
   std::vector<std::int64_t> key;
   key.reserve(8 * all.size());
   for (const py::handle object : all) {
@@ -328,8 +330,7 @@ float* read_number(const char* name, py::handle object, dlpack::Device device) {
 }
 
 std::vector<std::int64_t> read_offsets(py::handle list, std::size_t count) {
-  const auto all = py::reinterpret_steal<py::tuple>(PySequence_Tuple(list.ptr()));
-  if (!all) throw py::error_already_set();
+  const py::tuple all = items("offsets", list);
   if (all.size() != count) {
     refuse("offsets: got {}, expected {}, one per tensor", all.size(), count);
   }
@@ -473,10 +474,13 @@ std::optional<PerSample> read_per_sample(py::handle omega_tensor, py::handle gra
   } else if (input.shape[1] != grad.shape[1]) {
     refuse("input: got {} positions, expected {} like grad", input.shape[1], grad.shape[1]);
   }
-  if (splits < 1) refuse("splits: got {}, expected at least 1", splits);
+  std::int64_t room = 0;
+  const std::int64_t most = std::max<std::int64_t>(1, grad.shape[0]);
+  if (splits < 1 || splits > most || __builtin_mul_overflow(splits, omega.numel, &room)) {
+    refuse("splits: got {}, expected 1 to {}", splits, most);
+  }
   void* partial =
-      splits == 1 ? nullptr
-                  : read_array("partial", partial_tensor, grad.device, sum, {splits * omega.numel});
+      splits == 1 ? nullptr : read_array("partial", partial_tensor, grad.device, sum, {room});
   if (omega.numel == 0 || grad.shape[0] == 0 || grad.shape[1] == 0) return std::nullopt;
   return PerSample{omega.data,      grad.data,        input.data,
                    table,           partial,          sizes[0],

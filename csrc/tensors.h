@@ -63,6 +63,9 @@ struct OtherStrides : std::runtime_error {
 // Finds torch's exchange interface; once, at import.
 void prepare_reading();
 
+// The items of a list, which are kept for as long as it lives.
+pybind11::tuple items(const char* name, pybind11::handle list);
+
 // One tensor, or number i of a list; `name` is the caller's word for it in errors.
 View read(const char* name, pybind11::handle object, std::ptrdiff_t i = -1);
 

@@ -1,0 +1,176 @@
+"""Calls of the compiled kernels with what is no tensor, or another one: an error each time, or a right call.
+
+Under the sanitizers (`make tests`) a byte that is read or written outside would end the process.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from backends import EMULATED
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from mas_ext.kernels.flat_state import State
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
+
+
+class Loud(Tensor):
+    """A subclass that would change what is asked of it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError("code of the caller ran while tensors were read")
+
+
+def resized(t: Tensor, bytes: int) -> Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(max(0, bytes))
+    return t
+
+
+def pointed_elsewhere(t: Tensor) -> Tensor:
+    t = nn.Parameter(t.clone()) if t.is_floating_point() else t.clone()
+    t.data = torch.zeros(1, dtype=t.dtype)
+    return t
+
+
+def fake(t: Tensor) -> Tensor:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return mode.from_tensor(t)
+
+
+def functional(t: Tensor) -> Tensor:
+    return torch._to_functional_tensor(t)
+
+
+def shape_only(t: Tensor) -> Tensor:
+    return t.new_empty([]).expand(t.shape) if t.dim() else t
+
+
+# What may take the place of a tensor. Some of these are as good as the tensor itself.
+OTHERS: list[Callable[[Tensor], Any]] = [
+    lambda t: None,
+    lambda t: 7,
+    lambda t: "tensor",
+    lambda t: [t],
+    lambda t: t.numpy(),
+    lambda t: resized(t, 0),
+    lambda t: resized(t, t.nbytes - 1),
+    lambda t: resized(t, t.nbytes // 2),
+    pointed_elsewhere,
+    fake,
+    functional,
+    shape_only,
+    lambda t: t.to("meta"),
+    lambda t: t.double() if t.dtype == torch.float32 else t.float(),
+    lambda t: t.half(),
+    lambda t: t.int(),
+    lambda t: t.bool(),
+    lambda t: t.cfloat(),
+    lambda t: t.to_sparse(),
+    lambda t: t.to_mkldnn() if t.dtype == torch.float32 and t.dim() else t.to("meta"),
+    lambda t: torch.nested.nested_tensor([t]) if t.dim() else None,
+    lambda t: torch._efficientzerotensor(t.shape),
+    lambda t: torch._neg_view(t) if t.is_floating_point() else None,
+    lambda t: t.flatten()[:-1],
+    lambda t: t[None],
+    lambda t: torch.cat([t.flatten(), t.flatten()]),
+    lambda t: torch.stack([t, t], -1)[..., 0],
+    lambda t: t.mT if t.dim() > 1 else t,
+    lambda t: t.as_subclass(Loud),
+    lambda t: t.requires_grad_() if t.is_floating_point() else t,
+    lambda t: t + 100,
+]
+NUMBERS = [-1, 0, 1, 3, 2**31, 2**62, 2**63, -(2**63), 1.5, float("nan"), None, "x"]
+
+
+def calls() -> dict[str, list[Any]]:
+    """A right call of each entry, without its last argument."""
+    torch.manual_seed(0)
+    theta = [torch.randn(5), torch.randn(3, 4), torch.randn(())]
+
+    def like() -> list[Tensor]:
+        return [torch.rand_like(t) for t in theta]
+
+    omega = torch.rand(1, 64)
+    one = torch.ones(1, dtype=torch.float64)
+    state = State([0, 16, 32], omega, omega.clone(), one, one[0].clone(), True)
+    scratch, value = torch.empty(3, dtype=torch.float64), torch.empty(())
+    scalar = torch.ones(())
+    rows = torch.arange(-1, 9, dtype=torch.int32).view(2, 5) % 6
+    moments = [("exp_avg", like()), ("exp_avg_sq", like())]
+    steps = [torch.ones(()) for _ in theta]
+    return {
+        "penalty": [theta, like(), 2, state, one[0].clone(), scratch, value],
+        "proximal": [theta, like(), state, 0.1, 1.0, 1e-8],
+        "sgd": [
+            *(theta, like(), [("momentum_buffer", like())], state, 0.1, 0.9, 0.0, 0.0, 1.0, False),
+            *(False, True, scalar, scalar.clone()),
+        ],
+        "adamw": [
+            *(theta, like(), moments, steps, state, 0.1, 0.9, 0.99, 1e-8, 0.0, False),
+            *(scalar, scalar.clone()),
+        ],
+        "accumulate": [like(), theta, 0.5],
+        "merge": [state, theta, like(), 1.0, 0.5, 0, 1, scratch, scratch.clone()],
+        "per_sample": [
+            *(torch.rand(1, 2, 2, 3), torch.rand(4, 5, 2), torch.rand(4, 6, 3), rows, (0, -1)),
+            *(torch.zeros(24), 2, False),
+        ],
+    }
+
+
+def changed(value: Any, draw: random.Random) -> Any:
+    """A value with something in it that is another one, or of another length."""
+    if isinstance(value, Tensor):
+        return draw.choice(OTHERS)(value)
+    if isinstance(value, State):
+        i = draw.randrange(5)
+        return State(*value[:i], changed(value[i], draw), *value[i + 1 :])
+    if isinstance(value, (list, tuple)):
+        if draw.random() < 0.2:
+            return draw.choice([[], [*value, value[0]], value[:-1], None, 3, iter(value)])
+        i = draw.randrange(len(value))
+        return type(value)([*value[:i], changed(value[i], draw), *value[i + 1 :]])
+    return draw.choice(NUMBERS)
+
+
+def attack(entry: str, extension: str, count: int, seed: int) -> tuple[int, int]:
+    """How many of so many calls were refused, and how many ran."""
+    draw, refused, ran = random.Random(seed), 0, 0
+    run = getattr(getattr(EMULATED, extension), entry)
+    for _ in range(count):
+        arguments = calls()[entry]
+        places = draw.sample(range(len(arguments)), draw.choice([1, 1, 2]))
+        # A wrong number comes alone: its error shows all arguments, and torch can't show a freed tensor.
+        numbers = [i for i in places if not isinstance(arguments[i], (Tensor, list, tuple))]
+        for i in numbers[:1] or places:
+            with suppress(RuntimeError, TypeError, IndexError, AttributeError):  # no such tensor
+                arguments[i] = changed(arguments[i], draw)
+        try:
+            run(*arguments, 1)
+            ran += 1
+        except (ValueError, TypeError, RuntimeError, OverflowError, EMULATED.OtherStrides):
+            refused += 1
+    return refused, ran
+
+
+@pytest.mark.parametrize("extension", ["cpu", "cuda"])
+@pytest.mark.parametrize("entry", sorted(calls()))
+def test_hostile_calls_end_in_an_error(entry: str, extension: str) -> None:
+    refused, ran = attack(entry, extension, 400, seed=1)
+    assert refused > 150
+    assert ran > 10  # what stands for a tensor may be one
+
+
+def test_a_right_call_runs() -> None:
+    for entry, arguments in calls().items():
+        for extension in ("cpu", "cuda"):
+            getattr(getattr(EMULATED, extension), entry)(*arguments, 1)
