@@ -48,6 +48,21 @@ class _Held(NamedTuple):
     pending: ImportanceSum
     followed: dict[str, str]
 
+    def moves(
+        self, tracked: TrackedModel, view: ModelView
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """New names of parameters whose old ones are gone: those to follow, and those that are not free."""
+        known = self.state.memory.names | self.pending.sums.keys()
+        found = tracked.moved(known, view)
+        free = {old: new for old, new in found.items() if new in view.places and new not in known}
+        return free, {old: new for old, new in found.items() if old not in free}
+
+    def renamed(self, names: Mapping[str, str]) -> ImportanceSum:
+        """What was observed, under other names."""
+        totals = self.pending.totals
+        sums = {names.get(name, name): t for name, t in totals.sums.items()}
+        return self.pending.with_totals(totals._replace(sums=sums))
+
 
 class FusedMASPenalty(nn.Module):
     """lam-weighted pull of important parameters towards their old values, on fused kernels.
@@ -297,7 +312,7 @@ class FusedMASPenalty(nn.Module):
         """Whether the model has a parameter again that it lacked, under any name."""
         view = ModelView(self.model, self.exclude)
         return not self._state.memory.absent.keys().isdisjoint(view.places) or bool(
-            self._moves(view)[0]
+            self._held.moves(self._tracked, view)[0]
         )
 
     @_disable_dynamo
@@ -314,16 +329,13 @@ class FusedMASPenalty(nn.Module):
             self._held = self._held._replace(state=state)
             self._tracked.bind(state.memory.groups, view)
 
-    def _moves(self, view: ModelView) -> tuple[dict[str, str], dict[str, str]]:
-        """New names of parameters whose old ones are gone: those to follow, and those that are not free."""
-        known = self._state.memory.names | self._pending.sums.keys()
-        found = self._tracked.moved(known, view)
-        free = {old: new for old, new in found.items() if new in view.places and new not in known}
-        return free, {old: new for old, new in found.items() if old not in free}
-
     def _follow(self, view: ModelView) -> None:
-        """Have what is known follow parameters whose names are gone, each to its new name if that is free."""
-        moved, lost = self._moves(view)
+        """Have what is known follow parameters whose names are gone."""
+        self._held = self._followed(self._held, view)
+
+    def _followed(self, held: _Held, view: ModelView) -> _Held:
+        """What is held once parameters whose names are gone were followed to new names that are free."""
+        moved, lost = held.moves(self._tracked, view)
         for old, new in lost.items():
             why = "which is known itself" if new in view.places else "which is excluded"
             warn(
@@ -331,21 +343,17 @@ class FusedMASPenalty(nn.Module):
                 f"remembered of {old!r}",
                 RuntimeWarning,
             )
-        if moved:
-            told = ", ".join(f"{old!r} is {new!r}" for old, new in [*moved.items()][:4])
-            warn(
-                f"parameters under other names: {told}{', ...' if len(moved) > 4 else ''}; what is "
-                "remembered of them goes with them",
-                RuntimeWarning,
-            )
-            state = copy.copy(self._state)
-            state.move(moved)
-            self._held = _Held(state, self._renamed(moved), {**self._held.followed, **moved})
-
-    def _renamed(self, names: Mapping[str, str]) -> ImportanceSum:
-        """What was observed, under other names."""
-        sums = {names.get(name, name): t for name, t in self._pending.sums.items()}
-        return self._pending.with_totals(self._pending.totals._replace(sums=sums))
+        if not moved:
+            return held
+        told = ", ".join(f"{old!r} is {new!r}" for old, new in [*moved.items()][:4])
+        warn(
+            f"parameters under other names: {told}{', ...' if len(moved) > 4 else ''}; what is "
+            "remembered of them goes with them",
+            RuntimeWarning,
+        )
+        state = copy.copy(held.state)
+        state.move(moved)
+        return _Held(state, held.renamed(moved), {**held.followed, **moved})
 
     @property
     def _state(self) -> Consolidation:
@@ -461,7 +469,7 @@ class FusedMASPenalty(nn.Module):
         """Forget entry t; store "per_task" only."""
         state = copy.copy(self._state)
         state.drop(self._task(t))
-        self._refit(state, self._pending)
+        self._refit(self._held._replace(state=state))
 
     def rename(self, old: str, new: str) -> None:
         """Let what was consolidated of parameter `old` count for parameter `new` from now on.
@@ -472,15 +480,19 @@ class FusedMASPenalty(nn.Module):
             return
         state = copy.copy(self._state)
         state.rename(old, new)
+        self._tracked.forget(new)
         if self._tracked.sharding is not None:
             self._tracked.sharding.rename(old, new)
-        self._refit(state, self._renamed({} if new in self._pending.sums else {old: new}))
+        pending = self._held.renamed({} if new in self._pending.sums else {old: new})
+        self._refit(self._held._replace(state=state, pending=pending))
 
-    def _refit(self, state: Consolidation, pending: ImportanceSum) -> None:
-        """Hold a changed state from now on, once it fits the parameters that are there."""
-        view = self._tracked.view(state.memory.names)
+    def _refit(self, held: _Held) -> None:
+        """Hold something else from now on, once it fits the parameters that are there."""
+        view = self._tracked.view(held.state.memory.names)
+        held = self._followed(held, view)
+        state = copy.copy(held.state)
         state.fit(self._tracked.own_parameters(view))
-        self._held = self._held._replace(state=state, pending=pending)
+        self._held = held._replace(state=state)
         self._tracked.bind(state.memory.groups, view)
 
     # -- reading -----------------------------------------------------------------------------------
@@ -621,8 +633,7 @@ class FusedMASPenalty(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         self._follow(optimizer_view(self.model, self.exclude))
-        if self._state.memory.absent and self._are_back():
-            self._fit()
+        self.bound()  # in the shapes that parameters have now
         found = {**self._state.tensors(), **self._pending.tensors()}
         if self._tracked.sharding is not None:
             found = self._tracked.sharding.join_state(found)

@@ -73,6 +73,10 @@ class TrackedModel:
         }
         self._seen = gone | {name: weakref.ref(p) for name, (p, *_) in view.places.items()}
 
+    def forget(self, name: str) -> None:
+        """Not know again the parameter that had this name."""
+        self._seen.pop(name, None)
+
     def moved(self, known: Collection[str], view: ModelView) -> dict[str, str]:
         """The present names, also excluded ones, of parameters whose known names the view lacks."""
         before = {
