@@ -98,7 +98,7 @@ class LayerNode(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         y = meeting.layer.forward(x, weight, bias)
-        ctx.tape, ctx.meeting, ctx.input_dtype = tape, meeting, x.dtype
+        ctx.tape, ctx.meeting = tape, meeting
         # Under autocast the layer computed with a rounded x.
         rounded = x.is_floating_point() and y.dtype.itemsize < x.dtype.itemsize
         if (
@@ -134,6 +134,4 @@ class LayerNode(torch.autograd.Function):
             if layout is not None:
                 for source, gradients in meeting.gradients(grad, x, layout):
                     tape.record(source, gradients)
-        if gradient is not None:
-            gradient = gradient.to(ctx.input_dtype)
-        return None, None, gradient, None, None
+        return None, None, gradient, None, None  # autograd gives it the dtype of x
