@@ -265,7 +265,7 @@ def _row_sizes(
         again = i in found  # of what a layer's weight multiplies, behind its result
         if grad.dim() > 1:
             dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-            rows = torch.linalg.vector_norm(grad, 1, -1, dtype=dtype)
+            rows = grad.abs().sum(-1, dtype=dtype)  # faster by far than a norm
         else:
             rows = grad.abs()
         limits = torch.finfo(grad.dtype)
