@@ -219,10 +219,8 @@ class Lookup:
 
     def total(self, like: Tensor, square: bool, native: bool) -> Tensor:
         ids, g = _summed(self.ids, self.grad.to(like.dtype))
-        (ids,), (added,) = _summed(ids.view(1, -1), magnitude(g, square).view(1, -1, g.shape[2]))
-        total: Tensor = added.new_zeros(like.shape[0] + 1, like.shape[1])
-        total[ids + 1] = added
-        return total[1:]
+        total: Tensor = g.new_zeros(like.shape)
+        return _add_rows(total, ids, magnitude(g, square))
 
     def add_to_product(self, total: Tensor, product: Product, square: bool) -> Tensor:
         """sum_k f(product_k + g_k), given total = sum_k f(product_k): they differ in what is looked up."""
@@ -230,10 +228,7 @@ class Lookup:
         left, right = product.left.to(total.dtype), product.right.to(total.dtype)
         columns = ids.clamp(min=0)[:, None].expand(-1, left.shape[1], -1)
         own = torch.matmul(left.gather(2, columns).mT, right)
-        added = magnitude(own + g, square) - magnitude(own, square)
-        (ids,), (added,) = _summed(ids.view(1, -1), added.view(1, -1, g.shape[2]))
-        total.index_add_(0, ids.clamp(min=0), added.masked_fill_(ids[:, None] < 0, 0))
-        return total
+        return _add_rows(total, ids, magnitude(own + g, square) - magnitude(own, square))
 
     def scaled(self, factor: float) -> PerSample:
         return Lookup(self.ids, self.grad * factor)
@@ -242,6 +237,15 @@ class Lookup:
         if not isinstance(other, Lookup):
             return None
         return Lookup(torch.cat([self.ids, other.ids], 1), torch.cat([self.grad, other.grad], 1))
+
+
+def _add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    """total[ids] += rows, which change; ids of -1 do not count. Sums have a fixed order."""
+    rows = rows.masked_fill_(ids[..., None] < 0, 0)
+    ids, rows = ids.flatten(), rows.flatten(0, 1)
+    if rows.is_cuda:  # where index_add_ has no order for the same id
+        (ids,), (rows,) = _summed(ids[None], rows[None])
+    return total.index_add_(0, ids.clamp(min=0), rows)
 
 
 def _summed(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
