@@ -184,15 +184,15 @@ def _set_modes(modules: Iterable[nn.Module], training: bool) -> None:
 @contextmanager
 def _random_state(devices: list[torch.device]) -> Iterator[None]:
     """Random numbers drawn inside leave all generators as they were."""
-    numpy = sys.modules.get("numpy")
-    drawn = random.getstate(), numpy.random.get_state() if numpy else None
+    numpy = sys.modules.get("numpy.random")  # which importing numpy alone does not load
+    drawn = random.getstate(), numpy.get_state() if numpy else None
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(drawn[0])
         if numpy:
-            numpy.random.set_state(drawn[1])
+            numpy.set_state(drawn[1])
 
 
 @contextmanager
