@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mas_ext.importance.exact.gradient_forms import PerSample, Product
 from mas_ext.importance.exact.layers import Layer, Linear
@@ -82,6 +83,10 @@ class Recurrence(Layer):
         raise NotImplementedError
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with _disable_current_modes():  # steps are none of the model's calls
+            return self._all_steps(x, weight, bias)
+
+    def _all_steps(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         first, x = self._split(x, weight)
         y = x.new_empty(len(x), self.states * weight.shape[1])
         new = [*zip(*(s.split(self.sizes) for s in y.chunk(self.states, 1)), strict=True)]
