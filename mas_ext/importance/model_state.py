@@ -13,6 +13,7 @@ import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
@@ -404,18 +405,12 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        schema = getattr(func, "_schema", None)
-        # Schemas are silent on what a BatchNorm writes.
-        statistics = schema is not None and "batch_norm" in schema.name
-        if schema is not None and (statistics or schema.is_mutable):
-            names = (argument.name for argument in schema.arguments)
+        names, written, statistics = _arguments(func)
+        if written or statistics:
             given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-            statistics &= bool(given.get("training", True))
-            for a in schema.arguments:
-                writes = a.alias_info is not None and a.alias_info.is_write
-                if writes or (statistics and a.name.startswith("running_")):
-                    with torch._C.DisableTorchFunction():
-                        self._look_at(given.get(a.name))
+            with torch._C.DisableTorchFunction():
+                for name in written + (statistics if given.get("training", True) else []):
+                    self._look_at(given.get(name))
         with torch._C.DisableTorchFunction():  # none of the model's functions
             return func(*args, **(kwargs or {}))
 
@@ -428,6 +423,21 @@ class _Watch(TorchDispatchMode):
                 self._known = self._find()
             for t in self._known.pop(_memory(value), ()):
                 self._written(t)
+
+
+@cache
+def _arguments(func: Any) -> tuple[list[str], list[str], list[str]]:
+    """The names of an operator's arguments, of those that it writes, and of a BatchNorm's statistics.
+
+    Schemas are silent on what a BatchNorm writes.
+    """
+    schema = getattr(func, "_schema", None)
+    arguments = [] if schema is None else schema.arguments
+    names = [a.name for a in arguments]
+    written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    normalises = schema is not None and "batch_norm" in schema.name
+    statistics = [name for name in names if normalises and name.startswith("running_")]
+    return names, written, [name for name in statistics if name not in written]
 
 
 def _is_plain(t: Tensor) -> bool:

@@ -386,6 +386,19 @@ def test_a_large_buffer_that_only_a_later_pass_writes_is_refused_by_name() -> No
         total.add(model, X)
 
 
+def test_large_statistics_that_a_normalisation_moves_are_put_back() -> None:
+    """The schema of batch_norm says nothing of them."""
+
+    def move(m: Any, y: Tensor) -> None:
+        F.batch_norm(torch.ones(2, 300_000), m.means, m.variances, training=True)
+
+    model = Moving(move)
+    model.register_buffer("means", torch.zeros(300_000))
+    model.register_buffer("variances", torch.ones(300_000))
+    with AsBefore(model):
+        estimate_importance(model, [X[:4], X[4:]], "batch")
+
+
 def test_shared_memory_is_put_back() -> None:
     """A view of a buffer, kept beside it; and a tied one."""
 
