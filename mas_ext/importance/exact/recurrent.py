@@ -93,7 +93,7 @@ class Recurrence(Layer):
         step = self.steps(x, weight, bias)
         states: Sequence[Tensor] = [s[:0] for s in first]
         for t, (start, stop, carried) in _steps(self.sizes, self.backwards):
-            if carried < len(states[0]):
+            if states[0].shape[0] > carried:
                 states = [s[:carried] for s in states]
             if carried < stop - start:
                 begin = [s[carried : stop - start] for s in first]
@@ -129,12 +129,13 @@ class Recurrence(Layer):
         of_first = [g.new_zeros(max(self.sizes), g.shape[1]) for g in gradients]
         steps = _steps(self.sizes, self.backwards)[::-1]
         for (t, (_, _, carried)), (before, _) in zip(steps, [*steps[1:], steps[-1]], strict=True):
+            here = self.sizes[t]
             for back, to, begin in zip(carry(t), split, of_first, strict=True):
-                if carried:
-                    rows = to[before]
-                    (rows if carried == len(rows) else rows[:carried]).add_(back[:carried])
-                if carried < len(back):
-                    begin[carried : len(back)] += back[carried:]
+                if carried == here == self.sizes[before]:
+                    to[before].add_(back)
+                    continue
+                to[before][:carried].add_(back[:carried])
+                begin[carried:here].add_(back[carried:])
         return of_first
 
     def backward_of_rows(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,8 +258,9 @@ class _LSTM(Recurrence):
 
     @staticmethod
     def _values(sums: Tensor) -> list[Tensor]:
-        g = sums.chunk(4, 1)[2].tanh()
-        i, f, _, o = sums.sigmoid_().chunk(4, 1)
+        i, f, g, o = sums.chunk(4, 1)
+        g = g.tanh()
+        sums.sigmoid_()  # and with it i, f and o
         return [i, f, g, o]
 
     def backward(
