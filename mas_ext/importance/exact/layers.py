@@ -67,18 +67,23 @@ class Layer:
 
 @dataclass(frozen=True)
 class Linear(Layer):
-    """y = x weight^T + bias over the last dimension."""
+    """y = x weight^T + bias over the last dimension.
 
+    transposed: y = x weight + bias.
+    """
+
+    transposed: bool = False
     by_row = True
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight.t() if self.transposed else weight, bias)
 
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.matmul(grad, weight.to(grad.dtype))
+        return torch.matmul(grad, (weight.t() if self.transposed else weight).to(grad.dtype))
 
     def weight_gradients(self, grad: Tensor, x: Tensor, layout: SampleLayout) -> PerSample:
-        return Product(layout.features(grad), layout.features(x))
+        left, right = layout.features(grad), layout.features(x)
+        return Product(right, left) if self.transposed else Product(left, right)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,10 @@ def _matmul(tape: Tape, input: Tensor, other: Tensor) -> Any:
             y = _matrix(tape, input, other[None])
             return y if y is NotImplemented else y.squeeze(-1)
         matrix = _one_matrix(other)
-        y = (_matrices if matrix.dim() > 2 else _matrix)(tape, input, matrix.mT)
+        if matrix.dim() > 2:
+            y = _matrices(tape, input, matrix.mT)
+        else:
+            y = _matrix(tape, input, matrix, transposed=True)
         return y if y is NotImplemented else _broadcast_to(y, input, other)
     if other.dim() < 2:
         return NotImplemented
@@ -156,12 +159,14 @@ def _addmm(
 ) -> Any:
     if beta != 1 or alpha != 1 or input.dim() != 1:
         return NotImplemented
-    return _matrix(tape, mat1, mat2.t(), input)
+    return _matrix(tape, mat1, mat2, input, transposed=True)
 
 
-def _matrix(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """y = x weight^T + bias."""
-    return NotImplemented if x.dim() < 2 else tape.layer(Linear(), x, weight, bias)
+def _matrix(
+    tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False
+) -> Any:
+    """y = x weight^T + bias, or x weight + bias."""
+    return NotImplemented if x.dim() < 2 else tape.layer(Linear(transposed), x, weight, bias)
 
 
 def _numbers(value: Any, count: int) -> tuple[int, ...]:
