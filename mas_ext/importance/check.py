@@ -198,10 +198,9 @@ class _Users(Tape):
         """The functions, by a parameter's name."""
         return {name: {} for name in self.theta}
 
-    def before(
-        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> None:
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         origins = [self.origins.of(t) for t in tensors_in((*args, *kwargs.values()))]
         if None in origins and torch.is_grad_enabled():
             for name in frozenset[str]().union(*(o.sources for o in origins if o is not None)):
                 self.meeting_data[name].setdefault(func)
+        return super().call(func, args, kwargs)

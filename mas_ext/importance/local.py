@@ -97,10 +97,12 @@ class _LocalTape(Tape):
             self._pending[id(y)] = _Pending(y, x, meeting)
         return y
 
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        self._settle_inputs(func, args)
+        return super().call(func, args, kwargs)
+
     @torch.no_grad()
-    def before(
-        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> None:
+    def _settle_inputs(self, func: Callable[..., Any], args: Sequence[Any]) -> None:
         """Settle the layers whose outputs a function takes: it shows whether a ReLU is next."""
         for t in args:
             if id(t) in self._pending:

@@ -154,16 +154,15 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch.autograd.grad:  # checkpointed parts run again inside
             return self.inside(func, *args, **kwargs)
-        if not self._replaying:
-            self.functions.append(func)
-        self.before(func, args, kwargs)
+        if self._replaying:
+            return self.call(func, args, kwargs)
+        self.functions.append(func)
         if self.choices is None:
-            result = self._call(func, args, kwargs)
+            result = self.call(func, args, kwargs)
         else:
             with self.around():
-                result = self._call(func, args, kwargs)
-        if not self._replaying:
-            self._note_sizes(result)
+                result = self.call(func, args, kwargs)
+        self._note_sizes(result)
         return result
 
     def _note_sizes(self, result: Any) -> None:
@@ -174,9 +173,8 @@ class Tape(TorchFunctionMode):
         elif isinstance(result, (tuple, list)):
             self.functions.append(len(result))
 
-    def _call(
-        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The result of a function, or of what stands for it."""
         rule = self._rules.get(func)
         likely = rule is None and args and isinstance(args[0], Tensor)
         if likely and func not in _LIKE_ANOTHER and self.origins.of(args[0]) is None:
@@ -185,8 +183,7 @@ class Tape(TorchFunctionMode):
         if func in _LIKE_ANOTHER:
             tensors = tensors[:1]
         origins = [self.origins.of(t) for t in tensors]
-        known = [origin for origin in origins if origin is not None]
-        data = len(known) < len(origins)
+        data = None in origins
         follow = torch.is_grad_enabled() and not _transformed()
         if rule is not None and follow:
             sources = any(
@@ -199,8 +196,7 @@ class Tape(TorchFunctionMode):
                         o or self.origins.look_back(t)
                         for t, o in zip(tensors, origins, strict=True)
                     ]
-                    known = [origin for origin in origins if origin is not None]
-                    data = len(known) < len(origins)
+                    data = None in origins
                 optional = None if data else (func, *(t.shape for t in tensors))
                 if data or self._may_have_samples(optional, tensors, origins):
                     self.func, self._optional = func, optional
@@ -209,6 +205,7 @@ class Tape(TorchFunctionMode):
                         return result
         if data:
             return self._call_on_data(func, args, kwargs)
+        known = [origin for origin in origins if origin is not None]
         origin = MADE if not tensors else Origin(
             frozenset[str]().union(*(o.sources for o in known)),
             func in _EXPANDING or any(o.made for o in known),
@@ -298,11 +295,6 @@ class Tape(TorchFunctionMode):
     def met(self) -> list[frozenset[str]]:
         """The names of the parameters in each meeting."""
         return [meeting.names for meeting in self.meetings]
-
-    def before(
-        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> None:
-        """Called before every function."""
 
     def source(self, t: Any) -> GradientSource | None:
         """A parameter, or a real tensor that is derived from parameters; None for everything else."""
