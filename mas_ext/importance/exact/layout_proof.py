@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ class ProvenPass:
             return False
         if own and next(tensors_in(vars(node).values()), None) is not None:
             return True
-        names = ["saved_tensors"] if own else [n for n in dir(node) if n.startswith("_saved_")]
+        names = ["saved_tensors"] if own else _saved(node.__class__)
         kept = [t for t in tensors_in(getattr(node, n) for n in names) if self.tape.is_data(t)]
         integers = [t for t in kept if t.dtype in _INTEGERS and not _RANDOM.search(node.name())]
         compared = _COMPARING.search(node.name())
@@ -142,6 +143,12 @@ class ProvenPass:
         if _WITHIN_SAMPLES.search(node.name()):  # where all are zero, random ones are, too
             return any(t.numel() < _FEW or not t.any() for t in integers)
         return bool(integers) or not (own or _BUILT_IN.search(node.name()))
+
+
+@cache
+def _saved(kind: type) -> list[str]:
+    """The attributes of a node of torch's own that tell what it keeps."""
+    return [name for name in dir(kind) if name.startswith("_saved_")]
 
 
 def _is_open(node: Any) -> bool:
