@@ -139,7 +139,8 @@ def check_supported(name: str, parameter: Tensor) -> None:
         )
     if parameter.device.type == "meta":
         raise TypeError(f"parameter {name!r}: got a meta tensor, expected one with data")
-    if torch.empty_like(parameter, device="meta").stride() != parameter.stride():
+    contiguous = parameter.is_contiguous()
+    if not contiguous and torch.empty_like(parameter, device="meta").stride() != parameter.stride():
         raise ValueError(
             f"parameter {name!r}: got strides {parameter.stride()} for shape "
             f"{tuple(parameter.shape)}, expected dense memory without overlap; make it contiguous"
