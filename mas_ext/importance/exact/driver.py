@@ -171,7 +171,6 @@ class Exact:
         if batches.size(batch) == 1:
             totals, _, values = one_by_one(evaluate, batch, theta, self._how)
             return totals, values
-        few = batches.between(batch, 0, _CHECKED)
         alone: Tensor | None = None
         while True:
             decided = self._decided()
@@ -181,6 +180,7 @@ class Exact:
                 run = self._prove(evaluate, batch, theta)
                 layouts, mixed = ([], []) if run.proof else _found_layouts(run)
                 if alone is None:
+                    few = batches.between(batch, 0, _CHECKED)
                     alone = self._try(evaluate, few, theta, run.proof)
                     if mixed:  # to know what this pass met unknown
                         continue
