@@ -29,9 +29,10 @@ import json
 import math
 import os
 import platform
+import shutil
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from torch import Tensor
 from mas_ext.compare.cells import Cell, Found
 from mas_ext.compare.options import Config, differences, read_toml
 from mas_ext.info import info
-from mas_ext.state.replacing import remove_leftovers, write
+from mas_ext.state.replacing import alone_in, remove_leftovers, write
 
 CONFIG, ENVIRONMENT, METRICS, LAM = "config.toml", "environment.json", "metrics.jsonl", "lam.json"
 ACCURACY, CHECKPOINT, RESULT = "accuracy.csv", "checkpoint.safetensors", "result.json"
@@ -66,7 +67,10 @@ class Directory:
             raise FileNotFoundError(
                 f"out: got {str(self.path)!r}, where no run has begun; leave out --resume"
             )
-        return Config.read(read_toml(self.path / CONFIG))
+        try:
+            return Config.read(read_toml(self.path / CONFIG))
+        except ValueError as error:
+            raise ValueError(f"{self.path / CONFIG}: {error}") from error
 
     def check(self, config: Config, resume: bool) -> None:
         """Accept a new directory or, to resume, one with the same comparison in it.
@@ -87,20 +91,37 @@ class Directory:
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(f"out: got {str(out)!r}, which exists; expected a new directory")
 
-    def begin(self, config: Config) -> None:
-        """Make the directory, complete from its first moment on, or note in it that the run goes on."""
+    @contextmanager
+    def begun(self, config: Config) -> Iterator[None]:
+        """Make the directory, complete from its first moment on, or note in it that the run goes on.
+
+        Until the end no other process may work in it.
+
+        Raises:
+            FileExistsError: another process works in it, or has made it meanwhile.
+            ValueError: its environment.json can't be read.
+        """
         out = self.path
         if (out / CONFIG).exists():
-            starts = json.loads((out / ENVIRONMENT).read_text(encoding="utf-8"))
-            write_json(out / ENVIRONMENT, [*starts, environment()])
-            remove_leftovers(out)
+            with alone_in(out):
+                write_json(out / ENVIRONMENT, [*read_json(out / ENVIRONMENT, list), environment()])
+                remove_leftovers(out)
+                yield
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = _temporary(out)
         unfinished.mkdir()
-        write(unfinished / CONFIG, config.toml())
-        write_json(unfinished / ENVIRONMENT, [environment()])
-        unfinished.replace(out)
+        with alone_in(unfinished):
+            write(unfinished / CONFIG, config.toml())
+            write_json(unfinished / ENVIRONMENT, [environment()])
+            try:
+                unfinished.replace(out)
+            except OSError as error:
+                shutil.rmtree(unfinished)
+                raise FileExistsError(
+                    f"out: got {str(out)!r}, which exists by now; expected a new directory"
+                ) from error
+            yield
 
     def folder(self, cell: Cell) -> Path:
         """The folder of a cell."""
@@ -113,7 +134,7 @@ class Directory:
         return (self.folder(cell) / RESULT).exists()
 
     def __getitem__(self, cell: Cell) -> Found:
-        found: Found = json.loads((self.folder(cell) / RESULT).read_text(encoding="utf-8"))
+        found: Found = read_json(self.folder(cell) / RESULT, dict)
         return found
 
     def add(self, cell: Cell, found: Found, seconds: float) -> None:
@@ -134,7 +155,11 @@ class Journal:
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
         self._file.truncate(whole)
-        self._known = {_position(json.loads(line)) for line in content[:whole].splitlines()}
+        try:
+            self._known = {_position(json.loads(line)) for line in content[:whole].splitlines()}
+        except (ValueError, KeyError, TypeError) as error:
+            self._file.close()
+            raise ValueError(f"{path}: got a damaged line, expected JSON ({error!r})") from error
 
     def add(self, line: Mapping[str, Any]) -> bool:
         """Append the line; False if it is there already."""
@@ -172,6 +197,17 @@ def environment() -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON: tensors as lists, NaN and infinity as null."""
     write(path, json.dumps(defined(content), indent=1) + "\n")
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """Read what `write_json` wrote; a ValueError that names the file unless it is JSON of this kind."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: got a damaged file, expected JSON ({error})") from error
+    if not isinstance(found, kind):
+        raise ValueError(f"{path}: got {type(found).__name__}, expected {kind.__name__}")
+    return found
 
 
 def write_matrix(path: Path, matrix: Tensor) -> None:

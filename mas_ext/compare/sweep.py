@@ -65,11 +65,11 @@ def run(config: Config, out: str | Path, *, resume: bool = False, tensorboard: b
     make_scenario = functools.lru_cache(maxsize=1)(config.make_scenario)
     first = make_scenario(0)
     rehearse(config, first)
-    directory.begin(config)
     choices = sum(len(config.lams(name)) for name in config.tried())
     trainings = config.lam_seeds * choices + config.seeds * len(config.methods)
     epochs = config.settings.epochs_of(len(first.tasks))
     with (
+        directory.begun(config),
         closing(Journal(directory.path / files.METRICS)) as journal,
         closing(ProgressBar(epochs, trainings)) as progress,
     ):
@@ -78,8 +78,8 @@ def run(config: Config, out: str | Path, *, resume: bool = False, tensorboard: b
             progress.say(f"no lam, so the list is not for them: {', '.join(without)}")
         sweep = Sweep(config, directory, make_scenario, epochs, journal, progress, tools)
         fill(directory, sweep.shown(sweep.plan()), sweep.measure)
-    text = summary(Findings.read(directory.path))
-    write(directory.path / files.TABLE, text)
+        text = summary(Findings.read(directory.path))
+        write(directory.path / files.TABLE, text)
     return text
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mas_ext._hints import hint
 from mas_ext.methods.ebll import EBLL
@@ -50,7 +52,38 @@ def create(name: str, /, **given: Any) -> Method:
             raise ValueError(
                 f"{option}: method {name!r} has no such option, expected one of {', '.join(known) or 'none'}"
             )
-    return METHODS[name](**given)
+    make = METHODS[name]
+    kinds = get_type_hints(make.func if isinstance(make, partial) else make)
+    for option, value in given.items():
+        if not _fits(value, kinds[option]):
+            raise ValueError(f"{option}: got {value!r}, expected {_spelled(kinds[option])}")
+        if kinds[option] is float:
+            given[option] = float(value)
+    return make(**given)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an option's type; a whole number is a float, and a truth value is no number."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is Sequence:
+        return isinstance(value, (list, tuple)) and all(_fits(each, inner[0]) for each in value)
+    if origin is Callable:
+        return callable(value)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) is kind
+
+
+def _spelled(kind: Any) -> str:
+    return (
+        kind.__name__
+        if isinstance(kind, type)
+        else str(kind).replace("typing.", "").replace(" | ", " or ")
+    )
 
 
 def options(name: str) -> dict[str, Any]:

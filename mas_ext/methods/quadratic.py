@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from mas_ext.importance import ImportanceSum
 from mas_ext.methods.method import Method, Training
 from mas_ext.models import MultiHead
-from mas_ext.optim.hooks import Mode
+from mas_ext.optim.hooks import Mode, check_mode
 from mas_ext.penalty import FusedMASPenalty
+
+
+def check_max_samples(count: int | None) -> None:
+    """Raise a ValueError unless it is None or a number of samples, at least 1."""
+    if count is not None and (type(count) is not int or count < 1):
+        raise ValueError(f"max_samples: got {count!r}, expected a whole number of at least 1")
 
 
 class Quadratic(Method):
@@ -26,6 +32,7 @@ class Quadratic(Method):
         # As wide as each parameter: float64 is for those of float64 alone. A trainer knows no other rank.
         width = {"omega_dtype": torch.float64, "process_group": None}
         self._arguments = {"lam": lam, **width, **penalty}
+        check_mode(mode)
         self.mode, self.weight = mode, 1.0
         self.penalty: FusedMASPenalty | None = None
 
@@ -63,6 +70,7 @@ class Estimated(Quadratic):
         self, lam: float, mode: Mode = "gradient", max_samples: int | None = None, **penalty: Any
     ) -> None:
         super().__init__(lam, mode, **penalty)
+        check_max_samples(max_samples)
         self.max_samples = max_samples
         self._head: int | None = None
 

@@ -64,6 +64,23 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; a process that ends, in whatever way, holds it no more.
+
+    Raises:
+        FileExistsError: another process holds it.
+    """
+    with open_folder(folder) as descriptor:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"{folder}: got a folder that another process works in, expected to be alone"
+            ) from error
+        yield
+
+
+@contextmanager
 def open_folder(folder: Path) -> Iterator[int]:
     """A folder's descriptor."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

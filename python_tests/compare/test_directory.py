@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,8 @@ def test_begin(tmp_path: Path) -> None:
         FileNotFoundError, match=r"run', where no run has begun; leave out --resume"
     ):
         directory.check(config, resume=True)
-    directory.begin(config)
+    with directory.begun(config):
+        pass
     assert {path.name for path in out.iterdir()} == {"config.toml", "environment.json"}
     assert [path.name for path in out.parent.iterdir()] == ["run"]
     assert Config.read(read_toml(out / "config.toml")) == config == directory.config()
@@ -105,7 +108,8 @@ def test_begin(tmp_path: Path) -> None:
         directory.check(Config(), resume=True)
 
     (out / ".mas_ext.01234abf").mkdir()
-    directory.begin(config)
+    with directory.begun(config):
+        pass
     assert {path.name for path in out.iterdir()} == {"config.toml", "environment.json"}
     first, second = json.loads((out / "environment.json").read_text())
     assert first["started"] <= second["started"]
@@ -113,6 +117,90 @@ def test_begin(tmp_path: Path) -> None:
         assert environment["torch"] == torch.__version__
         assert environment["backend"] == mas_ext.info()["backend"]
         assert environment["cpu"]
+
+
+HOLDER = """
+import sys, time
+from mas_ext.compare.directory import Directory
+from mas_ext.compare.options import Config
+with Directory(sys.argv[1]).begun(Config()):
+    print("here", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_at_a_time_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", HOLDER, str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"here\n"
+        before = (out / "environment.json").read_bytes()
+        with (
+            pytest.raises(FileExistsError, match="another process works in"),
+            Directory(out).begun(Config()),
+        ):
+            pass
+        assert (out / "environment.json").read_bytes() == before
+        other.kill()
+    with Directory(out).begun(Config()):
+        pass
+    assert len(json.loads((out / "environment.json").read_text())) == 2
+
+
+def test_of_two_fresh_runs_in_one_place_one_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one finds out when it puts its own in place, and takes it away again."""
+    out, real = tmp_path / "run", Path.replace
+
+    def later(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", real)
+        with Directory(out).begun(Config()):
+            pass
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", later)
+    with pytest.raises(FileExistsError, match="exists by now"), Directory(out).begun(Config()):
+        pass
+    assert os.listdir(tmp_path) == ["run"]
+    assert len(json.loads((out / "environment.json").read_text())) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff"])
+@pytest.mark.parametrize("name", ["config.toml", "environment.json", "result.json"])
+def test_a_damaged_file_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    directory = Directory(tmp_path / "run")
+    with directory.begun(Config()):
+        pass
+    cell: Any = {"method": "mas", "seed": 0, "lam": 1.0, "purpose": "final"}
+    directory.folder(cell).mkdir()
+    path = directory.folder(cell) / name if name == "result.json" else directory.path / name
+    path.write_bytes(content)
+
+    def read() -> None:
+        if name == "config.toml":
+            directory.config()
+        elif name == "result.json":
+            directory[cell]
+        else:
+            with directory.begun(Config()):
+                pass
+
+    fine = (name, content) in [("config.toml", b""), ("environment.json", b"[]")]
+    if fine:
+        read()
+        return
+    with pytest.raises(ValueError, match=name):
+        read()
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for content in (b"{\n", b"7\n", b"{}\n", b"\xff\n"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"metrics\.jsonl: got a damaged line"):
+            Journal(path)
 
 
 def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
@@ -124,7 +212,8 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="where no run has begun"):
             Directory(out).check(Config(), resume=True)
     (tmp_path / "thesis.tex").unlink()
-    Directory(tmp_path).begin(Config())
+    with Directory(tmp_path).begun(Config()):
+        pass
     assert (tmp_path / "config.toml").exists()
 
 

@@ -1,0 +1,42 @@
+"""Options of methods: what can't be used is refused when a method is made, or before its first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mas_ext.methods import METHODS, create, options
+
+NAN, INF = float("nan"), float("inf")
+# Of no option's type, whatever the option.
+NONSENSE: list[Any] = [b"x", {"a": 1}, {1}, object(), [b"x"], 1j, [[1.0]]]
+
+
+@pytest.mark.parametrize(("name", "option"), [(n, o) for n in METHODS for o in options(n)])
+def test_nonsense_is_refused_by_name(name: str, option: str) -> None:
+    for value in NONSENSE:
+        with pytest.raises(ValueError, match=f"{option}: got"):
+            create(name, **{option: value})
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if "max_samples" in options(n)])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "x", True, NAN, [3]])
+def test_a_number_of_samples_is_a_whole_number_from_1(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match="max_samples: got"):
+        create(name, max_samples=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(n, o) for n in METHODS for o, d in options(n).items() if type(d) is float],
+)
+@pytest.mark.parametrize("value", [NAN, INF, -INF, True, "1", None, [1.0]])
+def test_a_number_is_finite(name: str, option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{option}: got"):
+        create(name, **{option: value})
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert create("mas", lam=3).options()["lam"] == 3.0
+    assert create("imm-mean", alpha=[1, 2.5]).options()["alpha"] == [1, 2.5]
