@@ -489,11 +489,8 @@ class FusedMASPenalty(nn.Module):
     def _refit(self, held: _Held) -> None:
         """Hold something else from now on, once it fits the parameters that are there."""
         view = self._tracked.view(held.state.memory.names)
-        held = self._followed(held, view)
-        state = copy.copy(held.state)
-        state.fit(self._tracked.own_parameters(view))
-        self._held = held._replace(state=state)
-        self._tracked.bind(state.memory.groups, view)
+        held.state.fit(self._tracked.own_parameters(view))
+        self._held = held
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -723,8 +720,8 @@ class FusedMASPenalty(nn.Module):
             omega, sharding = find(view), self._tracked.sharding
             state = copy.copy(self._state)
             state.add_task(view.parameters(), omega, weight, ends_task, sharding)
-        pending = self._pending.empty() if ends_task else self._pending
-        self._held = self._held._replace(state=state, pending=pending)
+            pending = self._pending.empty() if ends_task else self._pending
+            self._held = self._held._replace(state=state, pending=pending)
         self._tracked.bind(state.memory.groups, view)
 
     def _quadratic(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from mas_ext.importance import batches
 from mas_ext.importance.model_state import Habits, ModelState
+from mas_ext.importance.restoring import restoring
 from mas_ext.parameters.names import PARALLEL
 
 # The forward pass that a user may give: (model, batch) -> output, samples in dimension 0.
@@ -105,31 +106,33 @@ def evaluating(
     # where the compiler was never imported, which takes seconds.
     compiled = "torch._dynamo" in sys.modules
     as_written = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+    def restore() -> None:
+        for wrapper in parallel:
+            wrapper.__dict__.pop("forward", None)
+        for layer, before in zip(recurrent, dropout, strict=True):
+            layer.training = False
+            layer.dropout = before
+        torch.set_autocast_cache_enabled(cached)
+        _set_modes(training, True)
+
     with (
         _random_state(devices),
         torch.inference_mode(False),
         torch.enable_grad(),
         as_written,
         _without_parametrization_cache(),
+        restoring(restore),
     ):
-        try:
-            torch.set_autocast_cache_enabled(False)
-            _set_modes(training, False)
-            for layer in recurrent:
-                layer.training = True
-                layer.dropout = 0.0
-            for wrapper in parallel:
-                wrapper.__dict__["forward"] = wrapper.module
-            with _awake(modules, asleep, habits) as state:
-                yield state
-        finally:
-            for wrapper in parallel:
-                del wrapper.__dict__["forward"]
-            for layer, before in zip(recurrent, dropout, strict=True):
-                layer.training = False
-                layer.dropout = before
-            torch.set_autocast_cache_enabled(cached)
-            _set_modes(training, True)
+        torch.set_autocast_cache_enabled(False)
+        _set_modes(training, False)
+        for layer in recurrent:
+            layer.training = True
+            layer.dropout = 0.0
+        for wrapper in parallel:
+            wrapper.__dict__["forward"] = wrapper.module
+        with _awake(modules, asleep, habits) as state:
+            yield state
 
 
 def overrides_modes(module: nn.Module) -> bool:
@@ -148,7 +151,13 @@ def _awake(
 ) -> Iterator[ModelState]:
     """The model's state after the train() of modules whose eval() may have had effects; their flags stay."""
     state = original = ModelState(modules[0], habits)
-    try:
+
+    def restore() -> None:
+        if state is not original:
+            state.restore()
+        original.restore()
+
+    with restoring(restore):
         if asleep:
             flags = [(module, module.training) for module in modules]
             with original.watched():
@@ -160,10 +169,6 @@ def _awake(
             if original.touched():
                 state = ModelState(modules[0], habits)
         yield state
-    finally:
-        if state is not original:
-            state.restore()
-        original.restore()
     state.refuse_lost()
 
 
@@ -186,21 +191,24 @@ def _random_state(devices: list[torch.device]) -> Iterator[None]:
     """Random numbers drawn inside leave all generators as they were."""
     numpy = sys.modules.get("numpy.random")  # which importing numpy alone does not load
     drawn = random.getstate(), numpy.get_state() if numpy else None
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
+
+    def restore() -> None:
         random.setstate(drawn[0])
         if numpy:
             numpy.set_state(drawn[1])
+
+    with restoring(restore), torch.random.fork_rng(devices):
+        yield
 
 
 @contextmanager
 def _without_parametrization_cache() -> Iterator[None]:
     """Parametrized weights are computed in every pass, also inside parametrize.cached()."""
     kept = parametrize._cache_enabled, parametrize._cache
-    parametrize._cache_enabled, parametrize._cache = 0, {}
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         parametrize._cache_enabled, parametrize._cache = kept
+
+    with restoring(restore):
+        parametrize._cache_enabled, parametrize._cache = 0, {}
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,10 +34,24 @@ G = TypeVar("G", bound=ParameterGroup)
 
 @contextmanager
 def whole_model(model: nn.Module, exclude: Sequence[str] = ()) -> Iterator[ModelView]:
-    """The view of a model that is whole on every rank until the end; all ranks enter together."""
-    view = optimizer_view(model, exclude)
-    with whole(model):
-        yield view
+    """The view of a model that is whole on every rank until the end; all ranks enter together, and
+    threads one after the other.
+    """
+    with _alone(model):
+        view = optimizer_view(model, exclude)
+        with whole(model):
+            yield view
+
+
+_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """Have other threads that would run the model, in other modes, wait until the end."""
+    # Of a dictionary, setdefault is one step for all threads.
+    with _locks.setdefault(model, threading.RLock()):
+        yield
 
 
 class TrackedModel:
@@ -106,9 +121,10 @@ class TrackedModel:
     @contextmanager
     def whole(self, consolidated: Collection[str]) -> Iterator[ModelView]:
         """A view of the model with whole parameters on every rank until the end; all ranks enter together."""
-        view = self.view(consolidated)
-        with whole(self.model):
-            yield view
+        with _alone(self.model):
+            view = self.view(consolidated)
+            with whole(self.model):
+                yield view
 
     def local(self, tensors: list[Tensor]) -> list[Tensor]:
         """This rank's parts of parameters, or of tensors like them."""

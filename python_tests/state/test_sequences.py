@@ -76,6 +76,10 @@ class Oracle:
                 self.followed[name] = now[0]
         gone = {n: p for n, p in self.seen.items() if not any(p is q for q in theta.values())}
         self.seen = gone | theta
+        self.fit(theta)
+
+    def fit(self, theta: dict[str, Tensor]) -> None:
+        """In the shapes that the parameters have now."""
         for name in self.omega.keys() & theta.keys():
             shape = tuple(theta[name].shape)
             self.omega[name] = [resized(w, shape) for w in self.omega[name]]
@@ -264,7 +268,7 @@ class Sequences(RuleBasedStateMachine):
     def drop(self, t: int) -> None:
         t %= len(self.oracle.totals)
         self.penalty.drop(t)
-        self.oracle.follow(self.theta)
+        self.oracle.fit(self.theta)
         for kind in (self.oracle.omega, self.oracle.anchor):
             for each in kind.values():
                 del each[t]
@@ -279,7 +283,7 @@ class Sequences(RuleBasedStateMachine):
             self.oracle.seen.pop(old, None)
             self.penalty.rename(old, new)
             self.oracle.move(old, new)
-            self.oracle.follow(self.theta)
+            self.oracle.fit(self.theta)
         elif old in self.oracle.omega or self.oracle.followed.get(old) != new:
             with pytest.raises(KeyError):
                 self.penalty.rename(old, new)
