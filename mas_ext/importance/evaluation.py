@@ -106,8 +106,13 @@ def evaluating(
     # where the compiler was never imported, which takes seconds.
     compiled = "torch._dynamo" in sys.modules
     as_written = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    # An interruption at the end of a `with` keeps torch's own guards from their end.
+    guards: Any = torch._C
+    functions = getattr(guards, "_get_torch_function_state", lambda: None)()
 
     def restore() -> None:
+        if functions is not None:
+            guards._set_torch_function_state(functions)
         for wrapper in parallel:
             wrapper.__dict__.pop("forward", None)
         for layer, before in zip(recurrent, dropout, strict=True):

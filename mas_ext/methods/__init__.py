@@ -67,8 +67,8 @@ def _fits(value: Any, kind: Any) -> bool:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(_fits(value, each) for each in inner)
-    if origin is Literal:
-        return value in inner
+    if origin is Literal:  # which of its words, the method itself tells
+        return type(value) in {type(each) for each in inner}
     if origin is Sequence:
         return isinstance(value, (list, tuple)) and all(_fits(each, inner[0]) for each in value)
     if origin is Callable:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mas_ext.importance import ImportanceSum
 from mas_ext.methods.method import Method, Training
 from mas_ext.models import MultiHead
-from mas_ext.optim.hooks import Mode, check_mode
+from mas_ext.optim.hooks import Mode
 from mas_ext.penalty import FusedMASPenalty
 
 
@@ -32,7 +32,6 @@ class Quadratic(Method):
         # As wide as each parameter: float64 is for those of float64 alone. A trainer knows no other rank.
         width = {"omega_dtype": torch.float64, "process_group": None}
         self._arguments = {"lam": lam, **width, **penalty}
-        check_mode(mode)
         self.mode, self.weight = mode, 1.0
         self.penalty: FusedMASPenalty | None = None
 
