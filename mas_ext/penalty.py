@@ -629,8 +629,10 @@ class FusedMASPenalty(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        self._follow(optimizer_view(self.model, self.exclude))
-        self.bound()  # in the shapes that parameters have now
+        view = optimizer_view(self.model, self.exclude)
+        self._follow(view)
+        if not self._tracked.was_sharded_since(view):  # else a new penalty takes what is held
+            self.bound()  # in the shapes that parameters have now
         found = {**self._state.tensors(), **self._pending.tensors()}
         if self._tracked.sharding is not None:
             found = self._tracked.sharding.join_state(found)

@@ -111,12 +111,16 @@ class TrackedModel:
         theta = view.parameters()
         if self.sharding is not None:
             self.sharding.follow(theta, consolidated)
-        elif Sharding.of(self.model, theta) is not None:
+        elif self.was_sharded_since(view):
             raise TypeError(
                 "model: got fully_shard after the penalty was made, expected before; a new penalty takes the "
                 "old one's state_dict()"
             )
         return view
+
+    def was_sharded_since(self, view: ModelView) -> bool:
+        """Whether fully_shard came after this was made."""
+        return self.sharding is None and Sharding.of(self.model, view.parameters()) is not None
 
     @contextmanager
     def whole(self, consolidated: Collection[str]) -> Iterator[ModelView]:
