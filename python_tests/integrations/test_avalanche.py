@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import mas_ext
+from mas_ext.failures import Diverged
 from mas_ext.integrations import avalanche as ours
 
 CLASSES, TASKS, INPUTS = 3, 3, 6
@@ -296,7 +298,9 @@ def test_a_proximal_step_cannot_diverge() -> None:
         trained, _ = strategy(grows, plugin)
         trained.train(experiences[0])
         before = trained.model[0].weight.detach().clone()
-        trained.train(experiences[1])
+        # What diverged has importance beyond all numbers, which is refused where it would be merged.
+        with suppress(Diverged) if step == "gradient" else nullcontext():
+            trained.train(experiences[1])
         moved.append(float((trained.model[0].weight - before).detach().abs().max()))
         assert not trained.optimizer._optimizer_step_post_hooks
     assert not moved[0] < 1  # far away, or NaN
