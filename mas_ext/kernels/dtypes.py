@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Their numbers in csrc/kernels.h. An omega of dtype uint8 holds the codes of from_codes.
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-OMEGA_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.uint8: 4}
+# An omega of dtype uint8 holds the codes of from_codes.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OMEGA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -63,7 +64,7 @@ def create(name: str, /, **given: Any) -> Method:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of an option's type; a whole number is a float, and a truth value is no number."""
+    """Whether a value is of an option's type, NumPy's included; a truth value is no number."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(_fits(value, each) for each in inner)
@@ -73,8 +74,9 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(_fits(each, inner[0]) for each in value)
     if origin is Callable:
         return callable(value)
-    if kind is float:
-        return type(value) in (int, float) and abs(value) < math.inf
+    if kind in (int, float) and type(value) is not bool:
+        whole, real = isinstance(value, Integral), isinstance(value, Real)
+        return whole if kind is int else real and abs(value) <= sys.float_info.max
     return type(value) is kind
 
 

@@ -15,12 +15,6 @@ from mas_ext.optim.hooks import Mode
 from mas_ext.penalty import FusedMASPenalty
 
 
-def check_max_samples(count: int | None) -> None:
-    """Raise a ValueError unless it is None or a number of samples, at least 1."""
-    if count is not None and (type(count) is not int or count < 1):
-        raise ValueError(f"max_samples: got {count!r}, expected a whole number of at least 1")
-
-
 class Quadratic(Method):
     """Task loss + lam sum_i W_i (theta_i - A_i)^2, the latter applied in the optimizer's step.
 
@@ -69,7 +63,8 @@ class Estimated(Quadratic):
         self, lam: float, mode: Mode = "gradient", max_samples: int | None = None, **penalty: Any
     ) -> None:
         super().__init__(lam, mode, **penalty)
-        check_max_samples(max_samples)
+        if max_samples is not None and max_samples < 1:
+            raise ValueError(f"max_samples: got {max_samples}, expected at least 1")
         self.max_samples = max_samples
         self._head: int | None = None
 

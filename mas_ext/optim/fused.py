@@ -259,27 +259,20 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         scale, overflow = self._amp(parameters[0].device)
         first = self._first(group, parameters[0])
         if first and overflow is not None and bool(overflow):
-            return _Launch(
-                lambda: None, {}, []
-            )  # a buffer holds nothing before a step that was made
-        momenta: list[Tensor] = []
-        if group["momentum"] and first:
-            momenta = [torch.empty_like(p) for p in parameters]
-        elif group["momentum"]:
-            momenta = [self.state[p]["momentum_buffer"] for p in parameters]
-        new = (
-            {
-                p: {**self.state.get(p, {}), "momentum_buffer": buffer}
-                for p, buffer in zip(parameters, momenta, strict=True)
+            # A buffer holds nothing before a step that was made.
+            return _Launch(lambda: None, {}, [])
+        new = {}
+        if first:
+            new = {
+                p: {**self.state.get(p, {}), "momentum_buffer": torch.empty_like(p)}
+                for p in parameters
             }
-            if first
-            else {}
-        )
+        kept = [new.get(p) or self.state[p] for p in parameters] if group["momentum"] else []
         kernel = partial(
             sgd_,
             parameters,
             bucket.grads,
-            momenta,
+            [own["momentum_buffer"] for own in kept],
             bucket.state,
             lr=float(group["lr"]),
             momentum=float(group["momentum"]),

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from mas_ext.kernels.dtypes import DTYPES
+
 if TYPE_CHECKING:  # torch may be built without it
     from torch.distributed.tensor import DTensor
 
@@ -18,7 +20,6 @@ if TYPE_CHECKING:  # torch may be built without it
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Modules that run their child `module` on several devices.
 PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MISSING = torch.empty(0, device="meta")
 
 Layout = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
@@ -132,7 +133,7 @@ def check_supported(name: str, parameter: Tensor) -> None:
         raise TypeError(
             f"parameter {name!r}: got layout {parameter.layout}, expected a dense tensor"
         )
-    if parameter.dtype not in _DTYPES:
+    if parameter.dtype not in DTYPES:
         raise TypeError(
             f"parameter {name!r}: got {parameter.dtype}, expected float32, float64, bfloat16 or "
             "float16"

@@ -9,13 +9,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from mas_ext.kernels.backends import Backend
+from mas_ext.kernels.dtypes import OMEGA_DTYPES
 
 Merge = Literal["consistent", "sum", "latest", "decay"]
 Store = Literal["merged", "per_task"]
 AlphaSum = Literal["tasks", "lam"]
 StateDevice = Literal["cpu"] | None
-
-_OMEGA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
 
 
 class TaskEntry(NamedTuple):
@@ -52,7 +51,7 @@ class MergeRule:
         _check_choice("alpha_sum", self.alpha_sum, get_args(AlphaSum))
         _check_choice("backend", self.backend, get_args(Backend))
         _check_choice("state_device", self.state_device, (None, "cpu"))
-        _check_choice("omega_dtype", self.omega_dtype, _OMEGA_DTYPES)
+        _check_choice("omega_dtype", self.omega_dtype, OMEGA_DTYPES)
         check_share(self.gamma, "gamma")
         if self.store == "per_task" and not self.own_anchors:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mas_ext.methods import METHODS, create, options
@@ -35,6 +36,18 @@ def test_a_number_of_samples_is_a_whole_number_from_1(name: str, value: Any) -> 
 def test_a_number_is_finite(name: str, option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{option}: got"):
         create(name, **{option: value})
+
+
+@pytest.mark.parametrize("value", [10**400, np.float64("inf"), np.float32("nan")])
+def test_a_number_is_one_that_a_float_holds(value: Any) -> None:
+    with pytest.raises(ValueError, match="lam: got"):
+        create("mas", lam=value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    for kind in (np.float64, np.float32, np.int64):
+        assert create("mas", lam=kind(3)).options()["lam"] == 3.0
+    assert create("mas", max_samples=np.int64(3)).options()["max_samples"] == 3
 
 
 def test_a_whole_number_is_a_number() -> None:
