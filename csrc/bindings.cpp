@@ -23,61 +23,7 @@ using mas::Views;
 
 std::int64_t chunks_of(std::int64_t size) { return (size + mas::kChunk - 1) / mas::kChunk; }
 
-DType dtype_of(const Views& tensors) { return static_cast<DType>(tensors[0].code); }
 DType sum_dtype(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
-
-// Some parameters, what lies beside each of them, and where their state starts.
-template <class S>
-struct Pass {
-  std::vector<S> segments;
-  std::int64_t chunks = 0;
-  std::int64_t end = 0;  // elements that a row of the state must have
-  bool whole = true;     // whether all have a state
-
-  explicit Pass(const Views& theta, py::handle offsets = {}) {
-    std::vector<std::int64_t> starts(theta.size());
-    if (offsets) starts = mas::read_offsets(offsets, theta.size());
-    segments.resize(theta.size());
-    for (std::size_t i = 0; i < theta.size(); ++i) {
-      mas::Segment& segment = segments[i];
-      segment = {theta[i].data, nullptr, theta[i].numel, starts[i], chunks};
-      chunks += chunks_of(segment.size);
-      std::int64_t behind = 0;
-      if (__builtin_add_overflow(segment.offset, segment.size, &behind)) behind = INT64_MAX;
-      if (segment.offset >= 0) end = std::max(end, behind);
-      whole = whole && segment.offset >= 0;
-    }
-  }
-
-  void beside(const Views& y) {
-    for (std::size_t i = 0; i < y.size(); ++i) segments[i].y = y[i].data;
-  }
-
-  mas::ListOf<S> list() const {
-    return {segments.data(), static_cast<std::int64_t>(segments.size()), chunks};
-  }
-
-  // The state, of which every tensor has a part.
-  mas::State state(py::handle fields, const Views& theta) const {
-    for (std::size_t i = 0; !whole && i < segments.size(); ++i) {
-      if (segments[i].offset < 0) {
-        mas::refuse("offsets[{}]: got {}, expected a number from 0 up", i, segments[i].offset);
-      }
-    }
-    return mas::read_state(fields, theta[0], end);
-  }
-};
-
-using Tensors = Pass<mas::Segment>;
-using Stepped = Pass<mas::OptimizerSegment>;
-
-void refuse_other_strides(bool reordered) {
-  if (reordered) throw mas::OtherStrides("tensors lie in memory in another order than the first");
-}
-
-double* scratch_of(py::handle object, mas::dlpack::Device device, std::int64_t chunks) {
-  return static_cast<double*>(mas::read_array("scratch", object, device, DType::float64, {chunks}));
-}
 
 // Runs on a CPU, with a number of threads.
 struct OnCpu {
@@ -116,62 +62,129 @@ void refuse_elsewhere(const char* name, const mas::View& first) {
   }
 }
 
-template <class On>
-Views read_first(const char* name, py::handle list) {
-  Views found = mas::read_list(name, list);
-  refuse_elsewhere<On>(name, found[0]);
-  return found;
-}
-
-// theta, gradients and moments of an optimizer's step, and its state if there is one.
-template <class On, class Rule, class Where>
-void step(py::handle theta_list, py::handle grad_list,
-          const std::vector<std::pair<std::string, py::object>>& moment_lists, py::handle step_list,
-          const py::tuple& fields, const Rule& rule, bool proximal, py::handle scale,
-          py::handle overflow, Where where) {
-  const mas::Reading reading;
-  const Views theta = read_first<On>("theta", theta_list);
-  Stepped pass(theta, fields[0]);
-  const DType dtype = dtype_of(theta);
-  const auto device = theta[0].device;
-  mas::State state = {};
-  if (mas::read("alpha", fields[3]).numel != 0) {
-    state = mas::read_state(fields, theta[0], pass.end);
-  } else if (pass.end > 0) {
-    mas::refuse("offsets: got some from 0 up, expected -1 without a state");
-  }
-  state.theta_dtype = dtype;
-  bool reordered = false;
-  const Views grad = mas::read_like("grad", grad_list, theta, dtype, reordered);
-  pass.beside(grad);
-  std::vector<Views> moments;
-  for (const auto& [name, list] : moment_lists) {
-    moments.push_back(mas::read_like(name.c_str(), list, theta, dtype, reordered));
-    for (std::size_t i = 0; i < theta.size(); ++i) {
-      pass.segments[i].moments[moments.size() - 1] = moments.back()[i].data;
+// One call: a list of parameters, what lies beside each of them, and where their state starts.
+template <class On, class S = mas::Segment>
+class Call {
+ public:
+  Call(const char* name, py::handle theta, py::handle offsets = {})
+      : theta_(mas::read_list(name, theta)) {
+    refuse_elsewhere<On>(name, theta_[0]);
+    std::vector<std::int64_t> starts(theta_.size());
+    if (offsets) starts = mas::read_offsets(offsets, theta_.size());
+    segments.resize(theta_.size());
+    for (std::size_t i = 0; i < theta_.size(); ++i) {
+      mas::Segment& segment = segments[i];
+      segment = {theta_[i].data, nullptr, theta_[i].numel, starts[i], chunks_};
+      chunks_ += chunks_of(segment.size);
+      std::int64_t behind = 0;
+      if (__builtin_add_overflow(segment.offset, segment.size, &behind)) behind = INT64_MAX;
+      if (segment.offset >= 0) end_ = std::max(end_, behind);
     }
+  }
+
+  std::vector<S> segments;
+
+  std::size_t size() const { return theta_.size(); }
+  DType dtype() const { return static_cast<DType>(theta_[0].code); }
+  mas::dlpack::Device device() const { return theta_[0].device; }
+  const mas::View& first() const { return theta_[0]; }
+
+  // Tensors like the parameters, of a dtype, which are kept until the end.
+  const Views& like(const char* name, py::handle list, DType dtype) {
+    beside_.push_back(mas::read_like(name, list, theta_, dtype, reordered_));
+    return beside_.back();
+  }
+
+  // The second tensor of each segment.
+  void beside(const char* name, py::handle list, DType dtype) {
+    const Views& tensors = like(name, list, dtype);
+    for (std::size_t i = 0; i < size(); ++i) segments[i].y = tensors[i].data;
+  }
+
+  // The state, of which every parameter has a part.
+  mas::State state(py::handle fields) const {
+    for (std::size_t i = 0; i < size(); ++i) {
+      if (segments[i].offset < 0) {
+        mas::refuse("offsets[{}]: got {}, expected a number from 0 up", i, segments[i].offset);
+      }
+    }
+    return mas::read_state(fields, first(), end_);
+  }
+
+  // The state, of which some may have none; without rows there is none for any.
+  mas::State partial_state(const py::tuple& fields) const {
+    mas::State found = {};
+    if (mas::read("alpha", fields[3]).numel != 0) {
+      found = mas::read_state(fields, first(), end_);
+    } else if (end_ > 0) {
+      mas::refuse("offsets: got some from 0 up, expected -1 without a state");
+    }
+    found.theta_dtype = dtype();
+    return found;
+  }
+
+  void* number(const char* name, py::handle object, DType dtype,
+               std::initializer_list<std::int64_t> sizes = {}) const {
+    return mas::read_array(name, object, device(), dtype, sizes);
+  }
+
+  double* scratch(py::handle object) const {
+    return static_cast<double*>(number("scratch", object, DType::float64, {chunks_}));
+  }
+
+  mas::ListOf<S> list() const {
+    return {segments.data(), static_cast<std::int64_t>(size()), chunks_};
+  }
+
+  template <class Kernel>
+  void run(const Kernel& args, typename On::Where where) const {
+    if (reordered_) {
+      throw mas::OtherStrides("tensors lie in memory in another order than the first");
+    }
+    On::run(args, where);
+  }
+
+ private:
+  const mas::Reading reading_;
+  const Views theta_;
+  std::vector<Views> beside_;
+  bool reordered_ = false;
+  std::int64_t chunks_ = 0;
+  std::int64_t end_ = 0;  // elements that a row of the state must have
+};
+
+using Moments = std::vector<std::pair<std::string, py::object>>;
+
+// A step of an optimizer.
+template <class On, class Rule>
+void step(py::handle theta, py::handle grad, const Moments& moments, py::handle step_list,
+          const py::tuple& fields, const Rule& rule, bool proximal, py::handle scale,
+          py::handle overflow, typename On::Where where) {
+  Call<On, mas::OptimizerSegment> call("theta", theta, fields[0]);
+  const mas::State state = call.partial_state(fields);
+  call.beside("grad", grad, call.dtype());
+  for (std::size_t m = 0; m < moments.size(); ++m) {
+    const Views& found = call.like(moments[m].first.c_str(), moments[m].second, call.dtype());
+    for (std::size_t i = 0; i < call.size(); ++i) call.segments[i].moments[m] = found[i].data;
   }
   py::tuple steps;
   if (!step_list.is_none()) {
     steps = mas::items("step", step_list);
-    if (steps.size() != theta.size()) {
-      mas::refuse("step: got {} tensors, expected {}", steps.size(), theta.size());
+    if (steps.size() != call.size()) {
+      mas::refuse("step: got {} tensors, expected {}", steps.size(), call.size());
     }
-    for (std::size_t i = 0; i < theta.size(); ++i) {
-      pass.segments[i].step = mas::read_number("step", steps[i], device);
+    for (std::size_t i = 0; i < call.size(); ++i) {
+      call.segments[i].step = mas::read_number("step", steps[i], call.device());
     }
   }
-  const mas::OptimizerStep<Rule> args = {pass.list(),
+  const mas::OptimizerStep<Rule> args = {call.list(),
                                          state,
                                          rule,
                                          proximal,
-                                         mas::read_number("scale", scale, device),
-                                         mas::read_number("overflow", overflow, device)};
-  refuse_other_strides(reordered);
-  On::run(args, where);
+                                         mas::read_number("scale", scale, call.device()),
+                                         mas::read_number("overflow", overflow, call.device())};
+  call.run(args, where);
 }
-
-using Moments = std::vector<std::pair<std::string, py::object>>;
 
 template <class On>
 void bind(py::module_ m, const char* name) {
@@ -179,49 +192,33 @@ void bind(py::module_ m, const char* name) {
   using py::handle;
   py::module_ sub = m.def_submodule(name);
 
-  sub.def("penalty", [](handle theta_list, handle grad_list, int mode, const py::tuple& fields,
+  sub.def("penalty", [](handle theta, handle grad, int mode, const py::tuple& fields,
                         handle grad_output, handle scratch, handle value, Where where) {
-    const mas::Reading reading;
-    const Views theta = read_first<On>("theta", theta_list);
-    Tensors pass(theta, fields[0]);
-    const DType dtype = dtype_of(theta);
-    const auto device = theta[0].device;
+    Call<On> call("theta", theta, fields[0]);
     mas::Penalty args = {};
-    args.state = pass.state(fields, theta);
+    args.state = call.state(fields);
     if (mode < 0 || mode > 2) throw std::invalid_argument("gradient: expected 0, 1 or 2");
     args.gradient = static_cast<mas::Gradient>(mode);
-    bool reordered = false;
-    Views grad;
-    if (mode != 0) grad = mas::read_like("grad", grad_list, theta, dtype, reordered);
-    pass.beside(grad);
+    if (mode != 0) call.beside("grad", grad, call.dtype());
     if (!grad_output.is_none()) {
-      args.grad_output = static_cast<const double*>(
-          mas::read_array("grad_output", grad_output, device, DType::float64, {}));
+      args.grad_output =
+          static_cast<const double*>(call.number("grad_output", grad_output, DType::float64));
     }
     if (!value.is_none()) {
-      args.value_dtype = sum_dtype(dtype);
-      args.value = mas::read_array("value", value, device, args.value_dtype, {});
-      args.partial = scratch_of(scratch, device, pass.chunks);
+      args.value_dtype = sum_dtype(call.dtype());
+      args.value = call.number("value", value, args.value_dtype);
+      args.partial = call.scratch(scratch);
     }
-    args.segments = pass.list();
-    refuse_other_strides(reordered);
-    On::run(args, where);
+    args.segments = call.list();
+    call.run(args, where);
   });
 
-  sub.def("proximal", [](handle theta_list, handle moment_list, const py::tuple& fields, double eta,
+  sub.def("proximal", [](handle theta, handle second_moment, const py::tuple& fields, double eta,
                          double correction, double eps, Where where) {
-    const mas::Reading reading;
-    const Views theta = read_first<On>("theta", theta_list);
-    Tensors pass(theta, fields[0]);
-    const mas::State state = pass.state(fields, theta);
-    bool reordered = false;
-    Views moments;
-    if (!moment_list.is_none()) {
-      moments = mas::read_like("second_moment", moment_list, theta, dtype_of(theta), reordered);
-    }
-    pass.beside(moments);
-    refuse_other_strides(reordered);
-    On::run(mas::Proximal{pass.list(), state, eta, correction, eps}, where);
+    Call<On> call("theta", theta, fields[0]);
+    const mas::State state = call.state(fields);
+    if (!second_moment.is_none()) call.beside("second_moment", second_moment, call.dtype());
+    call.run(mas::Proximal{call.list(), state, eta, correction, eps}, where);
   });
 
   sub.def("sgd", [](handle theta, handle grad, const Moments& moments, const py::tuple& state,
@@ -246,52 +243,39 @@ void bind(py::module_ m, const char* name) {
     step<On>(theta, grad, moments, steps, state, rule, proximal, scale, overflow, where);
   });
 
-  sub.def("accumulate", [](handle omega_list, handle grad_list, double weight, Where where) {
-    const mas::Reading reading;
-    const Views omega = read_first<On>("omega", omega_list);
-    Tensors pass(omega);
-    const py::tuple grads = mas::items("grad", grad_list);
-    const int code = grads.empty() ? omega[0].code : mas::read("grad", grads[0], 0).code;
+  sub.def("accumulate", [](handle omega, handle grad, double weight, Where where) {
+    Call<On> call("omega", omega);
+    const py::tuple grads = mas::items("grad", grad);
+    const int code = grads.empty() ? call.first().code : mas::read("grad", grads[0], 0).code;
     const bool known = code >= 0 && code <= code_of(DType::float16);
-    if (!known || sum_dtype(static_cast<DType>(code)) != dtype_of(omega)) {
+    if (!known || sum_dtype(static_cast<DType>(code)) != call.dtype()) {
       mas::refuse("grad[0]: got {}, expected one that adds up in {}", grads[0].attr("dtype"),
-                  omega[0].object.attr("dtype"));
+                  call.first().object.attr("dtype"));
     }
-    bool reordered = false;
-    const Views grad = mas::read_like("grad", grads, omega, static_cast<DType>(code), reordered);
-    pass.beside(grad);
-    refuse_other_strides(reordered);
-    On::run(mas::Accumulate{pass.list(), static_cast<DType>(code), weight}, where);
+    call.beside("grad", grads, static_cast<DType>(code));
+    call.run(mas::Accumulate{call.list(), static_cast<DType>(code), weight}, where);
   });
 
-  sub.def("merge", [](const py::tuple& fields, handle theta_list, handle importance_list,
-                      double keep, double gain, int anchor, std::int64_t entry, handle scratch,
-                      handle remainder, Where where) {
-    const mas::Reading reading;
-    const Views theta = read_first<On>("theta", theta_list);
-    Tensors pass(theta, fields[0]);
-    const DType dtype = dtype_of(theta);
-    const auto device = theta[0].device;
-    mas::Merge args = {};
-    args.state = pass.state(fields, theta);
-    if (args.state.rows != 1) mas::refuse("alpha: got {} numbers, expected 1", args.state.rows);
-    bool reordered = false;
-    const Views importance =
-        mas::read_like("importance", importance_list, theta, sum_dtype(dtype), reordered);
-    pass.beside(importance);
-    if (anchor < 0 || anchor > 2) throw std::invalid_argument("anchor: expected 0, 1 or 2");
-    args.keep = keep;
-    args.gain = gain;
-    args.anchor = static_cast<mas::Anchor>(anchor);
-    args.entry = entry;
-    args.partial = scratch_of(scratch, device, pass.chunks);
-    const auto count = static_cast<std::int64_t>(theta.size());
-    args.remainder = static_cast<double*>(
-        mas::read_array("remainder", remainder, device, DType::float64, {count}));
-    args.segments = pass.list();
-    refuse_other_strides(reordered);
-    On::run(args, where);
-  });
+  sub.def("merge",
+          [](const py::tuple& fields, handle theta, handle importance, double keep, double gain,
+             int anchor, std::int64_t entry, handle scratch, handle remainder, Where where) {
+            Call<On> call("theta", theta, fields[0]);
+            mas::Merge args = {};
+            args.state = call.state(fields);
+            if (args.state.rows != 1)
+              mas::refuse("alpha: got {} numbers, expected 1", args.state.rows);
+            call.beside("importance", importance, sum_dtype(call.dtype()));
+            if (anchor < 0 || anchor > 2) throw std::invalid_argument("anchor: expected 0, 1 or 2");
+            args.keep = keep;
+            args.gain = gain;
+            args.anchor = static_cast<mas::Anchor>(anchor);
+            args.entry = entry;
+            args.partial = call.scratch(scratch);
+            args.remainder = static_cast<double*>(call.number(
+                "remainder", remainder, DType::float64, {static_cast<std::int64_t>(call.size())}));
+            args.segments = call.list();
+            call.run(args, where);
+          });
 
   sub.def("per_sample", [](handle omega, handle grad, handle input, handle rows,
                            const std::array<std::int64_t, 2>& range, handle partial,
