@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -75,8 +76,9 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is Callable:
         return callable(value)
     if kind in (int, float) and type(value) is not bool:
-        whole, real = isinstance(value, Integral), isinstance(value, Real)
-        return whole if kind is int else real and abs(value) <= sys.float_info.max
+        if isinstance(value, Integral):
+            return kind is int or abs(int(value)) <= sys.float_info.max
+        return kind is float and isinstance(value, Real) and math.isfinite(value)
     return type(value) is kind
 
 

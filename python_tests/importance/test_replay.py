@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import zoo_derived  # noqa: F401  its cases join the zoo's
-from definition import Omega, assert_close, cast, loop
+from definition import Omega, assert_close, cast, loop, waves
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import CASES
 
-from mas_ext import check_importance
+from mas_ext import check_importance, estimate_fisher
 from mas_ext.importance import ImportanceSum
 from mas_ext.importance.accumulator import gather
 from mas_ext.importance.evaluation import Labelled
@@ -104,6 +104,55 @@ def test_batches_of_one_look_are_replayed(name: str, events: list[str]) -> None:
     batches = [cast(case.inputs(size), torch.float64) for size in (6, 6, 6, 6, 4)]
     right = loop(model, batches, case.forward, "l2")[0]
     assert_close(importance(model, batches, case.forward), right, 1e-10, case.noise)
+    assert events == ["captured", "replayed", "replayed"]
+
+
+@pytest.mark.parametrize("objective", ["l1", "vector", waves])
+def test_every_objective_is_replayed(objective: Any, events: list[str]) -> None:
+    """Also one of many columns, of one backward pass each."""
+    torch.manual_seed(1)
+    model = CASES["vit"].make().double().eval()
+    batches = [CASES["vit"].inputs(6).double() for _ in range(4)]
+    total = ImportanceSum(objective=objective, max_outputs=200)
+    gather(total, model, batches)
+    assert_close(total.mean(), loop(model, batches, None, objective)[0], 1e-10)
+    assert events == ["captured", "replayed", "replayed"]
+
+
+def small() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    return model, [(torch.randn(6, 4).double(), torch.randn(6, 3).double()) for _ in range(4)]
+
+
+def test_squares_are_replayed(events: list[str]) -> None:
+    """Fisher information of normal outputs: the mean of the squares of all of them."""
+    model, batches = small()
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for inputs, _ in batches:
+        for x in inputs:
+            for y in model(x[None])[0]:
+                grads = torch.autograd.grad(y, [*model.parameters()], retain_graph=True)
+                for name, g in zip(expected, grads, strict=True):
+                    expected[name] += g.square() / 24
+    assert_close(estimate_fisher(model, batches, labels="normal"), expected, 1e-10)
+    assert events == ["captured", "replayed", "replayed"]
+
+
+def test_labels_are_those_of_the_batch_that_is_replayed(events: list[str]) -> None:
+    model, batches = small()
+    total = ImportanceSum(
+        values=lambda output, labels, samples: (output * labels).sum(1, keepdim=True),
+        labels=lambda batch, output, samples: batch[1],
+    )
+    gather(total, model, batches)
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for inputs, labels in batches:
+        for x, label in zip(inputs, labels, strict=True):
+            grads = torch.autograd.grad((model(x[None])[0] * label).sum(), [*model.parameters()])
+            for name, g in zip(expected, grads, strict=True):
+                expected[name] += g.abs() / 24
+    assert_close(total.mean(), expected, 1e-10)
     assert events == ["captured", "replayed", "replayed"]
 
 

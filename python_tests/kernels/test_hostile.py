@@ -87,6 +87,9 @@ OTHERS: list[Callable[[Tensor], Any]] = [
     lambda t: t.as_subclass(Loud),
     lambda t: t.requires_grad_() if t.is_floating_point() else t,
     lambda t: t + 100,
+    lambda t: t.new_empty([]).expand(2**62),
+    lambda t: t.new_empty([]).expand(2**31, 2**31),
+    lambda t: t.flatten()[:1].expand(2**40, *t.shape[1:]) if t.dim() else t,
 ]
 NUMBERS = [-1, 0, 1, 3, 2**31, 2**62, 2**63, -(2**63), 1.5, float("nan"), None, "x"]
 
@@ -137,7 +140,8 @@ def changed(value: Any, draw: random.Random) -> Any:
     if isinstance(value, (list, tuple)):
         if draw.random() < 0.2:
             return draw.choice([[], [*value, value[0]], value[:-1], None, 3, iter(value)])
-        i = draw.randrange(len(value))
+        places = [i for i, each in enumerate(value) if not isinstance(each, str)]
+        i = draw.choice(places)
         return type(value)([*value[:i], changed(value[i], draw), *value[i + 1 :]])
     return draw.choice(NUMBERS)
 

@@ -900,6 +900,38 @@ def test_opcheck(name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> 
     torch.library.opcheck(getattr(torch.ops.mas_ext, name).default, args)
 
 
+# What each kernel writes, by the place among its arguments; of a state omega and anchor.
+WRITTEN = {
+    "add_grad_": (1,),
+    "add_grad_alone_": (1,),
+    "proximal_": (0,),
+    "sgd_": (0, 2),
+    "adamw_": (0, 2, 3, 4, 5),
+    "accumulate_": (0,),
+    "merge_": (1, 2),
+    "per_sample_": (0,),
+}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_a_kernel_writes_has_a_new_version(name: str, compiled: bool) -> None:
+    """So that autograd refuses to go backward through it; what is read keeps its version."""
+    args = operator_calls(make(torch.float32, shapes=[(4,), (3, 2)]), compiled)[name]
+    places = [[a] if isinstance(a, Tensor) else a for a in args]
+    places = [a if isinstance(a, list) and all(map(torch.is_tensor, a)) else [] for a in places]
+    before = [[t._version for t in tensors] for tensors in places]
+    getattr(torch.ops.mas_ext, name).default(*args)
+    for i, (tensors, versions) in enumerate(zip(places, before, strict=True)):
+        for t, version in zip(tensors, versions, strict=True):
+            assert (t._version > version) == (i in WRITTEN[name]), i
+
+
+def test_every_kernel_that_writes_is_among_these() -> None:
+    mutable = {name for name in torch.ops.mas_ext if name.endswith("_")}
+    assert mutable == WRITTEN.keys()
+
+
 def test_opcheck_of_the_gradient(backend: Backend) -> None:
     case = make(torch.float32, shapes=[(4,), (3, 2)], device=backend.device)
     theta = [t.requires_grad_() for t in case.theta]
