@@ -9,7 +9,6 @@ README.md walks through it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,7 +34,7 @@ from mas_ext.importance.exact.origins import Earlier
 from mas_ext.importance.exact.precision import Precision, lowest_precision
 from mas_ext.importance.exact.pull_back import Moves
 from mas_ext.importance.exact.recurrent import RULES
-from mas_ext.importance.exact.replay import Replay
+from mas_ext.importance.exact.replay import Replays
 from mas_ext.importance.exact.sample_layout import SampleLayout
 from mas_ext.importance.exact.tracing import Tape
 from mas_ext.importance.gradients import Summation, Totals, zeros
@@ -105,9 +104,8 @@ class Exact:
         self._shared: set[Any] = set()
         self._earlier = Earlier()
         self._single_samples = Fallback(self._how)
-        # By the look of a batch: captured passes, and how often it came; None between runs.
-        self._replays: dict[Hashable, Replay] | None = None
-        self._seen: Counter[Hashable] = Counter()
+        # None between runs in which nothing but the batch changes.
+        self._replays: Replays | None = None
         # Why the last pass that was to be captured could not be.
         self.not_captured = ""
 
@@ -118,10 +116,11 @@ class Exact:
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
         """While it lasts, nothing but the batch changes from call to call: passes on a GPU are captured."""
-        self._replays, self._seen = {}, Counter()
+        self._replays = Replays()
         try:
             yield
         finally:
+            self.not_captured = self._replays.failure
             self._replays = None
 
     def __call__(
@@ -130,35 +129,24 @@ class Exact:
         """The sums by name, and the objectives."""
         if self._replays is None or not replay.possible(theta):
             return self._add_up(evaluate, batch, theta)
-        key = replay.batch_key(evaluate, batch, theta)
-        if key in self._replays:
-            return self._replays[key](batch)
-        result = self._add_up(evaluate, batch, theta)
-        self._seen[key] += 1
-        if self._seen[key] == 2:  # others may follow
-            self._capture(key, evaluate, batch, theta)
-        return result
+        return self._replays(
+            evaluate,
+            batch,
+            theta,
+            lambda: self._add_up(evaluate, batch, theta),
+            lambda given: self._repeated(evaluate, given, theta),
+        )
 
-    def _capture(
-        self, key: Hashable, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
-    ) -> None:
-        """Keep the pass of the last batch for others of its look; not_captured says why it can't be."""
-
-        def again(batch: Labelled) -> tuple[Totals, Tensor, Any]:
-            run = self._forward(evaluate, batch, theta)
-            proof = self.known(run.tape, batch)
-            if proof is None or not proof.lasting or theta.keys() & self.fallback.keys():
-                raise RuntimeError("samples are told apart, or run alone, in every batch")
-            totals = self._backward(run._replace(proof=proof))
-            return self._complete(totals, theta), run.values.detach(), (proof, run.tape.tables)
-
-        try:
-            if evaluate.state.touched():
-                raise RuntimeError("the model writes what it keeps")
-            assert self._replays is not None
-            self._replays[key] = Replay(again, batch)
-        except Exception as error:  # of any kind: batches go on without
-            self.not_captured = f"{type(error).__name__}: {error}"
+    def _repeated(
+        self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
+    ) -> tuple[Totals, Tensor, Any]:
+        """The pass of a batch like the last one, by what is known; and what its sums are read by."""
+        run = self._forward(evaluate, batch, theta)
+        proof = self.known(run.tape, batch)
+        if proof is None or not proof.lasting or theta.keys() & self.fallback.keys():
+            raise RuntimeError("samples are told apart, or run alone, in every batch")
+        totals = self._backward(run._replace(proof=proof))
+        return self._complete(totals, theta), run.values.detach(), (proof, run.tape.tables)
 
     def _add_up(
         self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]

@@ -6,6 +6,7 @@ What the model does with numbers that it reads from a batch, or with other shape
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -16,7 +17,9 @@ from mas_ext.importance import batches
 from mas_ext.importance.evaluation import Evaluate, Labelled
 from mas_ext.importance.gradients import Totals
 
-# From a batch: sums by name, objectives, and whatever they were computed with.
+# Sums by name, and objectives.
+Sums = tuple[Totals, Tensor]
+# From a batch: these, and whatever they were computed with.
 Pass = Callable[[Labelled], tuple[Totals, Tensor, Any]]
 
 
@@ -43,13 +46,48 @@ class Replay:
         self._batch = batches.mapped(batch, torch.clone)
         self._replay, (self._totals, self._values, self._kept) = capture(lambda: run(self._batch))
 
-    def __call__(self, batch: Labelled) -> tuple[Totals, Tensor]:
+    def __call__(self, batch: Labelled) -> Sums:
         """The sums by name, and the objectives."""
         for mine, given in zip(batches.tensors(self._batch), batches.tensors(batch), strict=True):
             mine.copy_(given)
         self._replay()
         totals = {name: total.clone() for name, total in self._totals.items()}
         return totals, self._values.clone()
+
+
+class Replays:
+    """Captured passes for as long as nothing but the batch changes.
+
+    failure: why the last pass that was to be captured could not be; "" if none was refused.
+    """
+
+    def __init__(self) -> None:
+        self.failure = ""
+        self._seen: Counter[Hashable] = Counter()
+        self._captured: dict[Hashable, Replay] = {}
+
+    def __call__(
+        self,
+        evaluate: Evaluate,
+        batch: Labelled,
+        theta: Mapping[str, Tensor],
+        eager: Callable[[], Sums],
+        run: Pass,
+    ) -> Sums:
+        """A batch replayed, or summed by `eager`; after the second of a look, `run` is captured."""
+        key = batch_key(evaluate, batch, theta)
+        if key in self._captured:
+            return self._captured[key](batch)
+        found = eager()
+        self._seen[key] += 1
+        if self._seen[key] == 2:  # others may follow
+            try:
+                if evaluate.state.touched():
+                    raise RuntimeError("the model writes what it keeps")
+                self._captured[key] = Replay(run, batch)
+            except Exception as error:  # of any kind: batches go on without
+                self.failure = f"{type(error).__name__}: {error}"
+        return found
 
 
 def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
