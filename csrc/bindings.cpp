@@ -1,6 +1,6 @@
-// The Python module _C: lists of tensors in, exceptions out. With tensors.cpp the only file that
-// knows Python. Everything that a kernel is called with is checked here, before the first byte is
-// written.
+// The Python module _C: lists of tensors in, exceptions out. With tensors.cpp and arguments.cpp the
+// only file that knows Python. Everything that a kernel is called with is checked before the first
+// byte is written.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,8 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
-#include "tensors.h"
+#include "arguments.h"
 
 namespace py = pybind11;
 

@@ -5,9 +5,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <initializer_list>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -94,17 +92,15 @@ float* read_number(const char* name, pybind11::handle object, dlpack::Device dev
 // Where the state of each tensor starts; -1: it has none.
 std::vector<std::int64_t> read_offsets(pybind11::handle list, std::size_t count);
 
-// The flat state (omega, anchor, alpha, remainder behind offsets, see kernels/flat_state.py) of
-// parameters like `theta`, with at least `end` elements in a row. Without rows: no state.
-State read_state(pybind11::handle state, const View& theta, std::int64_t end);
+// In errors: a dtype, a device, and a tensor's sizes and strides as tuples.
+const char* dtype_name(DType dtype);
+std::string device_name(dlpack::Device device);
+pybind11::object sizes_of(pybind11::handle object);
+pybind11::object strides_of(pybind11::handle object);
+pybind11::tuple tuple_of(std::initializer_list<std::int64_t> sizes);
 
-// One use of a weight, see kernels/per_sample.py; none if there is nothing to sum. `range`: the
-// least and the greatest of rows, where they can't be looked at from here.
-std::optional<PerSample> read_per_sample(pybind11::handle omega, pybind11::handle grad,
-                                         pybind11::handle input, pybind11::handle rows,
-                                         const std::array<std::int64_t, 2>& range,
-                                         pybind11::handle partial, std::int64_t splits,
-                                         bool square);
+bool same(dlpack::Device a, dlpack::Device b);
+bool same_sizes(const View& a, const View& b);
 
 // A ValueError (or another) whose text is `format` filled in by Python's str.format.
 template <class Error = pybind11::value_error, class... Args>
