@@ -43,7 +43,7 @@ def relative_errors(omega_dtype: torch.dtype) -> dict[str, dict[str, float]]:
         return torch.randn(PARAMETERS, generator=generator, dtype=torch.float64)
 
     model = nn.ParameterList([normal().float()])
-    penalty = FusedMASPenalty(model, merge="sum", omega_dtype=omega_dtype)
+    penalty = FusedMASPenalty(model, omega_dtype=omega_dtype)
     (theta,) = model.parameters()
     base, weight = torch.exp(2 * normal()), torch.zeros(PARAMETERS, dtype=torch.float64)
     first, second = torch.zeros_like(weight), torch.zeros_like(weight)

@@ -37,6 +37,8 @@ PENALTIES = tuple(
     Variant(name, {}, name) for name in ("mas", "mas-alpha", "ewc", "online-ewc", "si")
 )
 PROXIMAL = tuple(Variant(each.method, {"mode": "proximal"}, each.method) for each in PENALTIES)
+# MAS and MAS-alpha, each with the anchor of the other.
+ANCHORS = tuple(Variant(name, {}, name) for name in ("mas-own", "mas-alpha-latest"))
 MERGED = tuple(Variant(name) for name in ("imm-mean", "imm-mode"))
 DISTILLED = (Variant("lwf", {}, "lwf"), Variant("ebll", {}, "lwf"))
 

@@ -24,9 +24,11 @@ from mas_ext.methods.mas import MAS
 from mas_ext.metrics import interval_text
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.scenarios import Scenario
-from mas_ext.state.merge_rules import Merge
 
-METHODS: dict[str, Merge] = {"mas": "latest", "mas-alpha": "consistent"}
+METHODS: dict[str, dict[str, Any]] = {
+    "mas": {},
+    "mas-alpha": {"merge": "consistent", "anchor": "own"},
+}
 
 ORDERS = {"small first": (1.0, 10.0, 1.0), "large first": (10.0, 1.0, 1.0)}
 
@@ -245,7 +247,7 @@ def toy(scales: Sequence[float], method: str, lam: float, seed: int, steps: int)
         y = torch.tensor(scales) * (3 * x @ torch.randn(2, len(scales)) + torch.randn(3)).sin()
         for _ in scales:
             network.add_head(1)
-        penalty = FusedMASPenalty(network, lam=lam, merge=METHODS[method], exclude=["heads.*"])
+        penalty = FusedMASPenalty(network, lam=lam, **METHODS[method], exclude=["heads.*"])
         learn, test, error = x[:400], x[400:], []
         for task, scale in enumerate(scales):
             optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)

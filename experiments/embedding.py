@@ -94,7 +94,7 @@ VARIANTS = {
     "finetune": Variant(Finetune),
     "joint": Variant(Joint),
     "mas": Variant(MAS, "mas"),
-    "mas-alpha": Variant(partial(MAS, merge="consistent"), "mas-alpha"),
+    "mas-alpha": Variant(partial(MAS, merge="consistent", anchor="own"), "mas-alpha"),
     "ewc, of the ranking loss": Variant(RankingEWC, "ewc, of the ranking loss"),
     "si": Variant(SI, "si"),
     "mas, proximal": Variant(partial(MAS, mode="proximal"), "mas"),

@@ -34,7 +34,7 @@ class SquaredGradients(Quadratic):
     """
 
     def __init__(self, lam: float) -> None:
-        super().__init__(lam / 2, merge="sum")
+        super().__init__(lam / 2, anchor="own")
 
     def entries(self, training: Training, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """Further arguments of f for the samples of a batch, each (N, ...)."""

@@ -68,7 +68,7 @@ ARMS = {
 }
 
 
-ALPHA = partial(MAS, merge="consistent")
+ALPHA = partial(MAS, merge="consistent", anchor="own")
 # LwF and EBLL take outputs for logits of classes, as their papers do.
 TAUGHT: dict[str, Any] = {"distance": "softmax"}
 VARIANTS = {

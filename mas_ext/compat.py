@@ -133,7 +133,7 @@ def official(
         options: further arguments of FusedMASPenalty.
     """
     importance = BatchMeans(objective, forward, exclude)
-    return FusedMASPenalty(model, lam, importance, merge="latest", exclude=exclude, **options)
+    return FusedMASPenalty(model, lam, importance, exclude=exclude, **options)
 
 
 def avalanche(
@@ -181,7 +181,7 @@ def facil(
 
     F is all heads' outputs side by side, and no importance holds the heads: exclude them. It leaves out a short
     last batch: give `consolidate` a loader with drop_last=True. Its alpha = -1, which weighs tasks by their
-    classes, is FusedMASPenalty(model, importance=BatchMeans(norm, training=True), merge="latest") with
+    classes, is FusedMASPenalty(model, importance=BatchMeans(norm, training=True)) with
     consolidate(batches, weight=classes) and then penalty.lam = lamb / (2 * classes so far).
 
     Args:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from mas_ext.failures import Diverged
+from mas_ext.failures import Diverged, Vanished
 from mas_ext.importance import ESTIMATORS, EstimatorName, Forward, ImportanceSum, gather
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
@@ -30,7 +30,16 @@ from mas_ext.parameters.ranks import Ranks, Together, refuse_unused
 from mas_ext.parameters.tracked_model import TrackedModel, whole_model
 from mas_ext.state import files as checkpoint
 from mas_ext.state.buffers import Group
-from mas_ext.state.merge_rules import AlphaSum, Merge, MergeRule, StateDevice, Store, check_factor
+from mas_ext.state.merge_rules import (
+    AlphaSum,
+    Anchor,
+    Merge,
+    MergeRule,
+    StateDevice,
+    Store,
+    check_factor,
+    separate_anchor,
+)
 from mas_ext.state.offloading import group_penalty, run_kernel
 from mas_ext.state.quadratic import FORMAT, Consolidation, check_format
 
@@ -70,7 +79,7 @@ class FusedMASPenalty(nn.Module):
         value = sum_t alpha_t sum_i Omega_t,i (theta_i - theta*_t,i)^2 = scale (sum_i W_i (theta_i - A_i)^2 + r)
 
     exactly, in two buffers W and A whatever the number of tasks (store "merged"), or task by task
-    ("per_task"). Memory Aware Synapses (Aljundi et al., ECCV 2018, equations 2 and 3) is merge "latest".
+    ("per_task"). The defaults are Memory Aware Synapses (Aljundi et al., ECCV 2018, equations 2 and 3).
 
     Args:
         model: any module; a strong reference is kept, and not registered as a submodule.
@@ -79,7 +88,10 @@ class FusedMASPenalty(nn.Module):
             its own objective, forward and exclude: FisherSum makes this the penalty of EWC.
         objective: "l2", "l1", "vector" or a callable, see estimate_importance.
         forward: forward(model, batch) -> output, see estimate_importance.
-        merge: "consistent" (alpha_t equalise the tasks' total importance), "sum", "latest" or "decay".
+        merge: "sum" (alpha_t is lam), "consistent" (MAS-alpha: alpha_t equalise the tasks' total importance) or
+            "decay".
+        anchor: where it pulls to. "latest": where the last task ended. "own": for each task's importance where
+            that task ended, which undoes a part of what later tasks learned.
         alpha_sum: what the alpha_t of "consistent" add up to in equalised units: lam times the number of
             "tasks" (the strength of "sum" at the same lam), or "lam".
         gamma: "decay": W <- gamma W + Omega.
@@ -116,7 +128,8 @@ class FusedMASPenalty(nn.Module):
         importance: EstimatorName | ImportanceSum = "exact",
         objective: Objective = "l2",
         forward: Forward | None = None,
-        merge: Merge = "consistent",
+        merge: Merge = "sum",
+        anchor: Anchor = "latest",
         alpha_sum: AlphaSum = "tasks",
         gamma: float = 1.0,
         store: Store = "merged",
@@ -138,7 +151,7 @@ class FusedMASPenalty(nn.Module):
             pending = ImportanceSum(importance, objective, forward, exclude, backend=backend)
         else:
             raise ValueError(f"importance: got {importance!r}, expected one of {tuple(ESTIMATORS)}")
-        rule = MergeRule(merge, store, alpha_sum, gamma, omega_dtype, backend, state_device)
+        rule = MergeRule(merge, anchor, store, alpha_sum, gamma, omega_dtype, backend, state_device)
         self._held = _Held(Consolidation(rule, lam), pending, {})
         self._tracked = TrackedModel(model, exclude)
         if omega_dtype == torch.uint8 and self._tracked.sharding is not None:
@@ -381,13 +394,14 @@ class FusedMASPenalty(nn.Module):
             weight: multiplies this task's importance (and 1/S_t under "consistent").
             progress: show a progress bar.
             importance: instead of batches, Omega_t by name, computed elsewhere; a name left out counts as 0.
-                Under merge "latest" it may be negative: W <- max(0, W + Omega_t). The same on every rank.
+                Under merge "sum" with anchor "latest", in store "merged", it may be negative:
+                W <- max(0, W + Omega_t). The same on every rank.
 
         Raises:
             RuntimeError: not exactly one of observed batches, `batches` and `importance`.
             ValueError: see estimate_importance; importance that is negative or of another shape. Subclasses:
                 Diverged, a FloatingPointError, too: parameters, outputs or importance that are not finite;
-                Vanished: importance at the level of rounding, under merge "consistent".
+                Vanished: importance at the level of rounding, under merge "consistent"; elsewhere a warning.
         """
 
         def collect(view: ModelView) -> ImportanceSum:
@@ -452,8 +466,8 @@ class FusedMASPenalty(nn.Module):
     def adapt(self, batches: Iterable[Any], weight: float = 1.0) -> None:
         """Unlabelled data met in deployment: one more weighted entry.
 
-        Under "consistent" and "sum" its anchor is the present parameters, under "latest" and "decay" the
-        anchor stays. See consolidate.
+        Under anchor "own" its anchor is the present parameters, under "latest" the anchor stays. See
+        consolidate.
         """
 
         def find(view: ModelView) -> Mapping[str, Tensor]:
@@ -564,6 +578,7 @@ class FusedMASPenalty(nn.Module):
             "exclude": estimator.exclude,
             "omega_dtype": str(rule.omega_dtype).removeprefix("torch."),
             "merge": rule.merge,
+            "anchor": rule.anchor,
             "store": rule.store,
         }
         encoded = checkpoint.encode(settings)
@@ -599,7 +614,9 @@ class FusedMASPenalty(nn.Module):
         """
         tensors = checkpoint.load(path)
         check_format(tensors)
-        settings = checkpoint.decode("settings", tensors.pop("settings", None), _SETTINGS)
+        settings = checkpoint.decode(
+            "settings", tensors.pop("settings", None), _SETTINGS, separate_anchor
+        )
         names = settings["exclude"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"exclude: got {names!r} in the file, expected a list of patterns")
@@ -678,7 +695,8 @@ class FusedMASPenalty(nn.Module):
     def extra_repr(self) -> str:
         """What print() shows."""
         rule = self._state.rule
-        return f"lam={self.lam:g}, merge={rule.merge!r}, store={rule.store!r}, num_tasks={self.num_tasks}"
+        choices = f"merge={rule.merge!r}, anchor={rule.anchor!r}, store={rule.store!r}"
+        return f"lam={self.lam:g}, {choices}, num_tasks={self.num_tasks}"
 
     def _total(self, values: Sequence[Tensor]) -> Tensor:
         """The sum over groups, and ranks, on the first one's device, float64 if any is."""
@@ -708,8 +726,14 @@ class FusedMASPenalty(nn.Module):
         theta = view.parameters()
         summed = self._ranks.sum(lambda: collect().totals, view.model, theta)
         total = self._pending.with_totals(summed)
-        if total.sums and self._state.rule.merge == "consistent":
-            total.refuse_rounding_noise(theta)
+        try:
+            if total.sums:
+                total.refuse_rounding_noise(theta)
+        except Vanished as error:
+            # Divided by its sum it would hold all parameters at random; otherwise it holds none.
+            if self._state.rule.merge == "consistent":
+                raise
+            warn(str(error), RuntimeWarning)
         # What was observed is still there if a check fails.
         return total.mean() if total.sums is self._pending.sums else total.into_mean()
 
@@ -744,7 +768,7 @@ _NOTHING = torch.zeros((), requires_grad=True)
 
 _SETTINGS = (
     *("importance", "objective", "exclude"),
-    *("merge", "store", "alpha_sum", "gamma", "omega_dtype"),
+    *("merge", "anchor", "store", "alpha_sum", "gamma", "omega_dtype"),
 )
 
 

@@ -43,11 +43,12 @@ def random(seed: int) -> torch.Generator:
 def settings() -> Iterator[dict[str, Any]]:
     """Of a penalty, each with each."""
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
-    for (merge, store), dtype, backend, device in itertools.product(
+    for (merge, anchor, store), dtype, backend, device in itertools.product(
         tiny.FORMS, dtypes, BACKENDS, (None, "cpu")
     ):
         yield {
             "merge": merge,
+            "anchor": anchor,
             "store": store,
             "omega_dtype": dtype,
             "backend": backend,

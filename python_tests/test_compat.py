@@ -183,9 +183,7 @@ def test_facil() -> None:
 def test_facil_with_tasks_weighed_by_their_classes() -> None:
     model, classes = network(), [2, 3, 5]
     estimator = compat.BatchMeans(compat.norm, training=True)
-    penalty = FusedMASPenalty(
-        model, importance=estimator, merge="latest", omega_dtype=torch.float64
-    )
+    penalty = FusedMASPenalty(model, importance=estimator, omega_dtype=torch.float64)
     omega = [torch.zeros_like(p) for p in model.parameters()]
     for t, count in enumerate(classes):
         moved(model)

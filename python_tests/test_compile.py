@@ -40,7 +40,7 @@ def recompiling_is_an_error(yes: bool) -> Any:
 
 def build(store: Any = "merged", dtype: torch.dtype = torch.float64) -> FusedMASPenalty:
     return FusedMASPenalty(
-        Product(dtype), lam=0.7, merge="sum", store=store, omega_dtype=torch.float64
+        Product(dtype), lam=0.7, anchor="own", store=store, omega_dtype=torch.float64
     )
 
 
@@ -130,7 +130,7 @@ def test_frozen_parameters_and_those_of_two_dtypes(form: Form) -> None:
             "c": nn.Parameter(torch.randn(5)),
         }
     )
-    penalty = FusedMASPenalty(model, lam=0.5, merge="sum")
+    penalty = FusedMASPenalty(model, lam=0.5, anchor="own")
     omega = {name: torch.rand_like(p) for name, p in model.items()}
     anchor = {name: p.detach().clone() for name, p in model.items()}
     penalty.consolidate(importance=omega)
@@ -156,7 +156,7 @@ def test_frozen_parameters_and_those_of_two_dtypes(form: Form) -> None:
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_changed_model_is_followed_outside_of_the_graph(whole: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
-    penalty = FusedMASPenalty(model, merge="sum", omega_dtype=torch.float64)
+    penalty = FusedMASPenalty(model, anchor="own", omega_dtype=torch.float64)
     penalty.consolidate([torch.randn(6, 4, dtype=torch.float64)])
     compiled = torch.compile(lambda: penalty() + 0, backend="aot_eager", fullgraph=whole)
     assert compiled().item() == 0
@@ -197,7 +197,7 @@ def test_an_optimizer_that_is_compiled_has_the_penalty_in_its_step(mode: Any) ->
 
 def test_inductor_adds_the_gradient_in_place() -> None:
     model = nn.Linear(300, 200)
-    penalty = FusedMASPenalty(model, merge="sum")
+    penalty = FusedMASPenalty(model, anchor="own")
     penalty.consolidate([torch.randn(2, 300)])
     compiled = torch.compile(penalty.add_grad_, fullgraph=True)
     anchor = model.weight.detach().clone()

@@ -30,14 +30,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FILES = Path(__file__).with_name("files_of_0_1")
 
+# What a merge of its own told of merge and anchor, and the stores that went with it.
+MERGES = {
+    "consistent": ("consistent", "own", ("merged", "per_task")),
+    "sum": ("sum", "own", ("merged", "per_task")),
+    "latest": ("sum", "latest", ("merged",)),
+    "decay": ("decay", "latest", ("merged",)),
+}
 PENALTIES = {
-    f"{merge}-{store}-{str(dtype).removeprefix('torch.')}": {
+    f"{name}-{store}-{str(dtype).removeprefix('torch.')}": {
         "merge": merge,
+        "anchor": anchor,
         "store": store,
         "omega_dtype": dtype,
         "gamma": 0.5 if merge == "decay" else 1.0,
     }
-    for merge, store in tiny.FORMS
+    for name, (merge, anchor, stores) in MERGES.items()
+    for store in stores
     for dtype in (torch.float32, torch.bfloat16, torch.uint8)
 }
 TRAININGS: dict[str, dict[str, Any]] = {

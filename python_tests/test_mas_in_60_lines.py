@@ -60,11 +60,13 @@ def test_importance() -> None:
         assert float(omega.max()) > 0
 
 
-@pytest.mark.parametrize(("merge", "name"), [("latest", "MAS"), ("consistent", "MASAlpha")])
-def test_penalty(merge: Any, name: str) -> None:
+@pytest.mark.parametrize(
+    ("merge", "anchor", "name"), [("sum", "latest", "MAS"), ("consistent", "own", "MASAlpha")]
+)
+def test_penalty(merge: Any, anchor: Any, name: str) -> None:
     """Value, gradient and factors after each of four tasks, away from every anchor."""
     model = network()
-    penalty = FusedMASPenalty(model, lam=0.7, merge=merge, omega_dtype=torch.float64)
+    penalty = FusedMASPenalty(model, lam=0.7, merge=merge, anchor=anchor, omega_dtype=torch.float64)
     method = getattr(written_out, name)(model, 0.7)
     assert penalty().item() == method.penalty().item() == 0
     theta = list(model.parameters())

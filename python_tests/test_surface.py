@@ -220,14 +220,16 @@ def leaves(path: str, node: Any) -> Iterator[str]:
 
 def penalties() -> Iterator[str]:
     """Their parameter is float32, or float64 where omega is."""
-    for merge, store in tiny.FORMS:
+    for merge, anchor, store in tiny.FORMS:
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.uint8):
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             model = nn.Linear(2, 1, bias=False, dtype=wide)
-            penalty = tiny.consolidated(model, merge=merge, store=store, omega_dtype=dtype)
+            penalty = tiny.consolidated(
+                model, merge=merge, anchor=anchor, store=store, omega_dtype=dtype
+            )
             penalty.observe(torch.ones(1, 2, dtype=wide))
             keys = "; ".join(leaf[1:] for leaf in leaves("", penalty.state_dict()))
-            yield f"state of a penalty, {merge}, {store}, {dtype}: {keys}"
+            yield f"state of a penalty, {merge}, {anchor}, {store}, {dtype}: {keys}"
 
 
 def files(folder: Path) -> Iterator[str]:

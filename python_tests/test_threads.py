@@ -37,7 +37,7 @@ def in_threads(calls: list[Any]) -> None:
 def test_tasks_from_several_threads_are_all_merged(method: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 2))
-    penalty, twin = (FusedMASPenalty(model, importance=method, merge="sum") for _ in range(2))
+    penalty, twin = (FusedMASPenalty(model, importance=method, anchor="own") for _ in range(2))
     buffers = [b.clone() for b in model.buffers()]
     tasks = [[X[k:]] for k in range(6)]
     in_threads([lambda x=x: penalty.consolidate(x) for x in tasks])

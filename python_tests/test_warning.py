@@ -31,7 +31,7 @@ def line_of(category: type[Warning], message: str, call: Callable[[], object]) -
 def test_consolidation() -> None:
     frozen = nn.Linear(2, 1).requires_grad_(False)
     x, message = torch.randn(3, 2), "nothing is consolidated"
-    penalty, state = FusedMASPenalty(frozen, merge="latest"), Consolidation(MergeRule(), 1.0)
+    penalty, state = FusedMASPenalty(frozen), Consolidation(MergeRule("consistent"), 1.0)
     for line in (
         line_of(RuntimeWarning, message, lambda: penalty.consolidate([x])),
         line_of(RuntimeWarning, message, lambda: penalty.adapt([x])),
@@ -41,7 +41,7 @@ def test_consolidation() -> None:
     theta = {"w": torch.ones(2)}
     state.add_task(theta, theta)
     little = {"w": torch.full((2,), 1e-4)}
-    line = line_of(RuntimeWarning, "a thousandth", lambda: state.add_task(theta, little))
+    line = line_of(RuntimeWarning, "of the strength", lambda: state.add_task(theta, little))
     assert "state.add_task(theta, little)" in line
     line = line_of(RuntimeWarning, "is dropped", lambda: state.add_task({"b": x}, {"b": x.abs()}))
     assert 'state.add_task({"b": x}' in line

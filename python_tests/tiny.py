@@ -6,6 +6,7 @@ import json
 import signal
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from mas_ext.scenarios import Scenario, Tensors, from_datasets
 
 INPUTS, SAMPLES = 4, 20
 
-# Merge and store, as far as they go together.
-FORMS = [(merge, "merged") for merge in ("consistent", "sum", "latest", "decay")]
-FORMS += [(merge, "per_task") for merge in ("consistent", "sum")]
+# Merge, anchor and store, each with each.
+FORMS = [*product(("sum", "consistent", "decay"), ("latest", "own"), ("merged", "per_task"))]
 
 # A comparison in which lam is chosen: `mas-ext run` with --out.
 RUN = [

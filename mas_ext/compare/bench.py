@@ -106,7 +106,7 @@ def after_tasks(
     penalties: dict[int, FusedMASPenalty] = {}
     history: list[TaskState] = []
     for number in tasks:
-        penalty = penalties[number] = FusedMASPenalty(network, LAM, merge="sum")
+        penalty = penalties[number] = FusedMASPenalty(network, LAM)
         for t in range(number):
             omega = {n: w + t / 100 for n, w in noise.items()}
             penalty.consolidate(importance=omega)

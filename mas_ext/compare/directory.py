@@ -43,6 +43,7 @@ from torch import Tensor
 from mas_ext.compare.cells import Cell, Found
 from mas_ext.compare.options import Config, differences, read_toml
 from mas_ext.info import info
+from mas_ext.state.merge_rules import separate_anchor
 from mas_ext.state.replacing import alone_in, remove_leftovers, write
 
 CONFIG, ENVIRONMENT, METRICS, LAM = "config.toml", "environment.json", "metrics.jsonl", "lam.json"
@@ -68,7 +69,7 @@ class Directory:
                 f"out: got {str(self.path)!r}, where no run has begun; leave out --resume"
             )
         try:
-            return Config.read(read_toml(self.path / CONFIG))
+            return Config.read(separate_anchor(read_toml(self.path / CONFIG)))
         except ValueError as error:
             raise ValueError(f"{self.path / CONFIG}: {error}") from error
 

@@ -231,7 +231,7 @@ class Config:
             value = getattr(self.settings if name in HOW else self, name)
             if value not in (None, ()):
                 found[name] = list(value) if isinstance(value, tuple) else value
-        found["methods"] = {name: dict(given) for name, given in self.methods.items()}
+        found["methods"] = {name: _spelled_out(name, given) for name, given in self.methods.items()}
         return found
 
     def toml(self) -> str:
@@ -309,6 +309,12 @@ def _methods(value: Any) -> dict[str, dict[str, Any]]:
     if len(set(names)) < len(names):
         raise ValueError(f"methods: got {list(names)}, expected each name once")
     return {name: {} for name in names}
+
+
+def _spelled_out(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options given; a merge with its anchor, as one without is of before they were two choices."""
+    anchor = {"anchor": options(method)["anchor"]} if "merge" in given else {}
+    return {**anchor, **given}
 
 
 def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,8 +124,8 @@ class MASPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
         verbose: show a progress bar.
         importance: "exact", "batch", "local", see estimate_importance, or "avalanche".
         objective: see estimate_importance. Outputs that a classifier masks count for nothing.
-        merge: instead of the average, "consistent" (MAS-alpha), "latest" (the MAS paper), "sum" or "decay"
-            of FusedMASPenalty.
+        merge: instead of the average, "sum" (the MAS paper), "consistent" (MAS-alpha) or "decay" of
+            FusedMASPenalty.
         step: "gradient" or "proximal", see FusedMASPenalty.attach.
         exclude: fnmatch patterns on the names of parameters to leave out.
         options: further arguments of FusedMASPenalty.
@@ -209,7 +209,7 @@ class EWCPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
                 "keep_importance_data: got True with 'online', which has one importance"
             )
         rule: dict[str, Any] = (
-            {"merge": "sum", "store": "per_task" if keep_importance_data else "merged"}
+            {"anchor": "own", "store": "per_task" if keep_importance_data else "merged"}
             if decay_factor is None
             else {"merge": "decay", "gamma": decay_factor}
         )
@@ -261,7 +261,7 @@ class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  #
 
     def build(self, model: nn.Module) -> FusedMASPenalty:
         exclude = _excluded(model, self._excluded)
-        return FusedMASPenalty(model, merge="latest", exclude=exclude, **self._options)
+        return FusedMASPenalty(model, exclude=exclude, **self._options)
 
     def try_out(self, penalty: FusedMASPenalty, strategy: Any) -> None:
         """Try nothing: no output is asked for."""

@@ -33,9 +33,9 @@ def merge_(
 ) -> Tensor:
     """One task into omega and anchor of a state of one row: W' = max(0, keep W + gain Omega_t).
 
-    `anchor_rule`: "mean" (keep is 1): A' = A + w / W' (theta - A) with w = gain Omega_t, and theta where
-    W is 0; "move": A' = theta; "keep": A' = A. Returns, for each tensor, what the merge adds to the
-    remainder: sum W w / W' (theta - A)^2 under "mean", else 0, as a float64 tensor of shape (tensors,).
+    `anchor_rule`: "mean": A' = A + w / W' (theta - A) with w = gain Omega_t, and theta where keep W is 0;
+    "move": A' = theta; "keep": A' = A. Returns, for each tensor, what comes to keep times the remainder:
+    sum keep W w / W' (theta - A)^2 under "mean", else 0, as a float64 tensor of shape (tensors,).
     bfloat16 and uint8 omegas are rounded stochastically by a hash of (index in the row, entry).
     """
     if not state.native:
@@ -44,14 +44,14 @@ def merge_(
             dtype = compute_dtype(x.dtype)
             w = finite(torch.tensor(gain, dtype=torch.float64, device=x.device), dtype) * new
             omega, anchor = (flat_view(t[0], offset, x) for t in (state.omega, state.anchor))
-            old = omega_values(omega, dtype)
-            total = (torch.tensor(keep, dtype=dtype, device=x.device) * old + w).clamp(min=0)
+            kept = torch.tensor(keep, dtype=dtype, device=x.device) * omega_values(omega, dtype)
+            total = (kept + w).clamp(min=0)
             if anchor_rule == "mean":
-                share = torch.where((old > 0) & (total > 0), w / total, torch.ones_like(w))
+                share = torch.where((kept > 0) & (total > 0), w / total, torch.ones_like(w))
                 distance = x.to(dtype) - anchor
-                pull = old * share * distance
+                pull = kept * share * distance
                 added[i] = (pull.double() * distance.double()).sum()
-                anchor.copy_(torch.where(old > 0, anchor + share * distance, x.to(dtype)))
+                anchor.copy_(torch.where(kept > 0, anchor + share * distance, x.to(dtype)))
             elif anchor_rule == "move":
                 anchor.copy_(x)
             index = torch.arange(offset, offset + x.numel(), device=x.device)

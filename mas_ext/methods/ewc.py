@@ -51,7 +51,7 @@ class EWC(Fisher):
     max_samples: int | None = None
 
     def __post_init__(self) -> None:
-        super().__init__(self.lam / 2, self.mode, self.max_samples, merge="sum")
+        super().__init__(self.lam / 2, self.mode, self.max_samples, merge="sum", anchor="own")
 
 
 @dataclass(eq=False)
@@ -76,5 +76,5 @@ class OnlineEWC(Fisher):
     max_samples: int | None = None
 
     def __post_init__(self) -> None:
-        merging: dict[str, Any] = {"merge": "decay", "gamma": self.gamma}
+        merging: dict[str, Any] = {"merge": "decay", "anchor": "latest", "gamma": self.gamma}
         super().__init__(self.gamma * self.lam / 2, self.mode, self.max_samples, **merging)

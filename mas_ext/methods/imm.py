@@ -44,7 +44,8 @@ class IMM(Method):
     A parameter that came later, such as the head of a new class, is merged over the tasks since then. Running
     statistics of BatchNorm are no weights: the merged model is tested with the last task's.
 
-    The anchor of `merging`, under merge "sum", are the merged weights; further arguments are those of MeanIMM.
+    The anchor of `merging`, a mean over the tasks' own, are the merged weights; further arguments are those of
+    MeanIMM.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class IMM(Method):
             raise ValueError(f"dropout: got {dropout}, expected from 0 to less than 1")
         self.merging, self.alpha, self.dropout = merging, alpha, dropout
         # Its anchor are the last task's own weights.
-        self.transfer = UniformImportance(lam, mode, merge="decay", gamma=0.0)
+        self.transfer = UniformImportance(lam, mode, merge="decay", anchor="latest", gamma=0.0)
 
     def begin_task(self, training: Training) -> None:
         if self.alpha is not None and len(self.alpha) <= training.task:
@@ -118,7 +119,7 @@ class MeanIMM(IMM):
     mode: Mode = "gradient"
 
     def __post_init__(self) -> None:
-        merging = UniformImportance(0.0, merge="sum")
+        merging = UniformImportance(0.0, merge="sum", anchor="own")
         super().__init__(merging, self.alpha, self.lam, self.dropout, self.mode)
 
 

@@ -9,22 +9,24 @@ from mas_ext.importance import EstimatorName, ImportanceSum
 from mas_ext.importance.objectives import Objective
 from mas_ext.methods.quadratic import Estimated
 from mas_ext.optim.hooks import Mode
-from mas_ext.state.merge_rules import AlphaSum, Merge
+from mas_ext.state.merge_rules import AlphaSum, Anchor, Merge
 
 
 @dataclass(eq=False)
 class MAS(Estimated):
     """Task loss + lam sum_i W_i (theta_i - theta*_i)^2, W = sum_t Omega_t (Aljundi et al. 2018, equation 3).
 
-    Omega_t,i = 1/N sum_k abs(d |F(x_k)|^2 / d theta_i) (equation 2), with F the output of the task's own head.
-    merge "consistent" (MAS-alpha): sum_t alpha_t Omega_t (theta - theta*_t)^2 instead, where the alpha_t make
-    the tasks' total importances equal, whatever their order.
+    Omega_t,i = 1/N sum_k abs(d |F(x_k)|^2 / d theta_i) (equation 2), with F the output of the task's own head,
+    and theta* where the last task ended. Merge "consistent" with anchor "own" (MAS-alpha):
+    sum_t alpha_t Omega_t (theta - theta*_t)^2 instead, where the alpha_t make the tasks' total importances
+    equal, whatever their order.
 
     Args:
         lam: the paper's lambda, 1 in its experiments.
         importance: "exact", "batch" or "local" (l-MAS, section 4.2), see estimate_importance.
         objective: "l2", "l1", "vector" or a callable, see estimate_importance.
-        merge: "latest" (the paper's), "consistent", "sum" or "decay", see FusedMASPenalty.
+        merge: "sum" (the paper's), "consistent" or "decay", see FusedMASPenalty.
+        anchor: "latest" (the paper's) or "own", see FusedMASPenalty.
         alpha_sum: see FusedMASPenalty.
         mode: "gradient" or "proximal", see FusedMASPenalty.attach.
         max_samples: importance from this many samples of a task, None for all.
@@ -33,13 +35,14 @@ class MAS(Estimated):
     lam: float = 1.0
     importance: EstimatorName = "exact"
     objective: Objective = "l2"
-    merge: Merge = "latest"
+    merge: Merge = "sum"
+    anchor: Anchor = "latest"
     alpha_sum: AlphaSum = "tasks"
     mode: Mode = "gradient"
     max_samples: int | None = None
 
     def __post_init__(self) -> None:
-        merging = {"merge": self.merge, "alpha_sum": self.alpha_sum}
+        merging = {"merge": self.merge, "anchor": self.anchor, "alpha_sum": self.alpha_sum}
         super().__init__(self.lam, self.mode, self.max_samples, **merging)
 
     def estimator(self, exclude: Sequence[str]) -> ImportanceSum:

@@ -49,7 +49,7 @@ class SI(Quadratic):
     def __post_init__(self) -> None:
         if not self.xi > 0:
             raise ValueError(f"xi: got {self.xi}, expected more than 0")
-        super().__init__(self.lam, self.mode, merge="latest")
+        super().__init__(self.lam, self.mode, merge="sum", anchor="latest")
         self._path = PathIntegral({})
 
     def begin_task(self, training: Training) -> None:

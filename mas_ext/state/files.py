@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,9 +87,16 @@ def encode(content: Mapping[str, Any]) -> Tensor:
 
 
 def decode(
-    name: str, encoded: Tensor | None, keys: Collection[str] | None = None
+    name: str,
+    encoded: Tensor | None,
+    keys: Collection[str] | None = None,
+    upgraded: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> dict[str, Any]:
-    """What `encode` was given; a ValueError that calls it `name` unless it has exactly these keys, if any."""
+    """What `encode` was given, or what `upgraded` makes of that.
+
+    Raises:
+        ValueError: it is damaged, or has not exactly these keys, if any; `name` is what it is called.
+    """
     if encoded is None:
         raise ValueError(f"state: got no {name!r}, expected what mas_ext saved")
     if encoded.dtype != torch.uint8 or encoded.dim() != 1:
@@ -102,6 +109,7 @@ def decode(
         raise ValueError(f"state: got a {name!r} that can't be read ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"state: got a {name!r} of {type(content).__name__}, expected a dict")
+    content = upgraded(content)
     if keys is not None and set(content) != set(keys):
         raise ValueError(f"state: got a {name!r} with {sorted(content)}, expected {sorted(keys)}")
     return content

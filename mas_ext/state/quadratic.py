@@ -24,7 +24,7 @@ from mas_ext.parameters.fsdp import Sharding
 from mas_ext.parameters.names import check_supported
 from mas_ext.state import files as checkpoint
 from mas_ext.state.buffers import Group, Memory, ParameterState, build_groups
-from mas_ext.state.merge_rules import MergeRule, TaskEntry, check_factor
+from mas_ext.state.merge_rules import MergeRule, TaskEntry, check_factor, separate_anchor
 
 FORMAT = 1
 
@@ -57,7 +57,7 @@ class Consolidation:
         """W and A by name, such that the penalty is scale * (sum W (theta - A)^2 + r)."""
         if self.rule.store == "merged":
             return {n: (p.omega[0], p.anchor[0]) for n, p in self.memory.parts().items()}
-        gains = [self.rule.gain(entry) for entry in self.memory.entries]
+        gains = self.rule.gains(self.memory.entries)
         merged = {}
         for name, p in self.memory.parts().items():
             weight = torch.zeros_like(p.anchor[0])
@@ -80,6 +80,7 @@ class Consolidation:
         """Change one task's weight, in place where captured graphs read alpha."""
         entries = list(self.memory.entries)
         entries[task] = entries[task]._replace(weight=check_factor(weight, "weight"))
+        self._warn_of_weakened(entries)
         self._take_over(self.memory._replace(entries=entries))
 
     def fit(self, theta: Mapping[str, Tensor]) -> None:
@@ -99,9 +100,9 @@ class Consolidation:
         Args:
             theta: the model's parameters by name; those neither known nor in `importance` are ignored.
             importance: Omega_t by name, in the parameters' shapes; a name left out counts as 0. At least 0,
-                but under "latest", where W <- max(0, W + Omega_t) (Zenke et al. 2017 integrate signed terms).
+                unless the rule takes it `signed`, where W <- max(0, W + Omega_t).
             weight: multiplies Omega_t (and 1/S_t under "consistent").
-            move_anchor: under "latest" and "decay", whether the anchor moves to theta.
+            move_anchor: under the anchor "latest", whether that moves to theta.
             sharding: how the parameters are sharded, if this is the state of one rank's shards. theta and
                 importance are whole, so that every rank finds the same S_t and the same mistakes.
 
@@ -135,7 +136,7 @@ class Consolidation:
         names = [name for name in theta if name in old or name in importance]
         known = {name: theta[name].detach() for name in names}
         merged = self.rule.store == "merged"
-        gain = self.rule.gain(entry) if merged else 1.0
+        gain = self.rule.gains(entries)[-1] if merged else 1.0
         if not gain <= torch.finfo(torch.float32).max:
             raise Diverged(
                 f"importance: got a sum of {total} and a weight of {weight}, expected a factor in omega that "
@@ -143,11 +144,12 @@ class Consolidation:
             )
         groups = build_groups(known, old, self._rows(entries), self.rule, importance, gain)
         if merged:
-            self._merge(groups, known, importance, entry, move_anchor)
+            self._merge(groups, known, importance, gain, move_anchor)
         else:
-            self._write_row(groups, known, importance, len(entries) - 1)
+            self._write_row(groups, known, importance, len(entries) - 1, move_anchor)
         for group in groups:
             _finish(group, sharding)
+        self._warn_of_weakened(entries)
         self._take_over(Memory(self.lam, entries, groups, {}))
 
     def drop(self, task: int) -> None:
@@ -214,7 +216,7 @@ class Consolidation:
                 raise Diverged(
                     f"importance of {name!r}: got a sum of {float(sums[-1])}, expected finite values"
                 )
-            if self.rule.merge != "latest" and (omega < 0).any():
+            if not self.rule.signed and (omega < 0).any():
                 raise ValueError(
                     f"importance of {name!r}: got values with minimum {float(omega.min())}, expected "
                     "values from 0 up"
@@ -231,13 +233,6 @@ class Consolidation:
                     "the usual causes are an output of constant norm, such as a normalised embedding "
                     "(choose another objective), or a training that collapsed (choose a smaller lr)"
                 )
-            if known and total < 1e-3 * statistics.median(known):
-                warn(
-                    f"importance: its sum {total:.3g} is under a thousandth of the median so far, "
-                    f"{statistics.median(known):.3g}; this task weighs on all parameters by "
-                    "rounding noise more than the others",
-                    RuntimeWarning,
-                )
         return total
 
     def _rows(self, entries: list[TaskEntry]) -> int:
@@ -249,12 +244,17 @@ class Consolidation:
         theta: Mapping[str, Tensor],
         importance: Mapping[str, Tensor],
         row: int,
+        move_anchor: bool,
     ) -> None:
+        # The latest anchor is that of every row.
+        latest = self.rule.anchor == "latest"
         for group in groups:
-            omega, anchor = group.state.omega[row], group.state.anchor[row]
+            omega, anchor = group.state.omega[row], group.state.anchor
             for name, offset in zip(group.names, group.state.offsets, strict=True):
                 x = theta[name]
-                flat_view(anchor, offset, x).copy_(x)
+                source = x if move_anchor or not latest else flat_view(anchor[0], offset, x)
+                for each in anchor if latest else anchor[row:]:
+                    flat_view(each, offset, x).copy_(source)
                 if name in importance:
                     flat_view(omega, offset, x).copy_(group.encoded(importance[name]))
 
@@ -263,11 +263,11 @@ class Consolidation:
         groups: list[Group],
         theta: Mapping[str, Tensor],
         importance: Mapping[str, Tensor],
-        entry: TaskEntry,
+        gain: float,
         move_anchor: bool,
     ) -> None:
-        decay = self.rule.merge == "decay"
-        anchor = "mean" if self.rule.own_anchors else "move" if move_anchor else "keep"
+        own, keep = self.rule.anchor == "own", self.rule.keep
+        anchor = "mean" if own else "move" if move_anchor else "keep"
         for group in groups:
             x = [theta[name].to(group.state.omega.device) for name in group.names]
             dtype = group.state.anchor.dtype
@@ -281,12 +281,31 @@ class Consolidation:
                 group.state,
                 x,
                 omegas,
-                self.rule.gamma if decay else 1.0,
-                self.rule.gain(entry) / group.unit,
+                keep,
+                gain / group.unit,
                 anchor,
                 len(self.memory.entries),
             )
+            group.remainders *= keep
             group.remainders += added.to(group.remainders.device) * group.unit
+
+    def _warn_of_weakened(self, entries: list[TaskEntry]) -> None:
+        """Tell of old tasks whose strength falls to a third of what it was, a ninth, and so on."""
+        before = self.rule.strengths(self.memory.entries)
+        after = self.rule.strengths(entries)[: len(before)]
+        falls = [
+            [math.floor(1e-9 - math.log(s, 3)) if s > 0 else 0 for s in each]
+            for each in (before, after)
+        ]
+        weak = [t for t, (old, new) in enumerate(zip(*falls, strict=True)) if new > max(old, 0)]
+        if weak:
+            t = min(weak, key=after.__getitem__)
+            warn(
+                f"consolidate: task {t} is held with {after[t]:.2g} of the strength that it had at first, as "
+                f'merge="consistent" evens out sums of importance, here {entries[t].total:.3g} of task {t} and '
+                f'{entries[-1].total:.3g} of the last; merge="sum" leaves strengths as they are',
+                RuntimeWarning,
+            )
 
     def _fitted(self, memory: Memory, theta: Mapping[str, Tensor]) -> Memory:
         """A memory in new groups for these parameters; the parts of absent ones are set aside."""
@@ -325,6 +344,7 @@ class Consolidation:
         config = {
             "format": FORMAT,
             "merge": self.rule.merge,
+            "anchor": self.rule.anchor,
             "store": self.rule.store,
             "lam": self.lam,
             "entries": [list(entry) for entry in self.memory.entries],
@@ -338,13 +358,14 @@ class Consolidation:
 
     def load_tensors(self, found: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` gave, for these parameters; nothing changes on an error."""
-        keys = ("format", "merge", "store", "lam", "entries", "names", "absent")
+        keys = ("format", "merge", "anchor", "store", "lam", "entries", "names", "absent")
         check_format(found)
-        config = checkpoint.decode("config", found.get("config"), keys)
-        for key, own in (("merge", self.rule.merge), ("store", self.rule.store)):
+        config = checkpoint.decode("config", found.get("config"), keys, separate_anchor)
+        for key in ("merge", "anchor", "store"):
+            own = getattr(self.rule, key)
             if config[key] != own:
                 raise ValueError(f"state: got {key} {config[key]!r}, expected {own!r}")
-        lam, entries = _checked(config)
+        lam, entries = _checked(config, self.rule)
         expected = {f"{kind}.{name}" for kind in ParameterState._fields for name in config["names"]}
         for key in sorted(expected ^ (set(found) - {"config"})):
             got, wanted = ("no", "one") if key in expected else ("a", "none")
@@ -396,7 +417,7 @@ def check_format(found: Mapping[str, Tensor]) -> None:
         raise ValueError(f"state: got format {got!r}, expected {FORMAT}{hint}")
 
 
-def _checked(config: Mapping[str, Any]) -> tuple[float, list[TaskEntry]]:
+def _checked(config: Mapping[str, Any], rule: MergeRule) -> tuple[float, list[TaskEntry]]:
     """lam and the entries of a loaded configuration, after a check of all that it says."""
     names, absent, entries = (config[key] for key in ("names", "absent", "entries"))
     if not _are_names(names) or not _are_names(absent) or not set(absent) <= set(names):
@@ -408,7 +429,7 @@ def _checked(config: Mapping[str, Any]) -> tuple[float, list[TaskEntry]]:
         raise ValueError(
             "state: got a 'config' with wrong entries, expected [total, weight] of each"
         )
-    lowest = -math.inf if config["merge"] == "latest" else 0.0
+    lowest = -math.inf if rule.signed else 0.0
     try:
         lam = _plain_number(config["lam"], "lam")
         found = [
@@ -419,7 +440,7 @@ def _checked(config: Mapping[str, Any]) -> tuple[float, list[TaskEntry]]:
         raise ValueError(
             f"state: got a 'config' with wrong lam or entries ({error}), expected numbers"
         ) from error
-    if config["merge"] == "consistent" and any(total == 0 for total, _ in found):
+    if rule.merge == "consistent" and any(total == 0 for total, _ in found):
         raise ValueError("state: got a 'config' with total 0.0, expected finite and > 0")
     return lam, found
 

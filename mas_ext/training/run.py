@@ -18,10 +18,14 @@ from mas_ext.methods.method import Method, Training
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 from mas_ext.state import files as checkpoint
+from mas_ext.state.merge_rules import separate_anchor
 from mas_ext.training.samples import Stream, TaskSamples, split_batches
 from mas_ext.training.settings import AMP_DTYPES, Settings
 
 EVALUATION_BATCH = 512
+
+# What names of options begin with, among the settings of a run.
+_OPTION = "method's "
 
 
 @dataclass
@@ -343,10 +347,13 @@ class Learning:
         Raises:
             ValueError: it comes from another run; nothing has changed then.
         """
+        run = {**state["run"]}
+        options = {n.removeprefix(_OPTION): run[n] for n in run if n.startswith(_OPTION)}
+        run.update({_OPTION + name: value for name, value in separate_anchor(options).items()})
         for name, own in self._described().items():
-            if state["run"].get(name) != own:
+            if run.get(name) != own:
                 raise ValueError(
-                    f"checkpoint: got a run with {name} {state['run'].get(name)}, expected {own}"
+                    f"checkpoint: got a run with {name} {run.get(name)}, expected {own}"
                 )
         models = state["model"], self.model.state_dict()
         for name in models[0] | models[1]:
@@ -378,7 +385,7 @@ class Learning:
         found = {
             **self.settings.described(),
             "method": type(self.method).__name__,
-            **{f"method's {name}": value for name, value in self.method.options().items()},
+            **{_OPTION + name: value for name, value in self.method.options().items()},
             "tasks": [[task.name, *map(int, task.classes)] for task in self.tasks],
             "numbers of samples": sizes,
         }

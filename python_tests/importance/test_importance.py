@@ -647,7 +647,7 @@ def test_bad_inputs_are_refused_when_they_are_consolidated(bad: float) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_observation_is_refused_and_the_good_ones_are_kept(bad: float) -> None:
     model = nn.Linear(2, 1)
-    penalty, good = FusedMASPenalty(model, merge="sum"), torch.randn(3, 2)
+    penalty, good = FusedMASPenalty(model, anchor="own"), torch.randn(3, 2)
     penalty.observe(good)
     with pytest.raises(ValueError, match=r"got .*, expected finite"):
         penalty.observe(torch.tensor([[1.0, 2.0], [bad, 1.0]]))

@@ -31,7 +31,7 @@ def avalanche(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
 
     dist.init_process_group("gloo")
     torch.set_default_dtype(torch.float64)
-    plugin = ours.MASPlugin(0.5, merge="latest", omega_dtype=torch.float64)
+    plugin = ours.MASPlugin(0.5, merge="sum", omega_dtype=torch.float64)
     trained, _ = strategy(lambda: DistributedHelper.wrap_model(plain()), plugin)
     trained.train(stream()[0])
     assert plugin.penalty is not None
@@ -52,7 +52,7 @@ def transformers(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
     torch.set_default_dtype(torch.float64)
     model, ranks = network(), {"ddp_backend": "gloo"}
     options = {"forward": ModelOutput("logits"), "omega_dtype": torch.float64}
-    mas = MASCallback(LAM, merge="latest", **options)
+    mas = MASCallback(LAM, **options)
     still = arguments(folder, 1, learning_rate=0.0, max_steps=1, **ranks)
     InOrder(model, still, train_dataset=corpus(0, 13), callbacks=[mas]).train()
     assert mas.penalty is not None

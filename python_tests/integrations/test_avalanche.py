@@ -165,7 +165,7 @@ def used(output: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("network", [plain, grows, heads])
 def test_exact_importance_of_the_logits_in_use(network: Network) -> None:
-    plugin = ours.MASPlugin(0.5, merge="latest", omega_dtype=torch.float64)
+    plugin = ours.MASPlugin(0.5, merge="sum", omega_dtype=torch.float64)
     trained, _ = strategy(network, plugin)
     expected: dict[str, Tensor] = {}
     for experience in stream():

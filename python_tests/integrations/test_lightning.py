@@ -68,7 +68,7 @@ def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
 
 
 def mas(**options: Any) -> MASCallback:
-    return MASCallback(written.LAM, merge="latest", omega_dtype=torch.float64, **options)
+    return MASCallback(written.LAM, omega_dtype=torch.float64, **options)
 
 
 @pytest.mark.parametrize("manual", [False, True])

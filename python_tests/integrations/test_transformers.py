@@ -184,7 +184,7 @@ def test_callback(tmp_path: Path, parts: int, clip: float) -> None:
     """The penalty once a step, behind clipping; importance without labels, padding left out."""
     model = network()
     options = {"forward": ModelOutput("logits"), "omega_dtype": torch.float64}
-    mas = MASCallback(LAM, merge="latest", **options)
+    mas = MASCallback(LAM, **options)
     InOrder(model, arguments(tmp_path), train_dataset=corpus(0), callbacks=[mas]).train()
     assert mas.penalty is not None
     omega, written = importance(model, corpus(0)), copy.deepcopy(model)
@@ -203,9 +203,7 @@ def test_callback(tmp_path: Path, parts: int, clip: float) -> None:
 def test_mixin(tmp_path: Path, parts: int, clip: float, items: bool) -> None:
     """The penalty once a step, clipped with the rest, whether losses are summed or their mean is taken."""
     model = network()
-    penalty = FusedMASPenalty(
-        model, LAM, forward=ModelOutput("logits"), merge="latest", omega_dtype=torch.float64
-    )
+    penalty = FusedMASPenalty(model, LAM, forward=ModelOutput("logits"), omega_dtype=torch.float64)
     trainer = Penalised(model, arguments(tmp_path, parts, clip), train_dataset=corpus(1))
     trainer.penalty, trainer.model_accepts_loss_kwargs = penalty, items
     penalty.consolidate([stacked(corpus(0))])
@@ -464,7 +462,7 @@ def test_weights_written_at_the_end_are_the_anchor(
     tmp_path: Path, first: bool, added: bool
 ) -> None:
     model = network()
-    mas = MASCallback(LAM, merge="latest", forward=ModelOutput("logits"), omega_dtype=torch.float64)
+    mas = MASCallback(LAM, forward=ModelOutput("logits"), omega_dtype=torch.float64)
     callbacks = [mas, Writes()] if first else [Writes(), mas]
     trainer = InOrder(model, arguments(tmp_path), train_dataset=corpus(0), callbacks=callbacks[:1])
     if added:

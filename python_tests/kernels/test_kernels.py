@@ -319,7 +319,9 @@ def test_numbers_are_rounded_to_16_bits_as_torch_does(backend: Backend, dtype: t
 
 
 @each_dtype
-@pytest.mark.parametrize(("rule", "keep"), [("mean", 1.0), ("move", 0.7), ("keep", 0.7)])
+@pytest.mark.parametrize(
+    ("rule", "keep"), [("mean", 1.0), ("mean", 0.7), ("mean", 0.0), ("move", 0.7), ("keep", 0.7)]
+)
 def test_merge(
     backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype, rule: str, keep: float
 ) -> None:
@@ -343,7 +345,7 @@ def test_merge(
         if rule == "mean":
             share = np.where(total > 0, new / np.where(total > 0, total, 1), 1)
             expected = a[0] + share * (x - a[0])
-            cost = float(np.sum(w[0] * share * (x - a[0]) ** 2))
+            cost = float(np.sum(keep * w[0] * share * (x - a[0]) ** 2))
             assert float(added[i]) == pytest.approx(cost, rel=10 * fine, abs=1e-30)
         else:
             expected = x if rule == "move" else a[0]

@@ -108,7 +108,7 @@ def test_narrow_parameters_take_torchs_path_to_rounding(
     for make in (s.optimizer, FUSED[s.optimizer]):
         torch.manual_seed(0)
         theta = nn.Parameter(torch.randn(64).to(dtype))
-        penalty = FusedMASPenalty(nn.ParameterList([theta]), 0.3, merge="sum")
+        penalty = FusedMASPenalty(nn.ParameterList([theta]), 0.3, anchor="own")
         penalty.consolidate(importance={"0": torch.rand(64)})
         optimizer = make([theta], **{**s.options, "lr": float(s.options["lr"]) / 4})
         penalty.attach(optimizer, mode)
@@ -292,7 +292,7 @@ def test_channels_last_and_momentum_in_another_order() -> None:
     for kind in (torch.optim.SGD, optim.SGD):
         torch.manual_seed(0)
         model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-        penalty = FusedMASPenalty(model, LAM, merge="sum")
+        penalty = FusedMASPenalty(model, LAM, anchor="own")
         penalty.consolidate([torch.randn(2, 3, 8, 8)])
         optimizer = kind(model.parameters(), lr=0.01, momentum=0.9)
         penalty.attach(optimizer)

@@ -162,7 +162,7 @@ def test_a_removed_handle_pulls_no_more(mode: Any) -> None:
 @pytest.mark.parametrize("mode", ["gradient", "proximal"])
 def test_before_the_first_task_it_pulls_nothing_and_a_later_task_counts(mode: Any) -> None:
     case, free = held(), held()
-    penalty = FusedMASPenalty(case.model, lam=LAM, merge="sum", omega_dtype=torch.float64)
+    penalty = FusedMASPenalty(case.model, lam=LAM, anchor="own", omega_dtype=torch.float64)
     optimizer = SGD(case.model.parameters(), lr=0.1)
     penalty.attach(optimizer, mode)
     path = train(case, [optimizer], case.loss, 2)
@@ -378,7 +378,7 @@ def test_parameters_that_are_not_consolidated_are_left_to_the_optimizer(mode: An
 
 def test_a_sparse_gradient_becomes_dense_as_with_the_penalty_in_the_loss() -> None:
     model = nn.Embedding(4, 2, sparse=True).double()
-    penalty = FusedMASPenalty(model, lam=LAM, merge="sum", omega_dtype=torch.float64)
+    penalty = FusedMASPenalty(model, lam=LAM, anchor="own", omega_dtype=torch.float64)
     anchor, x = array(model.weight), torch.arange(4)
     penalty.consolidate([x])
     omega = 2 * np.abs(anchor) / 4

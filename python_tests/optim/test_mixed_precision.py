@@ -217,7 +217,7 @@ def test_every_step_of_a_training_in_16_bits_is_the_formula_rounded(
     """Ten tasks; anchors, importance and sums are as exact as for a float32 parameter."""
     theta = nn.Parameter(torch.randn(64).to(dtype))
     model = nn.ParameterList([theta])
-    penalty = FusedMASPenalty(model, lam=0.3, merge="sum")
+    penalty = FusedMASPenalty(model, lam=0.3, anchor="own")
     unit = torch.finfo(dtype).eps
     optimizer = SGD([theta], lr=0.125)
     penalty.attach(optimizer, mode)

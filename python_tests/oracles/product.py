@@ -70,7 +70,7 @@ def held(
 ) -> Held:
     torch.manual_seed(seed)
     model = Product(dtype).to(device)
-    penalty = FusedMASPenalty(model, lam=lam, merge="sum", omega_dtype=torch.float64)
+    penalty = FusedMASPenalty(model, lam=lam, anchor="own", omega_dtype=torch.float64)
     omega, anchor = [], []
     for _ in range(2):
         x = torch.randn(5, 8, dtype=dtype).to(device)

@@ -24,12 +24,14 @@ from mas_ext import FusedMASPenalty, estimate_importance, load_distributed, opti
 FORMS = ["loss", "add_grad", "gradient", "proximal"]
 # What every rule remembers, task by task, of these weights.
 RULES: list[dict[str, Any]] = [
+    {"merge": "consistent", "anchor": "own"},
+    {"merge": "sum", "anchor": "own"},
     {"merge": "consistent"},
     {"merge": "sum"},
-    {"merge": "latest"},
     {"merge": "decay", "gamma": 0.5},
+    {"merge": "decay", "gamma": 0.5, "anchor": "own"},
     {"merge": "sum", "store": "per_task"},
-    {"merge": "consistent", "store": "per_task", "state_device": "cpu"},
+    {"merge": "consistent", "store": "per_task", "anchor": "own", "state_device": "cpu"},
 ]
 WEIGHTS = [1.0, 0.5, 2.0]
 
@@ -59,7 +61,9 @@ def full(t: Any) -> Tensor:
 def trained(form: str, rank: int, ranks: int) -> list[dict[str, list[Tensor]]]:
     """After every task: theta, scale W and A."""
     model = sharded()
-    penalty = FusedMASPenalty(model, lam=LAM, omega_dtype=torch.float64)
+    penalty = FusedMASPenalty(
+        model, lam=LAM, merge="consistent", anchor="own", omega_dtype=torch.float64
+    )
     optimizer = torch.optim.SGD(model.parameters(), LR)
     if form in ("gradient", "proximal"):
         penalty.attach(optimizer, mode=form)
@@ -103,7 +107,7 @@ def point() -> Named:
 
 def quadratic(rule: Mapping[str, Any], theta: Named) -> tuple[float, Named]:
     """The penalty and its gradient, task by task."""
-    entries, own_anchors = remembered(), rule["merge"] in ("consistent", "sum")
+    entries, own_anchors = remembered(), rule.get("anchor") == "own"
     if rule["merge"] == "consistent":
         shares = [
             w / sum(float(o.sum()) for o in omega.values())
@@ -232,7 +236,7 @@ def importance(rank: int, ranks: int) -> None:
     fully_shard(model)
     before = [*model.parameters()]
     assert all(isinstance(p, DTensor) for p in before)
-    penalty = FusedMASPenalty(model, merge="sum", omega_dtype=torch.float64)
+    penalty = FusedMASPenalty(model, anchor="own", omega_dtype=torch.float64)
     model(x).sum().backward()
     slope = [full(p.grad) for p in before if p.requires_grad]
     model.zero_grad()
@@ -264,7 +268,9 @@ def importance(rank: int, ranks: int) -> None:
     with pytest.raises(wrong[0], match=wrong[1]):
         penalty.consolidate(failing())
     assert all(p is q for p, q in zip(model.parameters(), before, strict=True))
-    constant = FusedMASPenalty(model, forward=lambda m, b: nn.functional.normalize(m(b)))
+    constant = FusedMASPenalty(
+        model, merge="consistent", forward=lambda m, b: nn.functional.normalize(m(b))
+    )
     with pytest.raises(ValueError, match="the level of rounding"):
         constant.consolidate([x] if rank == 0 else [])
     register_fsdp_forward_method(model, "head")
@@ -330,7 +336,7 @@ def refused(rank: int, ranks: int) -> None:
     for call in (before, before.add_grad_, lambda: before.consolidate([x])):
         with pytest.raises(TypeError, match="got fully_shard after the penalty was made"):
             call()
-    after = FusedMASPenalty(later, omega_dtype=torch.float64, merge="sum")
+    after = FusedMASPenalty(later, omega_dtype=torch.float64, anchor="own")
     after.load_state_dict(before.state_dict())
     check(after, RULES[1])
     after.rename("0.bias", "bias")
@@ -345,7 +351,7 @@ def columns(rank: int, ranks: int) -> None:
     model = nn.Linear(8, 4, bias=False).double()
     start, omega = model.weight.detach().clone(), torch.rand(4, 8, dtype=torch.float64)
     fully_shard(model, shard_placement_fn=lambda p: Shard(1))
-    penalty = FusedMASPenalty(model, lam=LAM, merge="sum", omega_dtype=torch.float64)
+    penalty = FusedMASPenalty(model, lam=LAM, anchor="own", omega_dtype=torch.float64)
     penalty.consolidate(importance={"weight": omega})
     assert penalty.omega["weight"].placements == (Shard(1),)
     close(full(penalty.omega["weight"]), omega)

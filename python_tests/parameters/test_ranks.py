@@ -32,7 +32,8 @@ def trained(rank: int, ranks: int) -> dict[str, list[dict[str, list[Tensor]]]]:
 def _trained(form: str, rank: int, ranks: int) -> list[dict[str, list[Tensor]]]:
     bare = network()
     model = DistributedDataParallel(bare, gradient_as_bucket_view=form == "gradient")
-    options: dict[str, Any] = {"lam": LAM, "omega_dtype": torch.float64}
+    rule = {"merge": "consistent", "anchor": "own"}
+    options: dict[str, Any] = {"lam": LAM, "omega_dtype": torch.float64, **rule}
     if form == "proximal":
         penalty = FusedMASPenalty(bare, **options, process_group=dist.group.WORLD)
     else:
@@ -92,12 +93,12 @@ def refused(rank: int, ranks: int) -> None:
         FusedMASPenalty(network(), process_group="ddp")  # type: ignore[arg-type]
     if rank == 0:  # and the others do nothing
         alone = network()
-        own = FusedMASPenalty(alone, merge="sum", process_group=None, omega_dtype=torch.float64)
+        own = FusedMASPenalty(alone, anchor="own", process_group=None, omega_dtype=torch.float64)
         own.consolidate([x])
         for omega, expected in zip(own.omega.values(), importance_of(alone, x), strict=True):
             torch.testing.assert_close(omega, expected)
 
-    inner = FusedMASPenalty(nn.Sequential(model), merge="sum", process_group=dist.group.WORLD)
+    inner = FusedMASPenalty(nn.Sequential(model), anchor="own", process_group=dist.group.WORLD)
     copied = copy.deepcopy(inner)
     copied.consolidate([x] if rank == 0 else [])
     expected = estimate_importance(model, [x])
@@ -137,7 +138,7 @@ def statistics(rank: int, ranks: int) -> None:
     batch_norm.running_mean += rank
     batch_norm.num_batches_tracked += rank
     parallel = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
-    penalty = FusedMASPenalty(parallel, merge="sum", omega_dtype=torch.float64)
+    penalty = FusedMASPenalty(parallel, anchor="own", omega_dtype=torch.float64)
     penalty.consolidate([x[rank::ranks]])
     for omega, e in zip(penalty.omega.values(), expected, strict=True):
         torch.testing.assert_close(omega, e)

@@ -152,7 +152,7 @@ class Held(NamedTuple):
 def held(**options: Any) -> Held:
     torch.manual_seed(0)
     net = Net().double()
-    penalty = FusedMASPenalty(net, merge="sum", lam=0.7, omega_dtype=torch.float64, **options)
+    penalty = FusedMASPenalty(net, anchor="own", lam=0.7, omega_dtype=torch.float64, **options)
     penalty.consolidate([X])
     theta, omega, anchor = dict(net.named_parameters()), penalty.omega, penalty.anchor
     known = [(n, theta[n], 0.7 * w.clone(), anchor[n].clone()) for n, w in omega.items()]
@@ -269,7 +269,7 @@ def test_files_and_states_have_the_new_names(move: Any, asked: bool, tmp_path: P
     state = case.penalty.state_dict()
     assert {key[6:] for key in state if key.startswith("omega.")} == names
     loaded = FusedMASPenalty.load(tmp_path / "penalty", case.net)
-    other = FusedMASPenalty(case.net, merge="sum", omega_dtype=torch.float64)
+    other = FusedMASPenalty(case.net, anchor="own", omega_dtype=torch.float64)
     other.load_state_dict(state)
     for penalty in (loaded, other):
         assert penalty().item() == pytest.approx(case.value(), rel=1e-12)
@@ -317,7 +317,7 @@ def test_what_is_observed_before_and_after_is_added(move: Any) -> None:
     net, twin = Net().double(), Net().double()
     twin.load_state_dict(net.state_dict())
     penalty, unmoved = (
-        FusedMASPenalty(m, merge="sum", omega_dtype=torch.float64) for m in (net, twin)
+        FusedMASPenalty(m, anchor="own", omega_dtype=torch.float64) for m in (net, twin)
     )
     objects = dict(net.named_parameters())
     for x in (X, 2 * X):
@@ -339,7 +339,7 @@ def test_what_was_observed_follows(move: Any) -> None:
     net, twin = Net().double(), Net().double()
     twin.load_state_dict(net.state_dict())
     penalty, unmoved = (
-        FusedMASPenalty(m, merge="sum", omega_dtype=torch.float64) for m in (net, twin)
+        FusedMASPenalty(m, anchor="own", omega_dtype=torch.float64) for m in (net, twin)
     )
     for each in (penalty, unmoved):
         each.observe(X)

@@ -71,7 +71,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "uint8": {"omega_dtype": torch.uint8},
     "per_task_uint8": {"store": "per_task", "merge": "sum", "omega_dtype": torch.uint8},
     "decay": {"merge": "decay", "gamma": 0.5, "importance": "batch", "objective": "vector"},
-    "latest": {"merge": "latest", "exclude": ("nar*",), "backend": "reference"},
+    "own": {"anchor": "own", "exclude": ("nar*",), "backend": "reference"},
+    "mas-alpha": {"merge": "consistent", "anchor": "own"},
 }
 
 
@@ -89,7 +90,7 @@ def held(model: nn.Module, tasks: int = 2, **settings: Any) -> FusedMASPenalty:
 
 def small() -> tuple[nn.Module, FusedMASPenalty]:
     model = nn.Linear(3, 2)
-    return model, held(model)
+    return model, held(model, merge="consistent")
 
 
 # -- round trip ------------------------------------------------------------------------------------
@@ -387,6 +388,9 @@ WRONG_CONFIG: dict[str, dict[str, Any]] = {
     "newer": {"format": 2},
     "no_format": {"format": None},
     "other_merge": {"merge": "sum"},
+    "other_anchor": {"anchor": "own"},
+    "no_anchor": {"anchor": "none"},
+    "of_before": {"anchor": None},
     "other_store": {"store": "per_task"},
     "no_merge": {"merge": None},
     "no_lam": {"lam": None},
@@ -407,6 +411,7 @@ WRONG_SETTINGS: dict[str, dict[str, Any]] = {
     "objective": {"objective": "l3"},
     "merge": {"merge": "mean"},
     "store": {"store": "cloud"},
+    "anchor": {"anchor": "first"},
     "gamma": {"gamma": NAN},
     "alpha_sum": {"alpha_sum": "all"},
     "omega_dtype": {"omega_dtype": "float8"},
@@ -435,7 +440,7 @@ def test_wrong_tensors_are_refused_by_name(name: str, tmp_path: Path) -> None:
 
     tensors = checkpoint.load(tmp_path / "file")
     if tensors.pop("settings", None) is not None:
-        penalty = held(model, tasks=1)
+        penalty = held(model, tasks=1, merge="consistent")
         before = bits(penalty.state_dict())
         with pytest.raises((ValueError, KeyError), match=named):
             penalty.load_state_dict(tensors)

@@ -49,7 +49,7 @@ class Case:
     ) -> None:
         torch.manual_seed(1)
         self.model = Parameters(dtype).to(device)
-        arguments = {"merge": "sum", "omega_dtype": torch.float64, "state_device": "cpu", **more}
+        arguments = {"anchor": "own", "omega_dtype": torch.float64, "state_device": "cpu", **more}
         self.penalty = FusedMASPenalty(self.model, LAM, **arguments)
         omega, anchor = [], []
         for _ in range(2):
@@ -176,7 +176,7 @@ def test_a_rounded_omega_is_streamed_as_it_is(omega_dtype: torch.dtype) -> None:
 
 def test_a_model_of_empty_parameters() -> None:
     model = nn.ParameterList([torch.zeros(0)])
-    penalty = FusedMASPenalty(model, merge="sum", state_device="cpu")
+    penalty = FusedMASPenalty(model, anchor="own", state_device="cpu")
     penalty.consolidate(importance={"0": torch.zeros(0)})
     assert penalty().item() == 0
     assert penalty.add_grad_().item() == 0
@@ -277,7 +277,7 @@ def test_a_gpu_holds_the_buffers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offloading, "BLOCK", 1 << 16)
     model = nn.Linear(2048, 2048, device="cuda")
     importance = {name: torch.rand_like(p) for name, p in model.named_parameters()}
-    penalty = FusedMASPenalty(model, merge="sum", state_device="cpu")
+    penalty = FusedMASPenalty(model, anchor="own", state_device="cpu")
     before = torch.cuda.memory_allocated()
     penalty.consolidate(importance=importance)
     assert torch.cuda.memory_allocated() - before < 1 << 16

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import tiny
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -33,8 +34,6 @@ from mas_ext.optim import SGD
 Array = npt.NDArray[np.float64]
 NAMES = ["a", "b", "c", "inner.a", "inner.b"]
 SHAPES = [(2,), (3,), (5,)]
-FORMS = [(m, "merged") for m in ("consistent", "sum", "latest", "decay")]
-FORMS += [(m, "per_task") for m in ("consistent", "sum")]
 GAMMA = 0.5
 names, seeds = st.sampled_from(NAMES), st.integers(0, 10_000)
 numbers = st.sampled_from([0.0, 0.25, 1.0, 3.0])
@@ -59,6 +58,7 @@ class Oracle:
     """Every task by itself: omega and anchor by name; what each name was last seen to stand for."""
 
     merge: str
+    latest: bool
     lam: float = 0.7
     totals: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
@@ -121,7 +121,7 @@ class Oracle:
     def terms(self, name: str) -> list[tuple[Array, Array]]:
         """W_t and A_t of each term of the penalty."""
         anchors = self.anchor[name]
-        if self.merge in ("latest", "decay"):
+        if self.latest:
             anchors = [anchors[-1]] * len(anchors)
         scale = self.scale()
         return [
@@ -153,20 +153,21 @@ class Sequences(RuleBasedStateMachine):
     """A model of vectors in two modules, its penalty, and the oracle."""
 
     @initialize(
-        form=st.sampled_from(FORMS),
+        form=st.sampled_from(tiny.FORMS),
         state_device=st.sampled_from([None, "cpu"]),
         native=st.booleans(),
     )
-    def start(self, form: tuple[str, str], state_device: Any, native: bool) -> None:
+    def start(self, form: tuple[str, str, str], state_device: Any, native: bool) -> None:
         self.model, self.spare = nn.Module(), list[nn.Parameter]()
         self.model.add_module("inner", nn.Module())
         for k, name in enumerate(NAMES[:4]):
             self.put(name, nn.Parameter(torch.from_numpy(draw(k, (3,)))))
         self.penalty = FusedMASPenalty(
-            self.model, 0.7, merge=form[0], store=form[1], gamma=GAMMA, state_device=state_device,
+            self.model, 0.7, merge=form[0], anchor=form[1], store=form[2], gamma=GAMMA,
+            state_device=state_device,
             omega_dtype=torch.float64, backend="native" if native else "reference",
         )  # fmt: skip
-        self.oracle, self.store = Oracle(form[0]), form[1]
+        self.oracle, self.store = Oracle(form[0], form[1] == "latest"), form[2]
 
     # -- the model
 
@@ -269,6 +270,9 @@ class Sequences(RuleBasedStateMachine):
         t %= len(self.oracle.totals)
         self.penalty.drop(t)
         self.oracle.fit(self.theta)
+        for each in self.oracle.anchor.values():
+            if self.oracle.latest and len(each) > 1:
+                each[-2] = each[-1]
         for kind in (self.oracle.omega, self.oracle.anchor):
             for each in kind.values():
                 del each[t]
@@ -305,7 +309,7 @@ class Sequences(RuleBasedStateMachine):
             lambda: self.penalty.drop(99),
             lambda: self.penalty.load_state_dict({"config": torch.zeros(3)}),
         ]
-        if what == 1 and self.oracle.merge == "latest":
+        if what == 1 and self.penalty._state.rule.signed:
             return
         self.oracle.follow(theta)
         self.penalty.state_dict()
@@ -341,7 +345,7 @@ class Sequences(RuleBasedStateMachine):
         else:
             state = self.penalty.state_dict()
             self.penalty = FusedMASPenalty(
-                self.model, merge=rule_.merge, store=rule_.store, gamma=GAMMA,
+                self.model, merge=rule_.merge, anchor=rule_.anchor, store=rule_.store, gamma=GAMMA,
                 omega_dtype=torch.float64, **own,
             )  # fmt: skip
             self.penalty.load_state_dict(state)
