@@ -1,10 +1,11 @@
 """Memory Aware Synapses for PyTorch: learning one task after another without forgetting.
 
 `FusedMASPenalty` holds a model's important parameters near their old values; `estimate_importance`
-measures how important they are, without labels, and `check_importance` tells how exactly; `info` tells which
-kernels do the work.
+measures how important they are, without labels, and `check_importance` tells how exactly; `Distillation` holds
+the model's outputs; `info` tells which kernels do the work.
 """
 
+from mas_ext.distillation import Distillation
 from mas_ext.importance import FisherSum, estimate_fisher, estimate_importance
 from mas_ext.importance.check import check_importance
 from mas_ext.info import info
@@ -13,6 +14,7 @@ from mas_ext.state.sharded_files import load_distributed
 from mas_ext.trainer import Trainer
 
 __all__ = [
+    "Distillation",
     "FisherSum",
     "FusedMASPenalty",
     "Trainer",

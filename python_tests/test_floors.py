@@ -20,7 +20,7 @@ FLOORS = [
     {"trainer"},
     {"training"},
     {"methods", "compat"},
-    {"penalty"},
+    {"penalty", "distillation"},
     {"optim"},
     {"importance", "state"},
     {"parameters", "info"},

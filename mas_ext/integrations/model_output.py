@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mas_ext.parameters.names import PARALLEL
+from mas_ext.parameters.names import bare_model
 
 Of = Literal["tokens", "logits", "hidden"]
 
@@ -127,12 +127,9 @@ def _name(bare: nn.Module) -> str:
 
 def _bare(model: nn.Module) -> nn.Module:
     """The model inside wrappers by DistributedDataParallel, torch.compile and peft."""
-    wrapper: Any = model
-    if isinstance(model, PARALLEL):
-        return _bare(wrapper.module)
-    if hasattr(model, "_orig_mod"):
-        return _bare(wrapper._orig_mod)
-    return _bare(wrapper.get_base_model()) if hasattr(model, "get_base_model") else model
+    bare: Any = bare_model(model)
+    found: nn.Module = bare
+    return _bare(bare.get_base_model()) if hasattr(bare, "get_base_model") else found
 
 
 def _is_encoder_decoder(bare: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mas_ext.distillation import check_temperature, frozen_copy, softened
 from mas_ext.methods.method import Method, Training, is_cross_entropy
 from mas_ext.models import MultiHead
 
@@ -53,10 +53,7 @@ class LwF(Method):
     def __post_init__(self) -> None:
         if not 0 <= self.lam < math.inf:
             raise ValueError(f"lam: got {self.lam}, expected a finite number of at least 0")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(
-                f"temperature: got {self.temperature}, expected a finite number above 0"
-            )
+        check_temperature(self.temperature)
         if self.warm_up < 0:
             raise ValueError(f"warm_up: got {self.warm_up}, expected at least 0")
         if self.distance not in ("softmax", "squared", None):
@@ -128,7 +125,7 @@ class LwF(Method):
         by_loss = "softmax" if is_cross_entropy(training.task_loss) else "squared"
         if (self.distance or by_loss) == "squared":
             return F.mse_loss(outputs, target)
-        return distillation(outputs, target, self.temperature)
+        return softened(outputs, target, self.temperature)
 
     def state_dict(self) -> dict[str, Any]:
         if self.teacher is None:
@@ -142,13 +139,6 @@ class LwF(Method):
             self.teacher.load_state_dict(state["teacher"])
 
 
-def distillation(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """KD of the class LwF: logits and the teacher's, (N, classes) -> 0-dim."""
-    # Not all devices' autocast leaves 16 bits for a softmax, as it does for the cross entropy.
-    precision = torch.promote_types(target.dtype, torch.float32)
-    return F.cross_entropy(logits / temperature, (target / temperature).softmax(1, precision))
-
-
 @torch.no_grad()
 def features_of(training: Training, samples: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """The training data as `Training.batches` gives them, with the backbone's features, (N, width), for x."""
@@ -158,6 +148,6 @@ def features_of(training: Training, samples: int | None = None) -> Iterator[tupl
 
 def _teacher(model: MultiHead, heads: int) -> MultiHead:
     """A frozen copy of the model, with its first heads only, for evaluation."""
-    teacher = copy.deepcopy(model)
+    teacher = frozen_copy(model)
     del teacher.heads[heads:]
-    return teacher.requires_grad_(False).eval()
+    return teacher

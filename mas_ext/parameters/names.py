@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,14 @@ def _walk(
         if child is not None:
             inner = prefix if _is_hidden(module, key) else f"{prefix}{key}."
             yield from _walk(child, inner, (*path, (module._modules, key, child)))
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model inside what runs it in parallel or compiles it."""
+    wrapper: Any = model
+    if isinstance(model, PARALLEL):
+        return bare_model(wrapper.module)
+    return bare_model(wrapper._orig_mod) if hasattr(model, "_orig_mod") else model
 
 
 def _is_hidden(module: nn.Module, key: str) -> bool:

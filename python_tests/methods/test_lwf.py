@@ -11,8 +11,9 @@ from oracles import naive_distillation as naive
 from oracles import naive_training
 from torch import nn
 
+from mas_ext.distillation import softened
 from mas_ext.methods import SETTINGS, Setting, create
-from mas_ext.methods.lwf import LwF, distillation
+from mas_ext.methods.lwf import LwF
 from mas_ext.models import MultiHead
 from mas_ext.state.files import pack
 from mas_ext.training.run import Learning
@@ -31,7 +32,7 @@ def test_distillation_of_known_probabilities() -> None:
     logits = torch.tensor([[1.0, 9.0], [1.0, 1.0]], dtype=torch.float64).log()
     expected = -(0.4 * torch.tensor(0.25).double().log() + 0.6 * torch.tensor(0.75).double().log())
     expected = (expected + torch.tensor(2.0).double().log()) / 2
-    torch.testing.assert_close(distillation(logits, target, 2.0), expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(softened(logits, target, 2.0), expected, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
