@@ -73,6 +73,12 @@ class Distillation:
         frozen = {name: p for name, p in bare.named_parameters() if not p.requires_grad}
         self.teacher = frozen_copy(bare, frozen.values())
         self._shared = [_Shared(name, p, p._version) for name, p in frozen.items()]
+        # Adapters (peft) are merged into weights behind autograd's back, and layers tell that they are.
+        self._mergeable: list[tuple[str, Any, bool]] = [
+            (name, layer, bool(layer.merged))
+            for name, layer in bare.named_modules()
+            if hasattr(layer, "merged")
+        ]
 
     def __call__(self, batch: Any, output: Tensor | None = None) -> Tensor:
         """The distance from the teacher on a batch, 0-dim and differentiable; 0 where nothing has moved.
@@ -85,7 +91,8 @@ class Distillation:
         Raises:
             TypeError: an output that is no tensor.
             ValueError: an output that does not fit the teacher's.
-            RuntimeError: a frozen parameter that the teacher shares has been changed.
+            RuntimeError: a frozen parameter that the teacher shares has been changed, or has had an adapter
+                merged into it.
         """
         self._keep()
         with torch.no_grad():
@@ -153,6 +160,13 @@ class Distillation:
                 raise RuntimeError(
                     f"parameter {name!r}: got other values than when the teacher was made, expected a frozen "
                     "parameter to stay as it is; make the Distillation once it requires a gradient"
+                )
+        for name, layer, merged in self._mergeable:
+            if bool(layer.merged) != merged:
+                now, then = (("un" * (not each)) + "merged" for each in (layer.merged, merged))
+                raise RuntimeError(
+                    f"layer {name!r}: got its adapter {now}, expected {then} as when the teacher was made, which "
+                    "shares the weight below it"
                 )
         thawed = {id(each.parameter) for each in self._shared if each.parameter.requires_grad}
         if thawed:

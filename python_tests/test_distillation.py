@@ -189,6 +189,16 @@ def test_a_shared_parameter_that_was_changed_is_refused() -> None:
         distill(X)
 
 
+def test_an_adapter_that_is_merged_into_a_shared_weight_is_refused() -> None:
+    model = Adapted()
+    model.merged = False  # type: ignore[assignment]
+    distill = Distillation(nn.Sequential(model))
+    model.base.weight.data += 1  # unseen by autograd
+    model.merged = True  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match=r"layer '0': got its adapter merged, expected unmerged"):
+        distill(X)
+
+
 def test_new_classes_beside_the_old_ones_count_for_nothing() -> None:
     model = network().eval()
     old, distill = array(model(X)), Distillation(model)
