@@ -165,8 +165,8 @@ class Distillation:
             if bool(layer.merged) != merged:
                 now, then = (("un" * (not each)) + "merged" for each in (layer.merged, merged))
                 raise RuntimeError(
-                    f"layer {name!r}: got its adapter {now}, expected {then} as when the teacher was made, which "
-                    "shares the weight below it"
+                    f"layer {name!r}: got its adapter {now}, expected {then} as when the teacher was made, "
+                    "which shares the weight below it"
                 )
         thawed = {id(each.parameter) for each in self._shared if each.parameter.requires_grad}
         if thawed:
