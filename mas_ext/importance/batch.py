@@ -1,4 +1,4 @@
-"""`batch`: |gradient of a whole batch's objective|, the approximation that the field's code uses."""
+"""`batch`: the gradient of a whole batch's objective, the approximation that the field's code uses."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from mas_ext.kernels.backends import Backend
 
 
 class Batch:
-    """sum over outputs of abs(sum over the batch of d objective / d theta): one backward pass per output.
+    """One backward pass per output, in which positive and negative samples cancel.
 
-    Positive and negative samples cancel.
+    With g = sum over the n samples of a batch of d objective / d theta: sum over outputs of abs(g), or, for
+    squares, of n (g / n)^2, the square of the batch's mean gradient for each of its samples.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+    def __init__(self, backend: Backend, square: bool = False) -> None:
+        self._how = Summation(backend, square)
 
     def __call__(
         self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
@@ -26,5 +27,8 @@ class Batch:
         """The sums by name, and the objectives."""
         _, values = evaluate(batch)
         totals = zeros(theta)
-        accumulate_gradients(totals, values, theta, Summation(self.backend))
+        accumulate_gradients(totals, values, theta, self._how)
+        if self._how.square:
+            for total in totals.values():
+                total /= len(values)
         return totals, values.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -13,20 +14,26 @@ from torch.nn.functional import pad
 from mas_ext.failures import Diverged
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance.accumulator import ImportanceSum, LabelSource, estimate
+from mas_ext.importance.batch import Batch
 from mas_ext.importance.evaluation import Forward
 from mas_ext.importance.exact.driver import Exact
 from mas_ext.kernels.backends import Backend
 from mas_ext.parameters.names import check_patterns
 
-Labels = Literal["true", "predicted", "sampled", "all", "normal"]
+Labels = Literal["true", "predicted", "sampled", "all", "normal", "reversed"]
+FisherMethod = Literal["exact", "batch"]
 IGNORED = -100  # positions without a label, as in torch.nn.functional.cross_entropy
 
 
-def _log_probabilities(output: Tensor) -> Tensor:
+def _logits(output: Tensor) -> Tensor:
     if not isinstance(output, Tensor) or output.dim() < 2:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"output: got {got}, expected logits of shape (samples, ..., classes)")
-    return (output if output.dtype.itemsize >= 4 else output.float()).log_softmax(-1)
+    return output if output.dtype.itemsize >= 4 else output.float()
+
+
+def _log_probabilities(output: Tensor) -> Tensor:
+    return _logits(output).log_softmax(-1)
 
 
 def _true_labels(
@@ -40,7 +47,7 @@ def _true_labels(
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(
-            f'labels: "true" takes class indices from the second item of a batch, got {got} there'
+            f"labels: got {got} as the second item of a batch, expected class indices there"
         )
     if shift is None and _are_inputs(labels, batch):
         raise ValueError(
@@ -102,6 +109,11 @@ def _of_labels(output: Tensor, labels: Tensor | None, samples: int) -> Tensor:
     return picked.reshape(samples, -1).sum(1, keepdim=True)
 
 
+def _of_reversed(output: Tensor, labels: Tensor | None, samples: int) -> Tensor:
+    """log p of the labels under the logits times -1, shape (samples, 1)."""
+    return _of_labels(-_logits(output), labels, samples)
+
+
 def _of_all(output: Tensor, labels: Tensor | None, samples: int) -> Tensor:
     """sqrt(p) log p of every class, shape (samples, classes): squares of its gradients carry the weight p."""
     log_p = _log_probabilities(output)
@@ -121,12 +133,14 @@ class FisherSum(ImportanceSum):
     """The sum over samples of (d log p(y | x) / d theta)^2, gathered batch by batch.
 
     Args:
-        labels: "true", "predicted", "sampled", "all" or "normal", see estimate_fisher.
+        labels: "true", "predicted", "sampled", "all", "normal" or "reversed", see estimate_fisher.
         forward: forward(model, batch) -> logits (samples, ..., classes); by default of the first item.
         exclude: fnmatch patterns on the names of parameters to leave out.
         seed: of the labels that are drawn.
         backend: "auto", "native" or "reference".
         shift: whether true labels belong to the positions before them, see estimate_fisher.
+        method: "exact" or "batch", see estimate_fisher.
+        at_most: the largest value of an element of the mean, see estimate_fisher.
     """
 
     def __init__(
@@ -137,27 +151,52 @@ class FisherSum(ImportanceSum):
         seed: int = 0,
         backend: Backend = "auto",
         shift: bool | None = None,
+        method: FisherMethod = "exact",
+        at_most: float | None = None,
     ) -> None:
+        true_labels = partial(_true_labels, shift=shift)
         sources: dict[str, LabelSource | None] = {
-            "true": partial(_true_labels, shift=shift),
+            "true": true_labels,
             "predicted": _predicted_labels,
             "sampled": partial(_sampled_labels, seed=seed),
             "all": None,
             "normal": None,
+            "reversed": true_labels,
         }
         if labels not in sources:
             raise ValueError(f"labels: got {labels!r}, expected one of {tuple(sources)}")
-        if shift is not None and labels != "true":
+        if shift is not None and sources[labels] is not true_labels:
             raise ValueError(f'shift: got {shift} with labels {labels!r}, expected labels "true"')
+        estimators: dict[str, Callable[..., Exact | Batch]] = {"exact": Exact, "batch": Batch}
+        if method not in estimators:
+            raise ValueError(f"method: got {method!r}, expected one of {tuple(estimators)}")
+        if at_most is not None and not 0 < at_most < math.inf:
+            raise ValueError(f"at_most: got {at_most}, expected a finite number above 0")
+        values = {"all": _of_all, "normal": _of_normal, "reversed": _of_reversed}
         super().__init__(
+            method,
             forward=forward,
             exclude=exclude,
             backend=backend,
-            estimator=Exact(backend, square=True),
-            values={"all": _of_all, "normal": _of_normal}.get(labels, _of_labels),
+            estimator=estimators[method](backend, square=True),
+            values=values.get(labels, _of_labels),
             labels=sources[labels],
         )
-        self.labels, self.seed, self.shift = labels, seed, shift
+        self.labels, self.seed, self.shift, self.at_most = labels, seed, shift, at_most
+
+    def mean(self) -> dict[str, Tensor]:
+        """The Fisher information by name, no element above `at_most`; a ValueError if there was no sample."""
+        return self._clamped(super().mean())
+
+    def into_mean(self) -> dict[str, Tensor]:
+        """The mean, in the memory of the sums, which are empty afterwards."""
+        return self._clamped(super().into_mean())
+
+    def _clamped(self, fisher: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.at_most is not None:
+            for t in fisher.values():
+                t.clamp_(max=self.at_most)
+        return fisher
 
     def refuse_rounding_noise(self, theta: Mapping[str, Tensor]) -> None:
         """Refuse nothing: squares vanish with the gradients of a network that has learned its labels."""
@@ -174,20 +213,28 @@ def estimate_fisher(
     seed: int = 0,
     backend: Backend = "auto",
     shift: bool | None = None,
+    method: FisherMethod = "exact",
+    at_most: float | None = None,
 ) -> dict[str, Tensor]:
-    """The diagonal Fisher information, 1/N sum_k (d log p(y_k | x_k) / d theta_i)^2, exactly per sample.
+    """The diagonal Fisher information, 1/N sum_k (d log p(y_k | x_k) / d theta_i)^2.
 
     p is the softmax over the last dimension of the output; where that has positions, log p is summed over them
     (Kirkpatrick et al. 2017, equation 3; on the choice of labels, Kunstner et al. 2019).
 
+    "exact" squares each sample's gradient. "batch" squares the mean gradient of a batch of n_b samples, as much
+    of the field's code does: 1/N sum_b n_b (1/n_b sum_{k in b} d log p(y_k | x_k) / d theta_i)^2, in which
+    samples cancel, so that it is smaller, and depends on the batches.
+
     Args:
         model: see estimate_importance.
-        batches: see estimate_importance; for labels "true" the second item of each, or what a dict calls
+        batches: see estimate_importance; for true labels the second item of each, or what a dict calls
             "labels", holds class indices, shape (samples, ...), -100 where there is none.
         labels: "true": the batch's own (the empirical Fisher); "predicted": the likeliest; "sampled": one drawn
             from p per sample; "all": the mean over p of all classes, one backward pass each. "normal": p is
             normal instead, with the outputs f as means and variance 1, as in regression, and the mean is over
-            all y: 1/N sum_k sum_c (d f_c(x_k) / d theta_i)^2.
+            all y: 1/N sum_k sum_c (d f_c(x_k) / d theta_i)^2. "reversed": the true labels under the softmax of
+            the logits times -1, whose gradients don't vanish where a network has learned its labels (EWC-DR;
+            Liu & Chang, CVPR 2026).
         forward: forward(model, batch) -> logits (samples, ..., classes); by default of the first item.
         max_samples: stop after this many.
         progress: show a progress bar.
@@ -196,6 +243,9 @@ def estimate_fisher(
         backend: see estimate_importance.
         shift: whether position t of the output predicts label t + 1, as in causal language models, whose labels
             are their input ids, rather than label t. Labels that equal the input ids need a word.
+        method: "exact" or "batch", see above.
+        at_most: what is larger in the result becomes this; None: nothing does. The code of EWC-DR's authors
+            has 1e-4.
 
     Returns:
         The Fisher information by parameter name, in the parameter's shape; float64 for float64 parameters, else
@@ -207,5 +257,5 @@ def estimate_fisher(
         TypeError: as estimate_importance; labels that are no class indices.
     """
     check_patterns(model, exclude)
-    total = FisherSum(labels, forward, exclude, seed, backend, shift)
+    total = FisherSum(labels, forward, exclude, seed, backend, shift, method, at_most)
     return estimate(total, model, batches, max_samples, progress)

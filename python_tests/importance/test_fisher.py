@@ -15,7 +15,8 @@ import mas_ext
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Omega = dict[str, Tensor]
-LABELS = ("true", "predicted", "sampled", "all", "normal")
+SUM: Any = "sum"
+LABELS = ("true", "predicted", "sampled", "all", "normal", "reversed")
 MODELS = [
     "mlp",
     "residual, in-place relu",
@@ -59,7 +60,7 @@ def naive(model: nn.Module, batches: list[tuple[Tensor, Tensor]], labels: str) -
     for xs, ys in batches:
         for x, y in zip(xs.split(1), ys.tolist(), strict=True):
             samples += 1
-            logits = model(x)[0]
+            logits = model(x)[0] * (-1 if labels == "reversed" else 1)
             p = (logits.exp() / logits.exp().sum()).detach().tolist()
             if labels == "normal":
                 for output in logits.flatten():
@@ -72,7 +73,7 @@ def naive(model: nn.Module, batches: list[tuple[Tensor, Tensor]], labels: str) -
             if labels == "all":
                 weights = dict(enumerate(p))
             else:
-                weights = {y if labels == "true" else p.index(max(p)): 1.0}
+                weights = {p.index(max(p)) if labels == "predicted" else y: 1.0}
             for label, weight in weights.items():
                 value = logits[label] - logits.exp().sum().log()
                 grads = torch.autograd.grad(
@@ -92,7 +93,7 @@ def assert_close(got: Omega, expected: Omega, tolerance: float = 1e-10) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*takes the fallback:UserWarning")
-@pytest.mark.parametrize("labels", ["true", "predicted", "all", "normal"])
+@pytest.mark.parametrize("labels", ["true", "predicted", "all", "normal", "reversed"])
 @pytest.mark.parametrize("name", MODELS)
 def test_fisher_is_its_definition(name: str, labels: str) -> None:
     model, batches = setting(name)
@@ -116,6 +117,57 @@ def test_a_linear_layer_is_the_closed_form() -> None:
     assert_close(estimate(model, [(x[:5], y[:5]), (x[5:], y[5:])]), closed)
     squared_mean = torch.einsum("nc,nj->cj", error, x).div(9).square()
     assert float((closed["weight"] - squared_mean).norm()) > 0.5 * float(closed["weight"].norm())
+
+
+def test_reversed_logits_do_not_vanish_where_the_labels_are_learned() -> None:
+    """(p_c - [c = y])^2 x_j^2, p = softmax(-W x): of a sure network, close to x_j^2 for the two likeliest c."""
+    model = nn.Linear(2, 2, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(12 * torch.eye(2))
+    batch = torch.eye(2, dtype=torch.float64), torch.arange(2)
+    right = torch.full((2, 2), (1 / (1 + math.exp(-12))) ** 2 / 2, dtype=torch.float64)
+    assert_close(estimate(model, [batch], labels="reversed"), {"weight": right})
+    assert float(estimate(model, [batch])["weight"].max()) < 1e-10
+
+
+@pytest.mark.parametrize("labels", ["true", "all", "normal", "reversed"])
+def test_the_square_of_a_batch_s_mean_gradient(labels: str) -> None:
+    """1/N sum_b n_b (mean gradient of batch b)^2, batches of 5, 6 and 1; for "all" and "normal" by output."""
+    model, batches = setting("mlp")
+    theta = dict(model.named_parameters())
+    right = {name: torch.zeros_like(p, requires_grad=False) for name, p in theta.items()}
+    for x, y in batches:
+        logits = model(x) * (-1 if labels == "reversed" else 1)
+        log_p = logits - logits.exp().sum(1, keepdim=True).log()
+        columns = {
+            "normal": logits.unbind(1),
+            "all": (log_p.exp().detach().sqrt() * log_p).unbind(1),
+        }
+        for column in columns.get(labels, [log_p[torch.arange(len(y)), y]]):
+            found = torch.autograd.grad(column.mean(), [*theta.values()], retain_graph=True)
+            for name, g in zip(theta, found, strict=True):
+                right[name] += len(x) * g.square() / 12
+    omega = estimate(model, batches, labels=labels, method="batch")
+    assert_close(omega, right)
+    alone = estimate(model, [(x[:1], y[:1]) for x, y in batches], labels=labels)
+    singles = estimate(model, [(x[:1], y[:1]) for x, y in batches], labels=labels, method="batch")
+    assert_close(singles, alone)
+
+
+def test_no_element_is_above_the_largest_allowed() -> None:
+    """Of the mean over samples, not of a sample, a batch or the sum."""
+    model, batches = setting("mlp")
+    free = estimate(model, batches)
+    most = float(free["0.weight"].median())
+    omega = estimate(model, batches, at_most=most)
+    assert_close(omega, {name: t.clamp(max=most) for name, t in free.items()})
+    total = mas_ext.FisherSum(at_most=most)
+    for batch in batches:
+        total.add(model, batch)
+    assert_close(total.mean(), omega)
+    penalty = mas_ext.FusedMASPenalty(model, importance=total, merge=SUM)
+    penalty.consolidate(batches)
+    assert_close(penalty.omega, omega, 1e-6)
 
 
 def test_sampled_labels_follow_the_softmax() -> None:
@@ -191,6 +243,15 @@ def test_what_is_wrong_is_refused_by_name() -> None:
     model, x = nn.Linear(4, 3), torch.randn(5, 4)
     with pytest.raises(ValueError, match="labels: got 'drawn'"):
         estimate(model, [x], labels="drawn")
+    for method in ("local", "exakt"):
+        with pytest.raises(ValueError, match=f"method: got '{method}', expected one of"):
+            estimate(model, [x], method=method)
+    for most in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="at_most: got"):
+            estimate(model, [x], at_most=most)
+    named = Wired(lambda m, x: {"logits": m.a(x)}, a=model)
+    with pytest.raises(ValueError, match="output: got dict, expected logits"):
+        estimate(named, [(x, torch.zeros(5).long())], labels="reversed")
     for bad in (torch.full((5,), 3), torch.full((5,), -1), torch.zeros(5, 3).long()):
         with pytest.raises(ValueError, match="label"):
             estimate(model, [(x, bad)])
