@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mas_ext._hints import hint
 from mas_ext.methods.ebll import EBLL
-from mas_ext.methods.ewc import EWC, OnlineEWC
+from mas_ext.methods.ewc import EWC, EWCDR, OnlineEWC
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.imm import MeanIMM, ModeIMM
 from mas_ext.methods.joint import Joint
@@ -36,6 +36,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "local-mas": partial(MAS, importance="local"),
     "ewc": EWC,
     "online-ewc": OnlineEWC,
+    "ewc-dr": EWCDR,
     "si": SI,
     "imm-mean": MeanIMM,
     "imm-mode": ModeIMM,

@@ -1,4 +1,4 @@
-"""Elastic Weight Consolidation, and its form with one running penalty."""
+"""Elastic Weight Consolidation, and its forms with one running penalty."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mas_ext.importance import FisherSum
-from mas_ext.importance.fisher import Labels
+from mas_ext.importance.fisher import FisherMethod, Labels
 from mas_ext.methods.method import Training, is_cross_entropy
-from mas_ext.methods.quadratic import Estimated
+from mas_ext.methods.quadratic import Estimated, MeanOverOutputs
 from mas_ext.optim.hooks import Mode
 
 
@@ -38,8 +38,8 @@ class EWC(Fisher):
 
     Args:
         lam: the paper's lambda.
-        labels: "true", "predicted", "sampled" or "all" for the cross entropy, "normal" for another task loss,
-            see estimate_fisher. The paper leaves it open; "true" is the empirical Fisher information, as in
+        labels: "true", "predicted", "sampled", "all" or "reversed" for the cross entropy, "normal" for another
+            task loss, see estimate_fisher. The paper leaves it open; "true" is the empirical Fisher information, as in
             most implementations.
         mode: "gradient" or "proximal", see FusedMASPenalty.attach.
         max_samples: the Fisher information from this many samples of a task, None for all.
@@ -78,3 +78,39 @@ class OnlineEWC(Fisher):
     def __post_init__(self) -> None:
         merging: dict[str, Any] = {"merge": "decay", "anchor": "latest", "gamma": self.gamma}
         super().__init__(self.gamma * self.lam / 2, self.mode, self.max_samples, **merging)
+
+
+@dataclass(eq=False)
+class EWCDR(MeanOverOutputs, Fisher):
+    """Task loss + lam/2 sum_i W_i (theta_i - theta*_i)^2, W the tasks' mean F_t (Liu & Chang, CVPR 2026).
+
+    F_t is the Fisher information of the true labels under the logits times -1, at the end of task t: it does
+    not vanish where the network is sure of the labels. Tasks count by their outputs, and the anchor is where
+    the last task ended, as in the authors' code. That differs in what is around: it takes F_t in training mode
+    ("batch", but every batch counts the same), gives the first F_t of a new head its whole weight, and has the
+    cross entropy of class-incremental tasks over the new classes alone.
+
+    Args:
+        lam: the paper's lambda; 10,000 in the authors' configuration for CIFAR-100.
+        importance: "exact", or "batch" (the authors'), the method of estimate_fisher.
+        at_most: the largest F_t,i, 1e-4 in the authors' code; None for any.
+        labels: "reversed"; with those of EWC, it is EWC with this mean and one anchor.
+        mode: "gradient" or "proximal", see FusedMASPenalty.attach.
+        max_samples: the Fisher information from this many samples of a task, None for all.
+    """
+
+    lam: float = 10000.0
+    importance: FisherMethod = "exact"
+    at_most: float | None = 1e-4
+    labels: Labels = "reversed"
+    mode: Mode = "gradient"
+    max_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(self.lam / 2, self.mode, self.max_samples, merge="sum", anchor="latest")
+        # What can't be used is refused now.
+        self.estimator(())
+
+    def estimator(self, exclude: Sequence[str]) -> FisherSum:
+        options: dict[str, Any] = {"method": self.importance, "at_most": self.at_most}
+        return FisherSum(self.labels, self.forward, exclude, **options)

@@ -97,3 +97,20 @@ class Estimated(Quadratic):
         assert self.penalty is not None
         batches = None if training.observing else training.batches(self.max_samples)
         self.penalty.consolidate(batches, self.weight)
+
+
+class MeanOverOutputs(Estimated):
+    """An estimated method with W = sum_t c_t Omega_t / sum_t c_t, c_t the number of outputs of task t's head.
+
+    Where each task has classes of its own, that is the running average by the number of classes
+    W <- C_t-1 / C_t W + c_t / C_t Omega_t, C_t = c_1 + ... + c_t. In the domain-incremental setting all c_t are
+    equal.
+    """
+
+    def end_task(self, training: Training) -> None:
+        own_heads = training.setting != "domain"
+        outputs = training.model.outputs if own_heads else [1] * (training.task + 1)
+        self.weight = outputs[-1]
+        super().end_task(training)
+        assert self.penalty is not None
+        self.penalty.lam = self._arguments["lam"] / sum(outputs)

@@ -1,18 +1,30 @@
-"""EWC and online EWC against a naive training with T separate penalties, in float64."""
+"""EWC, online EWC and EWC-DR against a naive training with T separate penalties, in float64."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from oracles.naive_training import SETTINGS, Naive, Weights, assert_close, learn, resumed
+from oracles.naive_training import (
+    INPUTS,
+    SETTINGS,
+    Naive,
+    Weights,
+    assert_close,
+    learn,
+    resumed,
+    start,
+    steps,
+)
 from torch import Tensor
 
-from mas_ext import methods
+from mas_ext import estimate_fisher, methods
 from mas_ext.methods import Method
-from mas_ext.methods.ewc import EWC, OnlineEWC
+from mas_ext.methods.ewc import EWC, EWCDR, OnlineEWC
+from mas_ext.scenarios import Tensors, from_datasets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +48,23 @@ class NaiveEWC(Naive):
         self.terms = [(omega, self.held())]
 
 
-def compare(method: Method, naive: NaiveEWC, importance_epochs: int = 0) -> None:
+@dataclass
+class NaiveEWCDR(Naive):
+    """W <- (C - c) / C W + c / C F for what was held before, C classes in all and c new ones; c / C F else."""
+
+    labels: str = "reversed"
+    at_most: float = math.inf
+    running: Weights = field(default_factory=dict)
+
+    def end(self, x: Tensor, y: Tensor) -> None:
+        share = 1 / (self.task + 1)  # two classes a task
+        for name, f in self.mean_fisher(x, y).items():
+            old = self.running.get(name, torch.zeros_like(f))
+            self.running[name] = (1 - share) * old + share * f.clamp(max=self.at_most)
+        self.terms = [({n: LAM / 2 * w for n, w in self.running.items()}, self.held())]
+
+
+def compare(method: Method, naive: Naive, importance_epochs: int = 0) -> None:
     model, log, found = learn(
         method,
         naive.setting,
@@ -57,6 +85,33 @@ def test_ewc_is_t_penalties(setting: str) -> None:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_online_ewc_is_one_penalty_that_fades(setting: str) -> None:
     compare(OnlineEWC(LAM, gamma=0.7), NaiveEWC(setting, gamma=0.7))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_ewc_dr_is_a_mean_of_reversed_logits(setting: str) -> None:
+    for most in (None, 0.01):
+        compare(EWCDR(LAM, at_most=most), NaiveEWCDR(setting, at_most=most or math.inf))
+    naive = NaiveEWCDR(setting, by_batch=True)
+    compare(EWCDR(LAM, "batch", None), naive, importance_epochs=1)
+
+
+def test_tasks_of_ewc_dr_count_by_their_classes() -> None:
+    """Heads of 3 and then 1 outputs: W = 3/4 F_1 + 1/4 F_2, of the heads, too."""
+    x = torch.randn(8, INPUTS, dtype=torch.float64)
+    labels = torch.arange(8) % 3, torch.full((8,), 3)
+    data = [Tensors(x, y) for y in labels]
+    learning = start(EWCDR(LAM, at_most=None), "class", data=from_datasets([(d, d) for d in data]))
+    found = []
+    for _ in steps(learning):
+        if not learning.inside:
+            model, y = learning.model, labels[len(found)]
+            found.append(estimate_fisher(model, [(x, y)], "reversed"))
+    first, second = found
+    penalty = learning.method.penalty  # type: ignore[attr-defined]
+    held = {name: float(penalty.scale) * w for name, w in penalty.omega.items()}
+    right = {n: LAM / 2 * (first.get(n, 0 * f) * 3 + f) / 4 for n, f in second.items()}
+    assert len(right) == len(first) + 2
+    assert_close(held, right)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -80,9 +135,11 @@ def test_regression(setting: str, importance_epochs: int) -> None:
     compare(EWC(LAM, labels="normal"), naive, importance_epochs)
     naive = NaiveEWC(setting, squared=True, gamma=0.7)
     compare(OnlineEWC(LAM, gamma=0.7, labels="normal"), naive, importance_epochs)
+    mean = EWCDR(LAM, at_most=None, labels="normal")
+    compare(mean, NaiveEWCDR(setting, squared=True), importance_epochs)
 
 
-@pytest.mark.parametrize("name", ["ewc", "online-ewc", "imm-mode"])
+@pytest.mark.parametrize("name", ["ewc", "online-ewc", "ewc-dr", "imm-mode"])
 def test_labels_without_a_cross_entropy_are_refused(name: str) -> None:
     for labels in ("true", "sampled"):
         with pytest.raises(
@@ -116,10 +173,16 @@ def test_a_strength_of_0_takes_no_part_in_the_step() -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["ewc", "online-ewc"])
+@pytest.mark.parametrize("name", ["ewc", "online-ewc", "ewc-dr"])
 def test_a_stopped_run_goes_on_to_the_same_bits(name: str, setting: str) -> None:
     resumed(lambda: methods.create(name, lam=LAM), setting, after=11)
     resumed(lambda: methods.create(name, lam=LAM), setting, after=12, importance_epochs=1)
+
+
+def test_arguments_of_ewc_dr_that_cannot_be_used_are_refused() -> None:
+    for name, value in {"at_most": 0.0, "importance": "local", "labels": "drawn"}.items():
+        with pytest.raises(ValueError, match=f"{'method' if name == 'importance' else name}: got"):
+            methods.create("ewc-dr", **{name: value})
 
 
 def test_what_is_kept_is_as_wide_as_the_parameters() -> None:

@@ -114,6 +114,7 @@ OTHER = {
     "epochs": 5,
     "lr": 0.5,
     "distance": "squared",
+    "at_most": 0.5,
 }
 
 
@@ -123,7 +124,11 @@ def test_what_a_method_was_made_with_is_in_its_options(name: str) -> None:
     assert own == methods.create(name).options()
     for option, default in methods.options(name).items():
         assert getattr(methods.create(name), option) == default
-        special = {("ebll", "alpha"): 0.5, ("local-mas", "importance"): "exact"}
+        special = {
+            ("ebll", "alpha"): 0.5,
+            ("local-mas", "importance"): "exact",
+            ("ewc-dr", "importance"): "batch",
+        }
         special |= {(own_anchors, "anchor"): "latest" for own_anchors in ("mas-own", "mas-alpha")}
         value = special.get((name, option), OTHER[option])
         assert methods.create(name, **{option: value}).options() != own, option

@@ -95,6 +95,7 @@ def start(
     seed: int = 0,
     device: str = "cpu",
     squared: bool = False,
+    data: Scenario | None = None,
     **settings: Any,
 ) -> Learning:
     """A run that is about to begin; its data have batches of 8, 8 and 4 samples; squared: a regression."""
@@ -106,7 +107,7 @@ def start(
         Network(),
         method,
         Settings(setting=setting, **chosen),  # type: ignore[arg-type]
-        regression() if squared else scenario(setting),
+        data or (regression() if squared else scenario(setting)),
         torch.device(device),
     )
 
@@ -167,7 +168,7 @@ class Naive:
     """Cross entropy + sum over terms of sum omega (theta - anchor)^2, step by step.
 
     Subclasses make terms, (omega, anchor), at the end of tasks. squared: the mean squared error instead, and
-    the Fisher information of normal outputs.
+    the Fisher information of normal outputs. by_batch: n times the square of the mean gradient of n samples.
     """
 
     setting: str
@@ -177,6 +178,7 @@ class Naive:
     decay: float = 0.0
     mode: Mode = "gradient"
     labels: str = "true"
+    by_batch: bool = False
     squared: bool = False
     theta: Weights = field(default_factory=dict)
     terms: list[tuple[Weights, Weights]] = field(default_factory=list)
@@ -217,10 +219,15 @@ class Naive:
             [hidden @ theta[f"heads.{h}.weight"].T + theta[f"heads.{h}.bias"] for h in heads], 1
         )
 
-    def log_p(self, x: Tensor, theta: Weights) -> Tensor:
+    def log_p(self, x: Tensor, theta: Weights, sign: int = 1) -> Tensor:
         """Of the same shape."""
-        logits = self.logits(x, theta)
+        logits = sign * self.logits(x, theta)
         return logits - logits.exp().sum(1, keepdim=True).log()
+
+    def true_log_p(self, x: Tensor, y: Tensor, theta: Weights) -> Tensor:
+        """log p of labels as the Fisher information takes it, (N,)."""
+        sign = -1 if self.labels == "reversed" else 1
+        return self.log_p(x, theta, sign)[torch.arange(len(y)), y]
 
     def gradients(self, value: Callable[[Weights], Tensor]) -> Weights:
         """d value / d theta, of the weights that it depends on."""
@@ -271,6 +278,9 @@ class Naive:
     def fisher(self, x: Tensor, y: Tensor) -> Weights:
         """Sum over samples of (d log p(y) / d theta)^2, for the true y or the mean over all."""
         total = {n: torch.zeros_like(t) for n, t in self.held().items()}
+        if self.by_batch:
+            g = self.gradients(lambda theta: self.true_log_p(x, y, theta).mean())
+            return {name: len(y) * g[name].square() for name in total}
         if self.squared:
             for sample in x.split(1):
                 for c in range(y.shape[1]):
@@ -279,9 +289,10 @@ class Naive:
             return total
         for sample, true in zip(x.split(1), y.tolist(), strict=True):
             p = self.log_p(sample, self.theta)[0].exp().tolist()
-            chosen = {true: 1.0} if self.labels == "true" else dict(enumerate(p))
+            chosen = dict(enumerate(p)) if self.labels == "all" else {true: 1.0}
             for label, weight in chosen.items():
-                g = self.gradients(lambda theta: self.log_p(sample, theta)[0, label])  # noqa: B023
+                y = torch.tensor([label])
+                g = self.gradients(lambda theta: self.true_log_p(sample, y, theta)[0])  # noqa: B023
                 for name in total:
                     total[name] += weight * g[name].square()
         return total
