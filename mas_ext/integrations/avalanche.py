@@ -27,7 +27,7 @@ from mas_ext.importance import EstimatorName, FisherSum, ImportanceSum
 from mas_ext.importance.fisher import Labels
 from mas_ext.importance.objectives import Objective
 from mas_ext.integrations.loading import own_part, try_importance
-from mas_ext.methods.si import PathIntegral
+from mas_ext.methods.path import PathIntegral
 from mas_ext.optim.hooks import Handle, Mode, check_mode
 from mas_ext.parameters.names import named_parameters
 from mas_ext.penalty import FusedMASPenalty
@@ -226,7 +226,7 @@ class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  #
         penalty = si_lambda/2 sum_i W_i (theta_i - theta*_i)^2
         W_i <- max(0, W_i + omega_i / ((theta_i(end) - theta_i(start))^2 + eps))
 
-    with the path integral omega of methods.si, along the gradient without the penalty's (Zenke et al. 2017).
+    with the path integral omega of methods.path, along the gradient without the penalty's (Zenke et al. 2017).
     Avalanche's is along the penalised gradient, and cut off at 0.001 from above and not at 0 from below: an
     si_lambda chosen for it is too large here.
 

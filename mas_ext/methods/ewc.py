@@ -39,8 +39,8 @@ class EWC(Fisher):
     Args:
         lam: the paper's lambda.
         labels: "true", "predicted", "sampled", "all" or "reversed" for the cross entropy, "normal" for another
-            task loss, see estimate_fisher. The paper leaves it open; "true" is the empirical Fisher information, as in
-            most implementations.
+            task loss, see estimate_fisher. The paper leaves it open; "true" is the empirical Fisher
+            information, as in most implementations.
         mode: "gradient" or "proximal", see FusedMASPenalty.attach.
         max_samples: the Fisher information from this many samples of a task, None for all.
     """
