@@ -20,6 +20,7 @@ from mas_ext.methods.joint import Joint
 from mas_ext.methods.lwf import LwF
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import SETTINGS, Method, Setting, Training
+from mas_ext.methods.rwalk import RWalk
 from mas_ext.methods.si import SI
 
 __all__ = ["MAS", "METHODS", "SETTINGS", "Method", "Setting", "Training", "create", "options"]
@@ -38,6 +39,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "online-ewc": OnlineEWC,
     "ewc-dr": EWCDR,
     "si": SI,
+    "rwalk": RWalk,
     "imm-mean": MeanIMM,
     "imm-mode": ModeIMM,
     "lwf": LwF,

@@ -13,16 +13,21 @@ from mas_ext.methods.quadratic import Estimated, MeanOverOutputs
 from mas_ext.optim.hooks import Mode
 
 
+def refuse_labels(labels: Labels, training: Training) -> None:
+    """Raise a ValueError for labels whose likelihood is that of classes where the task loss is another."""
+    if labels != "normal" and not is_cross_entropy(training.task_loss):
+        raise ValueError(
+            f"labels: got {labels!r} with a task loss that is no cross entropy, expected 'normal'"
+        )
+
+
 class Fisher(Estimated):
     """A quadratic method whose importance is the diagonal of the Fisher information, by estimate_fisher."""
 
     labels: Labels
 
     def begin_task(self, training: Training) -> None:
-        if self.labels != "normal" and not is_cross_entropy(training.task_loss):
-            raise ValueError(
-                f"labels: got {self.labels!r} with a task loss that is no cross entropy, expected 'normal'"
-            )
+        refuse_labels(self.labels, training)
         super().begin_task(training)
 
     def estimator(self, exclude: Sequence[str]) -> FisherSum:

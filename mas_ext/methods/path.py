@@ -88,12 +88,24 @@ class PathIntegral:
             torch._foreach_sub_(old, theta)
             torch._foreach_addcmul_(total, gradient, old)
 
-    def importance(self, theta: Mapping[str, Tensor], xi: float) -> dict[str, Tensor]:
-        """total / ((theta - start)^2 + xi) by name; may be negative."""
-        return {
-            n: total / ((theta[n].detach() - self.start[n]).square_() + xi)
-            for n, total in self.total.items()
-        }
+    def importance(
+        self, theta: Mapping[str, Tensor], xi: float, metric: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """total / (metric (theta - start)^2 + xi) by name, metric 1 by default; may be negative."""
+        found = {}
+        for name, total in self.total.items():
+            distance = (theta[name].detach() - self.start[name]).square_()
+            if metric is not None:
+                distance *= metric[name]
+            found[name] = total / distance.add_(xi)
+        return found
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """From now on, the integral is that from here."""
+        for (parameter, *_, total), start in zip(self._all, self.start.values(), strict=True):
+            start.copy_(parameter)
+            total.zero_()
 
 
 def _copy(parameter: Tensor) -> Tensor:

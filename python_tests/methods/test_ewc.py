@@ -139,7 +139,7 @@ def test_regression(setting: str, importance_epochs: int) -> None:
     compare(mean, NaiveEWCDR(setting, squared=True), importance_epochs)
 
 
-@pytest.mark.parametrize("name", ["ewc", "online-ewc", "ewc-dr", "imm-mode"])
+@pytest.mark.parametrize("name", ["ewc", "online-ewc", "ewc-dr", "rwalk", "imm-mode"])
 def test_labels_without_a_cross_entropy_are_refused(name: str) -> None:
     for labels in ("true", "sampled"):
         with pytest.raises(

@@ -115,6 +115,8 @@ OTHER = {
     "lr": 0.5,
     "distance": "squared",
     "at_most": 0.5,
+    "interval": 3,
+    "eps": 0.5,
 }
 
 
@@ -126,6 +128,7 @@ def test_what_a_method_was_made_with_is_in_its_options(name: str) -> None:
         assert getattr(methods.create(name), option) == default
         special = {
             ("ebll", "alpha"): 0.5,
+            ("rwalk", "alpha"): 0.5,
             ("local-mas", "importance"): "exact",
             ("ewc-dr", "importance"): "batch",
         }
