@@ -99,7 +99,7 @@ class EBLL(LwF):
             for features, y in batches:
                 rebuilt = decoder(encoder(features).sigmoid())
                 squares = F.mse_loss(rebuilt, features, reduction="sum") / len(features)
-                loss = self.new_task_loss(training, model.classify(rebuilt, training.head), y)
+                loss = training.new_task_loss(model.classify(rebuilt, training.head), y)
                 optimizer.zero_grad()
                 (loss + self.reconstruction * squares).backward(inputs=parameters)
                 optimizer.step()

@@ -78,7 +78,7 @@ class LwF(Method):
         model.eval()
         for _ in range(self.warm_up):
             for features, y in features_of(training):
-                loss = self.new_task_loss(training, model.classify(features, training.head), y)
+                loss = training.new_task_loss(model.classify(features, training.head), y)
                 optimizer.zero_grad()
                 loss.backward(inputs=parameters)
                 optimizer.step()
@@ -87,19 +87,12 @@ class LwF(Method):
     def loss(self, training: Training, x: Tensor, y: Tensor) -> Tensor:
         features = training.model.backbone(x)
         logits = training.model.classify(features, training.head)
-        loss = self.new_task_loss(training, logits, y)
+        loss = training.new_task_loss(logits, y)
         if self.teacher is None:
             return loss
         with torch.no_grad():
             taught = self.teacher.backbone(x)
         return loss + self.forgetting(training, features, logits, taught)
-
-    def new_task_loss(self, training: Training, logits: Tensor, y: Tensor) -> Tensor:
-        """The task loss of the present task's outputs alone, from `training.logits(x)` and targets: 0-dim."""
-        if training.setting == "class":
-            first = sum(training.model.outputs[: training.task])
-            logits, y = logits[:, first:], y - first
-        return training.task_loss(logits, y)
 
     def forgetting(
         self, training: Training, features: Tensor, logits: Tensor, taught: Tensor

@@ -61,6 +61,13 @@ class Training:
         logits: Tensor = self.model(x, self.head)
         return logits
 
+    def new_task_loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The task loss of the present task's outputs alone, from `logits(x)` and targets: 0-dim."""
+        if self.setting == "class":
+            first = sum(self.model.outputs[: self.task])
+            logits, y = logits[:, first:], y - first
+        return self.task_loss(logits, y)
+
     @property
     def own_parameters(self) -> tuple[str, ...]:
         """fnmatch patterns of parameters that only one task uses, which need no protection."""
