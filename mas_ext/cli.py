@@ -141,6 +141,8 @@ examples:
       Each method with its best lam on validation data.
   mas-ext run --config digits.toml --epochs 8 --out runs/long
       All from a file, but for the epochs.
+  mas-ext run --scenario arms:make --model arms:policy --task-loss mse --setting domain --out runs/arms
+      A regression of one's own: functions of the module arms.py, here or installed.
   mas-ext run --out runs/long --resume
       Go on where it was stopped.
 
@@ -198,6 +200,7 @@ def do_run(arguments: argparse.Namespace) -> None:
     from mas_ext.compare.directory import CONFIG, Directory
     from mas_ext.compare.options import OPTIONS, Config, merged, read_toml
 
+    sys.path.insert(0, "")  # modules in the working directory are found, as by python -m
     out = Path(arguments.out)
     values = Directory(out).config().values() if arguments.resume else {}
     if arguments.config is not None:

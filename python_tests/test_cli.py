@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from image_files import idx
 
@@ -186,6 +187,102 @@ def test_run_from_a_file(tmp_path: Path) -> None:
     assert written.methods == {"mas": {"lam": 3}}
     assert (written.hidden, written.tasks) == ((8,), 2)
     assert (written.settings.epochs, written.settings.balanced) == (1, False)
+
+
+ARMS = """\
+import torch
+from mas_ext import models
+from mas_ext.scenarios import Scenario, Task, Tensors
+
+
+def make(folder, tasks, seed):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, 3, generator=draw)
+    data = [Tensors(x, (x @ torch.randn(3, 2, generator=draw)).tanh()) for _ in range(tasks or 3)]
+    return Scenario(tuple(Task(f"arm {t}", d, d, outputs=2) for t, d in enumerate(data)))
+
+
+def policy(shape):
+    return models.mlp(shape, (8,))
+
+
+def half(output, target):
+    return (output - target).square().mean() / 2
+
+
+def near(output, target):
+    return (output - target).abs().amax(1) < 0.5
+
+
+def nothing(*given):
+    return None
+
+
+def by_output(output, target):
+    return (output - target).square()
+"""
+ARM = [
+    "run",
+    "--scenario",
+    "arms:make",
+    "--model",
+    "arms:policy",
+    "--setting",
+    "domain",
+    "--epochs=2",
+]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_run_of_a_regression(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A scenario, a network, a loss and a score of one's own, from a module in the working directory."""
+    (tmp_path / "arms.py").write_text(ARMS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = [*ARM, "--tasks", "2", "--methods", "finetune,mas"]
+    assert main([*words, "--out", "a", "--task-loss", "mse"]) == 0
+    printed = capsys.readouterr().out
+    assert "Accuracies are mean scores times 100, of the score minus mse." in printed
+    assert Config.read(read_toml("a/config.toml")).settings.task_loss == "mse"
+    own = ["--task-loss", "arms:half", "--score", "arms:near"]
+    assert main([*words, "--out", "b", *own]) == 0
+    assert "of the score arms:near." in capsys.readouterr().out
+    assert main(["run", "--out", "b", "--resume", *own]) == 0
+    matrix = {out: np.loadtxt(f"{out}/mas-seed0/accuracy.csv", delimiter=",") for out in "ab"}
+    assert matrix["a"].shape == (2, 2)
+    assert (matrix["a"] < 0).all()
+    np.testing.assert_allclose(40 * matrix["b"], (40 * matrix["b"]).round())
+    capsys.readouterr()
+    for wrong, message in (
+        (
+            ["--task-loss", "arms:by_output"],
+            "task_loss: got shape (7, 2) for outputs (7, 2) and targets",
+        ),
+        (
+            ["--task-loss", "cross-entropy", "--score", "accuracy"],
+            "score: got RuntimeError for outputs (7, 2)",
+        ),
+        (
+            ["--task-loss", "mse", "--score", "arms:by_output"],
+            "score: got shape (7, 2) for outputs (7, 2)",
+        ),
+        (["--task-loss", "ms"], "task_loss: got 'ms', did you mean 'mse'?"),
+        (["--scenario", "arms:nothing"], "scenario: got NoneType from 'arms:nothing', expected a"),
+        (
+            ["--scenario", "arms:mak"],
+            "scenario: got 'arms:mak', expected a function that can be imported",
+        ),
+        (
+            ["--model", "arms:nothing"],
+            "model: got NoneType from 'arms:nothing', expected a MultiHead",
+        ),
+        (["--scenario", "split-digits", "--task-loss", "arms:half"], "targets torch.int64 (7,)"),
+    ):
+        assert main([*words, "--out", "c", *wrong]) == 1, wrong
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "c").exists()
 
 
 def test_help_of_run_tells_every_default(capsys: pytest.CaptureFixture[str]) -> None:

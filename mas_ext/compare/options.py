@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from mas_ext import models
-from mas_ext._hints import hint
+from mas_ext._hints import hint, resolve
 from mas_ext.methods import METHODS, Method, create, options
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, named
-from mas_ext.training.settings import Settings
+from mas_ext.training.settings import LOSSES, Settings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -91,13 +92,18 @@ def _names(known: Iterable[str]) -> str:
 
 
 WHAT = {
-    "scenario": Option(str, f"tasks to learn: {_names(named.SCENARIOS)}"),
+    "scenario": Option(
+        str,
+        f"tasks to learn: {_names(named.SCENARIOS)}; or module:function, (folder, tasks, seed) -> Scenario",
+    ),
     "data": Option(str, "folder of the data sets; default: $MAS_EXT_DATA, ./data, ~/data"),
     "tasks": Option(int, "how many tasks; default: what is usual for the scenario"),
     "order": Option(
         int, "positions of the tasks in another order, or random", many=True, word="random"
     ),
-    "model": Option(str, f"network: {_names(models.MODELS)}"),
+    "model": Option(
+        str, f"network: {_names(models.MODELS)}; or module:function, input's shape -> MultiHead"
+    ),
     "hidden": Option(int, "widths of the hidden layers of the mlp; default: 400,400", many=True),
     "methods": Option(str, f"what is compared: {_names(METHODS)}", many=True),
     "lam": Option(
@@ -139,6 +145,16 @@ HOW = {
     ),
     "balanced": Option(bool, "draw all classes equally often"),
     "deterministic": Option(bool, "use deterministic algorithms of torch only"),
+    "task_loss": Option(
+        str,
+        f"what is minimised: {_names(LOSSES)}; or module:function, (output, target) -> number; "
+        "default: cross-entropy",
+    ),
+    "score": Option(
+        str,
+        "what is reported as accuracy: accuracy, or module:function, (output, target) -> number, larger is "
+        "better; default: accuracy for the cross entropy, else minus the loss",
+    ),
     "workers": Option(int, "processes that read data sets that are not in memory"),
 }
 
@@ -176,10 +192,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without data."""
-        for name, known in (("scenario", named.SCENARIOS), ("model", models.MODELS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name}: got {value!r}, {hint(value, known)}")
+        resolve("scenario", self.scenario, named.SCENARIOS)
+        resolve("model", self.model, models.MODELS)
         for name in ("tasks", "seeds", "lam_seeds"):
             count = getattr(self, name)
             if count is not None and count < 1:
@@ -229,7 +243,7 @@ class Config:
         found: dict[str, Any] = {}
         for name in OPTIONS:
             value = getattr(self.settings if name in HOW else self, name)
-            if value not in (None, ()):
+            if value not in (None, (), F.cross_entropy):
                 found[name] = list(value) if isinstance(value, tuple) else value
         found["methods"] = {name: _spelled_out(name, given) for name, given in self.methods.items()}
         return found

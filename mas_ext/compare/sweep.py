@@ -83,8 +83,12 @@ def run(config: Config, out: str | Path, *, resume: bool = False, tensorboard: b
     return text
 
 
+# One sample, as often as few losses have outputs: targets of another shape are not broadcast.
+REPEATED = [0] * 7
+
+
 def rehearse(config: Config, scenario: Scenario) -> None:
-    """Begin the first task with every method, on one sample per task, to find out now what can't be used.
+    """Begin the first task with every method, on a sample of each task, to find out now what can't be used.
 
     Raises:
         ValueError: an option that does not fit the network, the scenario or another option.
@@ -99,7 +103,7 @@ def rehearse(config: Config, scenario: Scenario) -> None:
             )
     few = Scenario(
         tuple(
-            replace(task, train=Subset(task.train, [0]), test=Subset(task.test, [0]))
+            replace(task, train=Subset(task.train, REPEATED), test=Subset(task.test, REPEATED))
             for task in scenario.tasks
         )
     )
@@ -109,7 +113,9 @@ def rehearse(config: Config, scenario: Scenario) -> None:
             method, model = config.create(name, lam), config.network(scenario, 0)
             try:
                 with torch.random.fork_rng([]):
-                    Learning(model, method, settings, few, torch.device(config.device)).begin_task()
+                    run = Learning(model, method, settings, few, torch.device(config.device))
+                    run.begin_task()
+                    run.check_loss()
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name}: {error}") from error
 

@@ -7,6 +7,7 @@ from statistics import fmean
 
 from mas_ext.compare.cells import Found
 from mas_ext.compare.results import SCORES, Findings
+from mas_ext.methods.method import is_cross_entropy
 from mas_ext.metrics import interval_text
 
 
@@ -46,6 +47,7 @@ def summary(findings: Findings) -> str:
             f"{name}: lam was chosen on validation data (average accuracy, %) from {scores}."
         )
     lines += [f"{name} diverged: {reason}" for name, reason in findings.reasons()]
+    lines += _score(findings)
     return "\n".join(lines) + "\n"
 
 
@@ -85,7 +87,16 @@ def notes(findings: Findings) -> list[str]:
         ]
         if left:
             told.append(f"{name} is not finished: {', '.join(left)}.")
-    return told
+    return told + _score(findings)
+
+
+def _score(findings: Findings) -> list[str]:
+    """What accuracies are of, where they are of no labels."""
+    settings = findings.config.settings
+    if settings.score is None and is_cross_entropy(settings.loss_function):
+        return []
+    score = settings.score or f"minus {settings.task_loss}"
+    return [f"Accuracies are mean scores times 100, of the score {score}."]
 
 
 def _lam(findings: Findings, name: str) -> str:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from mas_ext._hints import hint
+from mas_ext._hints import resolve
 from mas_ext.models import residual as resnet
 from mas_ext.models.heads import MultiHead
 
@@ -82,10 +82,19 @@ MODELS: dict[str, Callable[[Sequence[int]], MultiHead]] = {
 
 
 def build(name: str, shape: Sequence[int]) -> MultiHead:
-    """The network called `name`, one of `MODELS`, for inputs of this shape, without a head."""
-    if name not in MODELS:
-        raise ValueError(f"name: got {name!r}, {hint(name, MODELS)}")
-    return MODELS[name](shape)
+    """The network called `name` for inputs of this shape, without a head.
+
+    Args:
+        name: one of `MODELS`, or "module:function" of a function shape -> MultiHead of one's own.
+        shape: of one input.
+
+    Raises:
+        ValueError: an unknown name, or a function that returns something else.
+    """
+    network = resolve("model", name, MODELS)(shape)
+    if not isinstance(network, MultiHead):
+        raise ValueError(f"model: got {type(network).__name__} from {name!r}, expected a MultiHead")
+    return network
 
 
 def _image(shape: Sequence[int], least: int = 1) -> tuple[int, int, int]:

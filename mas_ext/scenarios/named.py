@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from mas_ext._hints import hint
+from mas_ext._hints import resolve
 from mas_ext.scenarios import datasets as data
 from mas_ext.scenarios.tasks import Scenario, Task, Tensors, from_datasets, split
 from mas_ext.scenarios.transforms import Canvas, Permutation, Rotation, Standardisation
@@ -26,12 +26,14 @@ def make_scenario(
     order: Sequence[int] | Literal["random"] | None = None,
     seed: int = 0,
 ) -> Scenario:
-    """The scenario called `name`, with standardised images.
+    """The scenario called `name`.
 
-    Each channel has mean 0 and standard deviation 1 over the training images of a data set.
+    Images are standardised: each channel has mean 0 and standard deviation 1 over the training images of a data
+    set.
 
     Args:
-        name: one of `SCENARIOS`.
+        name: one of `SCENARIOS`, or "module:function" of a function of one's own that is called with `folder`,
+            `tasks` and `seed` and returns a Scenario.
         folder: where its data are, as for `mas_ext.scenarios.datasets.load_dataset`.
         tasks: how many; None: as many as is usual.
         order: positions of the tasks in the order in which they are learned; "random": drawn by the seed.
@@ -41,10 +43,15 @@ def make_scenario(
         ValueError: an unknown name, or a number or order of tasks that cannot be.
         FileNotFoundError: data that are not there.
     """
-    if name not in SCENARIOS:
-        raise ValueError(f"scenario: got {name!r}, {hint(name, SCENARIOS)}")
-    entry = SCENARIOS[name]
-    scenario = replace(entry.make(folder, entry.tasks if tasks is None else tasks, seed), name=name)
+    entry = resolve("scenario", name, SCENARIOS)
+    if not isinstance(entry, Recipe):
+        entry = Recipe(entry, None)
+    scenario = entry.make(folder, entry.tasks if tasks is None else tasks, seed)
+    if not isinstance(scenario, Scenario):
+        raise ValueError(
+            f"scenario: got {type(scenario).__name__} from {name!r}, expected a Scenario"
+        )
+    scenario = replace(scenario, name=name)
     if order is None:
         return scenario
     if order == "random":
@@ -114,10 +121,13 @@ def standardised(scenario: Scenario) -> Scenario:
 
 
 class Recipe(NamedTuple):
-    """How a scenario is made from a folder, a number of tasks and a seed, and the usual number of tasks."""
+    """How a scenario is made from a folder, a number of tasks and a seed, and the usual number of tasks.
 
-    make: Callable[[Folder, int, int], Scenario]
-    tasks: int
+    None is the number that the maker takes by itself.
+    """
+
+    make: Callable[[Folder, Any, int], Scenario]
+    tasks: int | None
 
 
 def _split(dataset: str) -> Callable[[Folder, int, int], Scenario]:

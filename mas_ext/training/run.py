@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -163,11 +163,30 @@ class Learning:
             settings.make_optimizer,
             self._observing,
             resumed,
-            settings.task_loss,
+            settings.loss_function,
         )
         self.method.begin_task(self.training)
         if not resumed:
             self.found.border_seconds[task] = time.perf_counter() - start
+
+    def check_loss(self) -> None:
+        """Try the task loss and the score on a batch of the present task.
+
+        Raises:
+            ValueError: what can't be computed, or is no number, of a score nor one for each sample.
+        """
+        x, y = next(iter(self._ordered()))
+        self.model.eval()
+        output = self.training.logits(x)
+        self._scores(output, y)
+        _checked("task_loss", lambda: self.method.loss(self.training, x, y), output, y, [()])
+
+    def _scores(self, output: Tensor, target: Tensor) -> Tensor:
+        """One number per sample, (n,), or their mean, 0-dim."""
+        shapes = [(), (len(target),)]
+        # The default is of the task loss.
+        name = "task_loss" if self.settings.score is None else "score"
+        return _checked(name, lambda: self._score(output, target), output, target, shapes)
 
     @property
     def _observing(self) -> bool:
@@ -313,7 +332,7 @@ class Learning:
         stream = Stream([self._samples(task, kind, head)], self.settings.workers, self.device)
         self.model.eval()
         for x, y in stream.batches(split_batches(torch.arange(len(stream)), EVALUATION_BATCH)):
-            found = self._score(self.model(x, head), y).double()
+            found = self._scores(self.model(x, head), y).double()
             total += found.sum() if found.dim() else found * len(y)
         return float(total) / len(stream)
 
@@ -390,6 +409,28 @@ class Learning:
             "numbers of samples": sizes,
         }
         return {name: _comparable(value) for name, value in found.items()}
+
+
+def _checked(
+    name: str,
+    compute: Callable[[], Tensor],
+    output: Tensor,
+    target: Tensor,
+    shapes: Sequence[tuple[int, ...]],
+) -> Tensor:
+    """What a user's function of an output and a target gives; a ValueError by its name for other shapes."""
+    what = f"outputs {tuple(output.shape)} and targets {target.dtype} {tuple(target.shape)}"
+    try:
+        found = compute()
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{name}: got {type(error).__name__} for {what} ({error}), expected a number"
+        ) from error
+    if not isinstance(found, Tensor) or tuple(found.shape) not in shapes:
+        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"{name}: got {got} for {what}, expected a tensor of shape {expected}")
+    return found
 
 
 def _comparable(value: Any) -> Any:

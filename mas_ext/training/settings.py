@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
+from mas_ext._hints import resolve
 from mas_ext.methods.method import SETTINGS, Setting, TaskLoss, is_cross_entropy
 
 # (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better.
@@ -28,7 +29,21 @@ SCHEDULES: dict[str, MakeSchedule] = {
     "cosine": lambda optimizer, steps: CosineAnnealingLR(optimizer, steps),
     "linear": lambda optimizer, steps: LinearLR(optimizer, 1.0, 0.0, steps),
 }
+LOSSES: dict[str, TaskLoss] = {
+    "cross-entropy": F.cross_entropy,
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "smooth-l1": F.smooth_l1_loss,
+}
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def accuracy(output: Tensor, target: Tensor) -> Tensor:
+    """Whether the largest output is the label's, (n,)."""
+    return output.argmax(1) == target
+
+
+SCORES: dict[str, Score] = {"accuracy": accuracy}
 
 
 @dataclass(frozen=True)
@@ -56,11 +71,12 @@ class Settings:
         seed: of the order of samples, of new heads and of dropout.
         deterministic: torch.use_deterministic_algorithms while training.
         workers: processes that read data sets that are not in memory.
-        task_loss: (output, target) -> 0-dim, the mean over a batch. Targets are positions of labels among the
+        task_loss: (output, target) -> 0-dim, the mean over a batch; or a name: "cross-entropy", "mse", "l1",
+            "smooth-l1", or "module:function" of what can be imported. Targets are positions of labels among the
             outputs, (n,), or, of tasks without classes, what the data have.
-        score: (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better. Its mean
-            is what Result calls accuracy. None: whether the largest output is the label's; for any other loss
-            than the cross entropy, minus the loss.
+        score: (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better; or a
+            name: "accuracy" (whether the largest output is the label's) or "module:function". Its mean is what
+            Result calls accuracy. None: "accuracy"; for any other loss than the cross entropy, minus the loss.
 
     Raises:
         ValueError: a value that can't be used.
@@ -81,8 +97,8 @@ class Settings:
     seed: int = 0
     deterministic: bool = False
     workers: int = 0
-    task_loss: TaskLoss = F.cross_entropy
-    score: Score | None = None
+    task_loss: str | TaskLoss = F.cross_entropy
+    score: str | Score | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("setting", SETTINGS), ("amp", (None, *AMP_DTYPES))):
@@ -93,7 +109,7 @@ class Settings:
             if not callable(value) and value not in known and (name, value) != ("schedule", None):
                 expected = f"one of {', '.join(known)} or a callable"
                 raise ValueError(f"{name}: got {value!r}, expected {expected}")
-        for name, function in (("task_loss", self.task_loss), ("score", self.score)):
+        for name, function in (("task_loss", self.loss_function), ("score", self.score_function)):
             if not callable(function) and (name, function) != ("score", None):
                 raise ValueError(f"{name}: got {function!r}, expected a callable (output, target)")
         counts = {"batch_size": 1, "importance_epochs": 0, "seed": 0, "workers": 0}
@@ -122,6 +138,18 @@ class Settings:
                 "epochs are the last is not known before they are over"
             )
 
+    @property
+    def loss_function(self) -> TaskLoss:
+        """The task loss, also where it was given by its name."""
+        loss = self.task_loss
+        return resolve("task_loss", loss, LOSSES) if isinstance(loss, str) else loss
+
+    @property
+    def score_function(self) -> Score | None:
+        """The score, also where it was given by its name."""
+        score = self.score
+        return resolve("score", score, SCORES) if isinstance(score, str) else score
+
     def epochs_of(self, tasks: int) -> list[int]:
         """The number of epochs of each task."""
         if isinstance(self.epochs, int):
@@ -146,11 +174,12 @@ class Settings:
 
     def make_score(self, labelled: bool) -> Score:
         """The score, or the default one; labelled: whether targets are labels."""
-        if self.score is not None:
-            return self.score
-        if labelled and is_cross_entropy(self.task_loss):
-            return lambda output, target: output.argmax(1) == target
-        return lambda output, target: -self.task_loss(output, target)
+        score, loss = self.score_function, self.loss_function
+        if score is not None:
+            return score
+        if labelled and is_cross_entropy(loss):
+            return accuracy
+        return lambda output, target: -loss(output, target)
 
     def described(self) -> dict[str, Any]:
         """The values that two runs must share for one to be resumed by the other."""
@@ -158,8 +187,9 @@ class Settings:
             name: getattr(self, name) for name in self.__dataclass_fields__ if name != "workers"
         }
         # None by default, as checkpoints that have neither are read.
-        found["task_loss"] = None if self.task_loss is F.cross_entropy else _name(self.task_loss)
-        found["score"] = None if self.score is None else _name(self.score)
+        loss, score = self.loss_function, self.score_function
+        found["task_loss"] = None if loss is F.cross_entropy else _name(loss)
+        found["score"] = None if score is None else _name(score)
         found["epochs"] = [self.epochs] if isinstance(self.epochs, int) else [*self.epochs]
         return found
 
