@@ -17,17 +17,18 @@ import torch
 from oracles import naive_training as naive
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import mas_ext
 from mas_ext import metrics
 from mas_ext.failures import Diverged
-from mas_ext.methods import METHODS, Method, Training, create
+from mas_ext.methods import MAS, METHODS, Method, Training, create
 from mas_ext.methods.ewc import EWC
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.joint import Joint
 from mas_ext.models import MultiHead
-from mas_ext.scenarios import Scenario, Tensors, from_datasets
+from mas_ext.scenarios import Scenario, Task, Tensors, from_datasets
 from mas_ext.state import files
 from mas_ext.trainer import Callback, Trainer
 from mas_ext.training import run as learning_module
@@ -395,8 +396,122 @@ def test_what_a_task_without_classes_can_not_have() -> None:
         regress(setting="class")
     with pytest.raises(ValueError, match="balanced: got True with a task without classes"):
         regress(balanced=True)
-    with pytest.raises(ValueError, match="task_loss: got 'mse', expected a callable"):
-        regress(task_loss="mse")
+    with pytest.raises(ValueError, match="task_loss: got 3, expected a callable"):
+        regress(task_loss=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("mse", F.mse_loss),
+        ("l1", F.l1_loss),
+        ("smooth-l1", F.smooth_l1_loss),
+        ("torch.nn.functional:huber_loss", F.huber_loss),
+    ],
+)
+def test_a_task_loss_by_name(name: str, function: Any, tmp_path: Path) -> None:
+    """What was begun with one goes on with the other."""
+    named, given = small(), small()
+    regress(model=named, task_loss=name)
+    regress(model=given, task_loss=function)
+    for weight, t in named.state_dict().items():
+        assert torch.equal(t, given.state_dict()[weight]), weight
+    with pytest.raises(KeyboardInterrupt):
+        regress(Stopped(5), checkpoint=tmp_path / "run", task_loss=name)
+    regress(Stopped(0), checkpoint=tmp_path / "run", task_loss=function)
+
+
+def test_scores_and_losses_by_name() -> None:
+    model = small()
+    assert torch.equal(
+        fit("finetune", task_loss="cross-entropy", score="accuracy").accuracy.nan_to_num(),
+        fit("finetune").accuracy.nan_to_num(),
+    )
+    huber = regress(model=model, score="torch.nn.functional:huber_loss").accuracy
+    assert bool((huber.diagonal() > 0).all())
+    for name, message in {
+        "msee": "task_loss: got 'msee', did you mean 'mse'?",
+        "nowhere:loss": "task_loss: got 'nowhere:loss', .*No module named 'nowhere'",
+        "math:loss": "task_loss: got 'math:loss', expected a function that can be imported",
+        "math:pi": "task_loss: got 'math:pi', float, expected a function",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            regress(task_loss=name)
+
+
+# -- sequences ---------------------------------------------------------------------------------------
+
+
+def sequences(count: int, seed: int) -> tuple[list[Tensor], Tensor]:
+    """Of 1 to 6 steps of 3 numbers, and two targets each, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    xs = [torch.randn(1 + i % 6, 3, generator=generator, dtype=torch.float64) for i in range(count)]
+    weights = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    return xs, torch.stack([(x.sum(0) @ weights).tanh() for x in xs])
+
+
+class LastStep(nn.Module):
+    """An LSTM's state after the last step of each sequence, which are padded with NaN; (N, 5)."""
+
+    def __init__(self, packed: bool) -> None:
+        super().__init__()
+        self.lstm, self.packed = nn.LSTM(3, 5, batch_first=True), packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths, x = (~x.isnan().any(2)).sum(1), x.nan_to_num()
+        if self.packed:
+            packed = pack_padded_sequence(x, lengths.cpu(), True, enforce_sorted=False)
+            last: Tensor = self.lstm(packed)[1][0][-1]
+            return last
+        states: Tensor = self.lstm(x)[0]
+        return states[torch.arange(len(x)), lengths - 1]
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the fallback:UserWarning")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("setting", ["task", "domain"])
+def test_a_recurrent_policy_on_sequences_of_different_length(setting: str, packed: bool) -> None:
+    """Importance is that of a loop over sequences without padding, and the first task is held."""
+    tasks = []
+    for task in range(2):
+        xs, y = sequences(24, task)
+        data = Tensors(pad_sequence(xs, True, float("nan")), y)
+        tasks.append(Task(str(task), data, data, outputs=2))
+    settings: dict[str, Any] = {"task_loss": "mse", "epochs": 6, "lr": 0.05, "batch_size": 8}
+
+    def learned(method: Method, count: int) -> tuple[MultiHead, Result]:
+        torch.manual_seed(0)
+        model = MultiHead(LastStep(packed).double(), 5)
+        return model, Trainer(model, method, setting=setting, **settings).fit(
+            Scenario(tuple(tasks[:count]))
+        )
+
+    mas = MAS()
+    model, _ = learned(mas, 1)
+    theta = {n: p for n, p in model.named_parameters() if setting != "task" or "heads" not in n}
+    right = {n: torch.zeros_like(p, requires_grad=False) for n, p in theta.items()}
+    for x in sequences(24, 0)[0]:
+        state = model.backbone.lstm(x[None])[0][:, -1]
+        value = model.classify(state, 0).square().sum()
+        for name, g in zip(theta, torch.autograd.grad(value, [*theta.values()]), strict=True):
+            right[name] += g.abs() / 24
+    assert mas.penalty is not None
+    naive.assert_close(mas.penalty.omega, right)
+    free, held = (learned(method, 2)[1].accuracy for method in (MAS(0.0), MAS(10.0)))
+    assert held[1, 0] > free[1, 0] + 0.01
+
+
+def test_sequences_that_are_not_padded_are_refused_by_name() -> None:
+    class Ragged(Dataset[Any]):
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+            return torch.randn(1 + i % 6, 3), torch.zeros(2)
+
+    task = Task("arm", Ragged(), Ragged(), outputs=2)
+    with pytest.raises(ValueError, match=r"inputs: got shapes \(.*\) and .*pad_sequence"):
+        Trainer(MultiHead(LastStep(False), 5), task_loss="mse").fit(Scenario((task,)))
 
 
 def test_a_regression_is_resumed_with_the_same_loss_and_score_alone(tmp_path: Path) -> None:

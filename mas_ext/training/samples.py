@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mas_ext.scenarios import Task, Tensors, labels
 
@@ -39,6 +39,19 @@ def split_batches(order: Tensor, size: int) -> list[Tensor]:
     if len(found) > 1 and len(found[-1]) == 1 < size:
         found[-2:] = [torch.cat(found[-2:])]
     return found
+
+
+def _collated(samples: list[tuple[Any, Any]]) -> Any:
+    """The samples as a batch; a ValueError for inputs or targets that differ in shape."""
+    for name, column in zip(("inputs", "targets"), zip(*samples, strict=True), strict=True):
+        first, *others = (torch.as_tensor(each).shape for each in column)
+        for shape in others:
+            if shape != first:
+                raise ValueError(
+                    f"{name}: got shapes {tuple(first)} and {tuple(shape)} in one batch, expected equal ones; "
+                    "pad sequences of different lengths (torch.nn.utils.rnn.pad_sequence)"
+                )
+    return default_collate(samples)
 
 
 class Stream(Dataset[tuple[Tensor, Tensor]]):
@@ -82,6 +95,7 @@ class Stream(Dataset[tuple[Tensor, Tensor]]):
                 batch_sampler=[index.tolist() for index in indices],
                 num_workers=self.workers,
                 generator=torch.Generator().manual_seed(seed),
+                collate_fn=_collated,
             )
         for x, y in read:
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
