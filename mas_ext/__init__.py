@@ -1,8 +1,8 @@
 """Memory Aware Synapses for PyTorch: learning one task after another without forgetting.
 
-`FusedMASPenalty` holds a model's important parameters near their old values; `estimate_importance`
-measures how important they are, without labels, and `check_importance` tells how exactly; `Distillation` holds
-the model's outputs; `info` tells which kernels do the work.
+`FusedMASPenalty` holds a model's important parameters near their old values, and `TaskFree` tells it when where
+nobody announces tasks; `Distillation` holds the model's outputs. `estimate_importance` measures how important
+parameters are, without labels, and `check_importance` tells how exactly; `info` tells which kernels do the work.
 """
 
 from mas_ext.distillation import Distillation
@@ -11,12 +11,14 @@ from mas_ext.importance.check import check_importance
 from mas_ext.info import info
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.state.sharded_files import load_distributed
+from mas_ext.task_free import TaskFree
 from mas_ext.trainer import Trainer
 
 __all__ = [
     "Distillation",
     "FisherSum",
     "FusedMASPenalty",
+    "TaskFree",
     "Trainer",
     "check_importance",
     "estimate_fisher",

@@ -19,7 +19,7 @@ FLOORS = [
     {"cli", "compare", "integrations"},
     {"trainer"},
     {"training"},
-    {"methods", "compat"},
+    {"methods", "compat", "task_free"},
     {"penalty", "distillation"},
     {"optim"},
     {"importance", "state"},

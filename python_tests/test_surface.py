@@ -39,6 +39,7 @@ NAMES = {
     "mas_ext": (),
     "mas_ext.importance": (),
     "mas_ext.penalty": ("FusedMASPenalty",),
+    "mas_ext.task_free": ("Plateau",),
     "mas_ext.optim": ("SGD", "AdamW"),
     "mas_ext.compat": (
         *("BatchMeans", "Averaged", "AveragedFromFirst"),

@@ -205,12 +205,22 @@ def differ_in_tensors_alone(batch: Any) -> bool:
 
 def between(batch: Any, start: int, stop: int) -> Any:
     """The samples from start to stop, with sequences as entries."""
+    return _part(batch, lambda rows: rows[start:stop])
+
+
+def at(batch: Any, index: Sequence[int]) -> Any:
+    """The samples at these positions, in tensors of their own, with sequences as entries."""
+    return mapped(_part(batch, lambda rows: _rows(rows, index)), _own)
+
+
+def _part(batch: Any, part: Callable[[Any], Any]) -> Any:
+    """The batch with a part of the rows of its tensors, and of its sequences with one item per sample."""
 
     def cut(item: Any) -> Any:
         if isinstance(item, Tensor):
-            return item[start:stop]
+            return part(item)
         if isinstance(item, Entry):
-            return Entry(item.value[start:stop], True) if item.per_sample else item
+            return Entry(part(item.value), True) if item.per_sample else item
         return _with_items(item, cut)
 
     return cut(told(batch))
@@ -221,16 +231,18 @@ def twice(sample: Any) -> Any:
     if isinstance(sample, Tensor):
         return torch.cat([sample, sample])
     if isinstance(sample, Entry):
-        return Entry(_repeated(sample.value), True) if sample.per_sample else sample
+        if not sample.per_sample:
+            return sample
+        return Entry(_rows(sample.value, [*range(len(sample.value))] * 2), True)
     return _with_items(sample, twice)
 
 
-def _repeated(sequence: Any) -> Any:
-    if _is_array(sequence):
-        return sequence[[*range(len(sequence))] * 2]
-    return (
-        type(sequence)([*sequence] * 2) if isinstance(sequence, (list, tuple)) else [*sequence] * 2
-    )
+def _rows(rows: Any, index: Sequence[int]) -> Any:
+    """A tensor's or a sequence's items at these positions."""
+    if isinstance(rows, Tensor) or _is_array(rows):
+        return rows[list(index)]
+    picked = [rows[i] for i in index]
+    return type(rows)(picked) if isinstance(rows, (list, tuple)) else picked
 
 
 def plain(batch: Any) -> Any:
@@ -244,12 +256,12 @@ def plain(batch: Any) -> Any:
 
 def copied(batch: Any) -> Any:
     """The batch as the user's functions know it, with tensors of its own, which a model may change in place."""
+    return plain(mapped(batch, _own))
 
-    def copy_of(t: Tensor) -> Tensor:
-        own = t.detach().clone()
-        return own.requires_grad_() if t.requires_grad else own
 
-    return plain(mapped(batch, copy_of))
+def _own(t: Tensor) -> Tensor:
+    own = t.detach().clone()
+    return own.requires_grad_() if t.requires_grad else own
 
 
 def to(batch: Any, device: torch.device) -> Any:
