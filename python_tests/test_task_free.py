@@ -36,10 +36,15 @@ SHARP = np.concatenate(
 )
 HUMP = 0.1 + np.exp(-(((np.arange(450) - 230) / 40) ** 2))
 GRADUAL = np.where(np.arange(450) < 150, decay(450, 2.3, 0.1, 15), HUMP)
+FIRST = decay(150, 2.3, 0.1, 15)
+STAIRS = np.concatenate([FIRST, np.full(100, 1.0), np.full(100, 2.0), decay(150, 2.0, 0.1, 9)])
+HALF_LEARNED = np.concatenate([FIRST, decay(150, 2.4, 1.3, 15), np.full(50, 2.5)])
 CURVES = {
     "sharp": (noisy(SHARP, 0), 2),
     "sharp, without noise": (SHARP.tolist(), 2),
     "gradual": (noisy(GRADUAL, 1), 1),
+    "a rest on the way up is no plateau": (noisy(STAIRS, 5, 0.05), 1),
+    "a plateau half-way down is one": (noisy(HALF_LEARNED, 6, 0.05), 2),
     "one task": (noisy(decay(1500, 2.3, 0.1, 40), 2), 0),
     "noise alone": (noisy(np.ones(1500), 3, 0.5), 0),
     "constant": ([0.5] * 200, 0),
