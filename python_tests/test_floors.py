@@ -20,7 +20,7 @@ FLOORS = [
     {"trainer"},
     {"training"},
     {"methods", "compat", "task_free"},
-    {"penalty", "distillation"},
+    {"penalty", "distillation", "replay"},
     {"optim"},
     {"importance", "state"},
     {"parameters", "info"},

@@ -213,6 +213,48 @@ def at(batch: Any, index: Sequence[int]) -> Any:
     return mapped(_part(batch, lambda rows: _rows(rows, index)), _own)
 
 
+def joined(parts: Sequence[Any]) -> Any:
+    """The samples of batches of one structure, each as `told` gives it, one after another.
+
+    Raises:
+        ValueError: tensors that differ in more than the number of samples; another structure.
+    """
+    columns = [tensors(part) for part in parts]
+    kinds = {tuple((t.shape[1:], t.dtype) for t in column) for column in columns}
+    if len(kinds) > 1:
+        some = sorted(str([(tuple(shape), dtype) for shape, dtype in kind]) for kind in kinds)[:2]
+        raise ValueError(
+            f"batch: got samples of {' and '.join(some)}, expected all of one shape and dtype"
+        )
+    rows = iter([torch.cat(column) for column in zip(*columns, strict=True)])
+    sequences = iter([*zip(*map(_sequences, parts), strict=True)])
+
+    def join(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return next(rows)
+        if isinstance(item, Entry):
+            values = next(sequences)
+            return (
+                Entry([x for each in values for x in each.value], True) if item.per_sample else item
+            )
+        return _with_items(item, join)
+
+    return join(parts[0])
+
+
+def _sequences(batch: Any) -> list[Entry]:
+    """The entries of a batch, in order."""
+    found: list[Entry] = []
+
+    def look(item: Any) -> Any:
+        if isinstance(item, Entry):
+            found.append(item)
+        return item if isinstance(item, (Tensor, Entry)) else _with_items(item, look)
+
+    look(batch)
+    return found
+
+
 def _part(batch: Any, part: Callable[[Any], Any]) -> Any:
     """The batch with a part of the rows of its tensors, and of its sequences with one item per sample."""
 

@@ -1,0 +1,147 @@
+"""Replay: a memory of a few old samples that a loop mixes into its batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mas_ext.importance import batches as batch_of
+
+# So that torch.load reads a memory with weights_only=True.
+torch.serialization.add_safe_globals([batch_of.Entry])
+
+
+class Replay:
+    """A memory of so many samples out of all that came, each of which is as likely to be in it as any other.
+
+        replay = mas_ext.Replay(500)
+        for x, y in stream:
+            old_x, old_y = replay.draw(len(x)) if len(replay) else (x, y)
+            loss = F.cross_entropy(model(x), y) + F.cross_entropy(model(old_x), old_y)
+            ...  # backward and optimizer step, as ever
+            replay.add((x, y))
+
+    Reservoir sampling (Vitter 1985): the memory is a uniform sample of all that was added, whatever its length
+    and without boundaries of tasks. With `labels`, class-balanced (Chrysakis and Moens, ICML 2020): every class
+    gets the same share as far as it had samples, and within a class the sample is uniform.
+
+    Args:
+        samples: how many are kept.
+        labels: of a batch as it is added, the class of each sample, integers (N,).
+        seed: of the choice; the caller's random state is neither used nor changed.
+
+    Raises:
+        ValueError: fewer samples than one.
+    """
+
+    def __init__(
+        self, samples: int, labels: Callable[[Any], Tensor] | None = None, seed: int = 0
+    ) -> None:
+        if samples < 1:
+            raise ValueError(f"samples: got {samples}, expected at least 1")
+        self.samples, self.labels = samples, labels
+        self._generator = torch.Generator().manual_seed(seed)
+        self._kept: list[Any] = []
+        self._classes: list[int] = []
+        self._seen: Counter[int] = Counter()
+        self._held: Counter[int] = Counter()
+        # Classes that were the largest of a full memory once: their samples replace one another from then on.
+        self._full: set[int] = set()
+
+    def __len__(self) -> int:
+        """How many samples are in the memory."""
+        return len(self._kept)
+
+    def add(self, batch: Any) -> None:
+        """Offer the samples of a batch to the memory; what is kept is copied, on the device where it is.
+
+        Args:
+            batch: a tensor, or a tuple, list or mapping that begins with one, samples in dimension 0; all
+                samples of one shape.
+
+        Raises:
+            TypeError, ValueError: a batch that is none of these; labels that are not one integer per sample.
+        """
+        batch_of.told(batch)  # what is no batch is refused before anything changes
+        for i, label in enumerate(self._labels(batch, batch_of.size(batch))):
+            place = self._place(label)
+            if place is not None:
+                self._kept[place : place + 1] = [batch_of.at(batch, [i])]
+                self._held.subtract(self._classes[place : place + 1])
+                self._classes[place : place + 1] = [label]
+                self._held[label] += 1
+
+    def draw(self, count: int) -> Any:
+        """A batch of random samples of the memory, each at most once, in the structure in which they came.
+
+        Of fewer samples than `count` all are drawn.
+
+        Raises:
+            ValueError: an empty memory; samples of different shapes.
+        """
+        if not self._kept:
+            raise ValueError("draw: got an empty memory, expected one that samples were added to")
+        chosen = torch.randperm(len(self), generator=self._generator)[:count].tolist()
+        return batch_of.copied(batch_of.joined([self._kept[i] for i in chosen]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory and all that further choices depend on."""
+        return {
+            "kept": list(self._kept),
+            "classes": list(self._classes),
+            "seen": dict(self._seen),
+            "full": sorted(self._full),
+            "random": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state_dict(), from where all goes on to the same bits; nothing changes on an error.
+
+        Raises:
+            ValueError: no such state, or one of more samples.
+        """
+        expected = {"kept", "classes", "seen", "full", "random"}
+        if state.keys() != expected:
+            raise ValueError(f"state: got {sorted(state)}, expected {sorted(expected)}")
+        if len(state["kept"]) > self.samples:
+            raise ValueError(
+                f"state: got {len(state['kept'])} samples, expected at most {self.samples}"
+            )
+        self._generator.set_state(state["random"])
+        self._kept, self._classes = list(state["kept"]), list(state["classes"])
+        self._seen, self._held = Counter(state["seen"]), Counter(self._classes)
+        self._full = set(state["full"])
+
+    def _labels(self, batch: Any, count: int) -> list[int]:
+        if self.labels is None:
+            return [0] * count
+        found = self.labels(batch)
+        if found.shape != (count,) or found.is_floating_point() or found.is_complex():
+            raise ValueError(
+                f"labels: got {found.dtype} of shape {tuple(found.shape)}, expected integers of shape "
+                f"({count},)"
+            )
+        labels: list[int] = found.tolist()
+        return labels
+
+    def _place(self, label: int) -> int | None:
+        """Where a sample of this class goes: at the end, in the place of another one, or nowhere."""
+        self._seen[label] += 1
+        if len(self) < self.samples:
+            return len(self)
+        most = max(self._held.values())
+        largest = {each for each, held in self._held.items() if held == most}
+        self._full |= largest
+        if label in self._full:
+            if self._below(self._seen[label]) >= self._held[label]:
+                return None
+            largest = {label}
+        places = [i for i, each in enumerate(self._classes) if each in largest]
+        return places[self._below(len(places))]
+
+    def _below(self, bound: int) -> int:
+        return int(torch.randint(bound, (), generator=self._generator))
