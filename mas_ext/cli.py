@@ -6,6 +6,7 @@ import argparse
 import functools
 import shlex
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -64,6 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help whose lines never break within a name, as mas-alpha."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
     """Tells of a mistake in one line, instead of after the whole usage."""
 
@@ -91,7 +99,7 @@ def build_parser(complete: Collection[str] | None = None) -> Parser:
     )
     shared: Any = {
         "parents": [debug],
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "formatter_class": Help,
         "allow_abbrev": False,
     }
     parser = Parser(

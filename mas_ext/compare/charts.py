@@ -14,7 +14,7 @@ from mas_ext.scenarios.datasets import import_extra
 
 # Okabe and Ito's, which colour-blind people tell apart, without yellow, which is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
-MARKERS = "osD^vP<>Xp*hd8H"
+MARKERS = "osD^vP<>Xp*hd8H1234+x"
 LINES = ("-", "--", ":")
 WIDTH = 8.0  # inches
 
