@@ -86,7 +86,7 @@ class Replay:
         if not self._kept:
             raise ValueError("draw: got an empty memory, expected one that samples were added to")
         chosen = torch.randperm(len(self), generator=self._generator)[:count].tolist()
-        return batch_of.copied(batch_of.joined([self._kept[i] for i in chosen]))
+        return batch_of.copied(batch_of.concatenated([self._kept[i] for i in chosen]))
 
     def state_dict(self) -> dict[str, Any]:
         """The memory and all that further choices depend on."""

@@ -213,7 +213,7 @@ def at(batch: Any, index: Sequence[int]) -> Any:
     return mapped(_part(batch, lambda rows: _rows(rows, index)), _own)
 
 
-def joined(parts: Sequence[Any]) -> Any:
+def concatenated(parts: Sequence[Any]) -> Any:
     """The samples of batches of one structure, each as `told` gives it, one after another.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mas_ext.importance import batches
 from mas_ext.importance.accumulator import ImportanceSum, gather
 from mas_ext.importance.evaluation import Evaluate, Forward, Labelled, evaluating
-from mas_ext.importance.exact import replay
+from mas_ext.importance.exact import captured
 from mas_ext.importance.exact.driver import Exact
 from mas_ext.importance.exact.origins import tensors_in
 from mas_ext.importance.exact.rules import RULES
@@ -120,7 +120,7 @@ def check_importance(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "importance of .* takes the fallback", UserWarning)
             total.add(view, batch)
-            if replay.possible(view.parameters()):
+            if captured.possible(view.parameters()):
                 gather(total.empty(), view, [batch, batch])
         omega = total.mean()
         functions = _functions(view, total, batch, exact.fallback)

@@ -38,12 +38,12 @@ LOSSES: dict[str, TaskLoss] = {
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def accuracy(output: Tensor, target: Tensor) -> Tensor:
+def is_right(output: Tensor, target: Tensor) -> Tensor:
     """Whether the largest output is the label's, (n,)."""
     return output.argmax(1) == target
 
 
-SCORES: dict[str, Score] = {"accuracy": accuracy}
+NAMED_SCORES: dict[str, Score] = {"accuracy": is_right}
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Settings:
     def score_function(self) -> Score | None:
         """The score, also where it was given by its name."""
         score = self.score
-        return resolve("score", score, SCORES) if isinstance(score, str) else score
+        return resolve("score", score, NAMED_SCORES) if isinstance(score, str) else score
 
     def epochs_of(self, tasks: int) -> list[int]:
         """The number of epochs of each task."""
@@ -178,7 +178,7 @@ class Settings:
         if score is not None:
             return score
         if labelled and is_cross_entropy(loss):
-            return accuracy
+            return is_right
         return lambda output, target: -loss(output, target)
 
     def described(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Where parameters meet data is followed through one forward and backward pass (tracing.py). How the samples lie
 there is found out and proven (layout_proof.py), for all batches or, where data decide, for every single one.
 What was never seen before is tried on a few samples, which are run alone too. What has no rule goes to the
-fallback, which runs samples alone (fallback.py). On a GPU, what came often is replayed (replay.py).
+fallback, which runs samples alone (fallback.py). On a GPU, what came often is replayed (captured.py).
 README.md walks through it.
 """
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mas_ext.importance import batches
 from mas_ext.importance.evaluation import Evaluate, Labelled
-from mas_ext.importance.exact import replay
+from mas_ext.importance.exact import captured
+from mas_ext.importance.exact.captured import CapturedPasses
 from mas_ext.importance.exact.fallback import (
     Fallback,
     has_hooks,
@@ -34,7 +35,6 @@ from mas_ext.importance.exact.origins import Earlier
 from mas_ext.importance.exact.precision import Precision, lowest_precision
 from mas_ext.importance.exact.pull_back import Moves
 from mas_ext.importance.exact.recurrent import RULES
-from mas_ext.importance.exact.replay import Replays
 from mas_ext.importance.exact.sample_layout import SampleLayout
 from mas_ext.importance.exact.tracing import Tape
 from mas_ext.importance.gradients import Summation, Totals, zeros
@@ -105,7 +105,7 @@ class Exact:
         self._earlier = Earlier()
         self._single_samples = Fallback(self._how)
         # None between runs in which nothing but the batch changes.
-        self._replays: Replays | None = None
+        self._captured: CapturedPasses | None = None
         # Why the last pass that was to be captured could not be.
         self.not_captured = ""
 
@@ -116,20 +116,20 @@ class Exact:
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
         """While it lasts, nothing but the batch changes from call to call: passes on a GPU are captured."""
-        self._replays = Replays()
+        self._captured = CapturedPasses()
         try:
             yield
         finally:
-            self.not_captured = self._replays.failure
-            self._replays = None
+            self.not_captured = self._captured.failure
+            self._captured = None
 
     def __call__(
         self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
     ) -> tuple[Totals, Tensor]:
         """The sums by name, and the objectives."""
-        if self._replays is None or not replay.possible(theta):
+        if self._captured is None or not captured.possible(theta):
             return self._add_up(evaluate, batch, theta)
-        return self._replays(
+        return self._captured(
             evaluate,
             batch,
             theta,

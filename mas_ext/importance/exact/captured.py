@@ -35,7 +35,7 @@ def possible(theta: Mapping[str, Tensor]) -> bool:
     return all(p.is_cuda for p in theta.values())
 
 
-class Replay:
+class CapturedPass:
     """A pass of one batch, captured; called with another batch of the same look, it gives that one's sums.
 
     Raises:
@@ -55,7 +55,7 @@ class Replay:
         return totals, self._values.clone()
 
 
-class Replays:
+class CapturedPasses:
     """Captured passes for as long as nothing but the batch changes.
 
     failure: why the last pass that was to be captured could not be; "" if none was refused.
@@ -64,7 +64,7 @@ class Replays:
     def __init__(self) -> None:
         self.failure = ""
         self._seen: Counter[Hashable] = Counter()
-        self._captured: dict[Hashable, Replay] = {}
+        self._captured: dict[Hashable, CapturedPass] = {}
 
     def __call__(
         self,
@@ -84,7 +84,7 @@ class Replays:
             try:
                 if evaluate.state.touched():
                     raise RuntimeError("the model writes what it keeps")
-                self._captured[key] = Replay(run, batch)
+                self._captured[key] = CapturedPass(run, batch)
             except Exception as error:  # of any kind: batches go on without
                 self.failure = f"{type(error).__name__}: {error}"
         return found

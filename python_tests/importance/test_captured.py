@@ -17,7 +17,7 @@ from mas_ext import check_importance, estimate_fisher
 from mas_ext.importance import ImportanceSum
 from mas_ext.importance.accumulator import gather
 from mas_ext.importance.evaluation import Labelled
-from mas_ext.importance.exact import replay
+from mas_ext.importance.exact import captured
 from mas_ext.importance.gradients import Totals
 
 # Convolutions, products, tables, tied and derived weights, adapters, normalisations.
@@ -84,8 +84,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return again, result
 
-    monkeypatch.setattr(replay, "capture", capture)
-    monkeypatch.setattr(replay, "possible", lambda theta: True)
+    monkeypatch.setattr(captured, "capture", capture)
+    monkeypatch.setattr(captured, "possible", lambda theta: True)
     return happened
 
 
@@ -244,7 +244,7 @@ def test_sums_of_one_replay_outlast_the_next(events: list[str]) -> None:
 
     x, y = torch.randn(5, 3), torch.randn(5, 3)
     given = x.clone()
-    again = replay.Replay(run, Labelled(given))
+    again = captured.CapturedPass(run, Labelled(given))
     totals, values = again(Labelled(x))
     more, others = again(Labelled(y))
     assert torch.equal(given, x)
