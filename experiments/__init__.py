@@ -15,6 +15,7 @@ from experiments.permuted_mnist import PermutedMNIST
 from experiments.properties import Properties
 from experiments.regression import Regression
 from experiments.split_mnist import SplitMNIST
+from experiments.task_free import TaskFreeStreams
 
 __all__ = ["EXPERIMENTS", "Experiment", "Page", "Results", "draw", "reproduce"]
 
@@ -32,4 +33,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "properties": Properties(),
     "cost": Cost(),
     "regression": Regression(),
+    "task-free": TaskFreeStreams(),
 }

@@ -34,6 +34,7 @@ from experiments.learned import GRID, trained
 from experiments.loops import SquaredGradients
 from experiments.official_demo import Reestimated, paced
 from experiments.regression import VARIANTS, Arm
+from experiments.task_free import Problem, Stream, arms, stream_of
 from mas_ext import models
 from mas_ext.compare.cells import Cell, Found
 from mas_ext.compare.options import Config
@@ -772,3 +773,57 @@ def test_the_page_shows_what_is_committed(name: str) -> None:
         assert shown == text
     else:
         assert shown == "Not measured yet."
+
+
+def test_streams_are_mixed_around_their_changes_alone() -> None:
+    tasks = [(torch.full((50, 1), float(k)), torch.zeros(50)) for k in range(3)]
+    problem = Problem(tasks, [], torch.nn.Identity(), torch.add, float, 40, 0.1)
+
+    def shares(mixed: float) -> np.ndarray:
+        return np.array([float(x.mean()) for x, _ in stream_of(problem, (0, 2, 1), 100, mixed)])
+
+    np.testing.assert_array_equal(shares(0.0), np.repeat([0.0, 2.0, 1.0], 100))
+    half = shares(0.5)
+    np.testing.assert_array_equal(half[:75], 0)
+    np.testing.assert_array_equal(half[126:175], 2)
+    np.testing.assert_array_equal(half[226:], 1)
+    expected = np.linspace(0, 2, 51)[1:]
+    assert np.abs(half[76:126] - expected).mean() < 0.2
+    assert half[76:100].mean() < 0.7 < 1.3 < half[101:126].mean()
+    # Every sample once before any comes again.
+    (x, _), *_ = stream_of(
+        problem._replace(batch_size=50, learn=[(torch.arange(50.0), tasks[0][1])]), (0,), 1, 0.0
+    )
+    assert sorted(x.tolist()) == list(range(50))
+
+
+def test_an_arm_has_outputs_of_its_own() -> None:
+    problem = arms()
+    (x, _), (other, _) = problem.learn[:2]
+    problem.model(x[:4]).square().sum().backward()
+    (weight,) = (p for n, p in problem.model.named_parameters() if n == "body.4.weight")
+    assert weight.grad is not None
+    assert weight.grad[:2].abs().amax(1).min() > 0
+    assert weight.grad[2:].abs().max() == 0
+    assert problem.model(other[:4]).shape == (4, 2)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_task_free(tmp_path: Path) -> None:
+    """Told and untold boundaries on digits; the page has their difference, and the merges."""
+    quick: Any = EXPERIMENTS["task-free"].quick()
+    quick = replace(quick, streams=(Stream("split-digits", 120, 1.0),), samples=100)
+    page = reproduce(quick, "task-free", tmp_path)
+    results = Results(tmp_path / "task-free.json", quick.protocol())
+    mean = {
+        name: 100 * np.mean(results[quick.cell("split-digits", "sharp", name, 0, 1.0)]["scores"])
+        for name in ("fine-tuning", "told", "task-free")
+    }
+    shown = " | ".join(f"{each:.2f}" for each in mean.values())
+    behind = mean["told"] - mean["task-free"]
+    assert f"| split-digits | sharp | {shown} | {behind:.2f} |" in page.text
+    ((_, found),) = results.where(method="task-free", change="sharp")
+    assert found["plateaus"]
+    assert all(learned < step for step, learned in found["plateaus"])
+    assert len(found["loss"]) == 5 * 120 // 25
+    assert (tmp_path / "task-free.png").read_bytes().startswith(b"\x89PNG")
