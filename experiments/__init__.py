@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from experiments.adaptivity import Adaptivity
+from experiments.class_incremental import ClassIncremental
 from experiments.consistency import Consistency
 from experiments.cost import Cost
 from experiments.datasets import Datasets
@@ -34,4 +35,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "cost": Cost(),
     "regression": Regression(),
     "task-free": TaskFreeStreams(),
+    "class-incremental": ClassIncremental(),
 }

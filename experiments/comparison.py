@@ -13,7 +13,7 @@ from mas_ext.compare.cells import Cell, Found, chosen
 from mas_ext.compare.charts import canvas, legend, look
 from mas_ext.compare.options import Config
 from mas_ext.compare.sweep import train
-from mas_ext.methods import Setting, create, options
+from mas_ext.methods import Method, Setting, create, options
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 
@@ -102,14 +102,19 @@ class Comparison(Tuned):
                     if lam is not None or variant.lam_of is None:
                         yield self.cell(setting, variant, seed, lam)
 
-    def measure(self, cell: Cell) -> Found:
-        seed, given = cell["seed"], {**cell["options"], **lam_option(cell["lam"])}
+    def method(self, cell: Cell) -> Method:
+        """The method of a cell."""
+        given = {**cell["options"], **lam_option(cell["lam"])}
         if self.max_samples is not None and "max_samples" in options(cell["method"]):
             given["max_samples"] = self.max_samples
+        return create(cell["method"], **given)
+
+    def measure(self, cell: Cell) -> Found:
+        seed = cell["seed"]
         scenario, settings = self.scenario(seed), self.base.training(seed, cell["purpose"])
         return train(
             self.network(scenario, seed),
-            create(cell["method"], **given),
+            self.method(cell),
             scenario,
             replace(settings, setting=cell["setting"]),
         )
@@ -204,7 +209,7 @@ class Comparison(Tuned):
             for i, name in enumerate(names):
                 where = {"setting": setting, "method": name, "purpose": "choose"}
                 tried = sorted(
-                    (cell["lam"], 100 * found["validation_accuracy"])
+                    (cell["lam"], 100 * found[self.score])
                     for cell, found in results.where(**where)
                     if "diverged" not in found
                 )

@@ -17,6 +17,7 @@ from experiments.learned import fewer
 from experiments.manifest import DataError
 from mas_ext import models
 from mas_ext.scenarios import Scenario, Task, Tensors
+from mas_ext.trainer import Trainer
 
 
 def small(name: str, **changed: Any) -> Any:
@@ -84,6 +85,71 @@ def test_datasets(tmp_path: Path) -> None:
     assert row(page.text, "lwf")[3:8] == cells
     for name in page.figures:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_class_incremental(tmp_path: Path) -> None:
+    """All methods begin with one network; tasks count by their classes, and lam is chosen so."""
+    quick: Any = EXPERIMENTS["class-incremental"].quick()
+    few = [v for v in quick.variants if v.method in ("finetune", "mas")]
+    experiment = replace(quick, variants=few, pretraining=2)
+    page = reproduce(experiment, "class-incremental", tmp_path)
+    results = Results(tmp_path / "class-incremental.json", experiment.protocol())
+    groups = [set(task.classes) for task in experiment.scenario(0).tasks]
+    assert [len(group) for group in groups] == [6, 2, 2]
+    assert set.union(*groups) == set(range(10))
+    assert groups != [set(task.classes) for task in experiment.scenario(1).tasks]
+    (_, free), (lam, held) = (final(results, method) for method in ("finetune", "mas"))
+    assert free[0, 0] == held[0, 0] > 0.5
+    by_class = [
+        held[0, 0],
+        (6 * held[1, 0] + 2 * held[1, 1]) / 8,
+        (6 * held[2, 0] + 2 * held[2, 1] + 2 * held[2, 2]) / 10,
+    ]
+    ((_, found),) = results.where(method="mas", purpose="final")
+    assert found["by_class"] == pytest.approx(by_class)
+    expected = [by_class[-1], np.mean(by_class), held[0, 0], held[2, 0], np.diag(held)[1:].mean()]
+    assert row(page.text, "mas")[1:6] == [f"{100 * share:.2f}" for share in expected]
+    tried = {
+        cell["lam"]: found["validation_by_class"]
+        for cell, found in results.where(method="mas", purpose="choose")
+    }
+    assert tried[lam] == max(tried.values())
+    assert {0.01, 0.1, 1.0} <= set(tried)
+
+
+def test_old_heads_learn_nothing_from_new_classes() -> None:
+    """The loss is over the new classes alone: the first head is as it was, and the network is not."""
+    experiment: Any = EXPERIMENTS["class-incremental"].quick()
+    scenario = experiment.scenario(0)
+    settings = replace(experiment.base.settings, setting="class", epochs=1)
+    model = experiment.pretrained(scenario, settings)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    cell = experiment.cell("class", Variant("finetune"), 0, None)
+    later = {**vars(settings), "epochs": [0, 1, 1]}
+    Trainer(model, experiment.method(cell), **later).fit(scenario)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[n], before[n]) for n in ("heads.0.weight", "heads.0.bias"))
+    assert not torch.equal(after["backbone.conv1.weight"], before["backbone.conv1.weight"])
+
+
+def test_methods_of_class_incremental() -> None:
+    """EWC and EWC-DR are one method with other labels and another limit; importance is of 1,000 samples."""
+    experiment: Any = EXPERIMENTS["class-incremental"]
+    found = {}
+    for variant in experiment.variants:
+        made = experiment.method(
+            experiment.cell("class", variant, 0, None if variant.method == "finetune" else 3.0)
+        )
+        found[variant.method] = made.options()
+    for name in ("ewc", "ewc-dr"):
+        batch = found[f"{name}, by batch"]
+        assert batch == {**found[name], "importance": "batch"}
+        assert (batch["max_samples"], batch["mode"], batch["lam"]) == (1000, "proximal", 1.5)
+    assert (found["ewc"]["labels"], found["ewc"]["at_most"]) == ("true", None)
+    assert (found["ewc-dr"]["labels"], found["ewc-dr"]["at_most"]) == ("reversed", 1e-4)
+    assert found["mas, by batch"] == {**found["mas"], "importance": "batch"}
+    assert found["lwf"]["lam"] == found["mas"]["lam"] == 3.0
 
 
 def test_importance_is_taken_from_as_many_samples_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
