@@ -143,7 +143,7 @@ class TaskFreeStreams(Experiment):
     recurring: int = 150
     samples: int = 10_000
     lams: tuple[float, ...] = (1e-2, 1e-1)
-    seeds: int = 5
+    seeds: int = 4
 
     def quick(self) -> TaskFreeStreams:
         """The digits of scikit-learn and the arms, few steps, one seed."""
