@@ -17,8 +17,7 @@ from mas_ext import FusedMASPenalty, TaskFree
 from mas_ext.failures import Diverged
 
 WINDOW = 20
-# Weights are summed, the anchor is the latest.
-SUM: dict[str, Any] = {"merge": "latest"}
+SUM: dict[str, Any] = {"merge": "sum"}
 
 
 def decay(steps: int, high: float, low: float, pace: float) -> np.ndarray:
