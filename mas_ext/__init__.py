@@ -10,6 +10,7 @@ from mas_ext.distillation import Distillation
 from mas_ext.importance import FisherSum, estimate_fisher, estimate_importance
 from mas_ext.importance.check import check_importance
 from mas_ext.info import info
+from mas_ext.lam import choose_lam, read_pull
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.replay import Replay
 from mas_ext.state.sharded_files import load_distributed
@@ -24,8 +25,10 @@ __all__ = [
     "TaskFree",
     "Trainer",
     "check_importance",
+    "choose_lam",
     "estimate_fisher",
     "estimate_importance",
     "info",
     "load_distributed",
+    "read_pull",
 ]

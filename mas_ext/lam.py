@@ -1,0 +1,245 @@
+"""The strength of a penalty from the new task alone, and what the penalty does while the task is learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mas_ext.failures import Diverged
+from mas_ext.optim.step_size import STEP_SIZES
+from mas_ext.parameters.names import named_parameters
+from mas_ext.penalty import FusedMASPenalty
+
+# Trains the model on the new task, with an optimizer of its own that it gives after every step.
+Learn = Callable[[], Generator[Optimizer, None, None]]
+# The loss of the new task, and outputs for the earlier ones, (N, ...) each, on the same new data.
+Measure = Callable[[], tuple[float, Sequence[Tensor]]]
+
+# From where to where lam goes, in units of the loss, and how often it is measured what came of it.
+WEAKEST, STRONGEST, POINTS = 0.1, 1e3, 16
+
+
+class Pull(NamedTuple):
+    """What a penalty does to a step, with g the gradient of the loss, d = theta - A, E = sum_i W_i d_i^2.
+
+    Attributes:
+        ratio: |2 lam W d| / |g|, Euclidean norms over the parameters that are held.
+        at_rest: -<g, d> / (2 E), the lam with which the parameters would go no further from the anchor: along
+            d, g + 2 lam W d is 0. Noisy from one batch; NaN at the anchor.
+        held: share of the held parameters that the proximal form brings back by more than half of their
+            distance in every step, 2 eta_i lam W_i > 1. NaN without an optimizer, before its first step, and
+            where its step sizes are unknown.
+    """
+
+    ratio: float
+    at_rest: float
+    held: float
+
+
+def read_pull(penalty: FusedMASPenalty, optimizer: Optimizer | None = None) -> Pull:
+    """Read what a consolidated penalty does, after backward and before the optimizer's step.
+
+    Gradients are those of the loss alone, as with penalty.attach; with add_grad_ it is called before that. A
+    parameter without a gradient counts with 0.
+
+    Args:
+        penalty: its lam is above 0.
+        optimizer: SGD, Adam or AdamW, for `held`.
+    """
+    slope, force, along, energy = _products(penalty).tolist()
+    ratio = math.sqrt(force / slope) if slope > 0 else math.inf if force > 0 else math.nan
+    at_rest = penalty.lam * along / energy if energy > 0 else math.nan
+    return Pull(ratio, at_rest, math.nan if optimizer is None else _share_held(penalty, optimizer))
+
+
+@torch.no_grad()
+def _products(penalty: FusedMASPenalty) -> Tensor:
+    """|g|^2, |q|^2, -<g, d> and <q, d> with q = 2 lam W d, over all that is held: float64 of shape (4,)."""
+    theta, anchor = named_parameters(penalty.model, penalty.exclude), penalty.anchor
+    scale, total = float(penalty.scale), torch.zeros(4, dtype=torch.float64)
+    for name, w in penalty.omega.items():
+        d = theta[name].double() - anchor[name].double()
+        grad = theta[name].grad
+        g = torch.zeros_like(d) if grad is None else grad.to_dense().double()
+        q = 2 * scale * w.double() * d
+        found = torch.stack([each.sum() for each in (g * g, q * q, -g * d, q * d)])
+        total = total.to(found.device) + found
+    return total
+
+
+@torch.no_grad()
+def _share_held(penalty: FusedMASPenalty, optimizer: Optimizer) -> float:
+    """The share with 2 eta lam W > 1 of the held parameters that have a step size."""
+    names = {id(p): n for n, p in named_parameters(penalty.model, penalty.exclude).items()}
+    omega, scale, held, count = penalty.omega, float(penalty.scale), 0, 0
+    step_sizes = STEP_SIZES.get(type(optimizer))
+    if step_sizes is None:
+        return math.nan
+    steps = [s for group in optimizer.param_groups for s in step_sizes(group, optimizer.state)]
+    for step in steps:
+        for p in step.parameters:
+            if names.get(id(p)) in omega:
+                w = omega[names[id(p)]].double()
+                eta = torch.as_tensor(step.eta, dtype=w.dtype, device=w.device)
+                if step.second_moment is not None:
+                    v = step.second_moment[id(p)].double()
+                    eta = eta / ((v * step.correction).sqrt() + step.eps)
+                held += int((2 * scale * eta * w > 1).sum())
+                count += w.numel()
+    return held / count if count else math.nan
+
+
+def choose_lam(
+    penalty: FusedMASPenalty, learn: Learn, measure: Measure, keep: float = 0.5
+) -> float:
+    """The lam to learn a new task with, from its own data alone, at one and a half times its training's cost.
+
+    The task is learned without the penalty first, for reference (as in De Lange et al. 2021, A continual
+    learning survey), and from there on, for half as many steps, with a lam that grows from 0.1 to 1000 in units
+    of the loss: (L_0 - L_1) / E_1, what that training gained over what the penalty at lam 1 came to. The form
+    is proximal, which no lam makes diverge. On this way back to the anchor are measured, at 16 points,
+
+        u = (L - L_1) / (L_0 - L_1)                                  the share of the task that is not learned
+        v = mean over old outputs F of |F - F_0|^2 / |F_0 - mean F_0|^2        the share of them that is lost
+
+    with F_0 the outputs at first. The point with the least (1 - keep) u + keep v is taken, or, where there are
+    no outputs for earlier tasks alone, the last place with u <= keep / 10. Returned is the lam that would hold
+    the model there,
+
+        lam = -<g, d> / (2 E),   g = gradient of the loss, d = theta - A, E = sum_i W_i d_i^2,
+
+    from the sums over the steps since the point before: on so short a way the model lags behind its lam.
+
+    The model, its gradients and modes, the penalty and torch's random numbers are afterwards as before.
+
+    Args:
+        penalty: a consolidated one, of a model that is at the start of the task.
+        learn: learn() trains penalty.model on the new task from where it is, without the penalty, with a new
+            optimizer, which it yields after every step. It is called twice, and the second one closed half-way.
+        measure: measure() -> loss, outputs: the loss of the new task on data that it is not trained on, and the
+            outputs for earlier tasks on the same data, (N, ...) each, such as those of the old heads.
+        keep: what matters, from 0 (the new task alone) to 1 (the old ones).
+
+    Raises:
+        ValueError: keep is not from 0 to 1; a penalty that holds nothing yet; a training without steps.
+        TypeError: an optimizer whose step sizes are unknown.
+        Diverged: a loss that is not finite.
+    """
+    check_keep(keep)
+    if penalty.num_tasks == 0:
+        raise ValueError("penalty: got one that holds nothing yet, expected a consolidated one")
+    with _put_back(penalty):
+        first, old = measure()
+        steps = sum(1 for _ in learn())
+        if steps == 0:
+            raise ValueError("learn: got a training without steps, expected some")
+        learned, _ = measure()
+        gain = first - learned
+        if not math.isfinite(gain):
+            raise Diverged(
+                f"loss: got {first} before the task and {learned} after learning it without the penalty, "
+                "expected finite ones; a smaller lr helps"
+            )
+        if gain <= 0:  # nothing could be learned, and all that is lost counts
+            gain = abs(first) or 1.0
+        penalty.lam = 1.0
+        moved = float(_products(penalty)[3]) / 2
+        if not moved > 0:
+            return 0.0
+        points = list(_way_back(penalty, learn, measure, max(1, steps // 2), gain / moved))
+    unlearned = [(point.loss - learned) / gain for point in points]
+    if old:
+        lost = [_lost(old, point.outputs) for point in points]
+        cost = [(1 - keep) * u + keep * v for u, v in zip(unlearned, lost, strict=True)]
+        return points[min(range(len(points)), key=cost.__getitem__)].lam
+    return _crossing([point.lam for point in points], unlearned, keep / 10)
+
+
+def check_keep(keep: float) -> None:
+    """Raise a ValueError for a keep that is not from 0 to 1."""
+    if not 0 <= keep <= 1:
+        raise ValueError(f"keep: got {keep}, expected a number from 0 to 1")
+
+
+class _Point(NamedTuple):
+    """A place on the way back: loss and outputs there, and the lam that would hold the model."""
+
+    loss: float
+    outputs: Sequence[Tensor]
+    lam: float
+
+
+def _way_back(
+    penalty: FusedMASPenalty, learn: Learn, measure: Measure, steps: int, unit: float
+) -> Iterator[_Point]:
+    """Learn on for so many steps with a growing lam, and measure from time to time."""
+    sums = torch.zeros(4)
+
+    def add_products(*_: object) -> None:
+        nonlocal sums
+        sums = sums + _products(penalty).cpu() / torch.tensor([1.0, 1.0, 1.0, penalty.lam])
+
+    penalty.lam = unit * WEAKEST
+    with closing(learn()) as training:
+        for n, optimizer in enumerate(training, 1):
+            if n == 1:
+                penalty.attach(optimizer, mode="proximal")
+                optimizer.register_step_pre_hook(add_products)
+            if n * POINTS // steps > (n - 1) * POINTS // steps:
+                loss, outputs = measure()
+                along, energy = sums[2:].tolist()
+                sums = torch.zeros(4)
+                at_rest = along / energy if along > 0 and energy > 0 else penalty.lam
+                yield _Point(loss if math.isfinite(loss) else math.inf, outputs, at_rest)
+            penalty.lam = unit * WEAKEST * (STRONGEST / WEAKEST) ** (n / steps)
+            if n == steps:
+                return
+
+
+def _crossing(lams: Sequence[float], unlearned: Sequence[float], most: float) -> float:
+    """The lam up to which at most so much is unlearned, between points in proportion, in logarithms of lam."""
+    last = max((k for k, u in enumerate(unlearned) if u <= most), default=0)
+    if last + 1 == len(lams) or unlearned[last] > most:
+        return lams[last]
+    share = (most - unlearned[last]) / (unlearned[last + 1] - unlearned[last])
+    return math.exp((1 - share) * math.log(lams[last]) + share * math.log(lams[last + 1]))
+
+
+def _lost(old: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """The mean over outputs of |F - F_0|^2 / |F_0 - mean F_0|^2; those that do not vary are left out."""
+    shares = []
+    for before, now in zip(old, outputs, strict=True):
+        spread = (before - before.mean(0)).double().square().sum()
+        if spread > 0:
+            shares.append(float((now - before).double().square().sum() / spread))
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+@contextmanager
+def _put_back(penalty: FusedMASPenalty) -> Iterator[None]:
+    """Have the model, its gradients and modes, lam and torch's random numbers afterwards as before."""
+    model, lam = penalty.model, penalty.lam
+    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {t.device for t, _ in tensors if t.is_cuda}
+    with torch.random.fork_rng(devices):
+        try:
+            for p, _ in gradients:
+                p.grad = None
+            yield
+        finally:
+            penalty.lam = lam
+            with torch.no_grad():
+                for t, before in tensors:
+                    t.copy_(before)
+            for p, grad in gradients:
+                p.grad = grad
+            for module, training in modes:
+                module.training = training

@@ -1,0 +1,267 @@
+"""The choice of lam, against problems whose best lam is known, and the readout, against plain loops."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from mas_ext import FusedMASPenalty, choose_lam, read_pull
+from mas_ext.failures import Diverged
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZE = 6
+SUM: Any = "sum"
+MERGES = sorted({(merge, anchor) for merge, anchor, _ in tiny.FORMS})
+
+
+class Plain(nn.Module):
+    """Parameters alone: x, float64, and y, which nothing holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(SIZE, dtype=torch.float64))
+        self.y = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        self.register_buffer("calls", torch.zeros(()))
+
+
+class Bowl:
+    """A new task, f = sum_i curvature_i (x_i - target_i)^2, whose penalised minimum has a closed form."""
+
+    def __init__(self, importance: float = 1.0, lr: float = 0.05, steps: int = 160) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.curvature = 0.5 + torch.rand(SIZE, generator=generator, dtype=torch.float64)
+        self.target = torch.randn(SIZE, generator=generator, dtype=torch.float64)
+        self.omega = importance * (0.5 + torch.rand(SIZE, generator=generator).double())
+        self.model, self.lr, self.steps = Plain(), lr, steps
+        self.penalty = FusedMASPenalty(
+            self.model, lam=7.0, merge=SUM, exclude=["y"], omega_dtype=torch.float64
+        )
+        self.penalty.consolidate(importance={"x": self.omega})
+
+    def loss(self, x: Tensor) -> Tensor:
+        return (self.curvature * (x - self.target) ** 2).sum()
+
+    def minimum(self, lam: float) -> Tensor:
+        """Of f + lam sum_i omega_i x_i^2; the anchor is 0."""
+        return self.curvature * self.target / (self.curvature + lam * self.omega)
+
+    def learn(self) -> Generator[torch.optim.Optimizer, None, None]:
+        self.model.train()
+        optimizer = torch.optim.SGD(self.model.parameters(), self.lr)
+        for _ in range(self.steps):
+            optimizer.zero_grad()
+            self.loss(self.model.x).backward()
+            optimizer.step()
+            self.model.calls += torch.rand(())
+            yield optimizer
+
+    def measure(self, outputs: Callable[[Tensor], Sequence[Tensor]] = lambda x: ()) -> Any:
+        """The loss, and what depends on x for the old tasks."""
+        self.model.eval()
+        x = self.model.x.detach()
+        return float(self.loss(x)), outputs(x)
+
+    def share_unlearned(self, lam: float) -> float:
+        first = self.loss(torch.zeros(SIZE, dtype=torch.float64))
+        return float(self.loss(self.minimum(lam)) / first)
+
+
+@pytest.mark.parametrize("importance", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("keep", [0.2, 0.5, 1.0])
+def test_without_old_outputs_the_task_is_learned_up_to_a_share(
+    importance: float, keep: float
+) -> None:
+    """The best lam leaves keep / 10 unlearned at the known minimum; the choice is half a decade off at most."""
+    bowl = Bowl(importance)
+    lam = choose_lam(bowl.penalty, bowl.learn, bowl.measure, keep)
+    assert bowl.share_unlearned(lam / 1.2) < keep / 10 < bowl.share_unlearned(lam * 10**0.5)
+
+
+@pytest.mark.parametrize("importance", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
+def test_with_old_outputs_the_known_best_lam_is_met(importance: float, keep: float) -> None:
+    """(1 - keep) u + keep v of the closed-form minima is least at a lam that is within half a decade."""
+    bowl = Bowl(importance)
+    still = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+
+    def outputs(x: Tensor) -> list[Tensor]:
+        return [(still + 0.5 * x.sum())[:, None]]
+
+    lam = choose_lam(bowl.penalty, bowl.learn, lambda: bowl.measure(outputs), keep)
+
+    def cost(lam: float) -> float:
+        moved = 0.5 * float(bowl.minimum(lam).sum())
+        lost = 2 * moved**2 / float(((still - still.mean()) ** 2).sum())
+        return (1 - keep) * bowl.share_unlearned(lam) + keep * lost
+
+    grid = [10 ** (k / 20) / importance for k in range(-60, 61)]
+    least = min(map(cost, grid))
+    assert cost(lam) < least + 0.1 * (max(map(cost, grid)) - least)
+
+
+def test_all_is_as_it_was() -> None:
+    bowl = Bowl()
+    bowl.model.y.requires_grad_(False)
+    bowl.model.train()
+    gradient = torch.full((SIZE,), 3.0, dtype=torch.float64)
+    bowl.model.x.grad = gradient
+    before = copy.deepcopy(bowl.model.state_dict())
+    state, random = copy.deepcopy(bowl.penalty.state_dict()), torch.get_rng_state()
+    lam = choose_lam(bowl.penalty, bowl.learn, bowl.measure)
+    assert lam == choose_lam(bowl.penalty, bowl.learn, bowl.measure)
+    assert torch.equal(random, torch.get_rng_state())
+    assert bowl.model.training
+    assert bowl.model.x.grad is gradient
+    assert torch.equal(gradient, torch.full_like(gradient, 3.0))
+    for found, kept in (
+        (bowl.model.state_dict(), before),
+        (bowl.penalty.state_dict(), state),
+    ):
+        assert found.keys() == kept.keys()
+        assert all(torch.equal(found[name], t) for name, t in kept.items())
+    assert bowl.penalty.lam == 7.0
+
+
+def test_all_is_as_it_was_after_an_error() -> None:
+    bowl = Bowl()
+    count = 0
+
+    def measure() -> Any:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+        return bowl.measure()
+
+    before = copy.deepcopy(bowl.model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        choose_lam(bowl.penalty, bowl.learn, measure)
+    assert count == 5
+    assert all(torch.equal(bowl.model.state_dict()[name], t) for name, t in before.items())
+    assert bowl.penalty.lam == 7.0
+    for handle in bowl.penalty.model._backward_hooks, bowl.model._forward_hooks:
+        assert not handle
+
+
+def test_a_penalty_without_any_importance_needs_no_lam() -> None:
+    assert choose_lam((bowl := Bowl(0.0)).penalty, bowl.learn, bowl.measure) == 0.0
+
+
+def test_what_can_not_be_learned_is_held() -> None:
+    """A loss that only grows is one of which nothing is to be learned: nearly all is kept."""
+    bowl = Bowl(steps=50)
+    still = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+
+    def outputs(x: Tensor) -> list[Tensor]:
+        return [still + x.sum()]
+
+    def learn() -> Generator[torch.optim.Optimizer, None, None]:
+        optimizer = torch.optim.SGD(bowl.model.parameters(), 0.002)
+        for _ in range(50):
+            optimizer.zero_grad()
+            (-bowl.loss(bowl.model.x)).backward()
+            optimizer.step()
+            yield optimizer
+
+    assert choose_lam(bowl.penalty, learn, lambda: bowl.measure(outputs)) > 10
+
+
+@pytest.mark.parametrize("keep", [-0.1, 1.1, math.nan])
+def test_errors_come_before_anything_is_done(keep: float) -> None:
+    bowl = Bowl()
+
+    def never() -> Any:
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=f"keep: got {keep}, expected a number from 0 to 1"):
+        choose_lam(bowl.penalty, never, never, keep)
+    with pytest.raises(ValueError, match="penalty: got one that holds nothing yet"):
+        choose_lam(FusedMASPenalty(bowl.model), never, never)
+
+
+def test_errors_of_the_training() -> None:
+    bowl = Bowl(steps=0)
+    with pytest.raises(ValueError, match="learn: got a training without steps"):
+        choose_lam(bowl.penalty, bowl.learn, bowl.measure)
+    bowl = Bowl(lr=1e9)
+    with pytest.raises(Diverged, match=r"loss: got .* before the task and .* after learning it"):
+        choose_lam(bowl.penalty, bowl.learn, bowl.measure)
+
+
+# -- the readout -----------------------------------------------------------------------------------
+
+
+def readout(merge: Any, anchor: Any) -> tuple[FusedMASPenalty, dict[str, tuple[Tensor, ...]]]:
+    """A penalty, and by parameter W, A, theta and the gradient of a loss, as float64 numbers."""
+    model = tiny.parameters()
+    penalty = tiny.consolidated(model, merge=merge, anchor=anchor)
+    generator = torch.Generator().manual_seed(5)
+    tiny.move(model, generator)
+    held = {}
+    for name, p in model.named_parameters():
+        if name != "image":  # has no gradient
+            p.grad = torch.randn(p.shape, generator=generator).to(p)
+        g = torch.zeros_like(p) if p.grad is None else p.grad
+        parts = (penalty.omega[name], penalty.anchor[name], p.detach(), g)
+        held[name] = tuple(part.double().flatten() for part in parts)
+    return penalty, held
+
+
+@pytest.mark.parametrize(("merge", "anchor"), MERGES)
+def test_the_pull_is_that_of_a_plain_loop(merge: Any, anchor: Any) -> None:
+    penalty, held = readout(merge, anchor)
+    force = slope = along = energy = 0.0
+    for omega, anchor, theta, gradient in held.values():
+        for w, a, x, g in zip(*(t.tolist() for t in (omega, anchor, theta, gradient)), strict=True):
+            force += (2 * float(penalty.scale) * w * (x - a)) ** 2
+            slope += g**2
+            along -= g * (x - a)
+            energy += float(penalty.scale) / penalty.lam * w * (x - a) ** 2
+    found = read_pull(penalty)
+    assert found.ratio == pytest.approx(math.sqrt(force / slope), rel=1e-6)
+    assert found.at_rest == pytest.approx(along / (2 * energy), rel=1e-6)
+    assert math.isnan(found.held)
+
+
+def test_at_rest_is_the_lam_of_a_minimum() -> None:
+    bowl = Bowl()
+    for lam in (0.01, 1.0, 100.0):
+        with torch.no_grad():
+            bowl.model.x.copy_(bowl.minimum(lam))
+        bowl.model.zero_grad()
+        bowl.loss(bowl.model.x).backward()
+        assert read_pull(bowl.penalty).at_rest == pytest.approx(lam)
+        bowl.penalty.lam = lam
+        assert read_pull(bowl.penalty).ratio == pytest.approx(1.0)
+
+
+def test_share_held() -> None:
+    """Of the parameters with a step size, by Adam's step sizes one by one; unknown without them."""
+    bowl = Bowl()
+    optimizer = torch.optim.Adam(bowl.model.parameters(), lr=0.01)
+    bowl.loss(bowl.model.x).backward()
+    assert math.isnan(read_pull(bowl.penalty, optimizer).held)
+    optimizer.step()
+    v = optimizer.state[bowl.model.x]["exp_avg_sq"]
+    for lam in (1.0, 50.0, 100.0, 1e4):
+        bowl.penalty.lam = lam
+        held = 0
+        for w, second in zip(bowl.omega.tolist(), v.tolist(), strict=True):
+            eta = 0.01 / (math.sqrt(second / (1 - 0.999)) + 1e-8)
+            held += 2 * eta * lam * w > 1
+        assert read_pull(bowl.penalty, optimizer).held == held / SIZE
+    assert held > 0
+    sgd = torch.optim.SGD(bowl.model.parameters(), lr=0.1, momentum=0.5)
+    bowl.penalty.lam = 3.0
+    right = sum(2 * 0.2 * 3 * w > 1 for w in bowl.omega.tolist()) / SIZE
+    assert read_pull(bowl.penalty, sgd).held == right
+    assert 0 < right < 1
+    assert math.isnan(read_pull(bowl.penalty, torch.optim.RMSprop(bowl.model.parameters())).held)
