@@ -33,6 +33,8 @@ class Trainer:
     Args:
         model: a MultiHead; heads that a task needs are added when its turn comes.
         method: a Method, or the name of one with its defaults.
+        lam: of a method that is given by name; None for its default, "auto" for a choice before every task
+            after the first, from that task's data alone, at one and a half times its training's cost.
         device: None for the model's.
         checkpoint: a file, written after every epoch, after every task and when Ctrl-C stops the training.
             Where it exists, fit goes on from it, to the same bits (but for random augmentation in worker
@@ -51,6 +53,7 @@ class Trainer:
         model: MultiHead,
         method: Method | str = "mas",
         *,
+        lam: float | str | None = None,
         device: torch.device | str | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         callbacks: Sequence[Callback] = (),
@@ -67,7 +70,12 @@ class Trainer:
             if name not in known:
                 raise TypeError(f"settings: got {name!r}, {hint(name, known)}")
         self.model = model
-        self.method = create(method) if isinstance(method, str) else method
+        if lam is not None and not isinstance(method, str):
+            raise ValueError(
+                f"lam: got {lam!r} beside a {type(method).__name__} that has its own, expected none"
+            )
+        given = {} if lam is None else {"lam": lam}
+        self.method = create(method, **given) if isinstance(method, str) else method
         self.settings = Settings(**settings)
         parameter = next(model.parameters(), torch.empty(0))
         self.device = torch.device(device) if device is not None else parameter.device
@@ -99,7 +107,7 @@ class Trainer:
                     ) from error
             while run.at.task < len(scenario.tasks):
                 if not run.inside:
-                    run.begin_task()
+                    run.begin_task(stopped=stop.is_set)
                 while run.epochs_left():
                     for _ in run.steps():
                         if stop.is_set():

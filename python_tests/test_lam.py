@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import signal
 from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from oracles import naive_training as naive
 from torch import Tensor, nn
 
-from mas_ext import FusedMASPenalty, choose_lam, read_pull
+from mas_ext import FusedMASPenalty, choose_lam, methods, read_pull
 from mas_ext.failures import Diverged
+from mas_ext.scenarios import Scenario
+from mas_ext.trainer import Trainer
+from mas_ext.training import run as learning_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -265,3 +272,136 @@ def test_share_held() -> None:
     assert read_pull(bowl.penalty, sgd).held == right
     assert 0 < right < 1
     assert math.isnan(read_pull(bowl.penalty, torch.optim.RMSprop(bowl.model.parameters())).held)
+
+
+# -- in a Trainer ----------------------------------------------------------------------------------
+
+AUTOMATIC = ("mas", "mas-alpha", "ewc", "online-ewc", "si", "rwalk")
+
+
+def train(
+    method: Any, scenario: Scenario | None = None, setting: str = "task", **settings: Any
+) -> Any:
+    """A run of the tiny network: the weights, and what was found."""
+    made = tiny.trainer(method, setting, **settings)
+    found = made.fit(scenario or tiny.scenario(setting))
+    return made.model.state_dict(), found
+
+
+@pytest.mark.parametrize("setting", naive.SETTINGS)
+@pytest.mark.parametrize("name", AUTOMATIC)
+def test_a_run_with_lam_chosen_is_one_with_that_lam(name: str, setting: str) -> None:
+    """Choosing leaves nothing behind: two tasks come out to the same bits where lam was known."""
+    got, found = train(name, lam="auto", setting=setting)
+    assert math.isnan(found.lam[0])
+    lam = float(found.lam[1])
+    assert 0 < lam < math.inf
+    method = methods.create(name, lam=2 * lam if "ewc" in name else lam, mode="proximal")
+    right, known = train(method, setting=setting)
+    assert known.lam.isnan().all()
+    assert got.keys() == right.keys()
+    for key, t in right.items():
+        assert torch.equal(got[key], t), key
+
+
+def test_keep_is_what_is_kept() -> None:
+    """The more is to be kept, the larger lam."""
+    settings = {"lam": "auto", "epochs": 40, "lr": 0.02}
+    little, much = (float(train("mas", keep=keep, **settings)[1].lam[1]) for keep in (0.1, 0.9))
+    assert 10 * little < much
+
+
+@pytest.mark.parametrize("setting", naive.SETTINGS)
+@pytest.mark.parametrize("name", [*AUTOMATIC, "ewc-dr"])
+@pytest.mark.parametrize("after", [7, 9])
+def test_a_run_goes_on_to_the_same_bits(name: str, setting: str, after: int) -> None:
+    """Between tasks, where lam is chosen anew, and inside one, where the checkpoint has it."""
+    naive.resumed(lambda: methods.create(name, lam="auto"), setting, after)
+
+
+def test_stopped_while_choosing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends the choice at its next step, and it is made again, to the same bits."""
+    chosen: list[bool] = []
+
+    def interrupted(penalty: Any, learn: Any, measure: Any, keep: float) -> float:
+        def stopping() -> Any:
+            for n, optimizer in enumerate(learn()):
+                if n == 2 and not chosen:
+                    chosen.append(False)
+                    signal.raise_signal(signal.SIGINT)
+                yield optimizer
+
+        return choose_lam(penalty, stopping, measure, keep)
+
+    right, known = train("mas", lam="auto", epochs=2)
+    monkeypatch.setattr(learning_module, "choose_lam", interrupted)
+    settings = {"epochs": 2, "checkpoint": tmp_path / "run", "lam": "auto"}
+    with pytest.raises(KeyboardInterrupt):
+        train("mas", **settings)
+    assert chosen == [False]
+    got, found = train("mas", **settings)
+    assert torch.equal(found.lam[1:], known.lam[1:])
+    assert all(torch.equal(got[key], t) for key, t in right.items())
+
+
+def test_tasks_that_are_not_trained_choose_nothing() -> None:
+    assert train("mas", lam="auto", epochs=[2, 0])[1].lam.isnan().all()
+
+
+def test_a_checkpoint_of_before_is_read() -> None:
+    """Checkpoints that know nothing of a choice of lam are those of runs without one."""
+    made = naive.start(methods.create("mas"), "task")
+    state = made.state_dict()
+    del state["found"]["lam"], state["run"]["keep"]
+    again = naive.start(methods.create("mas"), "task")
+    again.load_state_dict(state)
+    assert again.found.lam.isnan().all()
+    other = naive.start(methods.create("mas"), "task", keep=0.3)
+    with pytest.raises(ValueError, match=r"checkpoint: got a run with keep None, expected 0\.3"):
+        other.load_state_dict(state)
+
+
+def test_what_can_not_choose_its_lam_says_so() -> None:
+    model = tiny.trainer("mas").model
+    for name in ("lwf", "ebll", "imm-mean"):
+        with pytest.raises(ValueError, match="lam: got 'auto', expected float"):
+            Trainer(model, name, lam="auto")
+    for name in ("finetune", "joint"):
+        with pytest.raises(ValueError, match=f"lam: method '{name}' has no such option"):
+            Trainer(model, name, lam="auto")
+    with pytest.raises(ValueError, match="lam: got 'auto' beside a MAS that has its own"):
+        Trainer(model, methods.MAS(), lam="auto")
+    with pytest.raises(ValueError, match="lam: got 'much', expected a number or 'auto'"):
+        methods.MAS(lam="much")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="keep: got 2, expected a number from 0 to 1"):
+        Trainer(model, "mas", lam="auto", keep=2)
+    with pytest.raises(TypeError, match="optimizer: got RMSprop, whose step length is unknown"):
+        train("mas", lam="auto", optimizer=lambda p, lr: torch.optim.RMSprop(p, lr))
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    words = ["run", "--hidden", "8", "--epochs", "1", "--batch-size", "32"]
+    auto = [
+        "--methods",
+        "finetune,mas,si",
+        "--lam",
+        "auto",
+        "--keep",
+        "0.3",
+        "--out",
+        tmp_path / "run",
+    ]
+    assert tiny.command(*words, *auto) == 0
+    found = json.loads((tmp_path / "run" / "mas-seed0" / "result.json").read_text())
+    assert found["chosen_lam"][0] is None
+    assert min(found["chosen_lam"][1:]) > 0
+    config = (tmp_path / "run" / "config.toml").read_text()
+    assert 'lam = "auto"' in config
+    assert "keep = 0.3" in config
+    rows = (tmp_path / "run" / "table.md").read_text().splitlines()
+    assert [row.split("|")[2].strip() for row in rows if "| mas " in row] == ["auto"]
+    assert tiny.command("run", "--resume", "--out", tmp_path / "run") == 0
+    assert tiny.command("report", tmp_path / "run") == 0
+    refused = ["--methods", "mas,lwf", "--lam", "auto", "--out", tmp_path / "other"]
+    assert tiny.command(*words, *refused) == 1
+    assert not (tmp_path / "other").exists()

@@ -17,17 +17,16 @@ import torch.nn.functional as F
 from mas_ext import models
 from mas_ext._hints import hint, resolve
 from mas_ext.methods import METHODS, Method, create, options
+from mas_ext.methods.quadratic import Lam
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, named
-from mas_ext.training.settings import LOSSES, Settings
+from mas_ext.training.settings import CHOOSING_SHARE, LOSSES, Settings
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-# The share of the training data that lam is chosen on where `validation` says nothing.
-CHOOSING_SHARE = 0.1
 # Added to the seed of a network's first weights: not the random numbers that heads get theirs from.
 FIRST_WEIGHTS = 2**32
 
@@ -109,8 +108,9 @@ WHAT = {
     "lam": Option(
         float,
         "strength of all methods that have one; of several, the best on validation data is taken for each "
-        "method; default: each method's own",
+        "method; auto: chosen for every task after the first, from its data alone; default: each method's own",
         many=True,
+        word="auto",
     ),
     "lam_seeds": Option(int, "how many seeds lam is chosen with, none of which is one of --seeds"),
     "seeds": Option(int, "how many times everything is learned, with the seeds 0, 1, ..."),
@@ -142,6 +142,9 @@ HOW = {
     ),
     "importance_epochs": Option(
         int, "gather importance online in the last so many epochs of a task"
+    ),
+    "keep": Option(
+        float, "what matters with lam auto, from 0, the new task alone, to 1, the old ones"
     ),
     "balanced": Option(bool, "draw all classes equally often"),
     "deterministic": Option(bool, "use deterministic algorithms of torch only"),
@@ -184,7 +187,7 @@ class Config:
     methods: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {"finetune": {}, "mas": {}, "mas-alpha": {}, "joint": {}}
     )
-    lam: tuple[float, ...] = ()
+    lam: tuple[float, ...] | Literal["auto"] = ()
     lam_seeds: int = 1
     seeds: int = 1
     device: str = "cpu"
@@ -210,7 +213,7 @@ class Config:
             ) from error
         if not self.methods:
             raise ValueError(f"methods: got none, expected some of {_names(METHODS)}")
-        _check_lams("lam", self.lam)
+        _read_lams("lam", self.lam)
         for method in self.methods:
             for lam in self.lams(method) or [None]:
                 try:
@@ -239,11 +242,12 @@ class Config:
         return cls(**what, settings=Settings(**how))
 
     def values(self) -> dict[str, Any]:
-        """All keys that have a value, as in a file."""
+        """All keys that have a value, as in a file; keep only with lam "auto", or if it is not the default."""
         found: dict[str, Any] = {}
         for name in OPTIONS:
             value = getattr(self.settings if name in HOW else self, name)
-            if value not in (None, (), F.cross_entropy):
+            told = name != "keep" or value != Settings.keep or self.automatic
+            if value not in (None, (), F.cross_entropy) and told:
                 found[name] = list(value) if isinstance(value, tuple) else value
         found["methods"] = {name: _spelled_out(name, given) for name, given in self.methods.items()}
         return found
@@ -258,7 +262,7 @@ class Config:
             lines += [f"{name} = {_toml(value)}" for name, value in given.items()]
         return "\n".join(lines) + "\n"
 
-    def lams(self, method: str) -> tuple[float, ...]:
+    def lams(self, method: str) -> tuple[Lam, ...]:
         """The strengths that a method is tried with: its own, else `lam`, else its default.
 
         Empty for a method without lam.
@@ -268,16 +272,19 @@ class Config:
             return ()
         own = self.methods[method].get("lam")
         if own is None:
-            return self.lam or (known["lam"],)
-        lams: tuple[float, ...] = Option(float, "", many=True).read(f"methods.{method}.lam", own)
-        _check_lams(f"methods.{method}.lam", lams)
-        return lams
+            return _read_lams("lam", self.lam) or (known["lam"],)
+        return _read_lams(f"methods.{method}.lam", own)
+
+    @property
+    def automatic(self) -> bool:
+        """Whether there is a method that lam is chosen for before each task."""
+        return any("auto" in self.lams(name) for name in self.methods)
 
     def tried(self) -> list[str]:
         """The methods with several lam to choose from."""
         return [name for name in self.methods if len(self.lams(name)) > 1]
 
-    def create(self, method: str, lam: float | None) -> Method:
+    def create(self, method: str, lam: Lam | None) -> Method:
         """A new method with its options and this lam, None for a method without lam."""
         given = {**self.methods[method]}
         if lam is not None:
@@ -303,11 +310,16 @@ class Config:
         return replace(settings, seed=seed, validation=share)
 
 
-def _check_lams(name: str, lams: tuple[float, ...]) -> None:
+def _read_lams(name: str, value: Any) -> tuple[Lam, ...]:
+    """The strengths to try, or "auto" alone."""
+    lams = WHAT["lam"].read(name, value)
+    if lams == "auto":
+        return ("auto",)
     if not all(math.isfinite(lam) and lam >= 0 for lam in lams):
         raise ValueError(f"{name}: got {list(lams)}, expected finite numbers from 0 up")
     if len(set(lams)) < len(lams):
         raise ValueError(f"{name}: got {list(lams)}, expected each number once")
+    return tuple(lams)
 
 
 def _methods(value: Any) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from mas_ext.compare import directory as files
 from mas_ext.compare.cells import Found
 from mas_ext.compare.directory import Directory
 from mas_ext.compare.options import Config, read_toml
+from mas_ext.methods.quadratic import Lam
 from mas_ext.state import files as checkpoint
 
 Layers = dict[str, tuple[float, int]]  # by layer: sum of omega, number of parameters
@@ -140,7 +141,7 @@ class Findings:
         device = str(values.get("device", config.device))
         return cls(config, device, starts, grid, [*names, [""] * count][0], learned)
 
-    def lam(self, method: str) -> float | None:
+    def lam(self, method: str) -> Lam | None:
         """The lam that was chosen, or the only one; None if there is none, or none yet."""
         if method in self.grid:
             return self.grid[method].lam

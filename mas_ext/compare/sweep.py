@@ -26,6 +26,7 @@ from mas_ext.compare.results import Findings
 from mas_ext.compare.tables import summary
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import Method, options
+from mas_ext.methods.quadratic import Lam
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 from mas_ext.scenarios.datasets import import_extra
@@ -93,7 +94,8 @@ def rehearse(config: Config, scenario: Scenario) -> None:
     Raises:
         ValueError: an option that does not fit the network, the scenario or another option.
     """
-    share = config.training(0, "choose" if config.tried() else "final").validation
+    held_out = config.tried() or config.automatic
+    share = config.training(0, "choose" if held_out else "final").validation
     for task in scenario.tasks:
         count = len(task.train)  # type: ignore[arg-type]
         if share and int(share * count) == 0:
@@ -219,9 +221,10 @@ class Sweep:
         ]
 
     def _choice(self, method: str) -> Generator[Cell, None, float | None]:
-        return choose(self.directory, self._choosing(method), listed(self.config.lams(method)))
+        lams = [lam for lam in self.config.lams(method) if not isinstance(lam, str)]
+        return choose(self.directory, self._choosing(method), listed(lams))
 
-    def _lam(self, method: str) -> float | None:
+    def _lam(self, method: str) -> Lam | None:
         """The lam that was chosen, or the only one; None if there is none."""
         if method in self.config.tried():
             return chosen(self.directory, self._choice(method))
@@ -263,7 +266,8 @@ def train(
     Returns:
         tasks (their names); average_accuracy, forgetting, backward_transfer, forward_transfer (None but in the
         domain-incremental setting) and intransigence (None without `joint`), see `mas_ext.metrics`;
-        validation_accuracy (average accuracy on validation data, None without them); step_seconds,
+        validation_accuracy (average accuracy on validation data, None without them); chosen_lam (by task, of
+        lam "auto"; None for another); step_seconds,
         border_seconds, held_bytes and accuracy, see Result. Or diverged, and why.
     """
     try:
@@ -284,6 +288,7 @@ def train(
         "validation_accuracy": (
             None if validation.diagonal().isnan().any() else metrics.average_accuracy(validation)
         ),
+        "chosen_lam": None if result.lam.isnan().all() else result.lam,
         "step_seconds": result.step_seconds,
         "border_seconds": result.border_seconds,
         "held_bytes": result.held_bytes,

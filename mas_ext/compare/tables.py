@@ -101,7 +101,7 @@ def _score(findings: Findings) -> list[str]:
 
 def _lam(findings: Findings, name: str) -> str:
     lam = findings.lam(name)
-    return "-" if lam is None else f"{lam:g}"
+    return "-" if lam is None else lam if isinstance(lam, str) else f"{lam:g}"
 
 
 def _mean(found: Sequence[Found], key: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from mas_ext.importance import FisherSum
 from mas_ext.importance.fisher import FisherMethod, Labels
 from mas_ext.methods.method import Training, is_cross_entropy
-from mas_ext.methods.quadratic import Estimated, MeanOverOutputs
+from mas_ext.methods.quadratic import Estimated, Lam, MeanOverOutputs, times
 from mas_ext.optim.hooks import Mode
 
 
@@ -42,21 +42,24 @@ class EWC(Fisher):
     has its own anchor.
 
     Args:
-        lam: the paper's lambda.
+        lam: the paper's lambda; "auto": chosen for every task after the first, see mas_ext.choose_lam.
         labels: "true", "predicted", "sampled", "all" or "reversed" for the cross entropy, "normal" for another
             task loss, see estimate_fisher. The paper leaves it open; "true" is the empirical Fisher
             information, as in most implementations.
-        mode: "gradient" or "proximal", see FusedMASPenalty.attach.
+        mode: "gradient" or "proximal", see FusedMASPenalty.attach; None is "proximal" for lam "auto", else
+            "gradient".
         max_samples: the Fisher information from this many samples of a task, None for all.
     """
 
-    lam: float = 400.0
+    lam: Lam = 400.0
     labels: Labels = "true"
-    mode: Mode = "gradient"
+    mode: Mode | None = None
     max_samples: int | None = None
 
     def __post_init__(self) -> None:
-        super().__init__(self.lam / 2, self.mode, self.max_samples, merge="sum", anchor="own")
+        super().__init__(
+            times(0.5, self.lam), self.mode, self.max_samples, merge="sum", anchor="own"
+        )
 
 
 @dataclass(eq=False)
@@ -67,22 +70,24 @@ class OnlineEWC(Fisher):
     2018), with gamma in the penalty, too, as there. F_t is not normalised.
 
     Args:
-        lam: the paper's lambda.
+        lam: the paper's lambda; "auto": chosen for every task after the
+            first, see mas_ext.choose_lam.
         gamma: share of the old Fisher information that is kept at each new task, from 0 to 1.
         labels: see EWC.
-        mode: "gradient" or "proximal", see FusedMASPenalty.attach.
+        mode: "gradient" or "proximal", see FusedMASPenalty.attach; None is "proximal" for lam "auto", else
+            "gradient".
         max_samples: the Fisher information from this many samples of a task, None for all.
     """
 
-    lam: float = 400.0
+    lam: Lam = 400.0
     gamma: float = 1.0
     labels: Labels = "true"
-    mode: Mode = "gradient"
+    mode: Mode | None = None
     max_samples: int | None = None
 
     def __post_init__(self) -> None:
         merging: dict[str, Any] = {"merge": "decay", "anchor": "latest", "gamma": self.gamma}
-        super().__init__(self.gamma * self.lam / 2, self.mode, self.max_samples, **merging)
+        super().__init__(times(self.gamma / 2, self.lam), self.mode, self.max_samples, **merging)
 
 
 @dataclass(eq=False)
@@ -96,23 +101,26 @@ class EWCDR(MeanOverOutputs, Fisher):
     cross entropy of class-incremental tasks over the new classes alone.
 
     Args:
-        lam: the paper's lambda; 10,000 in the authors' configuration for CIFAR-100.
+        lam: the paper's lambda; 10,000 in the authors' configuration for CIFAR-100; "auto": chosen for every
+            task after the first, see mas_ext.choose_lam.
         importance: "exact", or "batch" (the authors'), the method of estimate_fisher.
         at_most: the largest F_t,i, 1e-4 in the authors' code; None for any.
         labels: "reversed"; with those of EWC, it is EWC with this mean and one anchor.
-        mode: "gradient" or "proximal", see FusedMASPenalty.attach.
+        mode: "gradient" or "proximal", see FusedMASPenalty.attach; None is "proximal" for lam "auto", else
+            "gradient".
         max_samples: the Fisher information from this many samples of a task, None for all.
     """
 
-    lam: float = 10000.0
+    lam: Lam = 10000.0
     importance: FisherMethod = "exact"
     at_most: float | None = 1e-4
     labels: Labels = "reversed"
-    mode: Mode = "gradient"
+    mode: Mode | None = None
     max_samples: int | None = None
 
     def __post_init__(self) -> None:
-        super().__init__(self.lam / 2, self.mode, self.max_samples, merge="sum", anchor="latest")
+        lam = times(0.5, self.lam)
+        super().__init__(lam, self.mode, self.max_samples, merge="sum", anchor="latest")
         # What can't be used is refused now.
         self.estimator(())
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mas_ext.importance import EstimatorName, ImportanceSum
 from mas_ext.importance.objectives import Objective
-from mas_ext.methods.quadratic import Estimated
+from mas_ext.methods.quadratic import Estimated, Lam
 from mas_ext.optim.hooks import Mode
 from mas_ext.state.merge_rules import AlphaSum, Anchor, Merge
 
@@ -22,23 +22,25 @@ class MAS(Estimated):
     equal, whatever their order.
 
     Args:
-        lam: the paper's lambda, 1 in its experiments.
+        lam: the paper's lambda, 1 in its experiments; "auto": chosen for every task after the
+            first, see mas_ext.choose_lam.
         importance: "exact", "batch" or "local" (l-MAS, section 4.2), see estimate_importance.
         objective: "l2", "l1", "vector" or a callable, see estimate_importance.
         merge: "sum" (the paper's), "consistent" or "decay", see FusedMASPenalty.
         anchor: "latest" (the paper's) or "own", see FusedMASPenalty.
         alpha_sum: see FusedMASPenalty.
-        mode: "gradient" or "proximal", see FusedMASPenalty.attach.
+        mode: "gradient" or "proximal", see FusedMASPenalty.attach; None is "proximal" for lam "auto", else
+            "gradient".
         max_samples: importance from this many samples of a task, None for all.
     """
 
-    lam: float = 1.0
+    lam: Lam = 1.0
     importance: EstimatorName = "exact"
     objective: Objective = "l2"
     merge: Merge = "sum"
     anchor: Anchor = "latest"
     alpha_sum: AlphaSum = "tasks"
-    mode: Mode = "gradient"
+    mode: Mode | None = None
     max_samples: int | None = None
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from mas_ext.kernels.dtypes import compute_dtype
 from mas_ext.methods.method import Training
-from mas_ext.methods.quadratic import Quadratic
+from mas_ext.methods.quadratic import Lam, Quadratic
 from mas_ext.models import MultiHead
 from mas_ext.optim.hooks import Mode
 from mas_ext.parameters.names import named_parameters
@@ -20,7 +20,7 @@ from mas_ext.parameters.names import named_parameters
 class Integrated(Quadratic):
     """A quadratic method whose importance comes from the path integral of each task's training, `path`."""
 
-    def __init__(self, lam: float, mode: Mode = "gradient", **penalty: Any) -> None:
+    def __init__(self, lam: Lam, mode: Mode | None = None, **penalty: Any) -> None:
         super().__init__(lam, mode, **penalty)
         self.path = PathIntegral({})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,33 +14,57 @@ from mas_ext.models import MultiHead
 from mas_ext.optim.hooks import Mode
 from mas_ext.penalty import FusedMASPenalty
 
+# A strength, or "auto": the trainer chooses one for every task after the first.
+Lam = float | Literal["auto"]
+
+
+def times(factor: float, lam: Lam) -> Lam:
+    """factor lam; "auto" as it is."""
+    return lam if lam == "auto" else factor * lam
+
 
 class Quadratic(Method):
     """Task loss + lam sum_i W_i (theta_i - A_i)^2, the latter applied in the optimizer's step.
 
     Subclasses consolidate a task's importance into `penalty` when it ends, times `weight`. Arguments are those
-    of FusedMASPenalty, and the mode of FusedMASPenalty.attach.
+    of FusedMASPenalty, and the mode of FusedMASPenalty.attach, None for "gradient".
+
+    With lam "auto", penalty.lam is 1 until the trainer sets it, and mode None is "proximal", in which no lam
+    diverges.
     """
 
-    def __init__(self, lam: float, mode: Mode = "gradient", **penalty: Any) -> None:
+    def __init__(self, lam: Lam, mode: Mode | None = None, **penalty: Any) -> None:
         # As wide as each parameter: float64 is for those of float64 alone. A trainer knows no other rank.
         width = {"omega_dtype": torch.float64, "process_group": None}
+        if isinstance(lam, str) and lam != "auto":
+            raise ValueError(f"lam: got {lam!r}, expected a number or 'auto'")
         self._arguments = {"lam": lam, **width, **penalty}
+        self.automatic = lam == "auto"
         self.mode, self.weight = mode, 1.0
         self.penalty: FusedMASPenalty | None = None
 
     def build(self, model: nn.Module, exclude: Sequence[str]) -> FusedMASPenalty:
         """The penalty of a model, without the parameters that `exclude` matches."""
-        return FusedMASPenalty(model, exclude=exclude, **self._arguments)
+        return FusedMASPenalty(model, exclude=exclude, **self._given)
+
+    @property
+    def form(self) -> Mode:
+        """The mode, whether it was given or not."""
+        return self.mode or ("proximal" if self.automatic else "gradient")
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """Arguments of the penalty."""
+        return {**self._arguments, "lam": 1.0} if self.automatic else self._arguments
 
     def begin_task(self, training: Training) -> None:
         if self.penalty is None or (training.task == 0 and not training.resumed):
             self.penalty = self.build(training.model, training.own_parameters)
-        if self.penalty.lam > 0:
-            self.penalty.attach(training.optimizer, mode=self.mode)
+        if self.automatic or self.penalty.lam > 0:
+            self.penalty.attach(training.optimizer, mode=self.form)
 
     def options(self) -> dict[str, Any]:
-        return {**super().options(), "mode": self.mode, **self._arguments}
+        return {**super().options(), "mode": self.form, **self._arguments}
 
     def state_dict(self) -> dict[str, Any]:
         if self.penalty is None:
@@ -60,7 +84,7 @@ class Estimated(Quadratic):
     """
 
     def __init__(
-        self, lam: float, mode: Mode = "gradient", max_samples: int | None = None, **penalty: Any
+        self, lam: Lam, mode: Mode | None = None, max_samples: int | None = None, **penalty: Any
     ) -> None:
         super().__init__(lam, mode, **penalty)
         if max_samples is not None and max_samples < 1:
@@ -79,7 +103,7 @@ class Estimated(Quadratic):
 
     def build(self, model: nn.Module, exclude: Sequence[str]) -> FusedMASPenalty:
         importance = self.estimator(exclude)
-        return FusedMASPenalty(model, importance=importance, exclude=exclude, **self._arguments)
+        return FusedMASPenalty(model, importance=importance, exclude=exclude, **self._given)
 
     def begin_task(self, training: Training) -> None:
         super().begin_task(training)
@@ -113,4 +137,5 @@ class MeanOverOutputs(Estimated):
         self.weight = outputs[-1]
         super().end_task(training)
         assert self.penalty is not None
-        self.penalty.lam = self._arguments["lam"] / sum(outputs)
+        if not self.automatic:
+            self.penalty.lam = self._arguments["lam"] / sum(outputs)

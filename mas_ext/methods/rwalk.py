@@ -15,6 +15,7 @@ from mas_ext.importance.fisher import Labels
 from mas_ext.methods.ewc import refuse_labels
 from mas_ext.methods.method import Training
 from mas_ext.methods.path import Integrated
+from mas_ext.methods.quadratic import Lam
 from mas_ext.models import MultiHead
 from mas_ext.optim.hooks import Mode
 from mas_ext.parameters.names import named_parameters
@@ -39,24 +40,26 @@ class RWalk(Integrated):
     squares of batches' mean gradients, leaves out the 1/2, and adds (s + s_new) / 2 to s.
 
     Args:
-        lam: the paper's lambda, which it chooses for each data set.
+        lam: the paper's lambda, which it chooses for each data set; "auto": chosen for every task after the
+            first, see mas_ext.choose_lam.
         alpha: share of F_now, above 0 and at most 1; 0.9 in the authors' code.
         interval: steps in an interval, the paper's Delta t; 10 in the authors' code.
         eps: the damping, > 0; 0.001 in the authors' code.
         labels: of F_now, those of EWC: "true" (the empirical Fisher information), ..., and "normal" for another
             task loss than the cross entropy, see estimate_fisher.
-        mode: "gradient" or "proximal", see FusedMASPenalty.attach.
+        mode: "gradient" or "proximal", see FusedMASPenalty.attach; None is "proximal" for lam "auto", else
+            "gradient".
 
     Raises:
         ValueError: an argument that can't be used.
     """
 
-    lam: float = 1.0
+    lam: Lam = 1.0
     alpha: float = 0.9
     interval: int = 10
     eps: float = 1e-3
     labels: Labels = "true"
-    mode: Mode = "gradient"
+    mode: Mode | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:

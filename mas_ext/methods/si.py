@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mas_ext.methods.method import Training
 from mas_ext.methods.path import Integrated
+from mas_ext.methods.quadratic import Lam
 from mas_ext.optim.hooks import Mode
 from mas_ext.parameters.names import named_parameters
 
@@ -25,18 +26,20 @@ class SI(Integrated):
     are those, and the integral is that of all steps.
 
     Args:
-        lam: the paper's c; 1, as its split MNIST has it.
+        lam: the paper's c; 1, as its split MNIST has it; "auto": chosen for every task after the
+            first, see mas_ext.choose_lam.
         xi: the damping, > 0, that bounds the importance of parameters that hardly moved; 0.001, as the
             authors' code for split MNIST has it (0.1 for permuted MNIST).
-        mode: "gradient" or "proximal", see FusedMASPenalty.attach.
+        mode: "gradient" or "proximal", see FusedMASPenalty.attach; None is "proximal" for lam "auto", else
+            "gradient".
 
     Raises:
         ValueError: xi is not above 0.
     """
 
-    lam: float = 1.0
+    lam: Lam = 1.0
     xi: float = 1e-3
-    mode: Mode = "gradient"
+    mode: Mode | None = None
 
     def __post_init__(self) -> None:
         if not self.xi > 0:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from mas_ext import metrics
 from mas_ext.failures import Diverged
+from mas_ext.lam import choose_lam
 from mas_ext.methods.method import Method, Training
+from mas_ext.methods.quadratic import Quadratic
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 from mas_ext.state import files as checkpoint
 from mas_ext.state.merge_rules import separate_anchor
 from mas_ext.training.samples import Stream, TaskSamples, split_batches
-from mas_ext.training.settings import AMP_DTYPES, Settings
+from mas_ext.training.settings import AMP_DTYPES, CHOOSING_SHARE, Settings
 
 EVALUATION_BATCH = 512
 
@@ -40,6 +44,7 @@ class Result:
         step_seconds: mean duration of a training step, by task, (T,).
         border_seconds: duration of the method's work when a task begins and ends, (T,).
         held_bytes: memory that the method keeps after each task, beside the model, (T,).
+        lam: that was chosen for each task, (T,), as FusedMASPenalty takes it: half of what EWC calls so.
     """
 
     accuracy: Tensor
@@ -48,6 +53,7 @@ class Result:
     step_seconds: Tensor
     border_seconds: Tensor
     held_bytes: Tensor
+    lam: Tensor
 
     @classmethod
     def nothing(cls, tasks: int) -> Result:
@@ -75,6 +81,14 @@ class Epoch:
     epoch: int
     loss: float
     validation: float | None
+
+
+class Stepper(NamedTuple):
+    """What makes a step of a loss: the optimizer, its schedule and the scaler of its gradients."""
+
+    optimizer: Optimizer
+    schedule: LRScheduler | None
+    scaler: torch.amp.GradScaler
 
 
 @dataclass
@@ -142,17 +156,19 @@ class Learning:
 
     # -- a task, from top to bottom ----------------------------------------------------------------
 
-    def begin_task(self, resumed: bool = False) -> None:
-        """Get everything ready for the next step of the present task."""
+    def begin_task(
+        self, resumed: bool = False, stopped: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Get everything ready for the next step of the present task, its lam, too, where it is to be chosen.
+
+        Raises:
+            KeyboardInterrupt: stopped() while lam was being chosen.
+        """
         start = time.perf_counter()
         settings, task = self.settings, self.at.task
         self._add_heads(task + 1)
         self._stream = self._data(task)
-        self.optimizer = settings.make_optimizer(self.model.parameters())
-        batches = split_batches(torch.arange(len(self._stream)), settings.batch_size)
-        steps = self.epochs[task] * len(batches)
-        self._schedule = settings.make_schedule(self.optimizer, steps)
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "float16")
+        self._stepper = self._make_stepper(self._stream)
         self.training = Training(
             self.model,
             self.optimizer,
@@ -167,6 +183,9 @@ class Learning:
         )
         self.method.begin_task(self.training)
         if not resumed:
+            automatic = isinstance(self.method, Quadratic) and self.method.automatic
+            if automatic and task > 0 and self.epochs[task] > 0:
+                self._choose_lam(stopped)
             self.found.border_seconds[task] = time.perf_counter() - start
 
     def check_loss(self) -> None:
@@ -187,6 +206,11 @@ class Learning:
         # The default is of the task loss.
         name = "task_loss" if self.settings.score is None else "score"
         return _checked(name, lambda: self._score(output, target), output, target, shapes)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Of all parameters of the model; new for every task."""
+        return self._stepper.optimizer
 
     @property
     def _observing(self) -> bool:
@@ -210,30 +234,45 @@ class Learning:
         """Take the steps of the epoch that are left, one at a time."""
         settings, at, training = self.settings, self.at, self.training
         training.observing = self._observing
-        precision = AMP_DTYPES.get(settings.amp or "")
-        left = split_batches(self._order(), settings.batch_size)[at.step :]
+        left = split_batches(self._order(self._stream, at.epoch), settings.batch_size)[at.step :]
         self.model.train()
         start, before = time.perf_counter(), at.step
         try:
             for x, y in self._stream.batches(left, settings.seed):
-                self.optimizer.zero_grad()
-                with torch.autocast(self.device.type, precision, enabled=precision is not None):
-                    loss = self.method.loss(training, x, y)
-                self._scaler.scale(loss).backward()
-                if settings.clip is not None:
-                    self._scaler.unscale_(self.optimizer)
-                    nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
-                self._scaler.step(self.optimizer)
-                self._scaler.update()
-                if self._schedule is not None:
-                    self._schedule.step()
+                loss = self._step(self._stepper, x, y)
                 self.method.after_step(training, x, y)
-                self._loss_sum += loss.detach()
+                self._loss_sum += loss
                 at.step += 1
                 yield
         finally:
             at.seconds += time.perf_counter() - start
             at.steps += at.step - before
+
+    def _make_stepper(self, stream: Stream) -> Stepper:
+        """A new optimizer, and what goes with it, for the present task's epochs of these samples."""
+        settings, task = self.settings, self.at.task
+        optimizer = settings.make_optimizer(self.model.parameters())
+        batches = split_batches(torch.arange(len(stream)), settings.batch_size)
+        schedule = settings.make_schedule(optimizer, self.epochs[task] * len(batches))
+        scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "float16")
+        return Stepper(optimizer, schedule, scaler)
+
+    def _step(self, stepper: Stepper, x: Tensor, y: Tensor) -> Tensor:
+        """Take a step on a batch; returns its loss."""
+        optimizer, schedule, scaler = stepper
+        precision = AMP_DTYPES.get(self.settings.amp or "")
+        optimizer.zero_grad()
+        with torch.autocast(self.device.type, precision, enabled=precision is not None):
+            loss = self.method.loss(self.training, x, y)
+        scaler.scale(loss).backward()
+        if self.settings.clip is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        if schedule is not None:
+            schedule.step()
+        return loss.detach()
 
     def end_epoch(self) -> Epoch:
         """Measure the epoch, on the validation data, too.
@@ -277,6 +316,47 @@ class Learning:
                 found.validation[task, k] = self._mean_score(k, "validation")
         self.at, self._best_model = Position(task + 1), {}
 
+    # -- the choice of lam -------------------------------------------------------------------------
+
+    def _choose_lam(self, stopped: Callable[[], bool]) -> None:
+        """Set the lam of the method's penalty by the present task's training and validation data."""
+        assert isinstance(self.method, Quadratic)
+        penalty = self.method.penalty
+        assert penalty is not None
+        settings, task, head = self.settings, self.at.task, self._head(self.at.task)
+        share = settings.validation or CHOOSING_SHARE
+        kinds = ("training", "validation")
+        stream, held_out = (self._stream_of([self._samples(task, k, head, share)]) for k in kinds)
+        # Measuring sixteen times on more than this would take longer than half a training.
+        seen = self.epochs[task] * len(stream)
+        few = split_batches(torch.arange(len(held_out))[: max(1, seen // 12)], EVALUATION_BATCH)
+        old = () if settings.setting == "domain" else range(task)
+
+        def learn() -> Generator[Optimizer, None, None]:
+            stepper = self._make_stepper(stream)
+            for epoch in range(self.epochs[task]):
+                order = split_batches(self._order(stream, epoch), settings.batch_size)
+                for x, y in stream.batches(order, settings.seed):
+                    if stopped():
+                        raise KeyboardInterrupt
+                    self.model.train()
+                    self._step(stepper, x, y)
+                    yield stepper.optimizer
+
+        @torch.no_grad()
+        def measure() -> tuple[float, list[Tensor]]:
+            self.model.eval()
+            total, outputs = 0.0, [list[Tensor]() for _ in old]
+            for x, y in held_out.batches(few, settings.seed):
+                features = self.model.backbone(x)
+                loss = self.training.task_loss(self.model.classify(features, head), y)
+                total += len(y) * float(loss)
+                for k, found in zip(old, outputs, strict=True):
+                    found.append(self.model.classify(features, k))
+            return total / sum(map(len, few)), [torch.cat(found) for found in outputs]
+
+        penalty.lam = self.found.lam[task] = choose_lam(penalty, learn, measure, settings.keep)
+
     # -- data and heads ----------------------------------------------------------------------------
 
     def _add_heads(self, tasks: int) -> None:
@@ -289,15 +369,21 @@ class Learning:
             return 0
         return None if joint or self.settings.setting == "class" else task
 
-    def _samples(self, task: int, kind: str, head: int | None) -> TaskSamples:
-        """A task's samples for training, validation or testing, with targets for the outputs of this head."""
+    def _samples(
+        self, task: int, kind: str, head: int | None, validation: float | None = None
+    ) -> TaskSamples:
+        """A task's samples for training, validation or testing, with targets for the outputs of this head.
+
+        validation: the share for that, None for that of the settings.
+        """
         data = self.tasks[task]
         dataset = data.test if kind == "test" else data.train
         count = len(dataset)  # type: ignore[arg-type]
         index = torch.arange(count)
         if kind != "test":
             index = torch.randperm(count, generator=_seeded(self.settings.seed, task))
-            held_out = int(self.settings.validation * count)
+            share = self.settings.validation if validation is None else validation
+            held_out = int(share * count)
             index = index[:held_out] if kind == "validation" else index[held_out:]
         if len(index) == 0:
             raise ValueError(f"{kind} data of task {data.name!r}: got no samples, expected some")
@@ -308,15 +394,18 @@ class Learning:
         joint = self.method.joint
         tasks = range(task + 1) if joint else [task]
         parts = [self._samples(k, "training", self._head(k, joint)) for k in tasks]
+        return self._stream_of(parts)
+
+    def _stream_of(self, parts: list[TaskSamples]) -> Stream:
         return Stream(parts, self.settings.workers, self.device)
 
-    def _order(self) -> Tensor:
-        """The samples of the present epoch, which depend on the seed and its number alone."""
-        generator = _seeded(self.settings.seed, self.at.task, self.at.epoch)
-        count = len(self._stream)
+    def _order(self, stream: Stream, epoch: int) -> Tensor:
+        """The samples of an epoch of the present task, which depend on the seed and its number alone."""
+        generator = _seeded(self.settings.seed, self.at.task, epoch)
+        count = len(stream)
         if not self.settings.balanced:
             return torch.randperm(count, generator=generator)
-        classes = self._stream.labels
+        classes = stream.labels
         weights = 1.0 / classes.bincount()[classes]
         return torch.multinomial(weights, count, replacement=True, generator=generator)
 
@@ -329,7 +418,7 @@ class Learning:
     @torch.no_grad()
     def _mean_score(self, task: int, kind: str) -> float:
         head, total = self._head(task), torch.zeros((), dtype=torch.float64, device=self.device)
-        stream = Stream([self._samples(task, kind, head)], self.settings.workers, self.device)
+        stream = self._stream_of([self._samples(task, kind, head)])
         self.model.eval()
         for x, y in stream.batches(split_batches(torch.arange(len(stream)), EVALUATION_BATCH)):
             found = self._scores(self.model(x, head), y).double()
@@ -355,9 +444,10 @@ class Learning:
         if self.device.type == "cuda":
             state["random_cuda"] = torch.cuda.get_rng_state(self.device)
         if self.inside:
-            state["optimizer"] = self.optimizer.state_dict()
-            state["scaler"] = self._scaler.state_dict()
-            state["schedule"] = self._schedule.state_dict() if self._schedule else None
+            optimizer, schedule, scaler = self._stepper
+            state["optimizer"] = optimizer.state_dict()
+            state["scaler"] = scaler.state_dict()
+            state["schedule"] = schedule.state_dict() if schedule else None
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -385,15 +475,18 @@ class Learning:
         self._add_heads(state["heads"])
         self.model.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"], self.model)
-        self.at, self.found = Position(**state["at"]), Result(**state["found"])
+        # Checkpoints of before have no lam.
+        nothing = asdict(Result.nothing(len(self.tasks)))
+        self.at, self.found = Position(**state["at"]), Result(**{**nothing, **state["found"]})
         self._best_model = best
         self._loss_sum.copy_(state["loss_sum"])
         if self.inside:
             self.begin_task(resumed=True)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self._scaler.load_state_dict(state["scaler"])
-            if self._schedule is not None:
-                self._schedule.load_state_dict(state["schedule"])
+            optimizer, schedule, scaler = self._stepper
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            if schedule is not None:
+                schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], self.device)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 from mas_ext._hints import resolve
+from mas_ext.lam import check_keep
 from mas_ext.methods.method import SETTINGS, Setting, TaskLoss, is_cross_entropy
 
 # (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better.
@@ -36,6 +37,8 @@ LOSSES: dict[str, TaskLoss] = {
     "smooth-l1": F.smooth_l1_loss,
 }
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# The share of the training data that lam is chosen on where `validation` says nothing.
+CHOOSING_SHARE = 0.1
 
 
 def is_right(output: Tensor, target: Tensor) -> Tensor:
@@ -77,6 +80,8 @@ class Settings:
         score: (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better; or a
             name: "accuracy" (whether the largest output is the label's) or "module:function". Its mean is what
             Result calls accuracy. None: "accuracy"; for any other loss than the cross entropy, minus the loss.
+        keep: for methods with lam "auto", what matters: from 0, the new task alone, to 1, the old ones. See
+            mas_ext.choose_lam.
 
     Raises:
         ValueError: a value that can't be used.
@@ -99,6 +104,7 @@ class Settings:
     workers: int = 0
     task_loss: str | TaskLoss = F.cross_entropy
     score: str | Score | None = None
+    keep: float = 0.5
 
     def __post_init__(self) -> None:
         for name, choices in (("setting", SETTINGS), ("amp", (None, *AMP_DTYPES))):
@@ -120,6 +126,7 @@ class Settings:
         for name, value in (("lr", self.lr), ("clip", self.clip)):
             if (name, value) != ("clip", None) and not (value and value > 0):
                 raise ValueError(f"{name}: got {value}, expected more than 0")
+        check_keep(self.keep)
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation: got {self.validation}, expected from 0 to less than 1")
         epochs = self.epochs if isinstance(self.epochs, Sequence) else [self.epochs]
@@ -186,10 +193,11 @@ class Settings:
         found = {
             name: getattr(self, name) for name in self.__dataclass_fields__ if name != "workers"
         }
-        # None by default, as checkpoints that have neither are read.
+        # None by default, as checkpoints that have none of these are read.
         loss, score = self.loss_function, self.score_function
         found["task_loss"] = None if loss is F.cross_entropy else _name(loss)
         found["score"] = None if score is None else _name(score)
+        found["keep"] = None if self.keep == Settings.keep else self.keep
         found["epochs"] = [self.epochs] if isinstance(self.epochs, int) else [*self.epochs]
         return found
 

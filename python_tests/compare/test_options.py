@@ -34,12 +34,16 @@ EVERYTHING: dict[str, Any] = {
     "validation": 0.25,
     "patience": 2,
     "importance_epochs": 0,
+    "keep": 0.25,
     "balanced": True,
     "deterministic": True,
     "task_loss": "smooth-l1",
     "score": "torch.nn.functional:l1_loss",
     "workers": 1,
 }
+
+
+AUTO = {"methods": {"mas": {}, "lwf": {"lam": 1.0}}, "lam": "auto"}
 
 
 def test_every_field_has_a_key() -> None:
@@ -64,7 +68,7 @@ def test_nothing_given() -> None:
     assert list(found.methods) == ["finetune", "mas", "mas-alpha", "joint"]
 
 
-@pytest.mark.parametrize("values", [EVERYTHING, {}, {"order": "random", "clip": math.inf}])
+@pytest.mark.parametrize("values", [EVERYTHING, {}, {"order": "random", "clip": math.inf}, AUTO])
 def test_a_file_gives_back_what_was_written(values: dict[str, Any], tmp_path: Path) -> None:
     written = Config.read(values)
     path = tmp_path / "config.toml"
@@ -121,6 +125,9 @@ def test_no_toml(tmp_path: Path) -> None:
         ),
         ({"lam": [1, 1]}, r"lam: got \[1.0, 1.0\], expected each number once"),
         ({"lam": math.inf}, r"lam: got \[inf\], expected finite numbers from 0 up"),
+        ({"keep": 2}, "keep: got 2.0, expected a number from 0 to 1"),
+        ({"methods": ["lwf"], "lam": "auto"}, "lam: got 'auto', expected float"),
+        ({"methods": {"ebll": {"lam": "auto"}}}, "lam: got 'auto', expected float"),
         ({"lr": "fast"}, "lr: got 'fast', expected a number"),
         ({"lr": True}, "lr: got True, expected a number"),
         ({"lr": [1.0]}, r"lr: got \[1.0\], expected a number"),
@@ -151,6 +158,7 @@ def test_what_cannot_be_used(values: dict[str, Any], message: str) -> None:
     [
         ("methods", "mas,joint", ("mas", "joint")),
         ("lam", "1,1e-3", (1.0, 0.001)),
+        ("lam", "auto", "auto"),
         ("epochs", "4", (4,)),
         ("order", "random", "random"),
         ("order", "1,0", (1, 0)),
@@ -188,6 +196,19 @@ def test_which_lam() -> None:
     created = found.create("mas-alpha", 5.0)
     assert vars(created)["lam"] == 5.0
     assert type(found.create("finetune", None)).__name__ == "Finetune"
+
+
+def test_lam_that_is_chosen_before_each_task() -> None:
+    methods = {"finetune": {}, "mas": {"lam": "auto"}, "si": {}, "lwf": {"lam": 2}}
+    found = Config.read({"methods": methods})
+    assert [found.lams(name) for name in methods] == [(), ("auto",), (1.0,), (2.0,)]
+    assert found.automatic
+    assert found.values()["keep"] == 0.5
+    assert found.tried() == []
+    everybody = Config.read({"methods": ["mas", "si"], "lam": "auto"})
+    assert [everybody.lams(name) for name in ("mas", "si")] == [("auto",)] * 2
+    assert not Config().automatic
+    assert "keep" not in Config().values()
 
 
 def test_merge() -> None:
