@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from experiments.adaptivity import Adaptivity
 from experiments.class_incremental import ClassIncremental
+from experiments.automatic import Automatic
 from experiments.consistency import Consistency
 from experiments.cost import Cost
 from experiments.datasets import Datasets
@@ -36,4 +37,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "regression": Regression(),
     "task-free": TaskFreeStreams(),
     "class-incremental": ClassIncremental(),
+    "automatic": Automatic(),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments import EXPERIMENTS, Experiment, Page, Results, reproduce
+from experiments import EXPERIMENTS, Experiment, Page, Results, automatic, reproduce
 from experiments.adaptivity import PARTS
 from experiments.compositions import (
     ATTRIBUTES,
@@ -30,7 +31,7 @@ from experiments.consistency import toy
 from experiments.embedding import Embedding, RankingEWC, ranks, rivals, shortfall
 from experiments.facts import glyphs as glyphs_of
 from experiments.facts import scores
-from experiments.learned import GRID, trained
+from experiments.learned import GRID, fewer, trained
 from experiments.loops import SquaredGradients
 from experiments.official_demo import Reestimated, paced
 from experiments.regression import VARIANTS, Arm
@@ -41,6 +42,9 @@ from mas_ext.compare.options import Config
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import Method, create
 from mas_ext.methods.method import Training
+from mas_ext.scenarios import Scenario
+from mas_ext.trainer import Trainer
+from mas_ext.training.run import Result
 
 ROOT = Path(__file__).parents[2]
 
@@ -468,6 +472,46 @@ def test_regression(tmp_path: Path) -> None:
     }
     ((cell, _),) = results.where(purpose="final", method="si")
     assert scores[cell["lam"]] == max(scores.values())
+
+
+def test_automatic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table has what was chosen beside the best of the grid, and units are those of a plain loop."""
+    problem = automatic.PROBLEMS["arms"](None, 0)
+    tasks = fewer(Scenario(problem.scenario.tasks[:3]), 200, 100).tasks
+    settings = replace(problem.settings, epochs=4, lr=0.01)
+
+    def small(folder: Any, seed: int) -> automatic.Problem:
+        return automatic.Problem(Scenario(tasks), copy.deepcopy(problem.network), settings)
+
+    monkeypatch.setitem(automatic.PROBLEMS, "arms", small)
+    quick: Any = replace(EXPERIMENTS["automatic"].quick(), grids={"mas": (0.1, 1.0, 10.0)})
+    page = reproduce(quick, "automatic", tmp_path)
+    results = Results(tmp_path / "automatic.json", quick.protocol())
+    by_lam = {c["lam"]: f for c, f in results.where(method="mas")}
+    found, unit = by_lam.pop("auto"), by_lam.pop("unit")
+    assert set(by_lam) >= {0.1, 1.0, 10.0}
+    best = max(by_lam, key=lambda lam: by_lam[lam]["average_accuracy"])
+    assert len(found["chosen_lam"]) == 3
+    row = next(line for line in page.text.splitlines() if line.startswith("| arms |")).split("|")
+    assert float(row[3]) == pytest.approx(100 * found["average_accuracy"], abs=0.051)
+    assert float(row[4]) == pytest.approx(100 * by_lam[best]["average_accuracy"], abs=0.051)
+    assert float(row[6]) == best
+    assert float(row[7]) == pytest.approx(best * unit["energy"] / unit["loss"], rel=0.01)
+    assert unit["loss"] > 0
+    learner, method = small(None, 0), create("mas", lam=1e-12, mode="proximal", max_samples=300)
+    kept = []
+
+    def keep(news: Any) -> None:
+        if isinstance(news, Result):
+            omega = {name: w.clone() for name, w in method.penalty.omega.items()}
+            kept.append((omega, copy.deepcopy(learner.network.state_dict())))
+
+    learned = replace(settings, validation=0.1)
+    Trainer(learner.network, method, callbacks=[keep], **vars(learned)).fit(Scenario(tasks[:2]))
+    (omega, before), (_, after) = kept
+    moved = {name: (after[name] - before[name]).double() for name in omega}
+    energy = sum(float((w.double() * moved[name] ** 2).sum()) for name, w in omega.items())
+    assert unit["energy"] == pytest.approx(energy, rel=1e-4)
 
 
 def test_parts() -> None:

@@ -1,0 +1,248 @@
+"""lam chosen from each new task alone, beside the one that is best in hindsight, which nobody knows in time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments.datasets import Datasets
+from experiments.experiment import Experiment, Page, Results
+from experiments.learned import DATA_SETS, fewer, scenario_of
+from experiments.on_pretrained import OnPretrained
+from experiments.regression import ARMS, Regression
+from experiments.tables import number, percent, titled
+from mas_ext import models
+from mas_ext.compare.cells import Cell, Found, choose, chosen, decades
+from mas_ext.compare.options import Config
+from mas_ext.compare.sweep import train
+from mas_ext.methods import create
+from mas_ext.methods.method import Method, Training
+from mas_ext.methods.quadratic import Quadratic
+from mas_ext.models import MultiHead
+from mas_ext.scenarios import Scenario, Task, Tensors
+from mas_ext.training.settings import Settings
+
+
+class Problem(NamedTuple):
+    """Tasks to learn, a network before the first of them, and how they are trained."""
+
+    scenario: Scenario
+    network: MultiHead
+    settings: Settings
+
+
+def _mnist(folder: str | None, seed: int, samples: int, **config: Any) -> Problem:
+    base = Config.read({"hidden": [200, 200], "batch_size": 128, "methods": ["finetune"], **config})
+    scenario = fewer(scenario_of(base, folder, seed), samples, 2000, seed)
+    return Problem(scenario, base.network(scenario, seed), base.settings)
+
+
+def _pretrained(folder: str | None, seed: int) -> Problem:
+    """CIFAR-10 as it was learned elsewhere, then 1,000 images of each group of ten of CIFAR-100's classes."""
+    whole = OnPretrained(data=folder)
+    first, *groups = whole.scenario(seed).tasks
+    scenario = Scenario((first, *fewer(Scenario(tuple(groups)), 1000, None, seed).tasks))
+    settings = replace(whole.base.settings, epochs=[0, 3, 3, 3])
+    return Problem(scenario, whole.network(scenario, seed), settings)
+
+
+def _datasets(folder: str | None, seed: int) -> Problem:
+    whole = Datasets(data=folder, train=1000, test=500)
+    scenario = whole.scenario(seed)
+    return Problem(scenario, whole.network(scenario, seed), whole.base.settings)
+
+
+def _arms(folder: str | None, seed: int) -> Problem:
+    """Five arms, whose accuracy is the share of the torques' variance that is explained."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        whole = Regression()
+        parts = zip(ARMS, whole.data_of(2200), whole.data_of(500), strict=True)
+        tasks = [Task(name, Tensors(*a), Tensors(*b), (), 2) for name, a, b in parts]
+        network = models.mlp((8,), whole.hidden)
+    loss = {"task_loss": F.mse_loss, "score": explained}
+    settings = Settings(lr=whole.lr, epochs=30, batch_size=whole.batch_size, **loss)
+    return Problem(Scenario(tuple(tasks)), network, settings)
+
+
+def explained(output: Tensor, target: Tensor) -> Tensor:
+    """1 - squared error over variance, of (N, outputs) each."""
+    return 1 - (output - target).square().mean() / target.var(0).mean()
+
+
+# By name, what makes them of the folder of the data and a seed.
+PROBLEMS = {
+    "arms": _arms,
+    "split MNIST": partial(_mnist, scenario="split-mnist", samples=4000, epochs=4),
+    "permuted MNIST": partial(
+        _mnist, scenario="permuted-mnist", samples=10000, tasks=10, setting="domain", epochs=2
+    ),
+    "CIFAR-10, CIFAR-100": _pretrained,
+    "data sets": _datasets,
+}
+# Their options, beside lam and the form; a Fisher information of labels is none of torques.
+METHODS: dict[str, Mapping[str, Any]] = {"mas": {}, "online-ewc": {}}
+OF_ARMS = {"online-ewc": {"labels": "normal"}}
+
+
+class InUnits(Method):
+    """Another method that notes, of the second task, its loss and what the penalty at lam 1 comes to.
+
+    lam is so small that the task is learned as if there were no penalty.
+    """
+
+    def __init__(self, method: Quadratic) -> None:
+        self.method = method
+        self.loss_before = self.energy = math.nan
+
+    def begin_task(self, training: Training) -> None:
+        self.method.begin_task(training)
+        if training.task == 1:
+            losses = [
+                len(y) * training.task_loss(training.logits(x), y).detach()
+                for x, y in training.batches(None)
+            ]
+            self.loss_before = float(sum(losses)) / sum(len(y) for _, y in training.batches(None))
+
+    def end_task(self, training: Training) -> None:
+        penalty = self.method.penalty
+        assert penalty is not None
+        if training.task == 1:
+            self.energy = float(penalty().detach()) / penalty.lam
+        self.method.end_task(training)
+
+
+@dataclass(frozen=True)
+class Automatic(Experiment):
+    """Every method with lam "auto", and with the lam of a grid that is best on the test data of all tasks.
+
+    grids: where that is looked for, as it is chosen elsewhere: every second value, then beside the best.
+    """
+
+    title: ClassVar[str] = "lam by itself"
+    seeds: int = 1
+    problems: tuple[str, ...] = tuple(PROBLEMS)
+    methods: tuple[str, ...] = tuple(METHODS)
+    grids: Mapping[str, Sequence[float]] = field(
+        default_factory=lambda: {
+            "mas": (1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2),
+            "online-ewc": (1e0, 1e1, 1e2, 1e3, 1e4, 1e5),
+        }
+    )
+    max_samples: int = 300
+
+    def data_sets(self) -> tuple[str, ...]:
+        if self.problems == ("arms",):
+            return ()
+        return (*DATA_SETS["datasets"], "cifar10-test", "resnet20")
+
+    def quick(self) -> Automatic:
+        """The arms, which need no data, and MAS."""
+        return replace(self, problems=("arms",), methods=("mas",))
+
+    def protocol(self) -> dict[str, Any]:
+        return {"mode": "proximal", "validation": 0.1, "keep": 0.5, "max_samples": self.max_samples}
+
+    def _cell(self, problem: str, method: str, seed: int) -> Cell:
+        return {"problem": problem, "method": method, "seed": seed}
+
+    def _oracle(self, results: Results, cell: Cell) -> Any:
+        grid = self.grids[cell["method"]]
+        return choose(results, [cell], decades(grid), "average_accuracy")
+
+    def plan(self, results: Results) -> Iterator[Cell]:
+        """Of each seed, fine-tuning, then of each method what was chosen, and then what could have been."""
+        for seed in range(self.seeds):
+            for problem in self.problems:
+                yield {**self._cell(problem, "finetune", seed), "lam": None}
+            for method in self.methods:
+                for problem in self.problems:
+                    cell = self._cell(problem, method, seed)
+                    yield {**cell, "lam": "auto"}
+                    yield {**cell, "lam": "unit"}
+                    yield from self._oracle(results, cell)
+
+    def measure(self, cell: Cell) -> Found:
+        name, method, seed, lam = (cell[key] for key in ("problem", "method", "seed", "lam"))
+        scenario, network, settings = PROBLEMS[name](self.data, seed)
+        settings = replace(settings, seed=seed, validation=0.1)
+        if method == "finetune":
+            return train(network, create(method), scenario, settings)
+        given = {**METHODS[method], **(OF_ARMS.get(method, {}) if name == "arms" else {})}
+        given |= {"mode": "proximal", "max_samples": self.max_samples}
+        if lam != "unit":
+            return train(network, create(method, lam=lam, **given), scenario, settings)
+        noted = InUnits(create(method, lam=1e-12, **given))  # type: ignore[arg-type]
+        epochs = settings.epochs if isinstance(settings.epochs, int) else settings.epochs[:2]
+        train(network, noted, Scenario(scenario.tasks[:2]), replace(settings, epochs=epochs))
+        return {"loss": noted.loss_before, "energy": noted.energy}
+
+    def show(self, results: Results) -> Page:
+        """A table per method, and the distances and spreads over all problems."""
+        text = []
+        for method in self.methods:
+            rows, distances, best, units = [], [], [], []
+            for problem in self.problems:
+                row = self._row(results, problem, method)
+                if row is None:
+                    continue
+                words, distance, lams, in_units = row
+                rows.append(words)
+                distances.append(distance)
+                best += lams
+                units += in_units
+            if rows:
+                behind = -100 * sum(distances) / len(distances)
+                text += [
+                    f"**`{method}`**",
+                    titled(rows),
+                    f"On average {behind:.1f} points behind hindsight, at most "
+                    f"{-100 * min(distances):.1f}. The best lam spans {_decades(best):.1f} decades, in "
+                    f"units of the loss {_decades(units):.1f}.",
+                ]
+        return Page("\n\n".join([*text, results.place()]))
+
+    def _row(
+        self, results: Results, problem: str, method: str
+    ) -> tuple[dict[str, str], float, list[float], list[float]] | None:
+        """A line of the table; the mean distance to hindsight; each seed's best lam, raw and in units."""
+        plain, own, oracle, lams, units, taken = [], [], [], [], [], []
+        for seed in range(self.seeds):
+            cell = self._cell(problem, method, seed)
+            lam = chosen(results, self._oracle(results, cell))
+            needed = [{**self._cell(problem, "finetune", seed), "lam": None}]
+            needed += [{**cell, "lam": each} for each in ("auto", "unit")]
+            if lam is None or not all(each in results for each in needed):
+                continue
+            finetuned, automatic, unit = (results[each] for each in needed)
+            plain.append(finetuned["average_accuracy"])
+            own.append(automatic["average_accuracy"])
+            oracle.append(results[{**cell, "lam": lam}]["average_accuracy"])
+            taken += [each for each in automatic["chosen_lam"] if each is not None]
+            # online EWC calls lam what is twice that of the penalty.
+            strength = lam / 2 if method == "online-ewc" else lam
+            lams.append(strength)
+            units.append(strength * unit["energy"] / unit["loss"])
+        if not own:
+            return None
+        words = {
+            "problem": problem,
+            "fine-tuning, %": percent(plain, 1),
+            "auto, %": percent(own, 1),
+            "hindsight, %": percent(oracle, 1),
+            "lam, auto": f"{min(taken):.2g} to {max(taken):.2g}",
+            "lam, hindsight": ", ".join(map(number, lams)),
+            "in units of the loss": ", ".join(map(number, units)),
+        }
+        return words, sum(a - b for a, b in zip(own, oracle, strict=True)) / len(own), lams, units
+
+
+def _decades(values: Sequence[float]) -> float:
+    return math.log10(max(values) / min(values))
