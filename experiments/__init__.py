@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from experiments.adaptivity import Adaptivity
-from experiments.class_incremental import ClassIncremental
 from experiments.automatic import Automatic
+from experiments.class_incremental import ClassIncremental
 from experiments.consistency import Consistency
 from experiments.cost import Cost
 from experiments.datasets import Datasets
@@ -35,7 +35,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "properties": Properties(),
     "cost": Cost(),
     "regression": Regression(),
-    "task-free": TaskFreeStreams(),
     "class-incremental": ClassIncremental(),
+    "task-free": TaskFreeStreams(),
     "automatic": Automatic(),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -67,7 +67,7 @@ def _arms(folder: str | None, seed: int) -> Problem:
         parts = zip(ARMS, whole.data_of(2200), whole.data_of(500), strict=True)
         tasks = [Task(name, Tensors(*a), Tensors(*b), (), 2) for name, a, b in parts]
         network = models.mlp((8,), whole.hidden)
-    loss = {"task_loss": F.mse_loss, "score": explained}
+    loss: dict[str, Any] = {"task_loss": F.mse_loss, "score": explained}
     settings = Settings(lr=whole.lr, epochs=30, batch_size=whole.batch_size, **loss)
     return Problem(Scenario(tuple(tasks)), network, settings)
 
@@ -78,7 +78,7 @@ def explained(output: Tensor, target: Tensor) -> Tensor:
 
 
 # By name, what makes them of the folder of the data and a seed.
-PROBLEMS = {
+PROBLEMS: dict[str, Callable[[str | None, int], Problem]] = {
     "arms": _arms,
     "split MNIST": partial(_mnist, scenario="split-mnist", samples=4000, epochs=4),
     "permuted MNIST": partial(

@@ -10,12 +10,12 @@ from mas_ext.distillation import Distillation
 from mas_ext.importance import FisherSum, estimate_fisher, estimate_importance
 from mas_ext.importance.check import check_importance
 from mas_ext.info import info
-from mas_ext.lam import choose_lam, read_pull
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.replay import Replay
 from mas_ext.state.sharded_files import load_distributed
 from mas_ext.task_free import TaskFree
 from mas_ext.trainer import Trainer
+from mas_ext.training.lam import choose_lam, read_pull
 
 __all__ = [
     "Distillation",

@@ -16,13 +16,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mas_ext import metrics
 from mas_ext.failures import Diverged
-from mas_ext.lam import choose_lam
 from mas_ext.methods.method import Method, Training
 from mas_ext.methods.quadratic import Quadratic
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 from mas_ext.state import files as checkpoint
 from mas_ext.state.merge_rules import separate_anchor
+from mas_ext.training.lam import choose_lam
 from mas_ext.training.samples import Stream, TaskSamples, split_batches
 from mas_ext.training.settings import AMP_DTYPES, CHOOSING_SHARE, Settings
 

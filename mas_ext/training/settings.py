@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 from mas_ext._hints import resolve
-from mas_ext.lam import check_keep
 from mas_ext.methods.method import SETTINGS, Setting, TaskLoss, is_cross_entropy
+from mas_ext.training.lam import check_keep
 
 # (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better.
 Score = Callable[[Tensor, Tensor], Tensor]
