@@ -746,14 +746,19 @@ def test_a_state_for_another_rule_is_refused() -> None:
 def test_the_public_names() -> None:
     assert mas_ext.FusedMASPenalty is FusedMASPenalty
     names = {
+        "Distillation",
         "FisherSum",
         "FusedMASPenalty",
+        "Replay",
+        "TaskFree",
         "Trainer",
         "check_importance",
+        "choose_lam",
         "estimate_fisher",
         "estimate_importance",
         "info",
         "load_distributed",
+        "read_pull",
     }
     assert set(mas_ext.__all__) == names
 

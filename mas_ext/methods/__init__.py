@@ -64,9 +64,7 @@ def create(name: str, /, **given: Any) -> Method:
     for option, value in given.items():
         if not _fits(value, kinds[option]):
             raise ValueError(f"{option}: got {value!r}, expected {_spelled(kinds[option])}")
-        if not isinstance(value, str) and (
-            kinds[option] is float or float in get_args(kinds[option])
-        ):
+        if isinstance(value, Real) and float in (kinds[option], *get_args(kinds[option])):
             given[option] = float(value)
     return make(**given)
 

@@ -19,8 +19,8 @@ Lam = float | Literal["auto"]
 
 
 def times(factor: float, lam: Lam) -> Lam:
-    """factor lam; "auto" as it is."""
-    return lam if lam == "auto" else factor * lam
+    """factor lam; a word as it is."""
+    return lam if isinstance(lam, str) else factor * lam
 
 
 class Quadratic(Method):

@@ -91,7 +91,7 @@ def build(name: str, shape: Sequence[int]) -> MultiHead:
     Raises:
         ValueError: an unknown name, or a function that returns something else.
     """
-    network = resolve("model", name, MODELS)(shape)
+    network = resolve("name", name, MODELS)(shape)
     if not isinstance(network, MultiHead):
         raise ValueError(f"model: got {type(network).__name__} from {name!r}, expected a MultiHead")
     return network
