@@ -158,6 +158,54 @@ def test_all_is_as_it_was_after_an_error() -> None:
         assert not handle
 
 
+def test_a_measurement_leaves_the_modes_of_the_training() -> None:
+    """A training that sets its mode once, or not at all, is not in that of the measurement from then on."""
+    bowl = Bowl(steps=32)
+    modes: set[bool] = set()
+
+    def learn() -> Generator[torch.optim.Optimizer, None, None]:
+        for optimizer in bowl.learn():
+            modes.add(bowl.model.training)
+            yield optimizer
+
+    choose_lam(bowl.penalty, learn, bowl.measure)
+    assert modes == {True}
+
+
+def test_an_optimizer_that_is_kept_has_nothing_attached_afterwards() -> None:
+    bowl = Bowl(steps=32)
+    optimizer = torch.optim.SGD(bowl.model.parameters(), bowl.lr)
+
+    def learn() -> Generator[torch.optim.Optimizer, None, None]:
+        for _ in range(bowl.steps):
+            optimizer.zero_grad()
+            bowl.loss(bowl.model.x).backward()
+            optimizer.step()
+            yield optimizer
+
+    lam = choose_lam(bowl.penalty, learn, bowl.measure)
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert lam == choose_lam(bowl.penalty, learn, bowl.measure)
+
+
+def test_what_the_model_lacks_at_the_moment_counts_for_nothing() -> None:
+    """As a head that was taken off: lam and the readout are those of what is left."""
+    bowl, other = Bowl(), Bowl()
+    bowl.model.head = nn.Linear(2, 2).double()
+    penalty = FusedMASPenalty(bowl.model, exclude=["y"], omega_dtype=torch.float64)
+    weight = torch.ones(2, 2, dtype=torch.float64)
+    penalty.consolidate(importance={"x": bowl.omega, "head.weight": weight})
+    del bowl.model.head
+    assert choose_lam(penalty, bowl.learn, bowl.measure) == choose_lam(
+        other.penalty, other.learn, other.measure
+    )
+    with torch.no_grad():
+        bowl.model.x.copy_(bowl.minimum(2.0))
+    bowl.loss(bowl.model.x).backward()
+    assert read_pull(penalty).at_rest == pytest.approx(2.0)
+
+
 def test_a_penalty_without_any_importance_needs_no_lam() -> None:
     assert choose_lam((bowl := Bowl(0.0)).penalty, bowl.learn, bowl.measure) == 0.0
 
@@ -195,9 +243,17 @@ def test_errors_come_before_anything_is_done(keep: float) -> None:
 
 
 def test_errors_of_the_training() -> None:
+    one_tensor: Any = lambda: (1.0, torch.ones(3, 1))  # noqa: E731
     bowl = Bowl(steps=0)
     with pytest.raises(ValueError, match="learn: got a training without steps"):
         choose_lam(bowl.penalty, bowl.learn, bowl.measure)
+    (bowl := Bowl(steps=8)).model.train()
+    training = bowl.learn()
+    message = "learn: got 0 steps when it was called again, expected at least 4"
+    with pytest.raises(ValueError, match=message):
+        choose_lam(bowl.penalty, lambda: training, bowl.measure)
+    with pytest.raises(TypeError, match="measure: got one tensor beside the loss, expected a seq"):
+        choose_lam(bowl.penalty, bowl.learn, one_tensor)
     bowl = Bowl(lr=1e9)
     with pytest.raises(Diverged, match=r"loss: got .* before the task and .* after learning it"):
         choose_lam(bowl.penalty, bowl.learn, bowl.measure)

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from mas_ext.failures import Diverged
+from mas_ext.optim.hooks import Handle
 from mas_ext.optim.step_size import STEP_SIZES
 from mas_ext.parameters.names import named_parameters
 from mas_ext.penalty import FusedMASPenalty
@@ -60,10 +62,15 @@ def read_pull(penalty: FusedMASPenalty, optimizer: Optimizer | None = None) -> P
 
 @torch.no_grad()
 def _products(penalty: FusedMASPenalty) -> Tensor:
-    """|g|^2, |q|^2, -<g, d> and <q, d> with q = 2 lam W d, over all that is held: float64 of shape (4,)."""
+    """|g|^2, |q|^2, -<g, d> and <q, d> with q = 2 lam W d, over all that is held: float64 of shape (4,).
+
+    What the model lacks at the moment, such as a head that was taken off, is left out.
+    """
     theta, anchor = named_parameters(penalty.model, penalty.exclude), penalty.anchor
     scale, total = float(penalty.scale), torch.zeros(4, dtype=torch.float64)
     for name, w in penalty.omega.items():
+        if name not in theta:
+            continue
         d = theta[name].double() - anchor[name].double()
         grad = theta[name].grad
         g = torch.zeros_like(d) if grad is None else grad.to_dense().double()
@@ -122,24 +129,27 @@ def choose_lam(
         penalty: a consolidated one, of a model that is at the start of the task.
         learn: learn() trains penalty.model on the new task from where it is, without the penalty, with a new
             optimizer, which it yields after every step. It is called twice, and the second one closed half-way.
+        The penalty is attached to that one's optimizer until then.
         measure: measure() -> loss, outputs: the loss of the new task on data that it is not trained on, and the
-            outputs for earlier tasks on the same data, (N, ...) each, such as those of the old heads.
+            outputs for earlier tasks on the same data, (N, ...) each, such as those of the old heads. It
+            may set modes, as by model.eval(); the training goes on in its own.
         keep: what matters, from 0 (the new task alone) to 1 (the old ones).
 
     Raises:
-        ValueError: keep is not from 0 to 1; a penalty that holds nothing yet; a training without steps.
-        TypeError: an optimizer whose step sizes are unknown.
+        ValueError: keep is not from 0 to 1; a penalty that holds nothing yet; a training without steps, or with
+            fewer than half as many when it is called again.
+        TypeError: an optimizer whose step sizes are unknown; outputs that are one tensor.
         Diverged: a loss that is not finite.
     """
     check_keep(keep)
     if penalty.num_tasks == 0:
         raise ValueError("penalty: got one that holds nothing yet, expected a consolidated one")
     with _put_back(penalty):
-        first, old = measure()
+        first, old = _measured(penalty, measure)
         steps = sum(1 for _ in learn())
         if steps == 0:
             raise ValueError("learn: got a training without steps, expected some")
-        learned, _ = measure()
+        learned, _ = _measured(penalty, measure)
         gain = first - learned
         if not math.isfinite(gain):
             raise Diverged(
@@ -186,20 +196,42 @@ def _way_back(
         sums = sums + _products(penalty).cpu() / torch.tensor([1.0, 1.0, 1.0, penalty.lam])
 
     penalty.lam = unit * WEAKEST
-    with closing(learn()) as training:
-        for n, optimizer in enumerate(training, 1):
-            if n == 1:
-                penalty.attach(optimizer, mode="proximal")
-                optimizer.register_step_pre_hook(add_products)
-            if n * POINTS // steps > (n - 1) * POINTS // steps:
-                loss, outputs = measure()
-                along, energy = sums[2:].tolist()
-                sums = torch.zeros(4)
-                at_rest = along / energy if along > 0 and energy > 0 else penalty.lam
-                yield _Point(loss if math.isfinite(loss) else math.inf, outputs, at_rest)
-            penalty.lam = unit * WEAKEST * (STRONGEST / WEAKEST) ** (n / steps)
-            if n == steps:
-                return
+    handles: list[Handle | RemovableHandle] = []
+    n = 0
+    try:
+        with closing(learn()) as training:
+            for n, optimizer in enumerate(training, 1):
+                if n == 1:
+                    handles.append(penalty.attach(optimizer, mode="proximal"))
+                    handles.append(optimizer.register_step_pre_hook(add_products))
+                if n * POINTS // steps > (n - 1) * POINTS // steps:
+                    loss, outputs = _measured(penalty, measure)
+                    along, energy = sums[2:].tolist()
+                    sums = torch.zeros(4)
+                    at_rest = along / energy if along > 0 and energy > 0 else penalty.lam
+                    yield _Point(loss if math.isfinite(loss) else math.inf, outputs, at_rest)
+                penalty.lam = unit * WEAKEST * (STRONGEST / WEAKEST) ** (n / steps)
+                if n == steps:
+                    return
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise ValueError(
+        f"learn: got {n} steps when it was called again, expected at least {steps}, half of the first time's"
+    )
+
+
+def _measured(penalty: FusedMASPenalty, measure: Measure) -> tuple[float, Sequence[Tensor]]:
+    """Loss and outputs, with the modules' modes afterwards as before: the training goes on in them."""
+    modes = [(module, module.training) for module in penalty.model.modules()]
+    loss, outputs = measure()
+    for module, training in modes:
+        module.training = training
+    if isinstance(outputs, Tensor):
+        raise TypeError(
+            "measure: got one tensor beside the loss, expected a sequence of outputs, one for each earlier task"
+        )
+    return loss, outputs
 
 
 def _crossing(lams: Sequence[float], unlearned: Sequence[float], most: float) -> float:
