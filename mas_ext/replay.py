@@ -81,8 +81,10 @@ class Replay:
         Of fewer samples than `count` all are drawn.
 
         Raises:
-            ValueError: an empty memory; samples of different shapes.
+            ValueError: a count below 1; an empty memory; samples of different shapes.
         """
+        if count < 1:
+            raise ValueError(f"count: got {count}, expected at least 1")
         if not self._kept:
             raise ValueError("draw: got an empty memory, expected one that samples were added to")
         chosen = torch.randperm(len(self), generator=self._generator)[:count].tolist()

@@ -151,6 +151,9 @@ def test_what_can_not_be_is_refused_and_changes_nothing() -> None:
             replay.add(bad)
     after = replay.state_dict()
     assert (before["seen"], before["classes"]) == (after["seen"], after["classes"])
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"count: got {count}, expected at least 1"):
+            replay.draw(count)
     other = Replay(8)
     other.add(torch.zeros(4, 2))
     other.add(torch.zeros(4, 3))
