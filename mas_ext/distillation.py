@@ -147,6 +147,15 @@ class Distillation:
         for name, t in own.items():
             t.copy_(state[name])
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._keep()  # a copy knows no other values than these
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Versions count the writes to a tensor; a copy's begin anew.
+        shared = [each._replace(version=each.parameter._version) for each in state["_shared"]]
+        self.__dict__.update(state, _shared=shared)
+
     def _divergence(self, output: Tensor, target: Tensor, reduction: Reduction) -> Tensor:
         """KL(q* || q) over dimension 1."""
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -187,6 +188,24 @@ def test_a_shared_parameter_that_was_changed_is_refused() -> None:
         model.base.weight += 1
     with pytest.raises(RuntimeError, match=r"parameter 'base\.weight': got other values"):
         distill(X)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
+def test_a_copy_has_its_own_frozen_parameters(copied: Any) -> None:
+    """Their values are those of the original, whatever was written to that before, and changes are refused."""
+    model = network()
+    model[0].requires_grad_(False)
+    distill = Distillation(model)
+    shift(model)
+    again = copied(distill)
+    distill.model.eval(), again.model.eval()
+    assert again(X).item() == distill(X).item() > 0
+    with torch.no_grad():
+        again.model[0].weight += 1
+    distill(X)
+    for changed in (lambda: again(X), lambda: copied(again)):
+        with pytest.raises(RuntimeError, match=r"parameter '0\.weight': got other values"):
+            changed()
 
 
 def test_an_adapter_that_is_merged_into_a_shared_weight_is_refused() -> None:
