@@ -104,7 +104,8 @@ class Replay:
         """Take over a state_dict(), from where all goes on to the same bits; nothing changes on an error.
 
         Raises:
-            ValueError: no such state, or one of more samples.
+            ValueError: no such state, or one of more samples; one of a smaller memory that was full, in which
+                later samples would be likelier than those that it let go.
         """
         expected = {"kept", "classes", "seen", "full", "random"}
         if state.keys() != expected:
@@ -112,6 +113,12 @@ class Replay:
         if len(state["kept"]) > self.samples:
             raise ValueError(
                 f"state: got {len(state['kept'])} samples, expected at most {self.samples}"
+            )
+        kept, seen = len(state["kept"]), sum(state["seen"].values())
+        least = min(seen, self.samples)
+        if kept < least:
+            raise ValueError(
+                f"state: got {kept} of {seen} samples, a full memory, expected {least} of them"
             )
         self._generator.set_state(state["random"])
         self._kept, self._classes = list(state["kept"]), list(state["classes"])

@@ -161,5 +161,7 @@ def test_what_can_not_be_is_refused_and_changes_nothing() -> None:
         other.draw(8)
     with pytest.raises(ValueError, match="state: got 8 samples, expected at most 3"):
         replay.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="state: got 3 of 4 samples, a full memory, expected 4"):
+        Replay(4).load_state_dict(after)
     with pytest.raises(ValueError, match=r"state: got \['kept'\], expected"):
         replay.load_state_dict({"kept": []})
