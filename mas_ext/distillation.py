@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from mas_ext.importance import Forward
 from mas_ext.importance.evaluation import default_forward
 from mas_ext.parameters.names import bare_model
+from mas_ext.state.merge_rules import check_factor
 
 Distance = Literal["classes", "squared", "tokens"]
 Reduction = Literal["mean", "none"]
@@ -67,7 +67,7 @@ class Distillation:
         check_temperature(temperature)
         if distance not in get_args(Distance):
             raise ValueError(f"distance: got {distance!r}, expected one of {get_args(Distance)}")
-        self.model, self.temperature, self.distance = model, temperature, distance
+        self.model, self.temperature, self.distance = model, float(temperature), distance
         self.forward: Forward = forward or (_logits if distance == "tokens" else default_forward)
         bare = bare_model(model)
         frozen = {name: p for name, p in bare.named_parameters() if not p.requires_grad}
@@ -206,7 +206,7 @@ def softened(
 
 def check_temperature(temperature: float) -> None:
     """Raise a ValueError unless it is a finite number above 0."""
-    if not 0 < temperature < math.inf:
+    if not check_factor(temperature, "temperature") > 0:
         raise ValueError(f"temperature: got {temperature}, expected a finite number above 0")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mas_ext.importance import batches as batch_of
+from mas_ext.state.merge_rules import check_count
 
 # So that torch.load reads a memory with weights_only=True.
 torch.serialization.add_safe_globals([batch_of.Entry])
@@ -41,8 +42,7 @@ class Replay:
     def __init__(
         self, samples: int, labels: Callable[[Any], Tensor] | None = None, seed: int = 0
     ) -> None:
-        if samples < 1:
-            raise ValueError(f"samples: got {samples}, expected at least 1")
+        check_count(samples, "samples")
         self.samples, self.labels = samples, labels
         self._generator = torch.Generator().manual_seed(seed)
         self._kept: list[Any] = []
@@ -83,8 +83,7 @@ class Replay:
         Raises:
             ValueError: a count below 1; an empty memory; samples of different shapes.
         """
-        if count < 1:
-            raise ValueError(f"count: got {count}, expected at least 1")
+        check_count(count, "count")
         if not self._kept:
             raise ValueError("draw: got an empty memory, expected one that samples were added to")
         chosen = torch.randperm(len(self), generator=self._generator)[:count].tolist()

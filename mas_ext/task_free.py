@@ -14,6 +14,7 @@ from mas_ext.failures import Diverged
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance.restoring import restoring
 from mas_ext.penalty import FusedMASPenalty
+from mas_ext.state.merge_rules import check_count, check_factor
 
 # So that torch.load reads a buffer with weights_only=True.
 torch.serialization.add_safe_globals([batch_of.Entry])
@@ -89,12 +90,9 @@ class TaskFree:
         samples: int = 250,
         tolerance: float = 0.25,
     ) -> None:
-        if window < 4:
-            raise ValueError(f"window: got {window}, expected at least 4 steps")
-        if samples < 1:
-            raise ValueError(f"samples: got {samples}, expected at least 1")
-        if not 0 <= tolerance < math.inf:
-            raise ValueError(f"tolerance: got {tolerance}, expected a finite number from 0 on")
+        check_count(window, "window", least=4)
+        check_count(samples, "samples")
+        check_factor(tolerance, "tolerance")
         self.penalty = penalty
         self.window, self.samples, self.tolerance = window, samples, tolerance
         self._watched = _Watched()

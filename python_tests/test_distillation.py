@@ -270,9 +270,9 @@ def test_a_resumed_training_has_its_teacher_again() -> None:
 
 def test_what_can_not_be_is_refused() -> None:
     model = network().eval()
-    for value in (0.0, -1.0, float("nan"), float("inf")):
+    for value in (0.0, -1.0, float("nan"), float("inf"), "x", None):
         with pytest.raises(ValueError, match="temperature: got"):
-            Distillation(model, value)
+            Distillation(model, value)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="distance: got 'l2', expected one of"):
         Distillation(model, distance="l2")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="output: got list, expected a tensor"):

@@ -134,8 +134,9 @@ def test_a_resumed_memory_goes_on_to_the_same_bits(balanced: bool, tmp_path: Any
 
 
 def test_what_can_not_be_is_refused_and_changes_nothing() -> None:
-    with pytest.raises(ValueError, match="samples: got 0, expected at least 1"):
-        Replay(0)
+    for value in (0, 2.5, True, "x"):
+        with pytest.raises(ValueError, match=f"samples: got {value!r}, expected a whole number"):
+            Replay(value)  # type: ignore[arg-type]
     replay = Replay(3, labels=lambda batch: batch[1])
     with pytest.raises(ValueError, match="draw: got an empty memory"):
         replay.draw(1)
@@ -152,7 +153,9 @@ def test_what_can_not_be_is_refused_and_changes_nothing() -> None:
     after = replay.state_dict()
     assert (before["seen"], before["classes"]) == (after["seen"], after["classes"])
     for count in (0, -1):
-        with pytest.raises(ValueError, match=f"count: got {count}, expected at least 1"):
+        with pytest.raises(
+            ValueError, match=f"count: got {count}, expected a whole number from 1 up"
+        ):
             replay.draw(count)
     other = Replay(8)
     other.add(torch.zeros(4, 2))

@@ -351,9 +351,9 @@ def test_a_head_that_came_after_the_plateau_is_consolidated_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"window": 3}, "window: got 3, expected at least 4 steps"),
-        ({"samples": 0}, "samples: got 0, expected at least 1"),
-        ({"tolerance": -0.1}, "tolerance: got -0.1, expected a finite number from 0 on"),
+        ({"window": 3}, "window: got 3, expected a whole number from 4 up"),
+        ({"samples": 0}, "samples: got 0, expected a whole number from 1 up"),
+        ({"tolerance": -0.1}, "tolerance: got -0.1, expected a finite number from 0 up"),
         ({"tolerance": math.nan}, "tolerance: got nan"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -135,6 +136,12 @@ def check_factor(factor: Any, name: str) -> float:
     if not 0 <= number < float("inf"):
         raise ValueError(f"{name}: got {factor!r}, expected a finite number from 0 up")
     return number
+
+
+def check_count(count: Any, name: str, least: int = 1) -> None:
+    """Raise a ValueError for an argument of this name that is no whole number from `least` up."""
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < least:
+        raise ValueError(f"{name}: got {count!r}, expected a whole number from {least} up")
 
 
 def _number(x: Any) -> float:

@@ -17,6 +17,7 @@ from mas_ext.optim.hooks import Handle
 from mas_ext.optim.step_size import STEP_SIZES
 from mas_ext.parameters.names import named_parameters
 from mas_ext.penalty import FusedMASPenalty
+from mas_ext.state.merge_rules import check_share
 
 # Trains the model on the new task, with an optimizer of its own that it gives after every step.
 Learn = Callable[[], Generator[Optimizer, None, None]]
@@ -141,7 +142,7 @@ def choose_lam(
         TypeError: an optimizer whose step sizes are unknown; outputs that are one tensor.
         Diverged: a loss that is not finite.
     """
-    check_keep(keep)
+    check_share(keep, "keep")
     if penalty.num_tasks == 0:
         raise ValueError("penalty: got one that holds nothing yet, expected a consolidated one")
     with _put_back(penalty):
@@ -169,12 +170,6 @@ def choose_lam(
         cost = [(1 - keep) * u + keep * v for u, v in zip(unlearned, lost, strict=True)]
         return points[min(range(len(points)), key=cost.__getitem__)].lam
     return _crossing([point.lam for point in points], unlearned, keep / 10)
-
-
-def check_keep(keep: float) -> None:
-    """Raise a ValueError for a keep that is not from 0 to 1."""
-    if not 0 <= keep <= 1:
-        raise ValueError(f"keep: got {keep}, expected a number from 0 to 1")
 
 
 class _Point(NamedTuple):

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 from mas_ext._hints import resolve
 from mas_ext.methods.method import SETTINGS, Setting, TaskLoss, is_cross_entropy
-from mas_ext.training.lam import check_keep
+from mas_ext.state.merge_rules import check_share
 
 # (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better.
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -126,7 +126,7 @@ class Settings:
         for name, value in (("lr", self.lr), ("clip", self.clip)):
             if (name, value) != ("clip", None) and not (value and value > 0):
                 raise ValueError(f"{name}: got {value}, expected more than 0")
-        check_keep(self.keep)
+        check_share(self.keep, "keep")
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation: got {self.validation}, expected from 0 to less than 1")
         epochs = self.epochs if isinstance(self.epochs, Sequence) else [self.epochs]
