@@ -300,8 +300,9 @@ struct Merged {
   double remainder;
 };
 
-// W' = max(0, keep W + gain Omega_t). With Anchor::mean the anchor becomes the mean weighted by keep W
-// and gain Omega_t, and the remainder takes up what the two quadratics cost at their common minimum.
+// W' = max(0, keep W + gain Omega_t). With Anchor::mean the anchor becomes the mean weighted by
+// keep W and gain Omega_t, and the remainder takes up what the two quadratics cost at their common
+// minimum.
 template <class C>
 MAS_FN Merged<C> merge_element(C omega, C anchor, C importance, C theta, C keep, C gain,
                                Anchor rule) {
