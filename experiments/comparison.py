@@ -56,7 +56,7 @@ class Comparison(Tuned):
     published: ClassVar[Mapping[str, Sequence[float]]] = {}
     base: Config = field(default_factory=Config)
     settings: tuple[Setting, ...] = ("task",)
-    variants: Sequence[Variant] = (*PLAIN, *PENALTIES, *MERGED, *DISTILLED)
+    variants: Sequence[Variant] = (*PLAIN, *PENALTIES, *ANCHORS, *MERGED, *DISTILLED)
     max_samples: int | None = None
 
     def data_sets(self) -> tuple[str, ...]:

@@ -6,15 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from experiments.comparison import (
-    ANCHORS,
-    DISTILLED,
-    MERGED,
-    PENALTIES,
-    PLAIN,
-    Comparison,
-    Variant,
-)
+from experiments.comparison import Comparison
 from mas_ext.compare.options import Config
 from mas_ext.methods import Setting
 
@@ -44,7 +36,6 @@ class PermutedMNIST(Comparison):
     published: ClassVar[Mapping[str, Sequence[float]]] = PUBLISHED
     base: Config = BASE
     settings: tuple[Setting, ...] = ("domain",)
-    variants: Sequence[Variant] = (*PLAIN, *PENALTIES, *ANCHORS, *MERGED, *DISTILLED)
     seeds: int = 3
 
     def quick(self) -> PermutedMNIST:
