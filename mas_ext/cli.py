@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mas_ext._hints import hint
+from mas_ext._arguments import hint
 
 EPILOG = """\
 examples:

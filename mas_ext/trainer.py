@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mas_ext._hints import hint
+from mas_ext._arguments import hint
 from mas_ext.methods import Method, create
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario

@@ -29,7 +29,7 @@ FLOORS = [
 ]
 FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 # Beside all floors: they know nothing of the house, and one another only from left to right.
-LEAVES = ["scenarios", "models", "metrics", "failures", "_hints"]
+LEAVES = ["scenarios", "models", "metrics", "failures", "_arguments"]
 # The command line is the door to what it starts.
 DOOR = ("cli", "compare")
 
@@ -71,7 +71,7 @@ def test_imports_run_downward() -> None:
 
 
 def test_the_top_is_what_users_import() -> None:
-    modules = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__", "_hints"}
+    modules = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__", "_arguments"}
     assert len(modules) <= 10, modules
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from mas_ext import models
-from mas_ext._hints import hint, resolve
+from mas_ext._arguments import hint, resolve
 from mas_ext.methods import METHODS, Method, create, options
 from mas_ext.methods.quadratic import Lam
 from mas_ext.models import MultiHead

@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from mas_ext._hints import hint
+from mas_ext._arguments import hint
 from mas_ext.methods.ebll import EBLL
 from mas_ext.methods.ewc import EWC, EWCDR, OnlineEWC
 from mas_ext.methods.finetune import Finetune

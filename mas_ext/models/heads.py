@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mas_ext._hints import hint
+from mas_ext._arguments import hint
 
 
 class MultiHead(nn.Module):

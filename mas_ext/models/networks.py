@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from mas_ext._hints import resolve
+from mas_ext._arguments import resolve
 from mas_ext.models import residual as resnet
 from mas_ext.models.heads import MultiHead
 

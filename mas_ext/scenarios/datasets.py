@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mas_ext._hints import hint
+from mas_ext._arguments import hint
 from mas_ext.scenarios.files import images, read_idx_folder, read_npz
 from mas_ext.scenarios.tasks import Tensors
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from mas_ext._hints import resolve
+from mas_ext._arguments import resolve
 from mas_ext.scenarios import datasets as data
 from mas_ext.scenarios.tasks import Scenario, Task, Tensors, from_datasets, split
 from mas_ext.scenarios.transforms import Canvas, Permutation, Rotation, Standardisation

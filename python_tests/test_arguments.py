@@ -1,6 +1,6 @@
 """What is said about unknown names."""
 
-from mas_ext._hints import hint
+from mas_ext._arguments import hint
 
 
 def test_the_nearest_name_or_all_of_them() -> None:
