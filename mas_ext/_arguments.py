@@ -1,10 +1,11 @@
-"""Names that users give: what they mean, and what to say about an unknown one."""
+"""Names and numbers that users give: what they mean, and what is said of those that can't be used."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 
@@ -35,3 +36,39 @@ def resolve(argument: str, name: str, known: Mapping[str, Any]) -> Any:
     if not callable(found):
         raise ValueError(f"{argument}: got {name!r}, {type(found).__name__}, expected a function")
     return found
+
+
+def check_share(share: float, name: str) -> None:
+    """Raise a ValueError for an argument of this name that is not from 0 to 1."""
+    if not 0 <= _number(share) <= 1:
+        raise ValueError(f"{name}: got {share!r}, expected a number from 0 to 1")
+
+
+def check_factor(factor: Any, name: str) -> float:
+    """An argument of this name as a float; a ValueError unless it is finite and at least 0."""
+    number = _number(factor)
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{name}: got {factor!r}, expected a finite number from 0 up")
+    return number
+
+
+def check_positive(factor: Any, name: str) -> float:
+    """An argument of this name as a float; a ValueError unless it is finite and above 0."""
+    number = _number(factor)
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{name}: got {factor!r}, expected a finite number above 0")
+    return number
+
+
+def check_count(count: Any, name: str, least: int = 1) -> None:
+    """Raise a ValueError for an argument of this name that is no whole number from `least` up."""
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < least:
+        raise ValueError(f"{name}: got {count!r}, expected a whole number from {least} up")
+
+
+def _number(x: Any) -> float:
+    """x as a float; NaN for what is none."""
+    try:
+        return float(x)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return float("nan")

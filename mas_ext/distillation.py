@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mas_ext._arguments import check_positive
 from mas_ext.importance import Forward
 from mas_ext.importance.evaluation import default_forward
 from mas_ext.parameters.names import bare_model
-from mas_ext.state.merge_rules import check_factor
 
 Distance = Literal["classes", "squared", "tokens"]
 Reduction = Literal["mean", "none"]
@@ -64,10 +64,10 @@ class Distillation:
         forward: Forward | None = None,
         distance: Distance = "classes",
     ) -> None:
-        check_temperature(temperature)
         if distance not in get_args(Distance):
             raise ValueError(f"distance: got {distance!r}, expected one of {get_args(Distance)}")
-        self.model, self.temperature, self.distance = model, float(temperature), distance
+        self.model, self.distance = model, distance
+        self.temperature = check_positive(temperature, "temperature")
         self.forward: Forward = forward or (_logits if distance == "tokens" else default_forward)
         bare = bare_model(model)
         frozen = {name: p for name, p in bare.named_parameters() if not p.requires_grad}
@@ -202,12 +202,6 @@ def softened(
     precision = torch.promote_types(target.dtype, torch.float32)
     probabilities = (target / temperature).softmax(1, precision)
     return F.cross_entropy(logits / temperature, probabilities, reduction=reduction)
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise a ValueError unless it is a finite number above 0."""
-    if not check_factor(temperature, "temperature") > 0:
-        raise ValueError(f"temperature: got {temperature}, expected a finite number above 0")
 
 
 def frozen_copy(model: Model, shared: Iterable[nn.Parameter] = ()) -> Model:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from mas_ext._arguments import check_factor
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.importance import ESTIMATORS, EstimatorName, Forward, ImportanceSum, gather
 from mas_ext.importance.objectives import Objective
@@ -37,7 +38,6 @@ from mas_ext.state.merge_rules import (
     MergeRule,
     StateDevice,
     Store,
-    check_factor,
     separate_anchor,
 )
 from mas_ext.state.offloading import group_penalty, run_kernel

@@ -9,11 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mas_ext._arguments import check_count
 from mas_ext.importance import batches as batch_of
-from mas_ext.state.merge_rules import check_count
-
-# So that torch.load reads a memory with weights_only=True.
-torch.serialization.add_safe_globals([batch_of.Entry])
 
 
 class Replay:

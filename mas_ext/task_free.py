@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mas_ext._arguments import check_count, check_factor
 from mas_ext.failures import Diverged
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance.restoring import restoring
 from mas_ext.penalty import FusedMASPenalty
-from mas_ext.state.merge_rules import check_count, check_factor
-
-# So that torch.load reads a buffer with weights_only=True.
-torch.serialization.add_safe_globals([batch_of.Entry])
 
 
 @dataclass(frozen=True)

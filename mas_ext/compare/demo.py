@@ -29,15 +29,15 @@ IMPORTANCE_SAMPLES = 1000  # per task; with all of them MAS gains less than it d
 EPOCHS = {"digits": 20}  # of other data sets 3
 BATCH_SIZE = 32
 
-ALPHA: dict[str, Any] = {"merge": "consistent", "anchor": "own"}
+_ALPHA: dict[str, Any] = {"merge": "consistent", "anchor": "own"}
 
 COMPARED: dict[str, Callable[[], Method]] = {
     "fine-tuning": Finetune,
     "MAS": partial(MAS, 0.3, max_samples=IMPORTANCE_SAMPLES),
-    "MAS-alpha": partial(MAS, 0.3, **ALPHA, max_samples=IMPORTANCE_SAMPLES),
+    "MAS-alpha": partial(MAS, 0.3, **_ALPHA, max_samples=IMPORTANCE_SAMPLES),
     # The gradient form ends in NaN at a hundredth of this lam.
     "proximal, lam = 1000": partial(
-        MAS, 1000.0, **ALPHA, mode="proximal", max_samples=IMPORTANCE_SAMPLES
+        MAS, 1000.0, **_ALPHA, mode="proximal", max_samples=IMPORTANCE_SAMPLES
     ),
 }
 

@@ -29,6 +29,10 @@ class Entry:
     per_sample: bool
 
 
+# So that torch.load reads what is kept of batches with weights_only=True.
+torch.serialization.add_safe_globals([Entry])
+
+
 def _with_items(batch: Any, f: Callable[[Any], Any]) -> Any:
     """The batch with f applied to its items; itself where it has none.
 

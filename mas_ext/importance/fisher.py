@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from mas_ext._arguments import check_positive
 from mas_ext.failures import Diverged
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance.accumulator import ImportanceSum, LabelSource, estimate
@@ -170,8 +170,8 @@ class FisherSum(ImportanceSum):
         estimators: dict[str, Callable[..., Exact | Batch]] = {"exact": Exact, "batch": Batch}
         if method not in estimators:
             raise ValueError(f"method: got {method!r}, expected one of {tuple(estimators)}")
-        if at_most is not None and not 0 < at_most < math.inf:
-            raise ValueError(f"at_most: got {at_most}, expected a finite number above 0")
+        if at_most is not None:
+            check_positive(at_most, "at_most")
         values = {"all": _of_all, "normal": _of_normal, "reversed": _of_reversed}
         super().__init__(
             method,

@@ -22,6 +22,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from mas_ext._arguments import check_share
 from mas_ext.compat import AveragedFromFirst, BatchMeans
 from mas_ext.importance import EstimatorName, FisherSum, ImportanceSum
 from mas_ext.importance.fisher import Labels
@@ -31,7 +32,7 @@ from mas_ext.methods.path import PathIntegral
 from mas_ext.optim.hooks import Handle, Mode, check_mode
 from mas_ext.parameters.names import named_parameters
 from mas_ext.penalty import FusedMASPenalty
-from mas_ext.state.merge_rules import Merge, check_share
+from mas_ext.state.merge_rules import Merge
 
 
 class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]

@@ -70,8 +70,7 @@ class OnlineEWC(Fisher):
     2018), with gamma in the penalty, too, as there. F_t is not normalised.
 
     Args:
-        lam: the paper's lambda; "auto": chosen for every task after the
-            first, see mas_ext.choose_lam.
+        lam: the paper's lambda; "auto": chosen for every task after the first, see mas_ext.choose_lam.
         gamma: share of the old Fisher information that is kept at each new task, from 0 to 1.
         labels: see EWC.
         mode: "gradient" or "proximal", see FusedMASPenalty.attach; None is "proximal" for lam "auto", else

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mas_ext.distillation import check_temperature, frozen_copy, softened
+from mas_ext._arguments import check_positive
+from mas_ext.distillation import frozen_copy, softened
 from mas_ext.methods.method import Method, Training, is_cross_entropy
 from mas_ext.models import MultiHead
 
@@ -53,7 +54,7 @@ class LwF(Method):
     def __post_init__(self) -> None:
         if not 0 <= self.lam < math.inf:
             raise ValueError(f"lam: got {self.lam}, expected a finite number of at least 0")
-        check_temperature(self.temperature)
+        check_positive(self.temperature, "temperature")
         if self.warm_up < 0:
             raise ValueError(f"warm_up: got {self.warm_up}, expected at least 0")
         if self.distance not in ("softmax", "squared", None):

@@ -22,8 +22,8 @@ class MAS(Estimated):
     equal, whatever their order.
 
     Args:
-        lam: the paper's lambda, 1 in its experiments; "auto": chosen for every task after the
-            first, see mas_ext.choose_lam.
+        lam: the paper's lambda, 1 in its experiments; "auto": chosen for every task after the first, see
+            mas_ext.choose_lam.
         importance: "exact", "batch" or "local" (l-MAS, section 4.2), see estimate_importance.
         objective: "l2", "l1", "vector" or a callable, see estimate_importance.
         merge: "sum" (the paper's), "consistent" or "decay", see FusedMASPenalty.

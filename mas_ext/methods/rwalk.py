@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mas_ext._arguments import check_positive
 from mas_ext.importance import FisherSum
 from mas_ext.importance.fisher import Labels
 from mas_ext.methods.ewc import refuse_labels
@@ -66,8 +66,7 @@ class RWalk(Integrated):
             raise ValueError(f"alpha: got {self.alpha}, expected above 0 and at most 1")
         if self.interval < 1:
             raise ValueError(f"interval: got {self.interval}, expected at least 1")
-        if not 0 < self.eps < math.inf:
-            raise ValueError(f"eps: got {self.eps}, expected a finite number above 0")
+        check_positive(self.eps, "eps")
         super().__init__(self.lam, self.mode, merge="decay", anchor="latest", gamma=0.0)
         self._now = FisherSum(self.labels)
         self._step = 0

@@ -26,7 +26,7 @@ class SI(Integrated):
     are those, and the integral is that of all steps.
 
     Args:
-        lam: the paper's c; 1, as its split MNIST has it; "auto": chosen for every task after the
+        lam: the paper's c; 1, as its split MNIST has it; "auto": chosen for every task after the first, see
             first, see mas_ext.choose_lam.
         xi: the damping, > 0, that bounds the importance of parameters that hardly moved; 0.001, as the
             authors' code for split MNIST has it (0.1 for permuted MNIST).

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mas_ext.state.merge_rules import check_factor
+from mas_ext._arguments import check_factor
 
 
 class Step(NamedTuple):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from mas_ext._arguments import check_share
 from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.dtypes import OMEGA_DTYPES
 
@@ -96,9 +96,10 @@ class MergeRule:
         """alpha_t of every entry over what it was when that was the last one, leaving gamma aside."""
         if self.merge != "consistent":
             return [1.0] * len(entries)
-        tasks = accumulate(e.weight if self.alpha_sum == "tasks" else 0.0 for e in entries)
+        by_tasks = self.alpha_sum == "tasks"
+        tasks = accumulate(e.weight for e in entries) if by_tasks else [1.0] * len(entries)
         inverse = accumulate(e.weight / e.total for e in entries)
-        scales = [(n or 1.0) / h if h > 0 else 0.0 for n, h in zip(tasks, inverse, strict=True)]
+        scales = [n / h if h > 0 else 0.0 for n, h in zip(tasks, inverse, strict=True)]
         return [scales[-1] / first if first > 0 else 1.0 for first in scales]
 
 
@@ -122,31 +123,3 @@ def separate_anchor(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
-def check_share(share: float, name: str) -> None:
-    """Raise a ValueError for an argument of this name that is not from 0 to 1."""
-    if not 0 <= _number(share) <= 1:
-        raise ValueError(f"{name}: got {share!r}, expected a number from 0 to 1")
-
-
-def check_factor(factor: Any, name: str) -> float:
-    """An argument of this name as a float; a ValueError unless it is finite and at least 0."""
-    number = _number(factor)
-    if not 0 <= number < float("inf"):
-        raise ValueError(f"{name}: got {factor!r}, expected a finite number from 0 up")
-    return number
-
-
-def check_count(count: Any, name: str, least: int = 1) -> None:
-    """Raise a ValueError for an argument of this name that is no whole number from `least` up."""
-    if not isinstance(count, Integral) or isinstance(count, bool) or count < least:
-        raise ValueError(f"{name}: got {count!r}, expected a whole number from {least} up")
-
-
-def _number(x: Any) -> float:
-    """x as a float; NaN for what is none."""
-    try:
-        return float(x)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return float("nan")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mas_ext._arguments import check_factor
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.kernels.dtypes import DTYPES
 from mas_ext.kernels.flat_state import flat_view
@@ -24,7 +25,7 @@ from mas_ext.parameters.fsdp import Sharding
 from mas_ext.parameters.names import check_supported
 from mas_ext.state import files as checkpoint
 from mas_ext.state.buffers import Group, Memory, ParameterState, build_groups
-from mas_ext.state.merge_rules import MergeRule, TaskEntry, check_factor, separate_anchor
+from mas_ext.state.merge_rules import MergeRule, TaskEntry, separate_anchor
 
 FORMAT = 1
 

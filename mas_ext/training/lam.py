@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from mas_ext._arguments import check_share
 from mas_ext.failures import Diverged
 from mas_ext.optim.hooks import Handle
 from mas_ext.optim.step_size import STEP_SIZES
 from mas_ext.parameters.names import named_parameters
 from mas_ext.penalty import FusedMASPenalty
-from mas_ext.state.merge_rules import check_share
 
 # Trains the model on the new task, with an optimizer of its own that it gives after every step.
 Learn = Callable[[], Generator[Optimizer, None, None]]

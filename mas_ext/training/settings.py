@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
-from mas_ext._arguments import resolve
+from mas_ext._arguments import check_share, resolve
 from mas_ext.methods.method import SETTINGS, Setting, TaskLoss, is_cross_entropy
-from mas_ext.state.merge_rules import check_share
 
 # (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better.
 Score = Callable[[Tensor, Tensor], Tensor]
