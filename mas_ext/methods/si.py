@@ -27,7 +27,7 @@ class SI(Integrated):
 
     Args:
         lam: the paper's c; 1, as its split MNIST has it; "auto": chosen for every task after the first, see
-            first, see mas_ext.choose_lam.
+            mas_ext.choose_lam.
         xi: the damping, > 0, that bounds the importance of parameters that hardly moved; 0.001, as the
             authors' code for split MNIST has it (0.1 for permuted MNIST).
         mode: "gradient" or "proximal", see FusedMASPenalty.attach; None is "proximal" for lam "auto", else
