@@ -137,6 +137,19 @@ def test_the_teacher_stays_while_the_model_trains() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_only_the_models_own_pass_is_differentiated() -> None:
+    model = network().eval()
+    distill = Distillation(model, distance="squared")
+    assert not any(p.requires_grad for p in distill.teacher.parameters())
+    shift(model)
+    x = X.clone().requires_grad_()
+    output = model(x)
+    slope = 2 * (output - distill.teacher(X)).detach() / output.numel()
+    (right,) = torch.autograd.grad(output, x, slope)
+    (got,) = torch.autograd.grad(distill(x), x)
+    torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-13)
+
+
 class Adapted(nn.Module):
     """A frozen layer and a low-rank update, which eval() of its own would merge."""
 

@@ -157,6 +157,24 @@ def test_an_old_task_that_loses_its_strength_is_told_of(anchor: Anchor, store: S
     assert state.alpha[0] == pytest.approx(0.7 * 5 / 1031 * 10 / 10, rel=1e-6)
 
 
+def test_the_weakest_task_is_named_by_its_own_first_strength() -> None:
+    """S of 1, 10 and 0.01: alpha_t S_t / lam began at 1 and 2 / 1.1, and is 3 / 101.1 for both."""
+    state = Consolidation(MergeRule("consistent"), 0.7)
+    for total in (1.0, 10.0):
+        state.add_task({"w": row(1, 0.0)}, {"w": row(1, total)})
+    with pytest.warns(RuntimeWarning, match="task 1 is held with 0.016 of"):
+        state.add_task({"w": row(1, 0.0)}, {"w": row(1, 0.01)})
+
+
+@pytest.mark.parametrize(
+    "rule", [r for r in RULES if (r.merge, r.anchor, r.store) != ("sum", "latest", "merged")]
+)
+def test_negative_importance_is_refused_where_no_sum_clamps_it(rule: MergeRule) -> None:
+    state = Consolidation(rule, 1.0)
+    with pytest.raises(ValueError, match="importance of 'w': got values with minimum -1"):
+        state.add_task({"w": row(1, 1.0)}, {"w": row(1, -1.0)})
+
+
 @pytest.mark.parametrize("rule", [r for r in RULES if r.merge != "consistent"])
 def test_other_merges_leave_old_tasks_their_strength(rule: MergeRule) -> None:
     state = Consolidation(rule, 0.7)
