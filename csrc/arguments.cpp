@@ -149,4 +149,127 @@ std::optional<PerSample> read_per_sample(py::handle omega_tensor, py::handle gra
                    splits,          square,           dtype};
 }
 
+namespace {
+
+// One matrix of a list: of a dtype, on a device, with these sizes (-1: any).
+Strided matrix(const std::string& name, const View& view, DType dtype, dlpack::Device device,
+               std::int64_t rows, std::int64_t columns) {
+  const bool fits = view.ndim == 2 && (rows < 0 || view.shape[0] == rows) &&
+                    (columns < 0 || view.shape[1] == columns);
+  if (view.code != code_of(dtype) || !same(view.device, device) || !fits) {
+    const auto size = [](std::int64_t n) { return n < 0 ? std::string("any") : std::to_string(n); };
+    refuse("{}: got {} on {} of shape {}, expected {} on {} of shape ({}, {})", name,
+           view.object.attr("dtype"), view.object.attr("device"), sizes_of(view.object),
+           dtype_name(dtype), device_name(device), size(rows), size(columns));
+  }
+  return {view.data, view.strides[0], view.strides[1]};
+}
+
+// The tensor that a gradient is written to; none where an empty one stands for it.
+Strided destination(const std::string& name, const View& view, const View& like, DType dtype) {
+  if (view.numel == 0 && like.numel != 0) return {};
+  const Strided found = matrix(name, view, dtype, like.device, like.shape[0], like.shape[1]);
+  if (!is_dense(view)) {
+    refuse("{}: got strides {} for shape {}, expected a dense tensor without overlap", name,
+           strides_of(view.object), sizes_of(view.object));
+  }
+  return found;
+}
+
+}  // namespace
+
+LowRankUpdates read_low_rank(const ProductLists& products, const ProductLists& anchors,
+                             py::handle omega_list, const std::vector<double>& unit,
+                             Gradient gradient, py::handle left_grad, py::handle right_grad) {
+  LowRankUpdates found;
+  const auto read_named = [&](const char* name, py::handle list, std::size_t count) {
+    found.kept.push_back(read_all(name, list));
+    const Views& all = found.kept.back();
+    if (all.size() != count) refuse("{}: got {} tensors, expected {}", name, all.size(), count);
+    return all;
+  };
+  const Views left = read_list("left", products.left, false);
+  found.kept.push_back(left);
+  found.dtype = static_cast<DType>(left[0].code);
+  found.device = left[0].device;
+  const Views right = read_named("right", products.right, left.size());
+  const Views old_left = read_named("anchor_left", anchors.left, anchors.scale.size());
+  const Views old_right = read_named("anchor_right", anchors.right, anchors.scale.size());
+  const Views omega = read_named("omega", omega_list, unit.size());
+  const bool written = gradient != Gradient::none;
+  const bool wide = found.dtype == DType::float64;
+  const DType grad_dtype = gradient == Gradient::add || wide ? found.dtype : DType::float32;
+  const Views to_left = !written ? Views() : read_named("left_grad", left_grad, left.size());
+  const Views to_right = !written ? Views() : read_named("right_grad", right_grad, left.size());
+  const auto check_counts = [&](const char* name, const ProductLists& lists, std::size_t total) {
+    std::size_t sum = 0;
+    for (const std::int64_t count : lists.counts) {
+      if (count < 0 || static_cast<std::size_t>(count) > total - sum) {
+        refuse("{}: got {}, expected numbers that add up to {}", name, py::cast(lists.counts),
+               total);
+      }
+      sum += static_cast<std::size_t>(count);
+    }
+    if (lists.counts.size() != omega.size() || sum != total || lists.scale.size() != total) {
+      refuse("{}: got {} and {} scales, expected {} numbers that add up to {}, and as many scales",
+             name, py::cast(lists.counts), lists.scale.size(), omega.size(), total);
+    }
+  };
+  check_counts("counts", products, left.size());
+  check_counts("anchor_counts", anchors, old_left.size());
+  if (omega.empty()) refuse("omega: got an empty list, expected at least one tensor");
+  const int code = omega[0].code;
+  if (code == kNone || code > code_of(DType::float8) || code == code_of(DType::float16) ||
+      (code == code_of(DType::float64) && !wide)) {
+    refuse<py::type_error>(
+        "omega[0]: got {}, expected float32, bfloat16 or uint8, or float64 beside float64",
+        omega[0].object.attr("dtype"));
+  }
+  found.omega_dtype = static_cast<DType>(code);
+
+  std::size_t next = 0;
+  std::size_t next_old = 0;
+  const auto named = [](const char* name, std::size_t i) {
+    return std::string(name) + "[" + std::to_string(i) + "]";
+  };
+  for (std::size_t w = 0; w < omega.size(); ++w) {
+    const View& weights = omega[w];
+    matrix(named("omega", w), weights, found.omega_dtype, found.device, -1, -1);
+    if (!weights.is_contiguous()) {
+      refuse("omega[{}]: got strides {} for shape {}, expected a contiguous tensor", w,
+             strides_of(weights.object), sizes_of(weights.object));
+    }
+    const std::int64_t rows = weights.shape[0];
+    const std::int64_t columns = weights.shape[1];
+    const auto first = static_cast<std::int64_t>(found.factors.size());
+    const auto add = [&](const char* left_name, const char* right_name, std::size_t i,
+                         const Views& lefts, const Views& rights, double scale) {
+      Factor factor = {};
+      factor.left = matrix(named(left_name, i), lefts[i], found.dtype, found.device, rows, -1);
+      factor.rank = lefts[i].shape[1];
+      factor.right =
+          matrix(named(right_name, i), rights[i], found.dtype, found.device, factor.rank, columns);
+      factor.scale = scale;
+      found.factors.push_back(factor);
+    };
+    for (std::int64_t i = 0; i < products.counts[w]; ++i, ++next) {
+      add("left", "right", next, left, right, products.scale[next]);
+      if (written) {
+        Factor& factor = found.factors.back();
+        factor.left_grad =
+            destination(named("left_grad", next), to_left[next], left[next], grad_dtype);
+        factor.right_grad =
+            destination(named("right_grad", next), to_right[next], right[next], grad_dtype);
+      }
+    }
+    for (std::int64_t i = 0; i < anchors.counts[w]; ++i, ++next_old) {
+      add("anchor_left", "anchor_right", next_old, old_left, old_right, -anchors.scale[next_old]);
+    }
+    found.weights.push_back({weights.data, rows, columns, unit[w], first,
+                             products.counts[w] + anchors.counts[w], found.strips});
+    found.strips += (rows + kStrip - 1) / kStrip;
+  }
+  return found;
+}
+
 }  // namespace mas

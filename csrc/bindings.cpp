@@ -276,6 +276,39 @@ void bind(py::module_ m, const char* name) {
             call.run(args, where);
           });
 
+  sub.def("low_rank", [](handle left, handle right, handle left_grad, handle right_grad, int mode,
+                         handle omega, const std::vector<double>& unit,
+                         const std::vector<std::int64_t>& counts, const std::vector<double>& scale,
+                         handle anchor_left, handle anchor_right,
+                         const std::vector<std::int64_t>& anchor_counts,
+                         const std::vector<double>& anchor_scale, handle alpha, handle scratch,
+                         handle value, Where where) {
+    const mas::Reading reading;
+    if (mode < 0 || mode > 2) throw std::invalid_argument("gradient: expected 0, 1 or 2");
+    const auto gradient = static_cast<mas::Gradient>(mode);
+    const mas::LowRankUpdates found = mas::read_low_rank(
+        {left, right, counts, scale}, {anchor_left, anchor_right, anchor_counts, anchor_scale},
+        omega, unit, gradient, left_grad, right_grad);
+    refuse_elsewhere<On>("left", mas::read("left", mas::items("left", left)[0], 0));
+    const auto number = [&](const char* name, handle object, DType dtype,
+                            std::initializer_list<std::int64_t> sizes) {
+      return mas::read_array(name, object, found.device, dtype, sizes);
+    };
+    mas::LowRank args = {};
+    args.weights = found.weights.data();
+    args.count = static_cast<std::int64_t>(found.weights.size());
+    args.factors = found.factors.data();
+    args.strips = found.strips;
+    args.dtype = found.dtype;
+    args.omega_dtype = found.omega_dtype;
+    args.alpha = static_cast<const double*>(number("alpha", alpha, DType::float64, {}));
+    args.gradient = gradient;
+    args.partial = static_cast<double*>(number("scratch", scratch, DType::float64, {found.strips}));
+    args.value_dtype = sum_dtype(found.dtype);
+    args.value = number("value", value, args.value_dtype, {});
+    On::run(args, where);
+  });
+
   sub.def("per_sample", [](handle omega, handle grad, handle input, handle rows,
                            const std::array<std::int64_t, 2>& range, handle partial,
                            std::int64_t splits, bool square, Where where) {
@@ -298,6 +331,7 @@ PYBIND11_MODULE(MAS_MODULE_NAME, m) {
     return chunks;
   });
   m.def("layout_key", &mas::layout_key);
+  m.attr("strip") = mas::kStrip;
   m.def("instruction_set", &mas::cpu::instruction_set);
   bind<OnCpu>(m, "cpu");
 #ifdef MAS_CUDA

@@ -21,18 +21,22 @@ void with_float(DType dtype, F f) {
   if (dtype == DType::float16) f(Type<float16>{});
 }
 
-// f(theta's type, omega's type): omega is float32, bfloat16 or float8, or float64 beside a
-// float64 theta.
+// f(omega's type): float32, bfloat16 or float8, or float64 beside a float64 theta.
+template <class T, class F>
+void with_omega(DType omega, Type<T>, F f) {
+  if (omega == DType::float32) f(Type<float>{});
+  if (omega == DType::bfloat16) f(Type<bfloat16>{});
+  if (omega == DType::float8) f(Type<float8>{});
+  if constexpr (std::is_same_v<T, double>) {
+    if (omega == DType::float64) f(Type<double>{});
+  }
+}
+
+// f(theta's type, omega's type).
 template <class F>
 void with_state(const State& state, F f) {
-  with_float(state.theta_dtype, [&](auto t) {
-    if (state.omega_dtype == DType::float32) f(t, Type<float>{});
-    if (state.omega_dtype == DType::bfloat16) f(t, Type<bfloat16>{});
-    if (state.omega_dtype == DType::float8) f(t, Type<float8>{});
-    if constexpr (std::is_same_v<typename decltype(t)::type, double>) {
-      if (state.omega_dtype == DType::float64) f(t, Type<double>{});
-    }
-  });
+  with_float(state.theta_dtype,
+             [&](auto t) { with_omega(state.omega_dtype, t, [&](auto o) { f(t, o); }); });
 }
 
 template <class F>
@@ -77,7 +81,8 @@ MAS_FN ChunkOf<S> chunk_of(const S* segments, std::int64_t count, std::int64_t c
   return {segment, begin, left < kChunk ? left : kChunk};
 }
 
-MAS_FN void put_value(const Penalty& args, double value) {
+template <class Kernel>
+MAS_FN void put_value(const Kernel& args, double value) {
   if (args.value_dtype == DType::float64) *static_cast<double*>(args.value) = value;
   if (args.value_dtype == DType::float32) {
     *static_cast<float*>(args.value) = static_cast<float>(value);

@@ -172,6 +172,55 @@ struct PerSample {
   DType dtype;  // of grad and input
 };
 
+// One product of a low-rank update, scale * left right, with left of rows x rank and right of rank
+// x columns elements; and where its gradients go, laid out in any way (null: nowhere).
+struct Strided {
+  void* data;
+  std::int64_t row;     // from one row to the next
+  std::int64_t column;  // from one column to the next
+};
+
+struct Factor {
+  Strided left;
+  Strided right;
+  Strided left_grad;
+  Strided right_grad;
+  std::int64_t rank;
+  double scale;
+};
+
+// One weight, of which the update E = sum_f scale_f left_f right_f is held: its omega is row-major,
+// `unit` times what is stored, and its factors are those from `first` on.
+struct AdaptedWeight {
+  const void* omega;
+  std::int64_t rows;
+  std::int64_t columns;
+  double unit;
+  std::int64_t first;
+  std::int64_t count;
+  std::int64_t first_strip;
+};
+
+// Sums over rows are added up strip by strip: so many rows.
+constexpr std::int64_t kStrip = 48;
+
+// value = alpha sum over weights of sum_ij Omega_ij E_ij^2. With G = 2 alpha Omega E,
+// the gradients scale_f G right_f^T and scale_f left_f^T G, written in the value's dtype. The bits
+// depend on the instruction set, and not on the number of threads.
+struct LowRank {
+  const AdaptedWeight* weights;
+  std::int64_t count;
+  const Factor* factors;
+  std::int64_t strips;  // of all weights
+  DType dtype;          // of the factors, and of gradients that are added to
+  DType omega_dtype;
+  const double* alpha;
+  Gradient gradient;
+  double* partial;  // one double of scratch per strip
+  void* value;      // one float32 or float64
+  DType value_dtype;
+};
+
 // The list of kernels. Each is known by its arguments: a device has a function `run` for every one.
 #define MAS_KERNELS(X)     \
   X(Penalty);              \
@@ -180,7 +229,8 @@ struct PerSample {
   X(OptimizerStep<AdamW>); \
   X(Accumulate);           \
   X(Merge);                \
-  X(PerSample)
+  X(PerSample);            \
+  X(LowRank)
 
 namespace cpu {
 

@@ -83,7 +83,16 @@ void check_memory(const char* name, std::ptrdiff_t i, const View& view) {
   }
 }
 
-// Whether all elements lie side by side, in whatever order.
+bool same_strides(const View& a, const View& b) {
+  if (a.numel == 0) return true;
+  for (int d = 0; d < a.ndim; ++d) {
+    if (a.shape[d] != 1 && a.strides[d] != b.strides[d]) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
 bool is_dense(const View& view) {
   if (view.numel == 0 || view.is_contiguous()) return true;
   std::vector<std::pair<std::int64_t, std::int64_t>> dims;
@@ -99,14 +108,6 @@ bool is_dense(const View& view) {
   return true;
 }
 
-bool same_strides(const View& a, const View& b) {
-  if (a.numel == 0) return true;
-  for (int d = 0; d < a.ndim; ++d) {
-    if (a.shape[d] != 1 && a.strides[d] != b.strides[d]) return false;
-  }
-  return true;
-}
-
 Views read_all(const char* name, py::handle list) {
   Views found;
   found.owner = items(name, list);
@@ -116,8 +117,6 @@ Views read_all(const char* name, py::handle list) {
   }
   return found;
 }
-
-}  // namespace
 
 const char* dtype_name(DType dtype) {
   constexpr const char* names[] = {"torch.float32", "torch.float64", "torch.bfloat16",
@@ -260,7 +259,7 @@ py::object layout_key(py::handle list) {
   return py::bytes(reinterpret_cast<const char*>(key.data()), key.size() * sizeof(std::int64_t));
 }
 
-Views read_list(const char* name, py::handle list) {
+Views read_list(const char* name, py::handle list, bool dense) {
   Views all = read_all(name, list);
   if (all.empty()) refuse("{}: got an empty list, expected at least one tensor", name);
   const View& first = all[0];
@@ -280,7 +279,7 @@ Views read_list(const char* name, py::handle list) {
              view.object.attr("dtype"), view.object.attr("device"), first.object.attr("dtype"),
              first.object.attr("device"), name);
     }
-    if (!is_dense(view)) {
+    if (dense && !is_dense(view)) {
       refuse("{}[{}]: got strides {} for shape {}, expected a dense tensor without overlap", name,
              i, strides_of(view.object), sizes_of(view.object));
     }

@@ -74,8 +74,11 @@ std::vector<std::int64_t> read_sizes(pybind11::handle list);
 // none.
 pybind11::object layout_key(pybind11::handle list);
 
-// At least one tensor: dense, of one device and one floating dtype.
-Views read_list(const char* name, pybind11::handle list);
+// Any tensors.
+Views read_all(const char* name, pybind11::handle list);
+
+// At least one tensor: of one device and one floating dtype; dense, unless said otherwise.
+Views read_list(const char* name, pybind11::handle list, bool dense = true);
 
 // As many tensors as `like`, with its sizes and device, and a dtype. Sets `reordered` if strides
 // differ.
@@ -98,6 +101,9 @@ std::string device_name(dlpack::Device device);
 pybind11::object sizes_of(pybind11::handle object);
 pybind11::object strides_of(pybind11::handle object);
 pybind11::tuple tuple_of(std::initializer_list<std::int64_t> sizes);
+
+// Whether all elements lie side by side, in whatever order.
+bool is_dense(const View& view);
 
 bool same(dlpack::Device a, dlpack::Device b);
 bool same_sizes(const View& a, const View& b);
