@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,14 @@ from mas_ext.kernels.proximal import proximal_
 from mas_ext.kernels.warning import warn
 from mas_ext.optim.fused import FusedOptimizer
 from mas_ext.optim.hooks import Handle, Mode, register_hook, unwrapped
+from mas_ext.parameters.adapters import AdaptedWeight, measured
 from mas_ext.parameters.fsdp import optimizer_view, whole_tensor
 from mas_ext.parameters.names import ModelView, check_patterns
 from mas_ext.parameters.ranks import Ranks, Together, refuse_unused
 from mas_ext.parameters.tracked_model import TrackedModel, whole_model
 from mas_ext.state import files as checkpoint
 from mas_ext.state.buffers import Group
+from mas_ext.state.low_rank import UpdateGroup
 from mas_ext.state.merge_rules import (
     AlphaSum,
     Anchor,
@@ -45,6 +47,9 @@ from mas_ext.state.quadratic import FORMAT, Consolidation, check_format
 
 if TYPE_CHECKING:  # torch may be built without it
     from torch.distributed import ProcessGroup
+
+
+Adapters = Literal["weights", "parameters"]
 
 
 class _Held(NamedTuple):
@@ -109,6 +114,16 @@ class FusedMASPenalty(nn.Module):
         state_device: "cpu" keeps omega and anchor in the CPU's memory (pinned, for parameters on a GPU): each
             use brings them to the parameters' device block by block, through 64 MiB of buffers and a stream
             of its own, and consolidate works on the CPU. None: where the parameters are.
+        adapters: what is held of a weight W0 that low-rank adapters (LoRA) update, found in peft's linear,
+            embedding and convolution layers and by mas_ext.parameters.adapters.register. "weights": the
+            update D = sum over active adapters of s B A, on which the output depends:
+
+                value += scale sum_ij W_ij (D_ij - D*_ij)^2
+
+            with the importance W of the whole weight, measured at W0 + D, one byte per weight with an
+            omega_dtype of uint8, and D* as factors, under the name that the weight has without adapters. It
+            goes with the anchor "latest" and the store "merged". "parameters": B and A one by one, as if each
+            were a weight, though B R and R^-1 A give the same update; also what holds DoRA and other variants.
 
     A model that fully_shard (FSDP2) has sharded over one mesh of one dimension: the state is sharded alike and
     the kernels work on each rank's own part; omega, anchor and state_dict() hold DTensors. What runs the model,
@@ -138,9 +153,12 @@ class FusedMASPenalty(nn.Module):
         omega_dtype: torch.dtype = torch.float32,
         process_group: ProcessGroup | Together | None = "auto",
         state_device: StateDevice = None,
+        adapters: Adapters = "weights",
     ) -> None:
         super().__init__()
         check_patterns(model, exclude)
+        if adapters not in get_args(Adapters):
+            raise ValueError(f"adapters: got {adapters!r}, expected one of {get_args(Adapters)}")
         if isinstance(importance, ImportanceSum):
             if importance.exclude != tuple(exclude):
                 raise ValueError(
@@ -159,6 +177,8 @@ class FusedMASPenalty(nn.Module):
                 "omega_dtype: got uint8 for a model sharded by fully_shard, expected a floating-point dtype: "
                 "each rank's part would have a range of its own"
             )
+        self.adapters: Adapters = adapters
+        self._adapted()
         self._ranks = Ranks(process_group)
         # What is wrong with it shows here, not at the end of a task.
         self._ranks.group(model)
@@ -181,6 +201,7 @@ class FusedMASPenalty(nn.Module):
         refuse_unused(self.model)
         tracked = self._tracked
         values = [group_penalty(g, tracked.local(theta)) for g, theta in self.bound()]
+        values += self._update_values()
         return self._total(values) if values else _NOTHING.clone()
 
     @torch.no_grad()
@@ -197,7 +218,7 @@ class FusedMASPenalty(nn.Module):
         bound = self.bound()
         if not all([p.requires_grad for _, theta in bound for p in theta]):  # noqa: C419  faster
             value = self.forward()
-            self.add_grad_to({id(p) for _, theta in bound for p in theta})
+            self.add_grad_to({id(p) for p in self.model.parameters()})
             return value
         values = [
             run_kernel(
@@ -208,6 +229,7 @@ class FusedMASPenalty(nn.Module):
             )
             for g, theta in bound
         ]
+        values += [group.add_grad_() for group in self._updates()]
         return self._total(values) if values else torch.zeros(())
 
     @torch.no_grad()
@@ -222,6 +244,12 @@ class FusedMASPenalty(nn.Module):
                 own = self._tracked.local([theta[i] for i in chosen])
                 grads = self._tracked.local(_grads([theta[i] for i in chosen]))
                 run_kernel(add_grad_alone_, g, g.subset(chosen, times), [own, grads])
+        self.add_update_grad_to(only, times)
+
+    def add_update_grad_to(self, only: Collection[int], times: Tensor | None = None) -> None:
+        """add_grad_to of the factors of low-rank updates that are held in weight space."""
+        for group in self._updates():
+            group.add_grad_(only, times)
 
     @torch.no_grad()
     def proximal_(
@@ -251,6 +279,8 @@ class FusedMASPenalty(nn.Module):
         length, times = (1.0, eta) if isinstance(eta, Tensor) else (check_factor(eta, "eta"), None)
         check_factor(correction, "correction")
         check_factor(eps, "eps")
+        if self._state.memory.updates:
+            raise ValueError(_NOT_PROXIMAL)
         wanted = {id(p) for p in parameters}
         for g, theta in self.bound():
             chosen = [i for i, p in enumerate(theta) if p.requires_grad and id(p) in wanted]
@@ -303,6 +333,8 @@ class FusedMASPenalty(nn.Module):
                 "optimizer: got one with none of the model's parameters, expected one that was made from the "
                 "model as it is now"
             )
+        if mode == "proximal" and (self._adapted() or self._state.memory.updates):
+            raise ValueError(_NOT_PROXIMAL)
         offloaded = self._state.rule.state_device is not None
         if isinstance(optimizer, FusedOptimizer) and eta is None and not offloaded:
             return optimizer.attach(self, mode)
@@ -367,6 +399,48 @@ class FusedMASPenalty(nn.Module):
         state = copy.copy(held.state)
         state.move(moved)
         return _Held(state, held.renamed(moved), {**held.followed, **moved})
+
+    def _adapted(self) -> dict[str, AdaptedWeight]:
+        """The weights whose low-rank updates are held; a ValueError where they can't be."""
+        found = {} if self.adapters == "parameters" else self._tracked.adapted()
+        if found:
+            rule = self._state.rule
+            given = {"anchor": rule.anchor, "store": rule.store}
+            for name, expected in (("anchor", "latest"), ("store", "merged")):
+                if given[name] != expected:
+                    raise ValueError(
+                        f"{name}: got {given[name]!r} for low-rank updates held in weight space, expected "
+                        f'{expected!r}, or adapters="parameters"'
+                    )
+            if self._tracked.sharding is not None:
+                raise ValueError(
+                    "adapters: got 'weights' for a model sharded by fully_shard, expected 'parameters'"
+                )
+        return found
+
+    # Unlike torch.compiler.disable, this does not import the compiler with the package.
+    @_disable_dynamo
+    def _update_values(self) -> list[Tensor]:
+        """The penalty of low-rank updates."""
+        return [group.value() for group in self._updates()]
+
+    def _updates(self) -> Iterator[UpdateGroup]:
+        """The low-rank updates that are held, of the adapters that are active now."""
+        held = self._state.memory.updates
+        if not held:
+            return iter(())
+        adapted = self._adapted()
+        changed = self._tracked.other_factors(adapted, held)
+        if changed:
+            moved = {old: new for old, new in changed.items() if old != new}
+            if moved:
+                told = ", ".join(f"{old!r} is {new!r}" for old, new in [*moved.items()][:4])
+                warn(f"adapted weights under other names: {told}", RuntimeWarning)
+            state = copy.copy(self._state)
+            state.follow_updates(adapted, changed)
+            self._held = self._held._replace(state=state)
+            self._tracked.remember_factors(adapted)
+        return self._state.bound_updates(adapted)
 
     @property
     def _state(self) -> Consolidation:
@@ -434,10 +508,11 @@ class FusedMASPenalty(nn.Module):
         every rank calls it as often, with a batch of no samples where it has none, and saves after
         consolidate only.
         """
-        with whole_model(self.model, self.exclude) as view:
+        adapted = self._adapted()
+        with measured(adapted), whole_model(self.model, self.exclude) as view:
             self._follow(view)
             self._pending.add(view, batch)
-        self._tracked.remember(view)
+        self._tracked.remember(self._tracked.view(()) if adapted else view)
 
     def check(self, batch: Any) -> None:
         """Measure the importance of a batch's first two samples, to be told now what consolidate could not do.
@@ -450,7 +525,11 @@ class FusedMASPenalty(nn.Module):
         # Estimators may run the model in training mode, which moves running statistics.
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         try:
-            with whole_model(self.model, self.exclude) as view, suppress(Diverged):
+            with (
+                measured(self._adapted()),
+                whole_model(self.model, self.exclude) as view,
+                suppress(Diverged),
+            ):
                 gather(self._pending.empty(), view, [batch], max_samples=2)
         except Exception as error:  # of any kind: it is the user's model that fails
             raise ValueError(
@@ -580,6 +659,7 @@ class FusedMASPenalty(nn.Module):
             "merge": rule.merge,
             "anchor": rule.anchor,
             "store": rule.store,
+            "adapters": self.adapters,
         }
         encoded = checkpoint.encode(settings)
         tensors = {**self.state_dict(), "settings": encoded}
@@ -615,7 +695,10 @@ class FusedMASPenalty(nn.Module):
         tensors = checkpoint.load(path)
         check_format(tensors)
         settings = checkpoint.decode(
-            "settings", tensors.pop("settings", None), _SETTINGS, separate_anchor
+            "settings",
+            tensors.pop("settings", None),
+            _SETTINGS,
+            lambda found: {"adapters": "parameters", **separate_anchor(found)},
         )
         names = settings["exclude"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -687,10 +770,22 @@ class FusedMASPenalty(nn.Module):
         pending.load_tensors(observed, theta)
         state = copy.copy(self._state)
         state.load_tensors({k: t for k, t in found.items() if k not in observed}, theta)
+        self._refuse_other_adapters(state.memory.names)
         self._held = _Held(state, pending, {})
         self._tracked.bind(state.memory.groups, view)
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _refuse_other_adapters(self, names: Collection[str]) -> None:
+        """Raise a ValueError for a state that holds factors one by one whose products this penalty holds."""
+        view = self._tracked.view(())
+        for name, weight in self._adapted().items():
+            for factor in map(view.name_of, weight.parameters()):
+                if factor in names:
+                    raise ValueError(
+                        f"state: got {factor!r}, held by itself, expected {name!r}, whose update is held, or "
+                        'a penalty with adapters="parameters"'
+                    )
 
     def extra_repr(self) -> str:
         """What print() shows."""
@@ -741,14 +836,19 @@ class FusedMASPenalty(nn.Module):
         self, find: Callable[[ModelView], Mapping[str, Tensor]], weight: float, ends_task: bool
     ) -> None:
         """Merge the importance that is found while every rank has the whole model."""
-        with self._tracked.whole(self._state.memory.names) as view:
+        adapted, known = self._adapted(), self._state.memory.names
+        with measured(adapted) as weights, self._tracked.whole(known) as view:
             self._follow(view)
-            omega, sharding = find(view), self._tracked.sharding
-            state = copy.copy(self._state)
-            state.add_task(view.parameters(), omega, weight, ends_task, sharding)
+            names = {view.name_of(p): name for name, p in weights.items()}
+            omega = {names.get(name, name): t for name, t in find(view).items()}
+            _refuse_factors(omega, adapted, view)
+            theta = {names.get(name, name): p for name, p in view.parameters().items()}
+            state, sharding = copy.copy(self._state), self._tracked.sharding
+            state.add_task(theta, omega, weight, ends_task, sharding, adapted)
             pending = self._pending.empty() if ends_task else self._pending
             self._held = self._held._replace(state=state, pending=pending)
-        self._tracked.bind(state.memory.groups, view)
+        self._tracked.bind(state.memory.groups, self._tracked.view(known) if adapted else view)
+        self._tracked.remember_factors(adapted)
 
     def _quadratic(self) -> dict[str, tuple[Tensor, Tensor]]:
         self.bound()
@@ -763,12 +863,31 @@ class FusedMASPenalty(nn.Module):
         return self
 
 
+_NOT_PROXIMAL = (
+    "mode: got 'proximal' for low-rank updates held in weight space, expected 'gradient', as the penalty's "
+    'minimiser has no closed form in the factors, or adapters="parameters"'
+)
+
+
+def _refuse_factors(
+    importance: Mapping[str, Tensor], adapted: Mapping[str, AdaptedWeight], view: ModelView
+) -> None:
+    """Raise a KeyError for importance of a factor whose product is held."""
+    for name, weight in adapted.items():
+        for factor in map(view.name_of, weight.parameters()):
+            if factor in importance:
+                raise KeyError(
+                    f"importance: got {factor!r}, expected {name!r}, whose update is held, or "
+                    'adapters="parameters"'
+                )
+
+
 # A leaf that is there already: a compiled function can't make one.
 _NOTHING = torch.zeros((), requires_grad=True)
 
 _SETTINGS = (
     *("importance", "objective", "exclude"),
-    *("merge", "anchor", "store", "alpha_sum", "gamma", "omega_dtype"),
+    *("merge", "anchor", "store", "alpha_sum", "gamma", "omega_dtype", "adapters"),
 )
 
 

@@ -111,3 +111,8 @@ def layout_key(tensors: Sequence[Tensor]) -> bytes | None:
 def scratch_for(theta: Sequence[Tensor]) -> Tensor:
     """Memory for a sum over these tensors: one float64 number for each chunk of them."""
     return torch.empty(_C.chunks(theta), dtype=torch.float64, device=theta[0].device)
+
+
+def strips(weights: Sequence[Tensor]) -> int:
+    """How many strips of rows the kernels cut these weights into."""
+    return sum(-(-len(w) // _C.strip) for w in weights)

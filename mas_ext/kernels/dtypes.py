@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from mas_ext.failures import Diverged
 
 # An omega of dtype uint8 holds the codes of from_codes.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -23,7 +27,7 @@ def finite(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 # -- omega in 8 bits -------------------------------------------------------------------------------
 
-LARGEST_CODED = 1.875 * 2.0**16
+_LARGEST = 1.875 * 2.0**16
 _CUT = 20  # bits of a float32 that a code lacks
 _LOWEST = 112 << 23  # the float32 2^-15, which would be code 0
 _LEAST = 1.125 * 2.0**-15
@@ -47,6 +51,18 @@ def _coded(x: Tensor, added: Tensor, share: Tensor) -> Tensor:
     bits = low.contiguous().view(torch.int32).to(torch.int64)
     code = ((bits - _LOWEST + added) >> _CUT).clamp(0, 255)
     return torch.where(low < _LEAST, share * _LEAST < low, code).to(torch.uint8)
+
+
+def unit_of(largest: float) -> float:
+    """The power of two that brings everything up to the largest into the range of 8 bits."""
+    # Not so far out that float32 has no such power, or only one of fewer bits.
+    if not largest <= _LARGEST * 2.0**100:
+        raise Diverged(
+            f"importance: got values that make W {largest:.3g}, expected at most "
+            f"{_LARGEST * 2.0**100:.3g} with omega_dtype=uint8"
+        )
+    mantissa, exponent = math.frexp(largest / _LARGEST)
+    return 2.0 ** min(max(exponent - (mantissa == 0.5), -100), 100)
 
 
 def omega_values(omega: Tensor, dtype: torch.dtype) -> Tensor:

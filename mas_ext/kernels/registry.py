@@ -39,10 +39,11 @@ def operator(
     keep: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     differentiable: Callable[..., Any] | None = None,
+    state: type[tuple[Any, ...]] = State,
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Register a function of tensors as torch.ops.mas_ext.NAME, which stands for it where calls are traced.
 
-    A parameter called `state` is a State for Python, and its fields one by one for the operator.
+    A parameter called `state` is a NamedTuple for Python, and its fields one by one for the operator.
 
     Args:
         schema: the operator's, without its name; STATE stands for the state.
@@ -51,17 +52,18 @@ def operator(
         keep: called with (ctx, flat inputs, output) before `backward`.
         backward: called with (ctx, *gradients of the outputs), returns those of the flat inputs.
         differentiable: what eager code calls while gradients are recorded; the operator without it.
+        state: the class of the parameter called `state`.
     """
 
     def register(kernel: Callable[_P, _R]) -> Callable[_P, _R]:
         name = kernel.__name__
         parameters = list(inspect.signature(kernel).parameters)
         start = parameters.index("state") if "state" in parameters else len(parameters)
-        stop = start + len(State._fields)
+        stop = start + len(getattr(state, "_fields", ()))
 
         def of_flat(function: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any) -> Any:
-                return function(*args[:start], State(*args[start:stop]), *args[stop:])
+                return function(*args[:start], state(*args[start:stop]), *args[stop:])
 
             return run if "state" in parameters else function
 
@@ -81,8 +83,8 @@ def operator(
                     return kernel(*args, **named)
                 if differentiable is not None:
                     return differentiable(*args, **named)
-            state = args[start] if "state" in parameters else ()
-            return flat(*args[:start], *state, *args[start + 1 :], **named)
+            fields = args[start] if "state" in parameters else ()
+            return flat(*args[:start], *fields, *args[start + 1 :], **named)
 
         return call
 

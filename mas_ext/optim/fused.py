@@ -115,6 +115,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         # All that can fail comes before the first parameter moves.
         for group in self.param_groups:
             _check_own_numbers(group)
+        if self._penalty is not None and self._mode == "gradient":
+            own = {id(p) for group in self.param_groups for p in group["params"]}
+            self._penalty.add_update_grad_to(own, getattr(self, "grad_scale", None))
         plan = [
             (group, [self._prepared(group, b) for b in self._buckets(group, places)])
             for group in self.param_groups

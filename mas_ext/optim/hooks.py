@@ -22,6 +22,9 @@ class Penalty(Protocol):
     def add_grad_to(self, only: Collection[int], times: Tensor | None = None) -> None:
         """Add the penalty's gradient, times a factor, into .grad of the parameters with these ids."""
 
+    def add_update_grad_to(self, only: Collection[int], times: Tensor | None = None) -> None:
+        """add_grad_to of low-rank updates alone, which the fused optimizers' kernels don't know."""
+
     def proximal_(
         self,
         parameters: Sequence[Tensor],

@@ -44,7 +44,7 @@ def _walk(
             yield prefix + key, _Place(parameter, module._parameters, key, path)
     for key, child in module._modules.items():
         if child is not None:
-            inner = prefix if _is_hidden(module, key) else f"{prefix}{key}."
+            inner = prefix if is_hidden(module, key) else f"{prefix}{key}."
             yield from _walk(child, inner, (*path, (module._modules, key, child)))
 
 
@@ -56,7 +56,7 @@ def bare_model(model: nn.Module) -> nn.Module:
     return bare_model(wrapper._orig_mod) if hasattr(model, "_orig_mod") else model
 
 
-def _is_hidden(module: nn.Module, key: str) -> bool:
+def is_hidden(module: nn.Module, key: str) -> bool:
     """Whether a child's key is no part of the bare model's names."""
     return key in _WRAPPERS or (key == "module" and isinstance(module, PARALLEL))
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import operator
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext.kernels import backends
+from mas_ext.parameters.adapters import AdaptedWeight, adapted_weights
 from mas_ext.parameters.fsdp import ShardedBinding, Sharding, local_parts, optimizer_view, whole
 from mas_ext.parameters.names import Binding, Layout, ModelView, layouts
 
@@ -67,6 +69,8 @@ class TrackedModel:
         self._memo: dict[int, Any] | None = None
         # Parameters by the name that each was last seen under.
         self._seen: dict[str, weakref.ref[Tensor]] = {}
+        # Factors of adapted weights by the weight's name, as they were last seen.
+        self._factors: dict[str, list[weakref.ref[nn.Parameter]]] = {}
         self.sharding = Sharding.of(model, optimizer_view(model, exclude).parameters())
 
     @property
@@ -99,6 +103,46 @@ class TrackedModel:
         }
         found = ((name, view.name_of(p)) for name, p in before.items())
         return {name: now for name, now in found if now is not None}
+
+    def adapted(self) -> dict[str, AdaptedWeight]:
+        """The weights that adapters update, but for the excluded ones."""
+        found = adapted_weights(self.model)
+        if not found or not self._exclude:
+            return found
+        view = ModelView(self.model, self._exclude)
+        return {
+            name: weight
+            for name, weight in found.items()
+            if all(view.name_of(p) in view.places for p in (weight.weight, *weight.parameters()))
+        }
+
+    def remember_factors(self, adapted: Mapping[str, AdaptedWeight]) -> None:
+        """Know the adapters' factors again."""
+        for name, weight in adapted.items():
+            if weight.products:
+                self._factors[name] = [weakref.ref(p) for p in weight.parameters()]
+
+    def other_factors(
+        self, adapted: Mapping[str, AdaptedWeight], held: Collection[str]
+    ) -> dict[str, str]:
+        """The present names, by those under which they are held, of adapted weights that changed.
+
+        These have other factors than when they were last seen, or another name with the same ones.
+        """
+        now = {id(w.parameters()[0]): name for name, w in adapted.items() if w.products}
+        found = {}
+        for name in held:
+            before = [ref() for ref in self._factors.get(name, [])]
+            if name not in adapted:
+                new = now.get(id(before[0])) if before and before[0] is not None else None
+                if new is not None and new not in held:
+                    found[name] = new
+            elif adapted[name].products:
+                factors = adapted[name].parameters()
+                same = len(factors) == len(before) and all(map(operator.is_, factors, before))
+                if not same:
+                    found[name] = name
+        return found
 
     def view(self, consolidated: Collection[str]) -> ModelView:
         """The parameters as the optimizer knows them, after taking over how they are sharded now.
@@ -181,7 +225,7 @@ class TrackedModel:
         own = {id(p) for p in model.parameters()}
         seen = {name: found() for name, found in self._seen.items()}
         kept = {name: p for name, p in seen.items() if id(p) in own}
-        return {**self.__dict__, "_memo": None, "_seen": kept}
+        return {**self.__dict__, "_memo": None, "_seen": kept, "_factors": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         seen = {name: weakref.ref(p) for name, p in state.pop("_seen").items()}

@@ -5,7 +5,6 @@ Every parameter has its own part of them, which follows the parameter when that 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mas_ext.failures import Diverged
 from mas_ext.kernels import backends
-from mas_ext.kernels.dtypes import LARGEST_CODED, compute_dtype, from_codes, to_codes
+from mas_ext.kernels.dtypes import compute_dtype, from_codes, to_codes, unit_of
 from mas_ext.kernels.flat_state import State, flat_view
 from mas_ext.parameters.names import Binding, Layout, check_supported, layouts
+from mas_ext.state.low_rank import HeldWeight
 from mas_ext.state.merge_rules import MergeRule, TaskEntry
 
 # Every tensor's part of the flat state starts at a multiple of this many elements: 16-byte loads.
@@ -95,17 +94,21 @@ class Group:
 class Memory(NamedTuple):
     """All that is known of the tasks, replaced as one, so that an interruption leaves the old one whole.
 
-    `absent` holds the state of parameters that the model lacks at the moment.
+    absent: the state of parameters that the model lacks at the moment.
+    updates: the state of weights that low-rank adapters update, whether the model has adapters now or not.
+    factors: by device, the factor of the quadratic as the kernels of the updates read it.
     """
 
     lam: float
     entries: list[TaskEntry]
     groups: list[Group]
     absent: dict[str, ParameterState]
+    updates: dict[str, HeldWeight]
+    factors: dict[torch.device, Tensor]
 
     @property
     def names(self) -> set[str]:
-        """The parameters that something is known of."""
+        """The parameters that something is known of one by one."""
         return {*self.absent, *(name for group in self.groups for name in group.names)}
 
     def parts(self) -> dict[str, ParameterState]:
@@ -138,7 +141,7 @@ def build_groups(
         if rule.omega_dtype == torch.uint8:
             known = [parts[name].omega for name in names if name in parts]
             new = [added[name] for name in names if name in added] if added else []
-            group.unit = _unit(_largest(known) + gain * _largest(new))
+            group.unit = unit_of(_largest(known) + gain * _largest(new))
         for i, name in enumerate(names):
             _fill(group, i, theta[name], parts.get(name), rows)
         group.add_up()
@@ -178,18 +181,6 @@ def _zeros(tensors: list[Tensor], names: list[str], rows: int, rule: MergeRule) 
 
 def _largest(tensors: Sequence[Tensor]) -> float:
     return max([0.0, *(float(t.max()) for t in tensors if t.numel())])
-
-
-def _unit(largest: float) -> float:
-    """The power of two that brings everything up to the largest into the range of 8 bits."""
-    # Not so far out that float32 has no such power, or only one of fewer bits.
-    if not largest <= LARGEST_CODED * 2.0**100:
-        raise Diverged(
-            f"importance: got values that make W {largest:.3g}, expected at most "
-            f"{LARGEST_CODED * 2.0**100:.3g} with omega_dtype=uint8"
-        )
-    mantissa, exponent = math.frexp(largest / LARGEST_CODED)
-    return 2.0 ** min(max(exponent - (mantissa == 0.5), -100), 100)
 
 
 def _fill(group: Group, index: int, x: Tensor, old: ParameterState | None, rows: int) -> None:

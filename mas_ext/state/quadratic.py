@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,10 +21,20 @@ from mas_ext.kernels.dtypes import DTYPES
 from mas_ext.kernels.flat_state import flat_view
 from mas_ext.kernels.merge import merge_
 from mas_ext.kernels.warning import warn
+from mas_ext.parameters.adapters import AdaptedWeight
 from mas_ext.parameters.fsdp import Sharding
 from mas_ext.parameters.names import check_supported
 from mas_ext.state import files as checkpoint
 from mas_ext.state.buffers import Group, Memory, ParameterState, build_groups
+from mas_ext.state.low_rank import (
+    HeldWeight,
+    UpdateGroup,
+    bound_updates,
+    keys_of_updates,
+    pack_updates,
+    unpack_updates,
+    with_task,
+)
 from mas_ext.state.merge_rules import MergeRule, TaskEntry, separate_anchor
 
 FORMAT = 1
@@ -35,7 +45,7 @@ class Consolidation:
 
     def __init__(self, rule: MergeRule, lam: float) -> None:
         self.rule = rule
-        self.memory = Memory(check_factor(lam, "lam"), [], [], {})
+        self.memory = Memory(check_factor(lam, "lam"), [], [], {}, {}, {})
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -55,9 +65,13 @@ class Consolidation:
         return self.rule.alpha(self.lam, self.memory.entries)
 
     def quadratic(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """W and A by name, such that the penalty is scale * (sum W (theta - A)^2 + r)."""
+        """W and A by name, such that the penalty is scale * (sum W (theta - A)^2 + r).
+
+        Of a weight that low-rank adapters update, theta is the update, and A is that of the anchor.
+        """
         if self.rule.store == "merged":
-            return {n: (p.omega[0], p.anchor[0]) for n, p in self.memory.parts().items()}
+            own = {n: (p.omega[0], p.anchor[0]) for n, p in self.memory.parts().items()}
+            return own | {n: (w.weight, w.update) for n, w in self.memory.updates.items()}
         gains = self.rule.gains(self.memory.entries)
         merged = {}
         for name, p in self.memory.parts().items():
@@ -84,6 +98,26 @@ class Consolidation:
         self._warn_of_weakened(entries)
         self._take_over(self.memory._replace(entries=entries))
 
+    def bound_updates(self, adapted: Mapping[str, AdaptedWeight]) -> Iterator[UpdateGroup]:
+        """The state of adapted weights, as the kernels take it."""
+
+        def factor(device: torch.device) -> Tensor:
+            known = self.memory.factors
+            if device not in known:
+                known[device] = torch.tensor(self.scale, dtype=torch.float64, device=device)
+            return known[device]
+
+        return bound_updates(self.memory.updates, adapted, factor, self.rule)
+
+    def follow_updates(
+        self, adapted: Mapping[str, AdaptedWeight], names: Mapping[str, str]
+    ) -> None:
+        """Take adapted weights under other names, by their old ones; no anchor where an adapter was merged."""
+        moved = {names.get(name, name): weight for name, weight in self.memory.updates.items()}
+        for name in names.values():
+            moved[name] = moved[name].followed(adapted[name], self.rule)
+        self.memory = self.memory._replace(updates=moved)
+
     def fit(self, theta: Mapping[str, Tensor]) -> None:
         """Follow parameters that were moved, cast, widened, removed or brought back."""
         self._take_over(self._fitted(self.memory, theta))
@@ -95,6 +129,7 @@ class Consolidation:
         weight: float = 1.0,
         move_anchor: bool = True,
         sharding: Sharding | None = None,
+        adapted: Mapping[str, AdaptedWeight] | None = None,
     ) -> None:
         """Merge one task's importance, with the present parameters as its anchor.
 
@@ -106,6 +141,8 @@ class Consolidation:
             move_anchor: under the anchor "latest", whether that moves to theta.
             sharding: how the parameters are sharded, if this is the state of one rank's shards. theta and
                 importance are whole, so that every rank finds the same S_t and the same mistakes.
+            adapted: the weights that low-rank adapters update, which are in theta, too: of them the update is
+                held.
 
         Raises:
             Diverged: parameters or importance that are not finite.
@@ -134,7 +171,8 @@ class Consolidation:
                 "(rename() keeps it)",
                 RuntimeWarning,
             )
-        names = [name for name in theta if name in old or name in importance]
+        adapted = adapted or {}
+        names = [n for n in theta if (n in old or n in importance) and n not in adapted]
         known = {name: theta[name].detach() for name in names}
         merged = self.rule.store == "merged"
         gain = self.rule.gains(entries)[-1] if merged else 1.0
@@ -150,8 +188,9 @@ class Consolidation:
             self._write_row(groups, known, importance, len(entries) - 1, move_anchor)
         for group in groups:
             _finish(group, sharding)
+        updates = self._merged_updates(adapted, importance, gain, move_anchor)
         self._warn_of_weakened(entries)
-        self._take_over(Memory(self.lam, entries, groups, {}))
+        self._take_over(Memory(self.lam, entries, groups, {}, updates, {}))
 
     def drop(self, task: int) -> None:
         """Forget one task; store "per_task" only."""
@@ -162,21 +201,22 @@ class Consolidation:
             for name, p in self.memory.parts().items()
             if kept
         }
-        self.memory = Memory(self.lam, entries, [], parts)
+        self.memory = Memory(self.lam, entries, [], parts, {}, {})
 
     def rename(self, old: str, new: str) -> None:
         """Give the state of one parameter to another name."""
-        parts = self.memory.parts()
-        if old not in parts:
+        known = self.memory.parts().keys() | self.memory.updates.keys()
+        if old not in known:
             raise KeyError(f"old: got {old!r}, expected one of the consolidated parameters")
-        if new in parts:
+        if new in known:
             raise KeyError(f"new: got {new!r}, which is a consolidated parameter already")
         self.move({old: new})
 
     def move(self, names: Mapping[str, str]) -> None:
         """Give the state of parameters to other names, of which none has one, all at once."""
         moved = {names.get(name, name): p for name, p in self.memory.parts().items()}
-        self.memory = self.memory._replace(groups=[], absent=moved)
+        updates = {names.get(name, name): w for name, w in self.memory.updates.items()}
+        self.memory = self.memory._replace(groups=[], absent=moved, updates=updates)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -290,6 +330,35 @@ class Consolidation:
             group.remainders *= keep
             group.remainders += added.to(group.remainders.device) * group.unit
 
+    def _merged_updates(
+        self,
+        adapted: Mapping[str, AdaptedWeight],
+        importance: Mapping[str, Tensor],
+        gain: float,
+        move_anchor: bool,
+    ) -> dict[str, HeldWeight]:
+        """The state of adapted weights with one task more."""
+        keep, known = self.rule.keep, self.memory.updates
+        # Without adapters, W alone is left: the weight does not move.
+        updates = {
+            name: weight._replace(unit=keep * weight.unit, anchor={})
+            for name, weight in known.items()
+            if name not in adapted
+        }
+        entry = len(self.memory.entries)
+        for name, weight in adapted.items():
+            if name in importance or name in known:
+                updates[name] = with_task(
+                    known.get(name),
+                    weight,
+                    importance.get(name),
+                    self.rule,
+                    gain,
+                    entry,
+                    move_anchor,
+                )
+        return updates
+
     def _warn_of_weakened(self, entries: list[TaskEntry]) -> None:
         """Tell of old tasks whose strength falls to a third of what it was, a ninth, and so on."""
         before = self.rule.strengths(self.memory.entries)
@@ -329,7 +398,9 @@ class Consolidation:
         alpha = self.rule.alpha(memory.lam, memory.entries)
         scale = self.rule.scale(memory.lam, memory.entries)
         factors = [scale] if self.rule.store == "merged" else alpha
-        largest = max([1.0, *(group.unit for group in memory.groups)])
+        units = [group.unit for group in memory.groups]
+        units += [weight.unit for weight in memory.updates.values()]
+        largest = max([1.0, *units])
         if not all(math.isfinite(a * largest) for a in (*factors, *alpha)):
             raise ValueError(
                 f"lam: got {memory.lam}, expected one that is finite times the tasks' weights "
@@ -337,12 +408,14 @@ class Consolidation:
             )
         for group in memory.groups:
             group.state.alpha.copy_(torch.tensor(factors, dtype=torch.float64) * group.unit)
+        for factor in memory.factors.values():
+            factor.fill_(scale)
 
     # -- state dict --------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as named tensors; what is no tensor as JSON in bytes."""
-        config = {
+        config: dict[str, Any] = {
             "format": FORMAT,
             "merge": self.rule.merge,
             "anchor": self.rule.anchor,
@@ -352,22 +425,38 @@ class Consolidation:
             "names": list(self.memory.parts()),
             "absent": list(self.memory.absent),
         }
-        found = {"config": checkpoint.encode(config)}
+        updates, told = pack_updates(self.memory.updates)
+        if told:  # what has none is read by versions that know of none
+            config["updates"] = told
+        found = {"config": checkpoint.encode(config), **updates}
         for name, p in self.memory.parts().items():
             found.update({f"{kind}.{name}": t for kind, t in p._asdict().items()})
         return found
 
     def load_tensors(self, found: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` gave, for these parameters; nothing changes on an error."""
-        keys = ("format", "merge", "anchor", "store", "lam", "entries", "names", "absent")
+        keys = (
+            "format",
+            "merge",
+            "anchor",
+            "store",
+            "lam",
+            "entries",
+            "names",
+            "absent",
+            "updates",
+        )
         check_format(found)
-        config = checkpoint.decode("config", found.get("config"), keys, separate_anchor)
+        config = checkpoint.decode(
+            "config", found.get("config"), keys, lambda c: {"updates": {}, **separate_anchor(c)}
+        )
         for key in ("merge", "anchor", "store"):
             own = getattr(self.rule, key)
             if config[key] != own:
                 raise ValueError(f"state: got {key} {config[key]!r}, expected {own!r}")
         lam, entries = _checked(config, self.rule)
         expected = {f"{kind}.{name}" for kind in ParameterState._fields for name in config["names"]}
+        expected |= keys_of_updates(config["updates"])
         for key in sorted(expected ^ (set(found) - {"config"})):
             got, wanted = ("no", "one") if key in expected else ("a", "none")
             raise KeyError(f"state: got {got} {key!r}, expected {wanted}")
@@ -381,7 +470,8 @@ class Consolidation:
                 raise KeyError(f"state: got {name!r}, which the model has no parameter for")
             shape = (rows, *(theta[name].shape if name in theta else p.omega.shape[1:]))
             _check_part(name, p, shape)
-        memory = self._fitted(Memory(lam, entries, [], parts), theta)
+        updates = unpack_updates(config["updates"], found)
+        memory = self._fitted(Memory(lam, entries, [], parts, updates, {}), theta)
         for group in memory.groups:
             for i, name in enumerate(group.names):
                 if not all(t.isfinite().all() for t in group.part(i)):

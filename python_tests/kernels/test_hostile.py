@@ -110,6 +110,9 @@ def calls() -> dict[str, list[Any]]:
     rows = torch.arange(-1, 9, dtype=torch.int32).view(2, 5) % 6
     moments = [("exp_avg", like()), ("exp_avg_sq", like())]
     steps = [torch.ones(()) for _ in theta]
+    left, right = [torch.randn(5, 2), torch.randn(50, 3)], [torch.randn(2, 7), torch.randn(3, 4)]
+    factors = [left, right, [torch.rand_like(t) for t in left], [torch.rand_like(t) for t in right]]
+    anchor = [[torch.randn(50, 1)], [torch.randn(1, 4)], [0, 1], [0.5]]
     return {
         "penalty": [theta, like(), 2, state, one[0].clone(), scratch, value],
         "proximal": [theta, like(), state, 0.1, 1.0, 1e-8],
@@ -123,6 +126,10 @@ def calls() -> dict[str, list[Any]]:
         ],
         "accumulate": [like(), theta, 0.5],
         "merge": [state, theta, like(), 1.0, 0.5, 0, 1, scratch, scratch.clone()],
+        "low_rank": [
+            *(*factors, 2, [torch.rand(5, 7), torch.rand(50, 4)], [1.0, 2.0], [1, 1], [1.0, 0.5]),
+            *(*anchor, one[0].clone(), scratch.clone(), value.clone()),
+        ],
         "per_sample": [
             *(torch.rand(1, 2, 2, 3), torch.rand(4, 5, 2), torch.rand(4, 6, 3), rows, (0, -1)),
             *(torch.zeros(24), 2, False),

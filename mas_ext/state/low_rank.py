@@ -1,0 +1,352 @@
+"""The state of weights that low-rank adapters update: W of the whole weight, and the update it pulls towards.
+
+    penalty = scale * sum over weights of sum_ij W_ij (D_ij - D*_ij)^2,    D = sum over active adapters of s B A
+
+D* is kept as factors: those of each adapter when the last task ended, which count while that adapter is active.
+Once the adapter was merged into its weight, D* is zero there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mas_ext.kernels import backends
+from mas_ext.kernels.dtypes import (
+    DTYPES,
+    OMEGA_DTYPES,
+    compute_dtype,
+    from_codes,
+    to_codes,
+    unit_of,
+)
+from mas_ext.kernels.flat_state import State
+from mas_ext.kernels.low_rank import (
+    UpdateState,
+    low_rank_add_grad_,
+    low_rank_value,
+    low_rank_with_gradients,
+)
+from mas_ext.kernels.merge import merge_
+from mas_ext.parameters.adapters import AdaptedWeight, Factor, LowRankProduct
+from mas_ext.state.merge_rules import MergeRule
+
+# So many elements of a weight tell whether it is still the one that was consolidated.
+_SAMPLES = 64
+
+
+class AnchorProduct(NamedTuple):
+    """What an adapter added when the last task ended: scale * left right, (m, r) and (r, n)."""
+
+    left: Tensor
+    right: Tensor
+    scale: float
+
+
+class HeldWeight(NamedTuple):
+    """What is known of one weight, which is taken for a matrix of shape (m, n).
+
+    shape: the weight's own.
+    omega: W over unit, of shape (m, n), in the rule's dtype; codes of 8 bits in uint8.
+    unit: a factor.
+    anchor: by adapter.
+    sample: elements of the weight when it was consolidated, float64.
+    """
+
+    shape: tuple[int, ...]
+    omega: Tensor
+    unit: float
+    anchor: Mapping[str, AnchorProduct]
+    sample: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """W, decoded, of the weight's shape."""
+        codes = self.omega.dtype == torch.uint8
+        return ((from_codes(self.omega) if codes else self.omega) * self.unit).view(self.shape)
+
+    @property
+    def update(self) -> Tensor:
+        """D*, of the weight's shape: zero without an anchor."""
+        total = torch.zeros_like(self.omega, dtype=torch.float32)
+        for p in self.anchor.values():
+            dtype = compute_dtype(p.left.dtype)
+            total = total.to(dtype) + p.scale * (p.left.to(dtype) @ p.right.to(dtype))
+        return total.view(self.shape)
+
+    def followed(self, adapted: AdaptedWeight, rule: MergeRule) -> HeldWeight:
+        """Where the weight is now; without the anchor where that is nearer to the sum of weight and anchor.
+
+        Raises:
+            ValueError: the weight has another shape than when it was consolidated.
+        """
+        weight = adapted.weight
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(
+                f"adapted weight: got shape {tuple(weight.shape)}, expected {self.shape} as when it was "
+                "consolidated"
+            )
+        now, chosen = _sample(weight), _chosen(self.omega.numel())
+        added = self.update.reshape(-1)[chosen].double().cpu()
+        moved = now - self.sample
+        merged = bool((moved - added).square().sum() < moved.square().sum())
+        place = rule.state_device or weight.device
+        return self._replace(omega=self.omega.to(place), anchor={} if merged else self.anchor)
+
+
+def _chosen(size: int) -> Tensor:
+    return torch.arange(0, size, max(1, size // _SAMPLES))[:_SAMPLES]
+
+
+def _sample(weight: Tensor) -> Tensor:
+    flat = weight.detach().reshape(-1)
+    return flat[_chosen(flat.numel()).to(flat.device)].double().cpu()
+
+
+def anchored(product: LowRankProduct) -> AnchorProduct:
+    """The product as it is now, in memory of its own."""
+    left, right = (f.matrix(f.parameter.detach()).clone() for f in (product.left, product.right))
+    return AnchorProduct(left, right, product.scale)
+
+
+def with_task(
+    old: HeldWeight | None,
+    adapted: AdaptedWeight,
+    importance: Tensor | None,
+    rule: MergeRule,
+    gain: float,
+    entry: int,
+    move_anchor: bool,
+) -> HeldWeight:
+    """One task more: W' = keep W + gain Omega_t, and the present products as its anchor.
+
+    importance: Omega_t in the weight's shape; None counts as 0.
+    entry: the entry's number, which seeds the rounding of bfloat16 and of codes.
+    move_anchor: whether the anchor moves where there is one.
+    """
+    weight = adapted.weight.detach()
+    place = rule.state_device or weight.device
+    like = weight.reshape(len(weight), -1)
+    shape, dtype = like.shape, compute_dtype(weight.dtype)
+    new = (
+        torch.zeros(shape, dtype=dtype, device=place)
+        if importance is None
+        else importance.detach().reshape(shape).to(place, dtype, copy=True)
+    )
+    unit = 1.0
+    if rule.omega_dtype == torch.uint8:
+        known = float(old.weight.max()) * rule.keep if old is not None and new.numel() else 0.0
+        unit = unit_of(known + gain * (float(new.max()) if new.numel() else 0.0))
+    wide = rule.omega_dtype == torch.float64 and dtype != torch.float64
+    omega = torch.zeros(shape, dtype=torch.float32 if wide else rule.omega_dtype, device=place)
+    if old is not None:
+        before = old.weight.reshape(shape).to(place) / unit
+        omega.copy_(to_codes(before) if omega.dtype == torch.uint8 else before)
+    if new.numel():
+        one = torch.ones(1, dtype=torch.float64, device=new.device)
+        native = backends.serves(new.device, rule.backend)
+        # The kernel leaves the anchor as it is; the importance has that one's sizes and dtype.
+        flat = State([0], omega.view(1, -1), new.view(1, -1), one, one[0], native)
+        merge_(flat, [new], [new], rule.keep, gain / unit, "keep", entry)
+    keep_anchor = old is not None and not move_anchor
+    anchor = (
+        old.anchor
+        if keep_anchor and old is not None
+        else {p.adapter: anchored(p) for p in adapted.products}
+    )
+    return HeldWeight(tuple(weight.shape), omega, unit, anchor, _sample(weight))
+
+
+class UpdateGroup(NamedTuple):
+    """Held weights whose factors have one dtype and device, as the kernels take them.
+
+    products: those of the weights, in order.
+    """
+
+    state: UpdateState
+    products: list[LowRankProduct]
+
+    def factors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The left and the right factors' matrices, differentiable."""
+        left = [p.left.matrix(p.left.parameter) for p in self.products]
+        return left, [p.right.matrix(p.right.parameter) for p in self.products]
+
+    def value(self) -> Tensor:
+        """The penalty of these weights, differentiable by the factors."""
+        if torch.is_grad_enabled():
+            return low_rank_with_gradients(*self.factors(), self.state)[0]
+        return low_rank_value(*self.factors(), self.state)
+
+    @torch.no_grad()
+    def add_grad_(self, only: Collection[int] | None = None, times: Tensor | None = None) -> Tensor:
+        """Add the gradient into .grad of the factors that require one; returns the value.
+
+        only: ids of parameters; None: all. times: a factor of the gradient, read on the device.
+        """
+        state = self.state
+        if times is not None:
+            state = state._replace(alpha=state.alpha * times.to(state.alpha.device))
+        copied: list[tuple[Factor, Tensor]] = []
+
+        def target(factor: Factor) -> Tensor:
+            p = factor.parameter
+            if not p.requires_grad or (only is not None and id(p) not in only):
+                return p.new_empty(0)
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            matrix = factor.matrix(p.grad)
+            if matrix.untyped_storage().data_ptr() != p.grad.untyped_storage().data_ptr():
+                # Its dimensions can't be seen as two.
+                matrix = torch.zeros_like(matrix)
+                copied.append((factor, matrix))
+            return matrix
+
+        grads = [[target(side) for side in (p.left, p.right)] for p in self.products]
+        left, right = ([pair[i] for pair in grads] for i in (0, 1))
+        value = low_rank_add_grad_(*self.factors(), left, right, state)
+        for factor, matrix in copied:
+            p = factor.parameter
+            assert p.grad is not None
+            p.grad += (matrix.T if factor.transposed else matrix).reshape(p.shape)
+        return value
+
+
+def bound_updates(
+    held: Mapping[str, HeldWeight],
+    adapted: Mapping[str, AdaptedWeight],
+    factor: Callable[[torch.device], Tensor],
+    rule: MergeRule,
+) -> Iterator[UpdateGroup]:
+    """The held weights that have active adapters now, in groups for the kernels; one by one from the CPU.
+
+    factor: what the kernels of a device read as the factor of the quadratic.
+
+    Raises:
+        ValueError: factors of several dtypes or devices at one weight.
+    """
+    kinds: dict[
+        tuple[torch.device, torch.dtype], list[tuple[HeldWeight, list[LowRankProduct]]]
+    ] = {}
+    for name, weight in held.items():
+        products = adapted[name].products if name in adapted else []
+        if not products:
+            continue
+        sides = [f.parameter for p in products for f in (p.left, p.right)]
+        found = {(t.device, t.dtype) for t in sides}
+        if len(found) > 1:
+            told = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in found))
+            raise ValueError(f"adapters of {name!r}: got {told}, expected one dtype and device")
+        kinds.setdefault(found.pop(), []).append((weight, products))
+    for (device, dtype), members in kinds.items():
+        for part in [members] if rule.state_device is None else [[m] for m in members]:
+            yield _group(part, device, dtype, factor(device), rule)
+
+
+def _group(
+    members: Sequence[tuple[HeldWeight, list[LowRankProduct]]],
+    device: torch.device,
+    dtype: torch.dtype,
+    factor: Tensor,
+    rule: MergeRule,
+) -> UpdateGroup:
+    products = [p for _, own in members for p in own]
+    anchors = [[w.anchor[p.adapter] for p in own if p.adapter in w.anchor] for w, own in members]
+    flat = [a for own in anchors for a in own]
+    state = UpdateState(
+        [w.omega.to(device) for w, _ in members],
+        [w.unit for w, _ in members],
+        [len(own) for _, own in members],
+        [p.scale for p in products],
+        [a.left.to(device, dtype) for a in flat],
+        [a.right.to(device, dtype) for a in flat],
+        [len(own) for own in anchors],
+        [a.scale for a in flat],
+        factor,
+        backends.serves(device, rule.backend),
+    )
+    return UpdateGroup(state, products)
+
+
+# -- as named tensors ------------------------------------------------------------------------------
+
+
+def pack_updates(
+    held: Mapping[str, HeldWeight],
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The held weights as named tensors, and what is no tensor by the weights' names."""
+    tensors, told = {}, {}
+    for name, w in held.items():
+        scales = {adapter: a.scale for adapter, a in w.anchor.items()}
+        told[name] = {"shape": [*w.shape], "unit": w.unit, "scales": scales}
+        tensors[f"update.omega.{name}"] = w.omega
+        tensors[f"update.sample.{name}"] = w.sample
+        for adapter, a in w.anchor.items():
+            tensors[f"update.left.{name}.{adapter}"] = a.left.contiguous()
+            tensors[f"update.right.{name}.{adapter}"] = a.right.contiguous()
+    return tensors, told
+
+
+def keys_of_updates(told: Any) -> set[str]:
+    """The tensors' names that go with what is no tensor; a ValueError for what can't be that."""
+    try:
+        found = set()
+        for name, about in told.items():
+            numbers = [about["unit"], *about["shape"], *about["scales"].values()]
+            if {*about} != {"shape", "unit", "scales"} or not all(map(math.isfinite, numbers)):
+                raise ValueError("wrong numbers")
+            if about["unit"] < 0 or not all(type(n) is int and n >= 0 for n in about["shape"]):
+                raise ValueError("negative numbers")
+            found |= {f"update.omega.{name}", f"update.sample.{name}"}
+            for adapter in about["scales"]:
+                found |= {f"update.left.{name}.{adapter}", f"update.right.{name}.{adapter}"}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"state: got a 'config' with wrong updates ({error!r}), expected shape, unit and scales of each"
+        ) from error
+    return found
+
+
+def unpack_updates(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, HeldWeight]:
+    """The held weights, from what pack_updates gave.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, or values that are not finite.
+    """
+    held = {}
+    for name, about in told.items():
+        shape = tuple(about["shape"])
+        rows = shape[0] if shape else 0
+        size = (rows, math.prod(shape[1:]))
+
+        def read(key: str, *sizes: int | None, dtypes: Collection[torch.dtype] = DTYPES) -> Tensor:
+            t = tensors[key]
+            fits = t.dim() == len(sizes) and all(
+                n in (None, own) for n, own in zip(sizes, t.shape, strict=True)
+            )
+            if not fits or t.dtype not in dtypes or not torch.isfinite(t).all():
+                raise ValueError(
+                    f"state, {key!r}: got {t.dtype} of shape {tuple(t.shape)}, expected finite numbers of "
+                    f"shape {sizes}"
+                )
+            return t
+
+        anchor = {}
+        for adapter, scale in about["scales"].items():
+            left = read(f"update.left.{name}.{adapter}", size[0], None)
+            right = read(f"update.right.{name}.{adapter}", left.shape[1], size[1])
+            anchor[adapter] = AnchorProduct(left, right, float(scale))
+        omega = read(f"update.omega.{name}", *size, dtypes=OMEGA_DTYPES)
+        if omega.dtype.is_floating_point and (omega < 0).any():
+            raise ValueError(f"state, omega of {name!r}: got negative values, expected importance")
+        sample = read(f"update.sample.{name}", None, dtypes=(torch.float64,))
+        if len(sample) != len(_chosen(omega.numel())):
+            raise ValueError(
+                f"state, sample of {name!r}: got {len(sample)} numbers, expected "
+                f"{len(_chosen(omega.numel()))}"
+            )
+        held[name] = HeldWeight(shape, omega, float(about["unit"]), anchor, sample)
+    return held

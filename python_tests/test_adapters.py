@@ -1,0 +1,390 @@
+"""Low-rank adapters held in weight space, against the penalty's definition on whole updates in float64."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_lora
+from torch import Tensor, nn
+from toy_lora import LAYERS, Definition, Net, batches, make, move
+
+import mas_ext.optim
+from mas_ext import FusedMASPenalty
+from mas_ext.integrations.loading import penalty_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RULES = [("sum", 1.0), ("consistent", 1.0), ("decay", 0.5)]
+
+
+def penalty_and_definition(
+    model: Net, merge: Any = "sum", gamma: float = 1.0, **options: Any
+) -> tuple[FusedMASPenalty, Definition]:
+    options = {"omega_dtype": torch.float64, **options}
+    penalty = FusedMASPenalty(model, lam=0.7, merge=merge, gamma=gamma, **options)
+    return penalty, Definition(model, 0.7, merge, gamma)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same(penalty: FusedMASPenalty, definition: Definition, rtol: float = 1e-9) -> None:
+    """Value and gradients, as a loss and in one pass."""
+    expected, grads = definition().detach(), definition.gradients()
+    value = penalty()
+    torch.testing.assert_close(value.detach().double(), expected, rtol=rtol, atol=1e-25)
+    model = penalty.model
+    model.zero_grad()
+    value.backward()
+    by_loss = gradients(model)
+    torch.testing.assert_close(penalty.add_grad_().double(), expected, rtol=rtol, atol=1e-25)
+    in_one_pass = gradients(model)
+    assert by_loss.keys() == in_one_pass.keys() == grads.keys()
+    for name, grad in grads.items():
+        scale = float(grad.abs().max())
+        for found in (by_loss[name], in_one_pass[name]):
+            torch.testing.assert_close(found.to(grad), grad, rtol=0, atol=rtol * scale + 1e-15)
+
+
+@pytest.mark.parametrize(("merge", "gamma"), RULES)
+def test_is_the_definition_over_tasks(merge: str, gamma: float) -> None:
+    model = make()
+    penalty, definition = penalty_and_definition(model, merge, gamma)
+    assert float(penalty().detach()) == 0
+    for task in range(3):
+        move(model, task)
+        if definition.tasks:
+            assert_same(penalty, definition)
+        data = batches(seed=task)
+        penalty.consolidate(data)
+        definition.consolidate(data)
+        assert_same(penalty, definition)
+    move(model)
+    assert_same(penalty, definition)
+    assert penalty.omega.keys() == {*LAYERS, "first.base.bias", "second.base.bias"} | {
+        "head.weight",
+        "head.bias",
+    }
+    for name in LAYERS:
+        weights = sum(
+            a * t[name] for a, t in zip(definition.alpha(), definition.tasks, strict=True)
+        )
+        torch.testing.assert_close(penalty.omega[name] * penalty.scale, weights)
+        torch.testing.assert_close(penalty.anchor[name].double(), definition.anchor[name])
+
+
+@pytest.mark.parametrize("omega_dtype", [torch.bfloat16, torch.uint8])
+def test_fewer_bits_of_omega(omega_dtype: torch.dtype) -> None:
+    """W is rounded once a task: to one of two neighbours, 2^-8 or 2^-3 apart."""
+    model = make()
+    penalty, definition = penalty_and_definition(model, omega_dtype=omega_dtype)
+    for task in range(2):
+        move(model, task)
+        penalty.consolidate(batches(seed=task))
+        definition.consolidate(batches(seed=task))
+    step = 2.0**-7 if omega_dtype == torch.bfloat16 else 2.0**-3
+    for name in LAYERS:
+        exact = definition.tasks[0][name] + definition.tasks[1][name]
+        floor = 2.0**-30 * float(exact.max())
+        error = (penalty.omega[name].double() - exact).abs()
+        assert bool((error <= 2 * step * exact + floor).all())
+        assert float(error.max()) > 0
+        definition.tasks[0][name] = penalty.omega[name].double()
+        definition.tasks[1][name] = torch.zeros_like(exact)
+    for name in definition.tasks[0].keys() - LAYERS.keys():
+        definition.tasks[0][name] = penalty.omega[name].double()
+        definition.tasks[1][name] = torch.zeros_like(definition.tasks[0][name])
+    move(model)
+    assert_same(penalty, definition, rtol=1e-6)
+
+
+def test_state_takes_a_byte_a_weight() -> None:
+    big = toy_lora.LoRA(500, 400, bias=False)
+    big.add("default", rank=4)
+    penalty = FusedMASPenalty(big.float(), omega_dtype=torch.uint8)
+    penalty.consolidate([torch.randn(3, 500)])
+    state = penalty.state_dict()
+    taken = sum(t.numel() * t.element_size() for t in state.values())
+    assert 200_000 < taken < 200_000 + 4 * 4 * 900 + 2_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = make(torch.float64)
+    penalty, definition = penalty_and_definition(model.to(dtype), omega_dtype=torch.float32)
+    importance = {n: t.float() for n, t in toy_lora.importance(model, batches()).items()}
+    definition.consolidate(batches())
+    for name in importance:
+        definition.tasks[0][name] = importance[name].double()
+    penalty.consolidate(importance=importance)
+    move(model)
+    # The factors as they were rounded, and all else in float64.
+    twin = Definition(copy.deepcopy(model).double(), 0.7)
+    twin.tasks = definition.tasks
+    twin.anchor = {n: a.double() for n, a in penalty.anchor.items()}
+    grads = twin.gradients()
+    torch.testing.assert_close(penalty.add_grad_().double(), twin().detach(), rtol=1e-5, atol=0)
+    eps = torch.finfo(dtype).eps
+    for name, found in gradients(model).items():
+        scale = float(grads[name].abs().max())
+        torch.testing.assert_close(
+            found.double(), grads[name], rtol=0, atol=(2 * eps + 1e-5) * scale
+        )
+
+
+def test_optimizers_take_it(tmp_path: Path) -> None:
+    """A step of SGD with the penalty attached, torch's and the fused one, is theta - lr gradient."""
+    for make_optimizer in (torch.optim.SGD, mas_ext.optim.SGD):
+        model = make()
+        penalty, definition = penalty_and_definition(model)
+        penalty.consolidate(batches())
+        definition.consolidate(batches())
+        move(model)
+        theta = {n: p.detach().clone() for n, p in model.named_parameters()}
+        grads = definition.gradients()
+        optimizer = make_optimizer((p for p in model.parameters() if p.requires_grad), lr=0.01)
+        handle = penalty.attach(optimizer)
+        model.zero_grad()
+        for p in model.parameters():
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for name, p in model.named_parameters():
+            expected = theta[name] - 0.01 * grads.get(name, torch.zeros_like(p))
+            torch.testing.assert_close(p.detach(), expected, rtol=1e-9, atol=1e-12)
+        handle.remove()
+
+
+def test_a_frozen_factor_gets_no_gradient() -> None:
+    model = make()
+    penalty, definition = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    definition.consolidate(batches())
+    move(model)
+    first = model.first
+    first.down["default"].requires_grad_(False)
+    assert_same(penalty, definition)
+
+
+def test_saved_copied_pickled(tmp_path: Path) -> None:
+    model = make()
+    penalty, definition = penalty_and_definition(model, omega_dtype=torch.uint8)
+    penalty.consolidate(batches())
+    definition.consolidate(batches())
+    move(model)
+    expected = penalty().detach()
+    assert float(expected) > 0
+    penalty.save(tmp_path / "penalty.safetensors")
+    loaded = FusedMASPenalty.load(tmp_path / "penalty.safetensors", model)
+    other = FusedMASPenalty(model, lam=3, omega_dtype=torch.uint8)
+    other.load_state_dict(penalty.state_dict())
+    copied_model, copied = copy.deepcopy((model, penalty))
+    pickled = pickle.loads(pickle.dumps(penalty))
+    for found in (loaded, other, copied, pickled):
+        assert torch.equal(found().detach(), expected)
+        assert found.adapters == "weights"
+    move(copied_model, 3)
+    assert not torch.equal(copied().detach(), expected)
+    assert torch.equal(penalty().detach(), expected)
+
+
+def test_a_merged_adapter_leaves_no_anchor() -> None:
+    """The weight itself has the update then, and a new adapter starts from it."""
+    model = make()
+    penalty, definition = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    definition.consolidate(batches())
+    state = penalty.state_dict()
+    for layer in LAYERS.values():
+        model.get_submodule(layer).merge()
+    assert float(penalty().detach()) == 0
+    for layer in LAYERS.values():
+        model.get_submodule(layer).add("default", std=0.2)
+    for name in LAYERS:
+        definition.anchor[name] = torch.zeros_like(definition.anchor[name])
+    assert_same(penalty, definition)
+    fresh = FusedMASPenalty(model, omega_dtype=torch.float64)
+    fresh.load_state_dict(state)
+    assert_same(fresh, definition)
+    penalty.consolidate(batches(seed=1))
+    definition.consolidate(batches(seed=1))
+    move(model)
+    assert_same(penalty, definition)
+
+
+def test_an_adapter_made_anew_over_the_same_weight_keeps_the_anchor() -> None:
+    """As when a checkpoint is loaded into a new adapter."""
+    model = make()
+    penalty, definition = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    definition.consolidate(batches())
+    for layer in LAYERS.values():
+        model.get_submodule(layer).add("default")
+    assert_same(penalty, definition)
+
+
+def test_another_adapter_has_no_anchor_until_its_task_ends() -> None:
+    model = make()
+    penalty, definition = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    definition.consolidate(batches())
+    anchor = dict(definition.anchor)
+    for layer in LAYERS.values():
+        model.get_submodule(layer).add("other")
+    for name in LAYERS:
+        definition.anchor[name] = torch.zeros_like(anchor[name])
+    assert_same(penalty, definition)
+    for layer in LAYERS.values():  # both together
+        model.get_submodule(layer).active = ["default", "other"]
+    definition.anchor.update(anchor)
+    assert_same(penalty, definition)
+    for layer in LAYERS.values():  # none
+        model.get_submodule(layer).active = []
+    for name in LAYERS:
+        definition.anchor[name] = torch.zeros_like(anchor[name])
+    assert float(penalty().detach()) == pytest.approx(float(definition().detach()))
+    for layer in LAYERS.values():
+        model.get_submodule(layer).active = ["default"]
+    definition.anchor.update(anchor)
+    assert_same(penalty, definition)
+
+
+def test_a_model_that_is_wrapped_is_followed() -> None:
+    model = make()
+    penalty, definition = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    definition.consolidate(batches())
+    move(model)
+    expected = definition().detach()
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(model.first, nn.Tanh())
+
+    inner = Outer()
+    model.first, first = inner.inner[0], model.first
+    del model._modules["first"]
+    model.renamed = first
+    with pytest.warns(RuntimeWarning, match="under other names"):
+        value = penalty().detach()
+    torch.testing.assert_close(value, expected)
+    assert "renamed.weight" in penalty.omega
+
+
+def test_observed_batches_count_as_given_ones() -> None:
+    model = make()
+    penalty, definition = penalty_and_definition(model)
+    for batch in batches():
+        penalty.observe(batch)
+    penalty.consolidate()
+    definition.consolidate(batches())
+    move(model)
+    assert_same(penalty, definition)
+
+
+def test_the_model_is_as_it_was() -> None:
+    model = make()
+    penalty, _ = penalty_and_definition(model)
+    before = {n: (id(p), p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}
+    penalty.check(batches()[0])
+    penalty.consolidate(batches())
+    with pytest.raises(RuntimeError, match=r"shape|size"):
+        penalty.consolidate([torch.randn(2, 9, dtype=torch.float64)])
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, (address, trained, values) in before.items():
+        assert id(after[name]) == address
+        assert after[name].requires_grad == trained
+        assert torch.equal(after[name], values)
+
+
+def test_adapters_can_be_held_by_parameter() -> None:
+    model = make()
+    penalty = FusedMASPenalty(model, adapters="parameters")
+    penalty.consolidate(batches())
+    assert "first.up.default" in penalty.omega
+    assert "first.weight" not in penalty.omega
+    state = penalty.state_dict()
+    with pytest.raises(ValueError, match=r"state: got 'first\.up\.default', held by itself"):
+        FusedMASPenalty(model).load_state_dict(state)
+
+
+def test_excluded_adapters_are_not_held() -> None:
+    model = make()
+    penalty = FusedMASPenalty(model, exclude=["first.*"])
+    penalty.consolidate(batches())
+    assert {n for n in penalty.omega if n.startswith("first")} == set()
+    assert "second.weight" in penalty.omega
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"anchor": "own"}, "anchor: got 'own' for low-rank updates"),
+        ({"store": "per_task"}, "store: got 'per_task' for low-rank updates"),
+        ({"adapters": "both"}, "adapters: got 'both'"),
+    ],
+)
+def test_what_it_does_not_go_with(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FusedMASPenalty(make(), **options)
+
+
+def test_the_proximal_form_is_refused() -> None:
+    model = make()
+    penalty, _ = penalty_and_definition(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for optimizer in (torch.optim.SGD(trained, lr=0.1), mas_ext.optim.SGD(trained, lr=0.1)):
+        with pytest.raises(ValueError, match="mode: got 'proximal' for low-rank updates"):
+            penalty.attach(optimizer, "proximal")
+
+
+def test_importance_of_a_factor_is_refused() -> None:
+    model = make()
+    penalty, _ = penalty_and_definition(model)
+    given = {"first.up.default": torch.ones(6, 2)}
+    with pytest.raises(KeyError, match="whose update is held"):
+        penalty.consolidate(importance=given)
+
+
+def test_a_weight_of_another_shape_is_refused() -> None:
+    model = make()
+    penalty, _ = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    model.first = toy_lora.LoRA(5, 6).double()
+    model.first.add("default")
+    with pytest.raises(ValueError, match=r"got shape \(6, 5\), expected \(6, 4\)"):
+        penalty()
+
+
+def test_an_error_leaves_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    penalty, definition = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    definition.consolidate(batches())
+    move(model)
+    bad = {"first.weight": torch.full((6, 4), float("nan"))}
+    with pytest.raises(ValueError, match=r"importance of 'first\.weight'"):
+        penalty.consolidate(importance=bad)
+    assert_same(penalty, definition)
+    assert penalty.num_tasks == 1
+
+
+def test_a_new_model_takes_the_state_over() -> None:
+    model = make()
+    penalty, definition = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    definition.consolidate(batches())
+    other = copy.deepcopy(model)
+    move(other)
+    definition.model = other
+    options = {"lam": 0.7, "omega_dtype": torch.float64, "process_group": None}
+    assert_same(penalty_of(other, penalty, 1, options), definition)
