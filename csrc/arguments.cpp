@@ -201,18 +201,23 @@ LowRankUpdates read_low_rank(const ProductLists& products, const ProductLists& a
   const DType grad_dtype = gradient == Gradient::add || wide ? found.dtype : DType::float32;
   const Views to_left = !written ? Views() : read_named("left_grad", left_grad, left.size());
   const Views to_right = !written ? Views() : read_named("right_grad", right_grad, left.size());
+  const auto list_of = [](const std::vector<std::int64_t>& numbers) {
+    py::list found;
+    for (const std::int64_t n : numbers) found.append(n);
+    return found;
+  };
   const auto check_counts = [&](const char* name, const ProductLists& lists, std::size_t total) {
     std::size_t sum = 0;
     for (const std::int64_t count : lists.counts) {
       if (count < 0 || static_cast<std::size_t>(count) > total - sum) {
-        refuse("{}: got {}, expected numbers that add up to {}", name, py::cast(lists.counts),
+        refuse("{}: got {}, expected numbers that add up to {}", name, list_of(lists.counts),
                total);
       }
       sum += static_cast<std::size_t>(count);
     }
     if (lists.counts.size() != omega.size() || sum != total || lists.scale.size() != total) {
       refuse("{}: got {} and {} scales, expected {} numbers that add up to {}, and as many scales",
-             name, py::cast(lists.counts), lists.scale.size(), omega.size(), total);
+             name, list_of(lists.counts), lists.scale.size(), omega.size(), total);
     }
   };
   check_counts("counts", products, left.size());

@@ -94,17 +94,19 @@ class Averaged(FusedMASPenalty):
         weight: float = 1.0,
         progress: bool = False,
         importance: Mapping[str, Tensor] | None = None,
+        sweeps: int = 1,
     ) -> None:
         """End of a task: FusedMASPenalty.consolidate with Omega_t times weight (1 - gamma)."""
         share = 1 - self._state.rule.gamma
-        super().consolidate(batches, weight * share, progress, importance)
+        super().consolidate(batches, weight * share, progress, importance, sweeps)
 
 
 class AveragedFromFirst(FusedMASPenalty):
     """Averaged, but a parameter's first Omega_t is its W: at the first task, and where a head is new."""
 
     def _merged(self, importance: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        known, share = self._state.memory.names, 1 - self._state.rule.gamma
+        memory, share = self._state.memory, 1 - self._state.rule.gamma
+        known = memory.names | memory.updates.keys()
         return {n: omega * share if n in known else omega for n, omega in importance.items()}
 
 

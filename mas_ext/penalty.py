@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from mas_ext._arguments import check_factor
+from mas_ext._arguments import check_count, check_factor
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.importance import ESTIMATORS, EstimatorName, Forward, ImportanceSum, gather
 from mas_ext.importance.objectives import Objective
@@ -27,8 +27,8 @@ from mas_ext.optim.fused import FusedOptimizer
 from mas_ext.optim.hooks import Handle, Mode, register_hook, unwrapped
 from mas_ext.parameters.adapters import AdaptedWeight, measured
 from mas_ext.parameters.fsdp import optimizer_view, whole_tensor
-from mas_ext.parameters.names import ModelView, check_patterns
-from mas_ext.parameters.ranks import Ranks, Together, refuse_unused
+from mas_ext.parameters.names import ModelView, check_patterns, frozen, parts_of_equal_size
+from mas_ext.parameters.ranks import Ranks, SampleSums, Together, refuse_unused
 from mas_ext.parameters.tracked_model import TrackedModel, whole_model
 from mas_ext.state import files as checkpoint
 from mas_ext.state.buffers import Group
@@ -458,6 +458,7 @@ class FusedMASPenalty(nn.Module):
         weight: float = 1.0,
         progress: bool = False,
         importance: Mapping[str, Tensor] | None = None,
+        sweeps: int = 1,
     ) -> None:
         """End of a task: its importance is merged, and the parameters as they are become its anchor.
 
@@ -470,6 +471,9 @@ class FusedMASPenalty(nn.Module):
             importance: instead of batches, Omega_t by name, computed elsewhere; a name left out counts as 0.
                 Under merge "sum" with anchor "latest", in store "merged", it may be negative:
                 W <- max(0, W + Omega_t). The same on every rank.
+            sweeps: go through the batches, which must be there for it, so many times, each time for a part of
+                the parameters: sums over samples take 8 bytes per parameter of that part alone. Where omega has
+                less than 32 bits, the importance found is kept in bfloat16 meanwhile.
 
         Raises:
             RuntimeError: not exactly one of observed batches, `batches` and `importance`.
@@ -493,9 +497,17 @@ class FusedMASPenalty(nn.Module):
         def find(view: ModelView) -> Mapping[str, Tensor]:
             if importance is not None and batches is None and not self._pending.samples:
                 return {name: whole_tensor(t) for name, t in importance.items()}
+            if sweeps > 1 and batches is not None:
+                return self._in_sweeps(view, batches, sweeps, progress)
             return self._mean(view, lambda: collect(view))
 
-        self._add(lambda view: self._merged(find(view)), weight, ends_task=True)
+        check_count(sweeps, "sweeps")
+        if sweeps > 1 and iter(batches or ()) is batches:
+            raise ValueError(
+                f"batches: got {type(batches).__name__}, which can be read once, for {sweeps} sweeps, expected "
+                "a list or a DataLoader"
+            )
+        self._add(find, weight, ends_task=True)
 
     def _merged(self, importance: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What consolidate merges of a task's importance: all of it."""
@@ -818,19 +830,43 @@ class FusedMASPenalty(nn.Module):
 
     def _mean(self, view: ModelView, collect: Callable[[], ImportanceSum]) -> dict[str, Tensor]:
         """The mean over all ranks' samples of what each collects."""
-        theta = view.parameters()
-        summed = self._ranks.sum(lambda: collect().totals, view.model, theta)
-        total = self._pending.with_totals(summed)
+        total = self._checked(self._sum(view, collect), view)
+        # What was observed is still there if a check fails.
+        return total.mean() if total.sums is self._pending.sums else total.into_mean()
+
+    def _sum(self, view: ModelView, collect: Callable[[], ImportanceSum]) -> ImportanceSum:
+        """The sum over all ranks' samples of what each collects."""
+        summed = self._ranks.sum(lambda: collect().totals, view.model, view.parameters())
+        return self._pending.with_totals(summed)
+
+    def _in_sweeps(
+        self, view: ModelView, batches: Iterable[Any], sweeps: int, progress: bool
+    ) -> dict[str, Tensor]:
+        """The mean over all ranks' samples, one part of the parameters after another."""
+        trained = {n: p for n, p in view.parameters().items() if p.requires_grad}
+        narrow = self._state.rule.omega_dtype in (torch.bfloat16, torch.uint8)
+        found, objective = {}, 0.0
+        for part in parts_of_equal_size(trained, sweeps):
+            with frozen(p for name, p in trained.items() if name not in part):
+                total = self._sum(view, lambda: self._gathered(view, batches, progress))
+            objective = total.objective_sum / max(total.samples, 1)
+            mean = total.into_mean()
+            for name in [*mean]:
+                t = mean.pop(name)
+                found[name] = t.bfloat16() if narrow else t
+        return self._checked(self._pending.with_totals(SampleSums(found, 1, objective)), view).sums
+
+    def _checked(self, total: ImportanceSum, view: ModelView) -> ImportanceSum:
+        """The total, unless it is at the level of rounding: an error where it would be divided by its sum."""
         try:
             if total.sums:
-                total.refuse_rounding_noise(theta)
+                total.refuse_rounding_noise(view.parameters())
         except Vanished as error:
             # Divided by its sum it would hold all parameters at random; otherwise it holds none.
             if self._state.rule.merge == "consistent":
                 raise
             warn(str(error), RuntimeWarning)
-        # What was observed is still there if a check fails.
-        return total.mean() if total.sums is self._pending.sums else total.into_mean()
+        return total
 
     def _add(
         self, find: Callable[[ModelView], Mapping[str, Tensor]], weight: float, ends_task: bool
@@ -842,6 +878,8 @@ class FusedMASPenalty(nn.Module):
             names = {view.name_of(p): name for name, p in weights.items()}
             omega = {names.get(name, name): t for name, t in find(view).items()}
             _refuse_factors(omega, adapted, view)
+            if ends_task:
+                omega = dict(self._merged(omega))
             theta = {names.get(name, name): p for name, p in view.parameters().items()}
             state, sharding = copy.copy(self._state), self._tracked.sharding
             state.add_task(theta, omega, weight, ends_task, sharding, adapted)

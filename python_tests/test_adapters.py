@@ -290,6 +290,29 @@ def test_observed_batches_count_as_given_ones() -> None:
     assert_same(penalty, definition)
 
 
+@pytest.mark.parametrize("merge", ["sum", "consistent"])
+def test_sweeps_find_what_one_pass_finds(merge: str) -> None:
+    """Each measures a part of the parameters; bits of frozen ones, modes and flags stay."""
+    model = make()
+    once, definition = penalty_and_definition(model, merge)
+    several, _ = penalty_and_definition(model, merge)
+    for task in range(2):
+        move(model, task)
+        trained = {n: p.requires_grad for n, p in model.named_parameters()}
+        once.consolidate(batches(seed=task))
+        several.consolidate(batches(seed=task), sweeps=3)
+        definition.consolidate(batches(seed=task))
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == trained
+        for name, omega in once.omega.items():
+            torch.testing.assert_close(several.omega[name], omega, rtol=1e-12, atol=0)
+    move(model)
+    assert_same(several, definition)
+    with pytest.raises(ValueError, match="batches: got generator, which can be read once"):
+        once.consolidate((b for b in batches()), sweeps=2)
+    with pytest.raises(ValueError, match="sweeps: got 0"):
+        once.consolidate(batches(), sweeps=0)
+
+
 def test_the_model_is_as_it_was() -> None:
     model = make()
     penalty, _ = penalty_and_definition(model)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mas_ext.kernels.dtypes import DTYPES
-from mas_ext.parameters.names import is_hidden
+from mas_ext.parameters.names import frozen, is_hidden
 
 
 class Factor(NamedTuple):
@@ -154,16 +154,12 @@ def measured(adapted: Mapping[str, AdaptedWeight]) -> Iterator[dict[str, nn.Para
     A weight's gradient is that of the sum with its products. Yields parameters by the weights' names, which
     share their memory.
     """
-    trained = [p for w in adapted.values() for p in w.parameters() if p.requires_grad]
     before = [(w, w.weight) for w in adapted.values()]
-    try:
-        for p in trained:
-            p.requires_grad_(False)
-        for w, weight in before:
-            w.owner._parameters[w.key] = nn.Parameter(weight.detach())
-        yield {name: w.weight for name, w in adapted.items()}
-    finally:
-        for w, weight in before:
-            w.owner._parameters[w.key] = weight
-        for p in trained:
-            p.requires_grad_(True)
+    with frozen(p for w in adapted.values() for p in w.parameters()):
+        try:
+            for w, weight in before:
+                w.owner._parameters[w.key] = nn.Parameter(weight.detach())
+            yield {name: w.weight for name, w in adapted.items()}
+        finally:
+            for w, weight in before:
+                w.owner._parameters[w.key] = weight

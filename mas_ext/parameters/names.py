@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
@@ -100,6 +101,30 @@ class ModelView:
 def named_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
     """The model's parameters by name, each once, without the excluded ones; arguments as ModelView's."""
     return ModelView(model, exclude).parameters()
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """While it lasts, the parameters require no gradient."""
+    trained = [p for p in parameters if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def parts_of_equal_size(theta: Mapping[str, Tensor], count: int) -> list[set[str]]:
+    """The names in at most this many runs, of about as many elements each."""
+    total = max(1, sum(t.numel() for t in theta.values()))
+    parts: dict[int, set[str]] = {}
+    begun = 0
+    for name, t in theta.items():
+        parts.setdefault((begun + t.numel() // 2) * count // total, set()).add(name)
+        begun += t.numel()
+    return [*parts.values()]
 
 
 def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:

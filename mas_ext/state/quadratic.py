@@ -125,7 +125,7 @@ class Consolidation:
     def add_task(
         self,
         theta: Mapping[str, Tensor],
-        importance: Mapping[str, Tensor],
+        importance: dict[str, Tensor],
         weight: float = 1.0,
         move_anchor: bool = True,
         sharding: Sharding | None = None,
@@ -136,7 +136,8 @@ class Consolidation:
         Args:
             theta: the model's parameters by name; those neither known nor in `importance` are ignored.
             importance: Omega_t by name, in the parameters' shapes; a name left out counts as 0. At least 0,
-                unless the rule takes it `signed`, where W <- max(0, W + Omega_t).
+                unless the rule takes it `signed`, where W <- max(0, W + Omega_t). That of adapted weights is
+                taken out of the dictionary as it is merged.
             weight: multiplies Omega_t (and 1/S_t under "consistent").
             move_anchor: under the anchor "latest", whether that moves to theta.
             sharding: how the parameters are sharded, if this is the state of one rank's shards. theta and
@@ -333,11 +334,11 @@ class Consolidation:
     def _merged_updates(
         self,
         adapted: Mapping[str, AdaptedWeight],
-        importance: Mapping[str, Tensor],
+        importance: dict[str, Tensor],
         gain: float,
         move_anchor: bool,
     ) -> dict[str, HeldWeight]:
-        """The state of adapted weights with one task more."""
+        """The state of adapted weights with one task more, whose importance is freed as it is merged."""
         keep, known = self.rule.keep, self.memory.updates
         # Without adapters, W alone is left: the weight does not move.
         updates = {
@@ -351,7 +352,7 @@ class Consolidation:
                 updates[name] = with_task(
                     known.get(name),
                     weight,
-                    importance.get(name),
+                    importance.pop(name, None),
                     self.rule,
                     gain,
                     entry,

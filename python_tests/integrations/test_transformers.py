@@ -324,8 +324,17 @@ def test_what_was_remembered_goes_over_to_another_model(tmp_path: Path) -> None:
     assert mas.penalty.num_tasks == 2
 
 
-def test_lora(tmp_path: Path) -> None:
-    """Only adapters are trained, held and moved."""
+def updates(model: Any) -> dict[str, Tensor]:
+    """What the adapters add to the weights."""
+    layers = ((n, m) for n, m in model.named_modules() if hasattr(m, "get_delta_weight"))
+    return {n: m.get_delta_weight("default").detach().clone() for n, m in layers}
+
+
+@pytest.mark.parametrize(
+    ("adapters", "mode"), [("weights", "gradient"), ("parameters", "proximal")]
+)
+def test_lora(tmp_path: Path, adapters: Any, mode: Any) -> None:
+    """Only adapters are trained and moved; their updates are held, or their factors one by one."""
     torch.manual_seed(0)
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
     model = peft.get_peft_model(network(), config).double()
@@ -333,16 +342,15 @@ def test_lora(tmp_path: Path) -> None:
     moved = []
     for lam in (0.0, 1000.0):
         own = copy.deepcopy(model)
-        mas = MASCallback(lam, mode="proximal")
+        mas = MASCallback(lam, mode=mode, adapters=adapters)
         for t in range(2):
-            held = {n: p.detach().clone() for n, p in own.named_parameters()}
+            held = updates(own)
             InOrder(own, arguments(tmp_path), train_dataset=corpus(t), callbacks=[mas]).train()
-        moved.append(
-            sum(float((p - held[n]).detach().abs().sum()) for n, p in own.named_parameters())
-        )
+        moved.append(sum(float((x - held[n]).abs().sum()) for n, x in updates(own).items()))
         assert mas.penalty is not None
-        assert set(mas.penalty.omega) == {n for n, p in own.named_parameters() if p.requires_grad}
-        assert all("lora_" in n for n in mas.penalty.omega)
+        factors = {n for n, p in own.named_parameters() if p.requires_grad}
+        weights = {f"{n.removeprefix('base_model.model.')}.weight" for n in held}
+        assert set(mas.penalty.omega) == (weights if adapters == "weights" else factors)
         frozen = [n for n, p in own.named_parameters() if not p.requires_grad]
         assert all(torch.equal(own.get_parameter(n), before[n]) for n in frozen)
     assert moved[1] < 0.3 * moved[0]
