@@ -21,9 +21,9 @@ void with_float(DType dtype, F f) {
   if (dtype == DType::float16) f(Type<float16>{});
 }
 
-// f(omega's type): float32, bfloat16 or float8, or float64 beside a float64 theta.
+// f(omega's type) beside a theta of type T: float32, bfloat16 or float8, or float64 beside float64.
 template <class T, class F>
-void with_omega(DType omega, Type<T>, F f) {
+void with_omega(DType omega, F f) {
   if (omega == DType::float32) f(Type<float>{});
   if (omega == DType::bfloat16) f(Type<bfloat16>{});
   if (omega == DType::float8) f(Type<float8>{});
@@ -35,8 +35,9 @@ void with_omega(DType omega, Type<T>, F f) {
 // f(theta's type, omega's type).
 template <class F>
 void with_state(const State& state, F f) {
-  with_float(state.theta_dtype,
-             [&](auto t) { with_omega(state.omega_dtype, t, [&](auto o) { f(t, o); }); });
+  with_float(state.theta_dtype, [&](auto t) {
+    with_omega<typename decltype(t)::type>(state.omega_dtype, [&](auto o) { f(t, o); });
+  });
 }
 
 template <class F>

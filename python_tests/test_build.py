@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from backends import FOLDER
 
 ROOT = Path(__file__).parent.parent
 KERNELS = {source.stem for source in (ROOT / "csrc" / "cpu").glob("*.cpp")}
@@ -101,10 +100,11 @@ def test_instruction_sets_share_no_code(level: str) -> None:
     """Of a function that several objects define the linker keeps one copy: perhaps the one that an
     older processor can't run.
     """
-    found = [*FOLDER.glob(f"CMakeFiles/cpu_{level}.dir/**/*.o")]
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}-*"
+    found = [*ROOT.glob(f"build/{tag}/CMakeFiles/cpu_{level}.dir/**/*.o")]
     objects = [o for o in found if o.name.split(".")[0] in KERNELS]
     assert len(objects) == len(KERNELS)
-    listed = run("nm", "--defined-only", "--extern-only", "--demangle", *objects, cwd=FOLDER)
+    listed = run("nm", "--defined-only", "--extern-only", "--demangle", *objects, cwd=ROOT)
     symbols = [line for line in listed.stdout.splitlines() if line and not line.endswith(":")]
     assert len(symbols) >= len(KERNELS)
     assert all(f" T mas::cpu::{level}::" in symbol for symbol in symbols), symbols

@@ -362,7 +362,7 @@ void run_typed(const LowRank& args, int threads) {
 void run(const LowRank& args, int threads) {
   with_float(args.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    with_omega(args.omega_dtype, t, [&](auto o) {
+    with_omega<typename decltype(t)::type>(args.omega_dtype, [&](auto o) {
       run_typed<compute_t<T>, T, typename decltype(o)::type>(args, threads);
     });
   });

@@ -4,7 +4,39 @@
 namespace mas::cpu::MAS_LEVEL {
 namespace {
 
-template <class T, class O, int M, class Rule>
+// The penalty's part of a tile, in functions of their own: what optimizers do is then compiled once
+// for all dtypes of omega.
+template <class T, class O, class C>
+__attribute__((noinline)) void add_gradient(const State& state, const T* theta, const O* omega,
+                                            const C* anchor, std::int64_t size, C* gradient) {
+  for (std::int64_t row = 0; row < state.rows; ++row) {
+    const C factor = finite_factor<C>(2.0 * state.alpha[row]);
+    const O* w = omega + row * state.stride;
+    const C* a = anchor + row * state.stride;
+#pragma omp simd  // the compiler can't know that the tensors lie apart
+    for (std::int64_t i = 0; i < size; ++i) {
+      gradient[i] += factor * penalty_element<C>(load(w[i]), load(theta[i]), a[i]).half_gradient;
+    }
+  }
+}
+
+template <class O, class C>
+__attribute__((noinline)) void pull(const State& state, double largest, const O* omega,
+                                    const C* anchor, std::int64_t size, const C* strengths,
+                                    C* theta) {
+  proximal_step(state, largest, omega, anchor, size, strengths, theta);
+}
+
+// f(omega, anchor), from an element on.
+template <class T, class F>
+void with_penalty(const State& state, std::int64_t offset, F f) {
+  with_omega<T>(state.omega_dtype, [&](auto o) {
+    f(static_cast<const typename decltype(o)::type*>(state.omega) + offset,
+      static_cast<const compute_t<T>*>(state.anchor) + offset);
+  });
+}
+
+template <class T, int M, class Rule>
 void optimize_chunk(ChunkOf<OptimizerSegment> chunk, const OptimizerStep<Rule>& args) {
   using C = compute_t<T>;
   const OptimizerSegment& segment = chunk.segment;
@@ -12,8 +44,6 @@ void optimize_chunk(ChunkOf<OptimizerSegment> chunk, const OptimizerStep<Rule>& 
   State state = args.state;
   if (!penalized) state.rows = 0;
   const std::int64_t offset = penalized ? segment.offset + chunk.begin : 0;
-  const O* omega = static_cast<const O*>(state.omega) + offset;
-  const C* anchor = static_cast<const C*>(state.anchor) + offset;
   const auto step = step_of<C>(args.rule, segment.step);
   const C unscale = static_cast<C>(unscale_of(args));
   const double largest = largest_alpha(state.alpha, state.rows);
@@ -31,15 +61,12 @@ void optimize_chunk(ChunkOf<OptimizerSegment> chunk, const OptimizerStep<Rule>& 
     T* third = M > 2 ? static_cast<T*>(segment.moments[2]) + begin : nullptr;
 
     for (std::int64_t i = 0; i < size; ++i) value[i] = unscale * load(grad[i]);
-    for (std::int64_t row = 0; row < state.rows && !args.proximal; ++row) {
-      const C factor = finite_factor<C>(2.0 * state.alpha[row]);
-      const O* w = omega + row * state.stride + start;
-      const C* a = anchor + row * state.stride + start;
-      for (std::int64_t i = 0; i < size; ++i) {
-        value[i] += factor * penalty_element<C>(load(w[i]), load(theta[i]), a[i]).half_gradient;
-      }
+    if (!args.proximal && state.rows > 0) {
+      with_penalty<T>(state, offset + start, [&](auto omega, auto anchor) {
+        add_gradient(state, theta, omega, anchor, size, value);
+      });
     }
-#pragma omp simd  // the compiler can't know that the tensors lie apart
+#pragma omp simd
     for (std::int64_t i = 0; i < size; ++i) {
       Moments<C> m = {};
       if constexpr (M > 0) m.first = load(first[i]);
@@ -55,7 +82,9 @@ void optimize_chunk(ChunkOf<OptimizerSegment> chunk, const OptimizerStep<Rule>& 
     if (args.proximal && state.rows > 0) {
       C strengths[kTile];
       for (std::int64_t i = 0; i < size; ++i) strengths[i] = divided<C>(strength, divisor[i]);
-      proximal_step(state, largest, omega + start, anchor + start, size, strengths, value);
+      with_penalty<T>(state, offset + start, [&](auto omega, auto anchor) {
+        pull(state, largest, omega, anchor, size, strengths, value);
+      });
     }
     for (std::int64_t i = 0; i < size; ++i) theta[i] = store<T>(value[i]);
   }
@@ -63,8 +92,10 @@ void optimize_chunk(ChunkOf<OptimizerSegment> chunk, const OptimizerStep<Rule>& 
 
 template <int M, class Rule>
 void optimize(const OptimizerStep<Rule>& args, int threads) {
-  for_each_typed_chunk(args, threads, [&](auto t, auto o, auto chunk, std::int64_t) {
-    optimize_chunk<typename decltype(t)::type, typename decltype(o)::type, M>(chunk, args);
+  with_float(args.state.theta_dtype, [&](auto t) {
+    for_each_chunk(args.segments, threads, [&](auto chunk, std::int64_t) {
+      optimize_chunk<typename decltype(t)::type, M>(chunk, args);
+    });
   });
 }
 

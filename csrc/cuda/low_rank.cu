@@ -246,7 +246,7 @@ void run(const LowRank& args, void* stream) {
     }
   }
   with_float(args.dtype, [&](auto t) {
-    with_omega(args.omega_dtype, t, [&](auto o) {
+    with_omega<typename decltype(t)::type>(args.omega_dtype, [&](auto o) {
       using T = typename decltype(t)::type;
       using O = typename decltype(o)::type;
       launch_strips<false, T, O>(args, stream);
