@@ -85,11 +85,13 @@ $(BIN)/pip:
 	touch .venv/demo.stamp $@
 
 # An environment of its own, of several GB: torchvision, which Avalanche needs, comes with CUDA's torch alone.
+# It is built in a folder of its own, too, so that both can be made at the same time.
 .venv-integrations/bin/pip:
 	$(PYTHON) -m venv .venv-integrations
 
 .venv-integrations/stamp: $(SOURCES) constraints-integrations.txt | .venv-integrations/bin/pip
-	MAS_EXT_REQUIRE_NATIVE=1 SKBUILD_CMAKE_DEFINE=MAS_EXT_WARNINGS_AS_ERRORS=ON \
+	MAS_EXT_REQUIRE_NATIVE=1 MAS_EXT_CUDA=off SKBUILD_BUILD_DIR=build/integrations \
+	  SKBUILD_CMAKE_DEFINE=MAS_EXT_WARNINGS_AS_ERRORS=ON \
 	  PIP_CONSTRAINT=constraints-integrations.txt PIP_BUILD_CONSTRAINT=constraints-integrations.txt \
 	  .venv-integrations/bin/python -m pip install --editable ".[integrations]"
 	touch $@
