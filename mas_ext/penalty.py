@@ -27,7 +27,14 @@ from mas_ext.optim.fused import FusedOptimizer
 from mas_ext.optim.hooks import Handle, Mode, register_hook, unwrapped
 from mas_ext.parameters.adapters import AdaptedWeight, measured
 from mas_ext.parameters.fsdp import optimizer_view, whole_tensor
-from mas_ext.parameters.names import ModelView, check_patterns, frozen, parts_of_equal_size
+from mas_ext.parameters.names import (
+    ModelView,
+    check_patterns,
+    check_strength,
+    frozen,
+    parts_of_equal_size,
+    strength_of,
+)
 from mas_ext.parameters.ranks import Ranks, SampleSums, Together, refuse_unused
 from mas_ext.parameters.tracked_model import TrackedModel, whole_model
 from mas_ext.state import files as checkpoint
@@ -102,6 +109,9 @@ class FusedMASPenalty(nn.Module):
         gamma: "decay": W <- gamma W + Omega.
         store: "merged", 8 bytes per float32 parameter, or "per_task", 8 bytes per parameter and task.
         exclude: fnmatch patterns on whole parameter names; one that matches nothing raises.
+        strength: factors >= 0 by fnmatch pattern on whole parameter names: Omega_t is multiplied by that of the
+            last pattern that matches its name, by 1 where none does, before S_t is taken. A pattern that
+            matches nothing raises. {"*": 0, "*.attention.*": 1} holds attention alone.
         backend: "auto", "native" (compiled kernels or an error) or "reference" (plain PyTorch).
         omega_dtype: float32, or float64 for float64 parameters. With less memory, W rounded stochastically so
             that it is right on average: bfloat16, 6 bytes per float32 parameter, or uint8, 5: codes of 5 bits
@@ -149,6 +159,7 @@ class FusedMASPenalty(nn.Module):
         gamma: float = 1.0,
         store: Store = "merged",
         exclude: Sequence[str] = (),
+        strength: Mapping[str, float] = {},
         backend: Backend = "auto",
         omega_dtype: torch.dtype = torch.float32,
         process_group: ProcessGroup | Together | None = "auto",
@@ -178,7 +189,8 @@ class FusedMASPenalty(nn.Module):
                 "each rank's part would have a range of its own"
             )
         self.adapters: Adapters = adapters
-        self._adapted()
+        names = [*self._adapted(), *self._tracked.view(()).found]
+        self._strength = check_strength(names, strength)
         self._ranks = Ranks(process_group)
         # What is wrong with it shows here, not at the end of a task.
         self._ranks.group(model)
@@ -667,6 +679,7 @@ class FusedMASPenalty(nn.Module):
             "alpha_sum": rule.alpha_sum,
             "gamma": rule.gamma,
             "exclude": estimator.exclude,
+            "strength": self._strength,
             "omega_dtype": str(rule.omega_dtype).removeprefix("torch."),
             "merge": rule.merge,
             "anchor": rule.anchor,
@@ -707,14 +720,15 @@ class FusedMASPenalty(nn.Module):
         tensors = checkpoint.load(path)
         check_format(tensors)
         settings = checkpoint.decode(
-            "settings",
-            tensors.pop("settings", None),
-            _SETTINGS,
-            lambda found: {"adapters": "parameters", **separate_anchor(found)},
+            "settings", tensors.pop("settings", None), _SETTINGS, _upgraded
         )
         names = settings["exclude"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"exclude: got {names!r} in the file, expected a list of patterns")
+        if not isinstance(settings["strength"], dict):
+            raise ValueError(
+                f"strength: got {settings['strength']!r} in the file, expected factors by pattern"
+            )
         for key in ("importance", "objective"):
             if not isinstance(settings[key], (str, type(None))):
                 raise ValueError(f"{key}: got {settings[key]!r} in the file, expected a name")
@@ -880,6 +894,10 @@ class FusedMASPenalty(nn.Module):
             _refuse_factors(omega, adapted, view)
             if ends_task:
                 omega = dict(self._merged(omega))
+            for name in omega:
+                factor = strength_of(name, self._strength)
+                if factor != 1:
+                    omega[name] = factor * omega[name]
             theta = {names.get(name, name): p for name, p in view.parameters().items()}
             state, sharding = copy.copy(self._state), self._tracked.sharding
             state.add_task(theta, omega, weight, ends_task, sharding, adapted)
@@ -924,9 +942,15 @@ def _refuse_factors(
 _NOTHING = torch.zeros((), requires_grad=True)
 
 _SETTINGS = (
-    *("importance", "objective", "exclude"),
-    *("merge", "anchor", "store", "alpha_sum", "gamma", "omega_dtype", "adapters"),
+    *("importance", "objective", "exclude", "strength", "adapters"),
+    *("merge", "anchor", "store", "alpha_sum", "gamma", "omega_dtype"),
 )
+
+
+def _upgraded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a file as they are written today; older ones have no strength, and hold every parameter."""
+    strength = settings.pop("strength", {})  # patterns, not settings
+    return {"adapters": "parameters", **separate_anchor(settings), "strength": strength}
 
 
 def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:

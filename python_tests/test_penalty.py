@@ -334,6 +334,74 @@ def test_excluded_parameters_are_free() -> None:
         FusedMASPenalty(model, exclude="2.*")
 
 
+# Of several patterns that match a name, the last one counts.
+STRENGTH = {"*.weight": 0.25, "0.*": 3.0, "2.bias": 0}
+FACTORS = {"0.weight": 3.0, "0.bias": 3.0, "2.weight": 0.25, "2.bias": 0.0}
+
+
+@pytest.mark.parametrize("given", ["batches", "observed", "importance"])
+@pytest.mark.parametrize("merge", ["sum", "consistent"])
+def test_strength_multiplies_importance_before_its_sum(merge: Any, given: str) -> None:
+    model, scaled = make_model(), []
+    penalty = FusedMASPenalty(
+        model, merge=merge, anchor="own", omega_dtype=torch.float64, strength=STRENGTH
+    )
+    for t in range(3):
+        omega, anchor = snapshot(model, data(t))
+        scaled.append(({name: FACTORS[name] * w for name, w in omega.items()}, anchor))
+        if given == "importance":
+            before = {name: w.clone() for name, w in omega.items()}
+            penalty.consolidate(importance=omega)
+            assert all(torch.equal(w, before[name]) for name, w in omega.items())
+        elif given == "observed":
+            for batch in data(t):
+                penalty.observe(batch)
+            penalty.consolidate()
+        else:
+            penalty.consolidate(data(t))
+        shift(model, t)
+    omega, anchor = snapshot(model, data(3))
+    scaled.append(({name: FACTORS[name] * w for name, w in omega.items()}, anchor))
+    penalty.adapt(data(3))
+    shift(model, 3)
+    alpha = consistent_alpha(scaled, 1.0) if merge == "consistent" else [1.0] * 4
+    expected = expected_penalty(model, scaled, alpha).item()
+    assert penalty().item() == pytest.approx(expected, rel=1e-10)
+    assert torch.count_nonzero(penalty.omega["2.bias"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("strength", "error", "message"),
+    [
+        (
+            {"0.*": 1, "head.*": 2},
+            ValueError,
+            r"strength: got 'head.\*', which matches no parameter",
+        ),
+        (
+            {"0.*": -1.0},
+            ValueError,
+            r"strength of '0.\*': got -1.0, expected a finite number from 0",
+        ),
+        ({"*": float("inf")}, ValueError, r"strength of '\*': got inf, expected a finite number"),
+        (["*"], TypeError, "strength: got list, expected a mapping from patterns to factors"),
+    ],
+)
+def test_wrong_strengths_are_refused(strength: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FusedMASPenalty(make_model(), strength=strength)
+
+
+def test_strength_is_saved(tmp_path: Path) -> None:
+    model, penalty, _ = trained(strength=STRENGTH)
+    penalty.save(tmp_path / "file")
+    loaded = FusedMASPenalty.load(tmp_path / "file", model)
+    for each in (penalty, loaded):
+        each.consolidate(data(7))
+    assert all(torch.equal(w, loaded.omega[name]) for name, w in penalty.omega.items())
+    assert torch.count_nonzero(loaded.omega["2.bias"]) == 0
+
+
 def test_frozen_parameters_count_in_the_value_and_get_no_gradient() -> None:
     model, penalty, history = trained()
     expected = expected_penalty(model, history, consistent_alpha(history, 1.0))

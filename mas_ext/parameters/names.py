@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from mas_ext._arguments import check_factor
 from mas_ext.kernels.dtypes import DTYPES
 
 if TYPE_CHECKING:  # torch may be built without it
@@ -133,11 +134,30 @@ def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(exclude, str):
         raise TypeError(f"exclude: got the string {exclude!r}, expected a sequence of patterns")
-    names = [name for name, _ in _walk(model)]
-    for pattern in exclude:
+    _refuse_unmatched("exclude", exclude, [name for name, _ in _walk(model)])
+
+
+def check_strength(names: Sequence[str], strength: Mapping[str, float]) -> dict[str, float]:
+    """Factors by fnmatch pattern, once checked; a ValueError for a pattern that matches none of the names."""
+    if not isinstance(strength, Mapping):
+        raise TypeError(
+            f"strength: got {type(strength).__name__}, expected a mapping from patterns to factors"
+        )
+    _refuse_unmatched("strength", strength, names)
+    return {pattern: check_factor(f, f"strength of {pattern!r}") for pattern, f in strength.items()}
+
+
+def strength_of(name: str, strength: Mapping[str, float]) -> float:
+    """The factor of the last pattern that matches a parameter's name; 1 without one."""
+    matching = [factor for pattern, factor in strength.items() if fnmatchcase(name, pattern)]
+    return matching[-1] if matching else 1.0
+
+
+def _refuse_unmatched(argument: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
-                f"exclude: got {pattern!r}, which matches no parameter; the names are "
+                f"{argument}: got {pattern!r}, which matches no parameter; the names are "
                 f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
 

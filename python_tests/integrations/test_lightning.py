@@ -88,6 +88,16 @@ def test_as_written(tmp_path: Path, manual: bool, parts: int, clip: float | None
     written.close(callback.penalty.anchor, {f"net.{n}": a for n, a in anchor.items()})
 
 
+def test_strength_by_name(tmp_path: Path) -> None:
+    module, callback = Module(), mas(strength={"net.0.*": 3.0, "*.bias": 0.5})
+    trainer(tmp_path, callback).fit(module, loader(0))
+    omega = written.importance(module.net, written.task(0)[0])
+    factors = {"0.weight": 3.0, "0.bias": 0.5, "3.weight": 1.0, "3.bias": 0.5}
+    assert callback.penalty is not None
+    expected = {f"net.{n}": factors[n] * w for n, w in omega.items()}
+    written.close(callback.penalty.omega, expected, 1e-8)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_scaled_gradients(tmp_path: Path, fused: bool) -> None:
     """float16 with a GradScaler: a penalty that is not scaled as the gradients are would be 1024 times off."""

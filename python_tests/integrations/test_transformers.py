@@ -198,6 +198,19 @@ def test_callback(tmp_path: Path, parts: int, clip: float) -> None:
     assert mas.penalty.num_tasks == 2
 
 
+def test_strength_by_name(tmp_path: Path) -> None:
+    model = network()
+    options = {"forward": ModelOutput("logits"), "omega_dtype": torch.float64}
+    mas = MASCallback(LAM, strength={"*": 0.5, "*.self_attn.*": 2.0}, **options)
+    InOrder(model, arguments(tmp_path), train_dataset=corpus(0), callbacks=[mas]).train()
+    assert mas.penalty is not None
+    omega = importance(model, corpus(0))
+    assert {".self_attn." in n for n in omega} == {True, False}
+    for n, w in omega.items():
+        expected = (2.0 if ".self_attn." in n else 0.5) * w
+        torch.testing.assert_close(mas.penalty.omega[n], expected, rtol=1e-5, atol=1e-8, msg=n)
+
+
 @pytest.mark.parametrize("items", [True, False])
 @pytest.mark.parametrize(("parts", "clip"), [(1, 0.0), (3, 0.0), (3, 0.2)])
 def test_mixin(tmp_path: Path, parts: int, clip: float, items: bool) -> None:

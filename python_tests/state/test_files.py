@@ -72,6 +72,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "per_task_uint8": {"store": "per_task", "merge": "sum", "omega_dtype": torch.uint8},
     "decay": {"merge": "decay", "gamma": 0.5, "importance": "batch", "objective": "vector"},
     "own": {"anchor": "own", "exclude": ("nar*",), "backend": "reference"},
+    "strength": {"strength": {"w*": 2.0, "*": 0.5}},
     "mas-alpha": {"merge": "consistent", "anchor": "own"},
 }
 
@@ -417,6 +418,8 @@ WRONG_SETTINGS: dict[str, dict[str, Any]] = {
     "omega_dtype": {"omega_dtype": "float8"},
     "omega_dtype_module": {"omega_dtype": "nn"},
     "exclude": {"exclude": ["nothing.*"]},
+    "strength": {"strength": {"nothing.*": 1.0}},
+    "strength_list": {"strength": ["*"]},
     "unknown": {"color": "red"},
     "missing": {"merge": None},
 }
