@@ -13,6 +13,7 @@ State read_state(py::handle state, const View& theta, std::int64_t end) {
   const std::int64_t rows = alpha.numel;
   const DType theta_dtype = static_cast<DType>(theta.code);
   const bool wide = theta_dtype == DType::float64;
+  const bool narrow = theta_dtype == DType::bfloat16 || theta_dtype == DType::float16;
   State found = {};
   found.theta_dtype = theta_dtype;
   found.rows = rows;
@@ -41,12 +42,14 @@ State read_state(py::handle state, const View& theta, std::int64_t end) {
         std::string("torch.float32") + (wide ? " or torch.float64" : "") +
             " or torch.bfloat16 or torch.uint8");
   const DType of_anchor = wide ? DType::float64 : DType::float32;
-  check("anchor", anchor, is(anchor, of_anchor), dtype_name(of_anchor));
+  check("anchor", anchor, is(anchor, of_anchor) || (narrow && is(anchor, theta_dtype)),
+        dtype_name(of_anchor) + (narrow ? std::string(" or ") + dtype_name(theta_dtype) : ""));
   if (!same_sizes(omega, anchor)) {
     refuse("anchor: got shape {}, expected {} like omega", sizes_of(anchor.object),
            sizes_of(omega.object));
   }
   found.omega_dtype = static_cast<DType>(omega.code);
+  found.anchor_dtype = static_cast<DType>(anchor.code);
   found.omega = omega.data;
   found.anchor = anchor.data;
   found.stride = omega.shape[1];

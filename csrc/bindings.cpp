@@ -112,13 +112,10 @@ class Call {
 
   // The state, of which some may have none; without rows there is none for any.
   mas::State partial_state(const py::tuple& fields) const {
+    if (mas::read("alpha", fields[3]).numel != 0) return mas::read_state(fields, first(), end_);
+    if (end_ > 0) mas::refuse("offsets: got some from 0 up, expected -1 without a state");
     mas::State found = {};
-    if (mas::read("alpha", fields[3]).numel != 0) {
-      found = mas::read_state(fields, first(), end_);
-    } else if (end_ > 0) {
-      mas::refuse("offsets: got some from 0 up, expected -1 without a state");
-    }
-    found.theta_dtype = dtype();
+    found.theta_dtype = found.anchor_dtype = dtype();
     return found;
   }
 

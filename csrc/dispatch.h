@@ -32,11 +32,22 @@ void with_omega(DType omega, F f) {
   }
 }
 
-// f(theta's type, omega's type).
+// f(the anchor's type) beside a theta of type T: that of its arithmetic, or T itself.
+template <class T, class F>
+void with_anchor(const State& state, F f) {
+  if (state.anchor_dtype == state.theta_dtype) f(Type<T>{});
+  if constexpr (!std::is_same_v<T, compute_t<T>>) {
+    if (state.anchor_dtype == DType::float32) f(Type<float>{});
+  }
+}
+
+// f(theta's type, omega's type, the anchor's type).
 template <class F>
 void with_state(const State& state, F f) {
   with_float(state.theta_dtype, [&](auto t) {
-    with_omega<typename decltype(t)::type>(state.omega_dtype, [&](auto o) { f(t, o); });
+    using T = typename decltype(t)::type;
+    with_omega<T>(state.omega_dtype,
+                  [&](auto o) { with_anchor<T>(state, [&](auto a) { f(t, o, a); }); });
   });
 }
 

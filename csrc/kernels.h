@@ -50,10 +50,11 @@ using Segments = ListOf<Segment>;
 
 // The quadratic sum_t alpha_t (sum_i Omega_ti (theta_i - A_ti)^2) + alpha_0 * remainder: `rows`
 // tasks of `stride` elements each in omega and anchor. The anchor is float64 for a float64 theta,
-// else float32.
+// else float32, or of the dtype of a theta of 16 bits.
 struct State {
   DType theta_dtype;
   DType omega_dtype;
+  DType anchor_dtype;
   void* omega;
   void* anchor;
   std::int64_t stride;
@@ -129,8 +130,8 @@ struct Accumulate {
   double weight;
 };
 
-// W' = max(0, keep W + gain Omega_t), for a state of one row. The importance Omega_t has the
-// anchor's dtype.
+// W' = max(0, keep W + gain Omega_t), for a state of one row. The importance Omega_t is float64 for
+// a float64 theta, else float32.
 struct Merge {
   Segments segments;  // theta and importance
   State state;

@@ -117,6 +117,9 @@ class FusedMASPenalty(nn.Module):
             that it is right on average: bfloat16, 6 bytes per float32 parameter, or uint8, 5: codes of 5 bits
             of exponent and 3 of mantissa, times one power of two for all parameters of a dtype. What is below
             2^-32 of the largest becomes that or 0. README.md tells the errors.
+        anchor_dtype: bfloat16 or float16, with anchor "latest" alone: parameters of this dtype have anchors of
+            it, too, exactly. A bfloat16 model with an omega of uint8 then takes 3 bytes per parameter. Other
+            parameters' anchors are, as without it, float32, or float64 beside float64 parameters.
         process_group: the ranks of torch.distributed that train this model together: importance is summed
             over them, in consolidate and adapt, which every one of them calls. "auto" is the group of a
             DistributedDataParallel wrapper, or that which fully_shard shards over; on one of several ranks
@@ -162,6 +165,7 @@ class FusedMASPenalty(nn.Module):
         strength: Mapping[str, float] = {},
         backend: Backend = "auto",
         omega_dtype: torch.dtype = torch.float32,
+        anchor_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | Together | None = "auto",
         state_device: StateDevice = None,
         adapters: Adapters = "weights",
@@ -180,7 +184,10 @@ class FusedMASPenalty(nn.Module):
             pending = ImportanceSum(importance, objective, forward, exclude, backend=backend)
         else:
             raise ValueError(f"importance: got {importance!r}, expected one of {tuple(ESTIMATORS)}")
-        rule = MergeRule(merge, anchor, store, alpha_sum, gamma, omega_dtype, backend, state_device)
+        rule = MergeRule(
+            *(merge, anchor, store, alpha_sum, gamma),
+            *(omega_dtype, backend, state_device, anchor_dtype),
+        )
         self._held = _Held(Consolidation(rule, lam), pending, {})
         self._tracked = TrackedModel(model, exclude)
         if omega_dtype == torch.uint8 and self._tracked.sharding is not None:
@@ -680,7 +687,8 @@ class FusedMASPenalty(nn.Module):
             "gamma": rule.gamma,
             "exclude": estimator.exclude,
             "strength": self._strength,
-            "omega_dtype": str(rule.omega_dtype).removeprefix("torch."),
+            "omega_dtype": _dtype_name(rule.omega_dtype),
+            "anchor_dtype": rule.anchor_dtype and _dtype_name(rule.anchor_dtype),
             "merge": rule.merge,
             "anchor": rule.anchor,
             "store": rule.store,
@@ -732,7 +740,8 @@ class FusedMASPenalty(nn.Module):
         for key in ("importance", "objective"):
             if not isinstance(settings[key], (str, type(None))):
                 raise ValueError(f"{key}: got {settings[key]!r} in the file, expected a name")
-        settings["omega_dtype"] = getattr(torch, str(settings["omega_dtype"]), None)
+        for key in ("omega_dtype", "anchor_dtype"):
+            settings[key] = getattr(torch, str(settings[key]), settings[key])
         saved = settings.pop("objective")
         if saved is None and objective is None:
             raise ValueError("objective: got none, expected the callable that the file can't hold")
@@ -943,14 +952,19 @@ _NOTHING = torch.zeros((), requires_grad=True)
 
 _SETTINGS = (
     *("importance", "objective", "exclude", "strength", "adapters"),
-    *("merge", "anchor", "store", "alpha_sum", "gamma", "omega_dtype"),
+    *("merge", "anchor", "store", "alpha_sum", "gamma", "omega_dtype", "anchor_dtype"),
 )
 
 
 def _upgraded(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a file as they are written today; older ones have no strength, and hold every parameter."""
+    """Settings of a file as they are written today, of which older ones lack some."""
     strength = settings.pop("strength", {})  # patterns, not settings
-    return {"adapters": "parameters", **separate_anchor(settings), "strength": strength}
+    lacking = {"anchor_dtype": None, "adapters": "parameters"}
+    return {**lacking, **separate_anchor(settings), "strength": strength}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -400,6 +401,106 @@ def test_strength_is_saved(tmp_path: Path) -> None:
         each.consolidate(data(7))
     assert all(torch.equal(w, loaded.omega[name]) for name, w in penalty.omega.items())
     assert torch.count_nonzero(loaded.omega["2.bias"]) == 0
+
+
+def half_model(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).to(dtype)
+
+
+def test_three_bytes_per_parameter() -> None:
+    model = half_model()
+    penalty = FusedMASPenalty(model, omega_dtype=torch.uint8, anchor_dtype=torch.bfloat16)
+    for t in range(2):
+        penalty.consolidate([torch.randn(3, 64).bfloat16()])
+        shift(model, t)
+    (group,) = penalty._state.memory.groups
+    held = {name: t.nbytes for name, t in group.state._asdict().items() if isinstance(t, Tensor)}
+    parameters = sum(p.numel() for p in model.parameters())
+    assert held["omega"] + held["anchor"] == 3.0 * parameters
+    assert sum(held.values()) + group.remainders.nbytes <= 3.01 * parameters
+
+
+@pytest.mark.parametrize("form", ["loss", "add_grad_", "gradient", "proximal"])
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.SGD, partial(mas_ext.optim.AdamW, eps=0.01)], ids=["SGD", "AdamW"]
+)
+@pytest.mark.parametrize("options", [{}, {"store": "per_task"}, {"state_device": "cpu"}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_anchors_of_16_bits_train_to_the_bits_of_float32(
+    form: Any, optimizer: Any, options: Any, dtype: torch.dtype
+) -> None:
+    results = []
+    for anchor_dtype in (dtype, None):
+        model = half_model(dtype)
+        penalty = FusedMASPenalty(
+            model, 0.01, omega_dtype=torch.uint8, anchor_dtype=anchor_dtype, **options
+        )
+        stepped = optimizer(model.parameters(), lr=0.01)
+        if form in ("gradient", "proximal"):
+            penalty.attach(stepped, form)
+        values = []
+        for t in range(3):
+            x = torch.randn(8, 64, generator=torch.Generator().manual_seed(t)).to(dtype)
+            for _ in range(3):
+                stepped.zero_grad()
+                loss = (model(x) - 1).square().mean()
+                (loss + penalty() if form == "loss" else loss).backward()
+                if form == "add_grad_":
+                    penalty.add_grad_()
+                stepped.step()
+                values.append(penalty().detach())
+            if t == 1:
+                penalty.adapt([x])
+            else:
+                penalty.consolidate([x])
+        anchors = penalty.anchor
+        # Read task by task, anchors are their mean.
+        kept = dtype if anchor_dtype is not None and not options.get("store") else torch.float32
+        assert {a.dtype for a in anchors.values()} == {kept}
+        numbers = [*penalty.omega.values(), *(a.float() for a in anchors.values())]
+        results.append([*(p.detach() for p in model.parameters()), *values, *numbers])
+        assert values[-1] > 0
+    for narrow, wide in zip(*results, strict=True):
+        assert torch.equal(narrow, wide)
+
+
+def test_parameters_of_other_dtypes_keep_their_anchors() -> None:
+    dtypes = {"0": torch.bfloat16, "1": torch.float32, "2": torch.float16, "3": torch.float64}
+    model = nn.Sequential(*(nn.Linear(3, 2, bias=False, dtype=d) for d in dtypes.values()))
+    penalty = FusedMASPenalty(model, anchor_dtype=torch.bfloat16)
+    theta = {name: p.detach().clone() for name, p in model.named_parameters()}
+    penalty.consolidate(importance={name: torch.ones(2, 3) for name in theta})
+    found = {name.split(".")[0]: a.dtype for name, a in penalty.anchor.items()}
+    assert found == {**dtypes, "2": torch.float32}
+    model.bfloat16()
+    for name, a in penalty.anchor.items():
+        assert a.dtype == torch.bfloat16
+        assert torch.equal(a, theta[name].bfloat16())
+    model.float()
+    for name, a in penalty.anchor.items():
+        assert a.dtype == torch.float32
+        assert torch.equal(a, theta[name].bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("anchor", "dtype", "message"),
+    [
+        (
+            "own",
+            torch.bfloat16,
+            "anchor_dtype: got torch.bfloat16 with anchor 'own', expected None",
+        ),
+        (
+            "latest",
+            torch.float32,
+            "anchor_dtype: got torch.float32, expected one of None, torch.bf",
+        ),
+    ],
+)
+def test_wrong_anchor_dtypes_are_refused(anchor: Any, dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FusedMASPenalty(half_model(), anchor=anchor, anchor_dtype=dtype)
 
 
 def test_frozen_parameters_count_in_the_value_and_get_no_gradient() -> None:

@@ -36,12 +36,12 @@ void for_each_chunk(ListOf<S> segments, int threads, F f) {
   }
 }
 
-// f(theta's type, omega's type, a chunk, its number), for kernels with a state.
+// f(theta's type, omega's type, the anchor's type, a chunk, its number), for kernels with a state.
 template <class Kernel, class F>
 void for_each_typed_chunk(const Kernel& args, int threads, F f) {
-  with_state(args.state, [&](auto theta, auto omega) {
+  with_state(args.state, [&](auto theta, auto omega, auto anchor) {
     for_each_chunk(args.segments, threads,
-                   [&](auto chunk, std::int64_t c) { f(theta, omega, chunk, c); });
+                   [&](auto chunk, std::int64_t c) { f(theta, omega, anchor, chunk, c); });
   });
 }
 
@@ -56,19 +56,19 @@ constexpr std::int64_t kTile = 128;
 
 // The proximal step of a tile of parameters, in place, each with a strength of its own: 2 eta_i
 // times the largest alpha. Twin of the one in cuda/launch.h.
-template <class O, class C>
-MAS_FN void proximal_step(const State& state, double largest, const O* omega, const C* anchor,
+template <class O, class A, class C>
+MAS_FN void proximal_step(const State& state, double largest, const O* omega, const A* anchor,
                           std::int64_t size, const C* strengths, C* theta) {
   C weight[kTile];
   C distance[kTile];
   for (std::int64_t row = 0; row < state.rows; ++row) {
     const C share = static_cast<C>(relative_alpha(state.alpha[row], largest));
     const O* w = omega + row * state.stride;
-    const C* a = anchor + row * state.stride;
+    const A* a = anchor + row * state.stride;
     for (std::int64_t i = 0; i < size; ++i) {
       const C own_weight = share * static_cast<C>(load(w[i]));
       const auto target =
-          with_task<C>({weight[i], distance[i]}, row == 0, own_weight, a[i] - theta[i]);
+          with_task<C>({weight[i], distance[i]}, row == 0, own_weight, load(a[i]) - theta[i]);
       weight[i] = target.weight;
       distance[i] = target.distance;
     }

@@ -4,14 +4,14 @@
 namespace mas::cpu::MAS_LEVEL {
 namespace {
 
-template <class T, class O>
-double merge_chunk(Type<T>, Type<O>, Chunk chunk, const Merge& args) {
+template <class T, class O, class A>
+double merge_chunk(Type<T>, Type<O>, Type<A>, Chunk chunk, const Merge& args) {
   using C = compute_t<T>;
   const T* theta = static_cast<const T*>(chunk.segment.x) + chunk.begin;
   const C* importance = static_cast<const C*>(chunk.segment.y) + chunk.begin;
   const std::int64_t offset = chunk.segment.offset + chunk.begin;
   O* omega = static_cast<O*>(args.state.omega) + offset;
-  C* anchor = static_cast<C*>(args.state.anchor) + offset;
+  A* anchor = static_cast<A*>(args.state.anchor) + offset;
   const C keep = static_cast<C>(args.keep);
   const C gain = finite_factor<C>(args.gain);
 
@@ -19,10 +19,10 @@ double merge_chunk(Type<T>, Type<O>, Chunk chunk, const Merge& args) {
   in_lanes(chunk.size, [&](std::int64_t i, auto lanes) __attribute__((always_inline)) {
     for (std::int64_t l = 0; l < lanes; ++l) {
       const auto m =
-          merge_element<C>(static_cast<C>(load(omega[i + l])), anchor[i + l], importance[i + l],
-                           load(theta[i + l]), keep, gain, args.anchor);
+          merge_element<C>(static_cast<C>(load(omega[i + l])), load(anchor[i + l]),
+                           importance[i + l], load(theta[i + l]), keep, gain, args.anchor);
       omega[i + l] = store_omega<O>(m.omega, offset + i + l, args.entry);
-      anchor[i + l] = m.anchor;
+      anchor[i + l] = store<A>(m.anchor);
       remainder[l] += m.remainder;
     }
   });
@@ -32,8 +32,8 @@ double merge_chunk(Type<T>, Type<O>, Chunk chunk, const Merge& args) {
 }  // namespace
 
 void run(const Merge& args, int threads) {
-  for_each_typed_chunk(args, threads, [&](auto t, auto o, Chunk chunk, std::int64_t c) {
-    args.partial[c] = merge_chunk(t, o, chunk, args);
+  for_each_typed_chunk(args, threads, [&](auto t, auto o, auto a, Chunk chunk, std::int64_t c) {
+    args.partial[c] = merge_chunk(t, o, a, chunk, args);
   });
   const Segments& segments = args.segments;
   for (std::int64_t s = 0; s < segments.count; ++s) {

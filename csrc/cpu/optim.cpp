@@ -5,24 +5,25 @@ namespace mas::cpu::MAS_LEVEL {
 namespace {
 
 // The penalty's part of a tile, in functions of their own: what optimizers do is then compiled once
-// for all dtypes of omega.
-template <class T, class O, class C>
+// for all dtypes of omega and anchor.
+template <class T, class O, class A, class C>
 __attribute__((noinline)) void add_gradient(const State& state, const T* theta, const O* omega,
-                                            const C* anchor, std::int64_t size, C* gradient) {
+                                            const A* anchor, std::int64_t size, C* gradient) {
   for (std::int64_t row = 0; row < state.rows; ++row) {
     const C factor = finite_factor<C>(2.0 * state.alpha[row]);
     const O* w = omega + row * state.stride;
-    const C* a = anchor + row * state.stride;
+    const A* a = anchor + row * state.stride;
 #pragma omp simd  // the compiler can't know that the tensors lie apart
     for (std::int64_t i = 0; i < size; ++i) {
-      gradient[i] += factor * penalty_element<C>(load(w[i]), load(theta[i]), a[i]).half_gradient;
+      gradient[i] +=
+          factor * penalty_element<C>(load(w[i]), load(theta[i]), load(a[i])).half_gradient;
     }
   }
 }
 
-template <class O, class C>
+template <class O, class A, class C>
 __attribute__((noinline)) void pull(const State& state, double largest, const O* omega,
-                                    const C* anchor, std::int64_t size, const C* strengths,
+                                    const A* anchor, std::int64_t size, const C* strengths,
                                     C* theta) {
   proximal_step(state, largest, omega, anchor, size, strengths, theta);
 }
@@ -31,8 +32,10 @@ __attribute__((noinline)) void pull(const State& state, double largest, const O*
 template <class T, class F>
 void with_penalty(const State& state, std::int64_t offset, F f) {
   with_omega<T>(state.omega_dtype, [&](auto o) {
-    f(static_cast<const typename decltype(o)::type*>(state.omega) + offset,
-      static_cast<const compute_t<T>*>(state.anchor) + offset);
+    with_anchor<T>(state, [&](auto a) {
+      f(static_cast<const typename decltype(o)::type*>(state.omega) + offset,
+        static_cast<const typename decltype(a)::type*>(state.anchor) + offset);
+    });
   });
 }
 

@@ -5,12 +5,12 @@
 namespace mas::cpu::MAS_LEVEL {
 namespace {
 
-template <class T, class O>
-void proximal_chunk(Type<T>, Type<O>, Chunk chunk, const Proximal& args) {
+template <class T, class O, class A>
+void proximal_chunk(Type<T>, Type<O>, Type<A>, Chunk chunk, const Proximal& args) {
   using C = compute_t<T>;
   const std::int64_t offset = chunk.segment.offset + chunk.begin;
   const O* omega = static_cast<const O*>(args.state.omega) + offset;
-  const C* anchor = static_cast<const C*>(args.state.anchor) + offset;
+  const A* anchor = static_cast<const A*>(args.state.anchor) + offset;
   const double largest = largest_alpha(args.state.alpha, args.state.rows);
   const C strength = finite_factor<C>(2.0 * args.eta * largest);
   const C correction = finite_factor<C>(args.correction);
@@ -39,8 +39,8 @@ void proximal_chunk(Type<T>, Type<O>, Chunk chunk, const Proximal& args) {
 }  // namespace
 
 void run(const Proximal& args, int threads) {
-  for_each_typed_chunk(args, threads, [&](auto t, auto o, Chunk chunk, std::int64_t) {
-    proximal_chunk(t, o, chunk, args);
+  for_each_typed_chunk(args, threads, [&](auto t, auto o, auto a, Chunk chunk, std::int64_t) {
+    proximal_chunk(t, o, a, chunk, args);
   });
 }
 

@@ -71,12 +71,13 @@ void launch(void (*kernel)(Parameters...), std::int64_t blocks, void* stream,
   }
 }
 
-// Launches kernel(theta's type, omega's type) over all chunks, for kernels with a state.
+// Launches kernel(theta's type, omega's type, the anchor's type) over all chunks, for kernels with
+// a state.
 template <class Kernel, class F>
 void launch_typed(const Kernel& args, void* stream, F kernel) {
-  with_state(args.state, [&](auto theta, auto omega) {
+  with_state(args.state, [&](auto theta, auto omega, auto anchor) {
     for_each_table(args.segments, [&](const auto& table, std::int64_t chunks, std::int64_t) {
-      launch(kernel(theta, omega), chunks, stream, table, args);
+      launch(kernel(theta, omega, anchor), chunks, stream, table, args);
     });
   });
 }
@@ -116,14 +117,14 @@ MAS_DEVICE bool aligned(const T*... pointers) {
 }
 
 // The rows behind the first, whose own pointers are aligned.
-template <class O, class C>
-MAS_DEVICE bool rows_aligned(const State& state, const O* omega, const C* anchor) {
+template <class O, class A>
+MAS_DEVICE bool rows_aligned(const State& state, const O* omega, const A* anchor) {
   return state.rows <= 1 || aligned(omega + state.stride, anchor + state.stride);
 }
 
 // f(the task's number, a pack of omega, a pack of the anchor) for each task.
-template <int N, class O, class C, class F>
-MAS_DEVICE void for_each_row(const State& state, const O* omega, const C* anchor, F f) {
+template <int N, class O, class A, class F>
+MAS_DEVICE void for_each_row(const State& state, const O* omega, const A* anchor, F f) {
   MAS_NO_UNROLL
   for (std::int64_t row = 0; row < state.rows; ++row) {
     f(row, read<N>(omega + row * state.stride), read<N>(anchor + row * state.stride));
@@ -131,15 +132,15 @@ MAS_DEVICE void for_each_row(const State& state, const O* omega, const C* anchor
 }
 
 // The proximal step of a pack of parameters, in place. Twin of the one in cpu/level.h.
-template <int N, class O, class C>
-MAS_DEVICE void proximal_step(const State& state, double largest, const O* omega, const C* anchor,
+template <int N, class O, class A, class C>
+MAS_DEVICE void proximal_step(const State& state, double largest, const O* omega, const A* anchor,
                               const C (&strengths)[N], C (&theta)[N]) {
   Target<C> target[N] = {};
   for_each_row<N>(state, omega, anchor, [&](std::int64_t row, auto w, auto a) {
     const C share = static_cast<C>(relative_alpha(state.alpha[row], largest));
     for (int l = 0; l < N; ++l) {
       const C own_weight = share * static_cast<C>(load(w.lane[l]));
-      target[l] = with_task<C>(target[l], row == 0, own_weight, a.lane[l] - theta[l]);
+      target[l] = with_task<C>(target[l], row == 0, own_weight, load(a.lane[l]) - theta[l]);
     }
   });
   for (int l = 0; l < N; ++l) {

@@ -4,7 +4,7 @@
 namespace mas::cuda {
 namespace {
 
-template <class T, class O>
+template <class T, class O, class A>
 __global__ void merge_chunks(const Table __grid_constant__ table, Merge args) {
   using C = compute_t<T>;
   const Chunk chunk = own_chunk(table);
@@ -12,7 +12,7 @@ __global__ void merge_chunks(const Table __grid_constant__ table, Merge args) {
   const C* importance = static_cast<const C*>(chunk.segment.y) + chunk.begin;
   const std::int64_t offset = chunk.segment.offset + chunk.begin;
   O* omega = static_cast<O*>(args.state.omega) + offset;
-  C* anchor = static_cast<C*>(args.state.anchor) + offset;
+  A* anchor = static_cast<A*>(args.state.anchor) + offset;
   const C keep = static_cast<C>(args.keep);
   const C gain = finite_factor<C>(args.gain);
 
@@ -25,10 +25,10 @@ __global__ void merge_chunks(const Table __grid_constant__ table, Merge args) {
     auto w = read<N>(omega + i);
     auto a = read<N>(anchor + i);
     for (int l = 0; l < N; ++l) {
-      const auto m = merge_element<C>(static_cast<C>(load(w.lane[l])), a.lane[l], y.lane[l],
+      const auto m = merge_element<C>(static_cast<C>(load(w.lane[l])), load(a.lane[l]), y.lane[l],
                                       load(x.lane[l]), keep, gain, args.anchor);
       w.lane[l] = store_omega<O>(m.omega, offset + i + l, args.entry);
-      a.lane[l] = m.anchor;
+      a.lane[l] = store<A>(m.anchor);
       remainder += m.remainder;
     }
     write(omega + i, w);
@@ -50,8 +50,9 @@ __global__ void merge_remainders(const Table __grid_constant__ table, const doub
 }  // namespace
 
 void run(const Merge& args, void* stream) {
-  launch_typed(args, stream, [](auto t, auto o) {
-    return merge_chunks<typename decltype(t)::type, typename decltype(o)::type>;
+  launch_typed(args, stream, [](auto t, auto o, auto a) {
+    return merge_chunks<typename decltype(t)::type, typename decltype(o)::type,
+                        typename decltype(a)::type>;
   });
   for_each_table(args.segments, [&](const Table& table, std::int64_t, std::int64_t first) {
     launch(merge_remainders, table.count, stream, table, args.partial, args.remainder + first);

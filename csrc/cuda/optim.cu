@@ -4,7 +4,7 @@
 namespace mas::cuda {
 namespace {
 
-template <class T, class O, int M, class Rule>
+template <class T, class O, class A, int M, class Rule>
 __global__ void optimize_chunks(const TableOf<OptimizerSegment> __grid_constant__ table,
                                 OptimizerStep<Rule> args) {
   using C = compute_t<T>;
@@ -18,7 +18,7 @@ __global__ void optimize_chunks(const TableOf<OptimizerSegment> __grid_constant_
   T* theta = static_cast<T*>(segment.x) + chunk.begin;
   const T* grad = static_cast<const T*>(segment.y) + chunk.begin;
   const O* omega = static_cast<const O*>(state.omega) + offset;
-  const C* anchor = static_cast<const C*>(state.anchor) + offset;
+  const A* anchor = static_cast<const A*>(state.anchor) + offset;
   const double largest = largest_alpha(state.alpha, state.rows);
   const auto step = step_of<C>(args.rule, segment.step);
   const C unscale = static_cast<C>(unscale_of(args));
@@ -42,7 +42,7 @@ __global__ void optimize_chunks(const TableOf<OptimizerSegment> __grid_constant_
       for_each_row<N>(state, omega + i, anchor + i, [&](std::int64_t row, auto w, auto a) {
         const C factor = finite_factor<C>(2.0 * state.alpha[row]);
         for (int l = 0; l < N; ++l) {
-          const auto term = penalty_element<C>(load(w.lane[l]), load(x.lane[l]), a.lane[l]);
+          const auto term = penalty_element<C>(load(w.lane[l]), load(x.lane[l]), load(a.lane[l]));
           gradient[l] += factor * term.half_gradient;
         }
       });
@@ -79,8 +79,9 @@ __global__ void count_steps(const TableOf<OptimizerSegment> __grid_constant__ ta
 
 template <int M, class Rule>
 void optimize(const OptimizerStep<Rule>& args, void* stream) {
-  launch_typed(args, stream, [](auto t, auto o) {
-    return optimize_chunks<typename decltype(t)::type, typename decltype(o)::type, M, Rule>;
+  launch_typed(args, stream, [](auto t, auto o, auto a) {
+    return optimize_chunks<typename decltype(t)::type, typename decltype(o)::type,
+                           typename decltype(a)::type, M, Rule>;
   });
 }
 

@@ -5,7 +5,7 @@
 namespace mas::cuda {
 namespace {
 
-template <class T, class O, Gradient G>
+template <class T, class O, class A, Gradient G>
 __global__ void penalty_chunks(const Table __grid_constant__ table, Penalty args) {
   using C = compute_t<T>;
   const State& state = args.state;
@@ -14,7 +14,7 @@ __global__ void penalty_chunks(const Table __grid_constant__ table, Penalty args
   T* grad = G == Gradient::none ? nullptr : static_cast<T*>(chunk.segment.y) + chunk.begin;
   const std::int64_t offset = chunk.segment.offset + chunk.begin;
   const O* omega = static_cast<const O*>(state.omega) + offset;
-  const C* anchor = static_cast<const C*>(state.anchor) + offset;
+  const A* anchor = static_cast<const A*>(state.anchor) + offset;
   const double grad_output = args.grad_output == nullptr ? 1.0 : *args.grad_output;
 
   double value = 0;
@@ -29,7 +29,7 @@ __global__ void penalty_chunks(const Table __grid_constant__ table, Penalty args
       const double alpha = state.alpha[row];
       const C factor = finite_factor<C>(2.0 * alpha * grad_output);
       for (int l = 0; l < N; ++l) {
-        const auto term = penalty_element<C>(load(w.lane[l]), load(x.lane[l]), a.lane[l]);
+        const auto term = penalty_element<C>(load(w.lane[l]), load(x.lane[l]), load(a.lane[l]));
         value += alpha * term.value;
         gradient[l] += factor * term.half_gradient;
       }
@@ -54,9 +54,9 @@ __global__ void penalty_value(Penalty args) {
 
 void run(const Penalty& args, void* stream) {
   with_gradient(args.gradient, [&](auto g) {
-    launch_typed(args, stream, [&](auto t, auto o) {
+    launch_typed(args, stream, [&](auto t, auto o, auto a) {
       return penalty_chunks<typename decltype(t)::type, typename decltype(o)::type,
-                            decltype(g)::value>;
+                            typename decltype(a)::type, decltype(g)::value>;
     });
   });
   if (args.value != nullptr) launch(penalty_value, 1, stream, args);

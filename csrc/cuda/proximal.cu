@@ -5,7 +5,7 @@
 namespace mas::cuda {
 namespace {
 
-template <class T, class O>
+template <class T, class O, class A>
 __global__ void proximal_chunks(const Table __grid_constant__ table, Proximal args) {
   using C = compute_t<T>;
   const State& state = args.state;
@@ -15,7 +15,7 @@ __global__ void proximal_chunks(const Table __grid_constant__ table, Proximal ar
   if (moment != nullptr) moment += chunk.begin;
   const std::int64_t offset = chunk.segment.offset + chunk.begin;
   const O* omega = static_cast<const O*>(state.omega) + offset;
-  const C* anchor = static_cast<const C*>(state.anchor) + offset;
+  const A* anchor = static_cast<const A*>(state.anchor) + offset;
   const double largest = largest_alpha(state.alpha, state.rows);
   const C strength = finite_factor<C>(2.0 * args.eta * largest);
   const C correction = finite_factor<C>(args.correction);
@@ -44,8 +44,9 @@ __global__ void proximal_chunks(const Table __grid_constant__ table, Proximal ar
 }  // namespace
 
 void run(const Proximal& args, void* stream) {
-  launch_typed(args, stream, [](auto t, auto o) {
-    return proximal_chunks<typename decltype(t)::type, typename decltype(o)::type>;
+  launch_typed(args, stream, [](auto t, auto o, auto a) {
+    return proximal_chunks<typename decltype(t)::type, typename decltype(o)::type,
+                           typename decltype(a)::type>;
   });
 }
 

@@ -20,7 +20,7 @@ class State(NamedTuple):
 
     offsets: where each tensor's elements start; -1 for one without a penalty, in the optimizers' steps only.
     omega: float32, bfloat16, codes of 8 bits (uint8), or float64 beside float64 tensors.
-    anchor: float32, or float64 beside float64 tensors.
+    anchor: float32, or float64 beside float64 tensors; or of the dtype of tensors of 16 bits.
     alpha: shape (rows,), float64: the factor of each row.
     remainder: 0-dim float64: the r that is added to the first row's sum.
     native: whether the compiled kernels do the work, or plain PyTorch.
@@ -44,7 +44,10 @@ class State(NamedTuple):
         """Omega and anchor of tensor i, row by row, in x's shape and the dtype of its arithmetic."""
         dtype, offset = compute_dtype(x.dtype), self.offsets[i]
         for omega, anchor in zip(self.omega, self.anchor, strict=True):
-            yield omega_values(flat_view(omega, offset, x), dtype), flat_view(anchor, offset, x)
+            yield (
+                omega_values(flat_view(omega, offset, x), dtype),
+                flat_view(anchor, offset, x).to(dtype),
+            )
 
 
 # A State as the operators' schemas spell it; the second one is written to.

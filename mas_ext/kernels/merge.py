@@ -48,10 +48,11 @@ def merge_(
             total = (kept + w).clamp(min=0)
             if anchor_rule == "mean":
                 share = torch.where((kept > 0) & (total > 0), w / total, torch.ones_like(w))
-                distance = x.to(dtype) - anchor
+                old = anchor.to(dtype)
+                distance = x.to(dtype) - old
                 pull = kept * share * distance
                 added[i] = (pull.double() * distance.double()).sum()
-                anchor.copy_(torch.where(kept > 0, anchor + share * distance, x.to(dtype)))
+                anchor.copy_(torch.where(kept > 0, old + share * distance, x.to(dtype)))
             elif anchor_rule == "move":
                 anchor.copy_(x)
             index = torch.arange(offset, offset + x.numel(), device=x.device)

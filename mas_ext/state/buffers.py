@@ -171,7 +171,7 @@ def _zeros(tensors: list[Tensor], names: list[str], rows: int, rule: MergeRule) 
     state = State(
         offsets,
         flat(torch.float32 if wide else rule.omega_dtype),
-        flat(compute_dtype(dtype)),
+        flat(dtype if dtype == rule.anchor_dtype else compute_dtype(dtype)),
         scalars(rows),
         scalars(),
         backends.serves(device, rule.backend),

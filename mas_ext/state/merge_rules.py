@@ -50,6 +50,7 @@ class MergeRule:
     omega_dtype: torch.dtype = torch.float32
     backend: Backend = "auto"
     state_device: StateDevice = None
+    anchor_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         _check_choice("merge", self.merge, get_args(Merge))
@@ -59,6 +60,12 @@ class MergeRule:
         _check_choice("backend", self.backend, get_args(Backend))
         _check_choice("state_device", self.state_device, (None, "cpu"))
         _check_choice("omega_dtype", self.omega_dtype, OMEGA_DTYPES)
+        _check_choice("anchor_dtype", self.anchor_dtype, (None, torch.bfloat16, torch.float16))
+        if self.anchor_dtype is not None and self.anchor != "latest":
+            raise ValueError(
+                f"anchor_dtype: got {self.anchor_dtype} with anchor {self.anchor!r}, expected None: a mean of "
+                "parameters needs more bits than these have"
+            )
         check_share(self.gamma, "gamma")
 
     @property

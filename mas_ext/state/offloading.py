@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from mas_ext.kernels.dtypes import compute_dtype
 from mas_ext.kernels.flat_state import State
 from mas_ext.kernels.order import aligned, copy_back
 from mas_ext.kernels.penalty import (
@@ -73,7 +74,7 @@ def _over_blocks(
         total = total if found is None else total + found.double()
     for t, used in zip(tensors, in_order, strict=True):
         copy_back(t, used)
-    return total.to(state.anchor.dtype)
+    return total.to(compute_dtype(state.anchor.dtype))
 
 
 @_disable_dynamo

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mas_ext._arguments import check_factor
 from mas_ext.failures import Diverged, Vanished
-from mas_ext.kernels.dtypes import DTYPES
+from mas_ext.kernels.dtypes import DTYPES, compute_dtype
 from mas_ext.kernels.flat_state import flat_view
 from mas_ext.kernels.merge import merge_
 from mas_ext.kernels.warning import warn
@@ -75,7 +75,7 @@ class Consolidation:
         gains = self.rule.gains(self.memory.entries)
         merged = {}
         for name, p in self.memory.parts().items():
-            weight = torch.zeros_like(p.anchor[0])
+            weight = torch.zeros_like(p.anchor[0], dtype=compute_dtype(p.anchor.dtype))
             anchor = p.anchor[-1].clone()
             for gain, omega, own in zip(gains, p.omega, p.anchor, strict=True):
                 new = gain * omega.to(weight.dtype)
@@ -312,7 +312,7 @@ class Consolidation:
         anchor = "mean" if own else "move" if move_anchor else "keep"
         for group in groups:
             x = [theta[name].to(group.state.omega.device) for name in group.names]
-            dtype = group.state.anchor.dtype
+            dtype = compute_dtype(group.state.anchor.dtype)
             omegas = [
                 importance[name].to(t.device, dtype)
                 if name in importance

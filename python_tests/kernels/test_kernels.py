@@ -454,6 +454,60 @@ def test_every_backend_gives_the_reference_bits(
     assert torch.equal(results[0][1], results[1][1])
 
 
+each_narrow_dtype = pytest.mark.parametrize(
+    ("dtype", "omega_dtype"),
+    [both for both in DTYPES if both[0] in (torch.bfloat16, torch.float16)],
+)
+
+
+def with_both_anchors(case: Case) -> Iterator[Case]:
+    """Parameters of 16 bits with anchors of as many, and the same numbers with anchors in float32."""
+    narrow = case.anchor.to(case.theta[0].dtype)
+    for anchor in (narrow, narrow.float()):
+        theta = [t.clone() for t in case.theta]
+        yield case._replace(theta=theta, omega=case.omega.clone(), anchor=anchor)
+
+
+@each_narrow_dtype
+@each_rows
+def test_anchors_of_16_bits_give_the_bits_of_float32(
+    backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype, rows: int
+) -> None:
+    whole = make(dtype, omega_dtype, rows, device=backend.device)
+    moments = [t.abs() for t in whole.theta]
+    upstream = torch.tensor(0.7, device=backend.device)
+    results = []
+    for case in with_both_anchors(whole):
+        state = case.state(backend.native)
+        value, grads = penalty_with_grad(case.theta, state, upstream)
+        added = [torch.full_like(t, 0.375) for t in case.theta]
+        again = add_grad_(case.theta, added, state)
+        proximal_(case.theta, [], state, 0.25, 1.0, 0.0)
+        once = [t.clone() for t in case.theta]
+        proximal_(case.theta, moments, state, 0.01, 4.0, 1e-2)
+        results.append([value, again, *grads, *added, *once, *case.theta])
+        assert not torch.equal(case.theta[-3], whole.theta[-3])
+    for narrow, wide in zip(*results, strict=True):
+        assert torch.equal(narrow, wide)
+
+
+@each_narrow_dtype
+@pytest.mark.parametrize("rule", ["move", "keep"])
+def test_merged_anchors_of_16_bits(
+    backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype, rule: str
+) -> None:
+    whole = make(dtype, omega_dtype, device=backend.device)
+    importance = [t.float().abs() for t in whole.theta]
+    narrow, wide = with_both_anchors(whole)
+    for case in (narrow, wide):
+        merge_(case.state(backend.native), case.theta, importance, 0.7, 0.8, rule, 3)
+    assert torch.equal(narrow.omega, wide.omega)
+    assert narrow.anchor.dtype == dtype
+    assert torch.equal(narrow.anchor.float(), wide.anchor)
+    for i, x, _, a in narrow.pieces():
+        assert np.array_equal(a[0], x if rule == "move" else wide.rows(wide.anchor, i)[0])
+
+
 @pytest.mark.parametrize("alpha", [1e-60, 0.1, 1e8, 1e300])
 @each_rows
 @each_dtype
@@ -700,6 +754,13 @@ def test_bad_state_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     case = case._replace(**change(case))
     with pytest.raises((ValueError, TypeError), match=message):
         kernel(penalty)(case.theta, case.state(True))
+
+
+def test_an_anchor_of_other_16_bits_is_refused() -> None:
+    case = make(torch.bfloat16, shapes=[(4,), (3, 2)])
+    expected = "anchor: got torch.float16 on .* of torch.float32 or torch.bfloat16"
+    with pytest.raises(ValueError, match=expected):
+        kernel(penalty)(case.theta, case._replace(anchor=case.anchor.half()).state(True))
 
 
 def test_a_bad_upstream_gradient_is_refused() -> None:

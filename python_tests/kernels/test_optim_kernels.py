@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 from backends import Backend, refuse_other_bits
-from kernels.test_kernels import Case, array, close, each_dtype, each_rows, flat_array, make
+from kernels.test_kernels import (
+    Case,
+    array,
+    close,
+    each_dtype,
+    each_narrow_dtype,
+    each_rows,
+    flat_array,
+    make,
+    with_both_anchors,
+)
 from oracles import naive
 from torch import Tensor
 
@@ -128,6 +138,34 @@ def test_sgd(
             assert np.array_equal(flat_array(buffer[i]), old[i])
         expected = approached(case, whole, i, x - 0.125 * total, np.full(x.shape, ETA), proximal)
         close(case.theta[i], expected, 4 * size)
+
+
+@each_narrow_dtype
+@each_rows
+@pytest.mark.parametrize("proximal", [False, True])
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adamw", "amsgrad"])
+def test_anchors_of_16_bits_give_the_bits_of_float32(
+    backend: Backend,
+    dtype: torch.dtype,
+    omega_dtype: torch.dtype,
+    rows: int,
+    proximal: bool,
+    rule: str,
+) -> None:
+    whole = partly_held(make(dtype, omega_dtype, rows, device=backend.device))
+    grad, *given = inputs(whole, {"sgd": 0, "momentum": 1, "adamw": 2, "amsgrad": 3}[rule])
+    results = []
+    for case in with_both_anchors(whole):
+        moments = [[t.clone() for t in each] for each in given]
+        if rule in ("sgd", "momentum"):
+            options = SGD["momentum"] if moments else {}
+            run_sgd(case, grad, moments[0] if moments else [], options, proximal, backend)
+        else:
+            step = [torch.ones((), device=backend.device) for _ in case.theta]
+            run_adamw(case, grad, moments, step, proximal, backend)
+        results.append([*case.theta, *(t for each in moments for t in each)])
+    for narrow, wide in zip(*results, strict=True):
+        assert torch.equal(narrow, wide)
 
 
 @each_dtype

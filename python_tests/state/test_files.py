@@ -73,6 +73,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "decay": {"merge": "decay", "gamma": 0.5, "importance": "batch", "objective": "vector"},
     "own": {"anchor": "own", "exclude": ("nar*",), "backend": "reference"},
     "strength": {"strength": {"w*": 2.0, "*": 0.5}},
+    "anchor_dtype": {"anchor_dtype": torch.bfloat16, "omega_dtype": torch.uint8},
+    "per_task_anchor_dtype": {"anchor_dtype": torch.float16, "store": "per_task"},
     "mas-alpha": {"merge": "consistent", "anchor": "own"},
 }
 
@@ -417,6 +419,8 @@ WRONG_SETTINGS: dict[str, dict[str, Any]] = {
     "alpha_sum": {"alpha_sum": "all"},
     "omega_dtype": {"omega_dtype": "float8"},
     "omega_dtype_module": {"omega_dtype": "nn"},
+    "anchor_dtype": {"anchor_dtype": "float8"},
+    "anchor_dtype_module": {"anchor_dtype": "nn"},
     "exclude": {"exclude": ["nothing.*"]},
     "strength": {"strength": {"nothing.*": 1.0}},
     "strength_list": {"strength": ["*"]},
