@@ -16,6 +16,7 @@ from toy_lora import LAYERS, Definition, Net, batches, make, move
 import mas_ext.optim
 from mas_ext import FusedMASPenalty
 from mas_ext.integrations.loading import penalty_of
+from mas_ext.training.lam import choose_lam, read_pull
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RULES = [("sum", 1.0), ("consistent", 1.0), ("decay", 0.5)]
@@ -411,3 +412,14 @@ def test_a_new_model_takes_the_state_over() -> None:
     definition.model = other
     options = {"lam": 0.7, "omega_dtype": torch.float64, "process_group": None}
     assert_same(penalty_of(other, penalty, 1, options), definition)
+
+
+def test_lam_by_itself_is_refused() -> None:
+    """Along an update there is no gradient: that is of the factors."""
+    model = make()
+    penalty, _ = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    with pytest.raises(ValueError, match=r"holds the low-rank update of 'first.weight'"):
+        read_pull(penalty)
+    with pytest.raises(ValueError, match=r"holds the low-rank update of 'first.weight'"):
+        choose_lam(penalty, lambda attach: None, lambda: (torch.zeros(1), torch.zeros(1)))

@@ -12,7 +12,8 @@ Two places for the penalty, which differ where gradients are clipped (max_grad_n
   once a step. The logged loss and gradient norm are the task's.
 - `MASTrainerMixin`: in the loss. Clipping clips the sum, and the logged loss and gradient norm are the sum's.
 
-The penalty holds the parameters that are trained: with LoRA (peft) the adapters.
+The penalty holds what is trained: with LoRA (peft) the updates s B A of the weights, or with
+adapters="parameters" the factors one by one.
 """
 
 from __future__ import annotations

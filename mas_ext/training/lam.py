@@ -16,6 +16,7 @@ from mas_ext._arguments import check_share
 from mas_ext.failures import Diverged
 from mas_ext.optim.hooks import Handle
 from mas_ext.optim.step_size import STEP_SIZES
+from mas_ext.parameters.adapters import adapted_weights
 from mas_ext.parameters.names import named_parameters
 from mas_ext.penalty import FusedMASPenalty
 
@@ -55,10 +56,21 @@ def read_pull(penalty: FusedMASPenalty, optimizer: Optimizer | None = None) -> P
         penalty: its lam is above 0.
         optimizer: SGD, Adam or AdamW, for `held`.
     """
+    _refuse_updates(penalty)
     slope, force, along, energy = _products(penalty).tolist()
     ratio = math.sqrt(force / slope) if slope > 0 else math.inf if force > 0 else math.nan
     at_rest = penalty.lam * along / energy if energy > 0 else math.nan
     return Pull(ratio, at_rest, math.nan if optimizer is None else _share_held(penalty, optimizer))
+
+
+def _refuse_updates(penalty: FusedMASPenalty) -> None:
+    """Raise a ValueError for updates held in weight space, which have no gradient of their own."""
+    held = adapted_weights(penalty.model).keys() & penalty.omega.keys()
+    if held:
+        raise ValueError(
+            f"penalty: got one that holds the low-rank update of {min(held)!r}, expected "
+            'adapters="parameters"'
+        )
 
 
 @torch.no_grad()
@@ -145,6 +157,7 @@ def choose_lam(
     check_share(keep, "keep")
     if penalty.num_tasks == 0:
         raise ValueError("penalty: got one that holds nothing yet, expected a consolidated one")
+    _refuse_updates(penalty)
     with _put_back(penalty):
         first, old = _measured(penalty, measure)
         steps = sum(1 for _ in learn())
