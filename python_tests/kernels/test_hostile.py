@@ -153,6 +153,13 @@ def changed(value: Any, draw: random.Random) -> Any:
     return draw.choice(NUMBERS)
 
 
+def is_numbers(value: Any) -> bool:
+    """Whether it is a number, or a list of some."""
+    if isinstance(value, list):
+        return not any(isinstance(item, (Tensor, tuple)) for item in value)
+    return not isinstance(value, (Tensor, tuple))
+
+
 def attack(entry: str, extension: str, count: int, seed: int) -> tuple[int, int]:
     """How many of so many calls were refused, and how many ran."""
     draw, refused, ran = random.Random(seed), 0, 0
@@ -161,7 +168,7 @@ def attack(entry: str, extension: str, count: int, seed: int) -> tuple[int, int]
         arguments = calls()[entry]
         places = draw.sample(range(len(arguments)), draw.choice([1, 1, 2]))
         # A wrong number comes alone: its error shows all arguments, and torch can't show a freed tensor.
-        numbers = [i for i in places if not isinstance(arguments[i], (Tensor, list, tuple))]
+        numbers = [i for i in places if is_numbers(arguments[i])]
         for i in numbers[:1] or places:
             with suppress(RuntimeError, TypeError, IndexError, AttributeError):  # no such tensor
                 arguments[i] = changed(arguments[i], draw)
