@@ -12,6 +12,9 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) $(BIN)/
 CXX_FILES := $(shell find csrc python_tests/emulation -type f)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml $(CONSTRAINTS)
 
+# Ninja would ask make for leave to start jobs, which make gives to makes alone.
+unexport MAKEFLAGS
+
 .PHONY: demo test tests long test-integrations bench reproduce docs lint format emulated clean
 
 demo: .venv/demo.stamp
