@@ -11,6 +11,7 @@ from experiments.datasets import Datasets
 from experiments.exactness import Exactness
 from experiments.experiment import Experiment, Page, Results, draw, reproduce
 from experiments.facts import Facts
+from experiments.language import Language
 from experiments.official_demo import OfficialDemo
 from experiments.on_pretrained import OnPretrained
 from experiments.permuted_mnist import PermutedMNIST
@@ -38,4 +39,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "class-incremental": ClassIncremental(),
     "task-free": TaskFreeStreams(),
     "automatic": Automatic(),
+    "language": Language(),
 }

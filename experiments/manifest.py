@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from mas_ext.compare.options import read_toml
@@ -46,6 +47,8 @@ def find(name: str, file: str, folder: str | None) -> Path:
     places = folders(folder)
     if name == "digits":
         places = [Path(import_extra("sklearn.datasets").__path__[0]) / "data"]
+    elif "package" in read_toml(MANIFEST)[name]:
+        places = [package(name)]
     for place in places:
         sources = [each.path for each in SOURCES.get(name, ()) if (place / each.path).exists()]
         if sources and not file.startswith(sources[0]):
@@ -55,3 +58,19 @@ def find(name: str, file: str, folder: str | None) -> Path:
                 return path
     origin, where = read_toml(MANIFEST)[name]["origin"], ", ".join(map(str, places))
     raise DataError(f"{file} is not in {where}; it is from {origin}")
+
+
+def package(name: str) -> Path:
+    """The folder of the Python package that carries a data set; it is not imported.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    about = read_toml(MANIFEST)[name]
+    spec = find_spec(about["package"])
+    if spec is None or spec.origin is None:
+        raise DataError(
+            f"{about['package']} is not installed; it is from {about['origin']}: "
+            "pip install 'mas_ext[language]'"
+        )
+    return Path(spec.origin).parent
