@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import log
 from statistics import fmean
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -25,6 +26,34 @@ from mas_ext.metrics import interval_text
 from mas_ext.parameters.names import named_parameters
 from mas_ext.scenarios.datasets import import_extra
 
+Held = Literal["parameters", "weights"]
+Importance = Literal["mas", "fisher", "ones"]
+
+
+class Start(NamedTuple):
+    """What a training begins with: a subject and its size, the rank of new adapters, the seed."""
+
+    subject: Literal["smollm2", "tiny"]
+    length: int
+    held: int
+    tested: int
+    rank: int
+    seed: int
+
+    def make(self) -> Subject:
+        """The model without adapters, and its texts."""
+        make = smollm2 if self.subject == "smollm2" else tiny
+        return make(self.length, self.held, self.tested)
+
+    def adapted(self) -> nn.Module:
+        """A copy of the model with LoRA on all linear layers of its blocks, which adds nothing yet."""
+        peft = import_extra("peft", INSTALL)
+        how = {"r": self.rank, "lora_alpha": 2 * self.rank, "target_modules": "all-linear"}
+        config = peft.LoraConfig(task_type="CAUSAL_LM", **how)
+        torch.manual_seed(self.seed)
+        model: nn.Module = peft.get_peft_model(copy.deepcopy(self.make().model), config)
+        return model.eval()
+
 
 class Variant(NamedTuple):
     """What is held, by which importance, and the lam that are tried first: every second one of a grid.
@@ -33,14 +62,14 @@ class Variant(NamedTuple):
     importance: "mas", "fisher", or "ones": L2 to the base.
     """
 
-    adapters: Literal["parameters", "weights"]
-    importance: Literal["mas", "fisher", "ones"]
+    adapters: Held
+    importance: Importance
     grid: Sequence[float]
 
 
 VARIANTS = {
-    "L2 of A and B": Variant("parameters", "ones", (1e-3, 1e-2, 1e-1, 1e0)),
-    "MAS of A and B": Variant("parameters", "mas", (1e-3, 1e-2, 1e-1, 1e0)),
+    "L2 of A and B": Variant("parameters", "ones", (1e-4, 1e-3, 1e-2, 1e-1)),
+    "MAS of A and B": Variant("parameters", "mas", (1e-4, 1e-3, 1e-2, 1e-1)),
     "Fisher of A and B": Variant("parameters", "fisher", (1e-3, 1e-2, 1e-1, 1e0)),
     "L2 of s B A": Variant("weights", "ones", (1e-3, 1e-2, 1e-1, 1e0)),
     "MAS of s B A": Variant("weights", "mas", (1e-3, 1e-2, 1e-1, 1e0)),
@@ -63,11 +92,11 @@ class Language(Tuned):
     subject: Literal["smollm2", "tiny"] = "smollm2"
     variants: Mapping[str, Variant] = field(default_factory=lambda: VARIANTS)
     rank: int = 8
-    steps: int = 40
+    steps: int = 24
     batch: int = 4
     length: int = 64
     lr: float = 1e-3
-    held: int = 32
+    held: int = 16
     tested: int = 16
     seeds: int = 3
 
@@ -109,11 +138,11 @@ class Language(Tuned):
                     yield self.cell(method, lam, seed)
 
     def measure(self, cell: Cell) -> Found:
-        make = smollm2 if self.subject == "smollm2" else tiny
-        subject = make(self.length, self.held, self.tested)
+        sizes = (self.subject, self.length, self.held, self.tested, self.rank)
+        start = Start(*sizes, cell["seed"])
+        subject = start.make()
         with torch.random.fork_rng([]):
-            torch.manual_seed(cell["seed"])
-            model = subject.model if cell["method"] == BASE else self.learn(subject, cell)
+            model = subject.model if cell["method"] == BASE else self.learn(start, cell)
         if model is None:
             return {"diverged": "loss: got NaN or Inf, expected a finite one"}
         rows = subject.validation if cell["purpose"] == "choose" else subject.test
@@ -121,22 +150,22 @@ class Language(Tuned):
         new, *known = (log(each) for each in found.values())
         return {"perplexity": found, "score": -(new + fmean(known)) / 2}
 
-    def learn(self, subject: Subject, cell: Cell) -> nn.Module | None:
+    def learn(self, start: Start, cell: Cell) -> nn.Module | None:
         """The model after training by a cell's method, None where that diverged."""
-        peft = import_extra("peft", INSTALL)
-        how = {"r": self.rank, "lora_alpha": 2 * self.rank, "target_modules": "all-linear"}
-        model = peft.get_peft_model(
-            copy.deepcopy(subject.model), peft.LoraConfig(task_type="CAUSAL_LM", **how)
-        ).eval()
         penalty = None
         if cell["method"] != PLAIN:
-            penalty = penalty_of(model, self.variants[cell["method"]], cell["lam"], subject.held)
+            variant = self.variants[cell["method"]]
+            omega = importance_at(start, variant.adapters, variant.importance)
+        model, rows = start.adapted(), start.make().learned
+        if cell["method"] != PLAIN:
+            penalty = FusedMASPenalty(model, cell["lam"], **held_as(variant.adapters))
+            penalty.consolidate(importance=omega)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, self.lr, weight_decay=0.0)
-        order = torch.randperm(len(subject.learned))[: self.steps * self.batch]
-        for rows in subject.learned[order].split(self.batch):
+        order = torch.randperm(len(rows))[: self.steps * self.batch]
+        for batch in rows[order].split(self.batch):
             optimizer.zero_grad()
-            loss = nats(model, whole(rows)).mean()
+            loss = nats(model, whole(batch)).mean()
             if penalty is not None:
                 loss = loss + penalty()
             loss.backward()
@@ -183,18 +212,29 @@ class Language(Tuned):
         return figure
 
 
-def penalty_of(
-    model: nn.Module, variant: Variant, lam: float, held: Tensor, batch: int = 4
-) -> FusedMASPenalty:
-    """A variant's penalty of a model with new adapters: it holds what the base knows of rows of ids."""
-    importance: Any = "exact"
-    if variant.importance == "fisher":
-        importance = FisherSum(forward=ModelOutput("logits"), shift=True)
-    adapters: Any = {} if variant.adapters == "parameters" else {"adapters": variant.adapters}
-    penalty = FusedMASPenalty(model, lam, importance, forward=ModelOutput(), **adapters)
-    if variant.importance == "ones":
-        ones = {name: torch.ones_like(p) for name, p in named_parameters(model).items()}
-        penalty.consolidate(importance=ones)
-    else:
-        penalty.consolidate({"input_ids": rows, "labels": rows} for rows in held.split(batch))
-    return penalty
+def held_as(adapters: Held) -> Any:
+    """The argument of FusedMASPenalty that tells what of the adapters is held."""
+    return {} if adapters == "parameters" else {"adapters": adapters}
+
+
+@lru_cache(maxsize=1)
+def importance_at(start: Start, adapters: Held, importance: Importance) -> dict[str, Tensor]:
+    """What of the model matters for the texts that it is to keep, before its first step: `importance_of`."""
+    return importance_of(start.adapted(), start.make().held, adapters, importance)
+
+
+def importance_of(
+    model: nn.Module, rows: Tensor, adapters: Held, importance: Importance, batch: int = 4
+) -> dict[str, Tensor]:
+    """Importance by name of what is held, from rows of token ids, each a sample."""
+    if importance == "ones":
+        held = named_parameters(model).items()
+        return {name: torch.ones_like(p, dtype=torch.float32) for name, p in held}
+    estimator: Any = "exact"
+    if importance == "fisher":
+        estimator = FisherSum(forward=ModelOutput("logits"), shift=True)
+    penalty = FusedMASPenalty(
+        model, importance=estimator, forward=ModelOutput(), **held_as(adapters)
+    )
+    penalty.consolidate({"input_ids": each, "labels": each} for each in rows.split(batch))
+    return penalty.omega

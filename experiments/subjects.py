@@ -65,8 +65,9 @@ def smollm2(length: int, held: int, tested: int) -> Subject:
     transformers = import_extra("transformers", INSTALL)
     folder = package("smollm2")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=MODEL)
+    plain = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=MODEL, dtype=torch.bfloat16
+        folder, gguf_file=MODEL, quantization_config=plain, dtype=torch.bfloat16
     )
     model.config.use_cache = False
     with closing(
