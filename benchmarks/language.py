@@ -2,15 +2,13 @@
 
 python -m benchmarks.language
 
-Needs the libraries of examples/language.py, whose models and corpora it takes. At every strength lam times the
-mean importance is the same for all outputs.
+Needs transformers and accelerate. At every strength lam times the mean importance is the same for all outputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -36,18 +34,16 @@ NONE, FIRST = "no penalty", "after the first corpus"
 
 def measure(seed: int, steps: int) -> dict[str, Any]:
     """Perplexities of the two corpora, by output and strength."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import language
-
+    from benchmarks import corpora
     from mas_ext.integrations.loading import once
     from mas_ext.integrations.transformers import MASCallback, ModelOutput
 
-    data, model = language.corpora(), language.small_model(seed)
-    language.train(model, data["numpy"][0], steps, 3e-3, [], seed)
-    language.train(model, data["python"][0], steps, 1e-3, [], seed)
+    data, model = corpora.corpora(), corpora.small_model(seed)
+    corpora.train(model, data["numpy"][0], steps, 3e-3, [], seed)
+    corpora.train(model, data["python"][0], steps, 1e-3, [], seed)
 
     def tested(model: torch.nn.Module) -> list[float]:
-        return [language.perplexity(model, data[name][1]) for name in ("python", "torch")]
+        return [corpora.perplexity(model, data[name][1]) for name in ("python", "torch")]
 
     def continued(callbacks: list[Any], lam: float = 0.0, state: Any = None) -> list[float]:
         own = copy.deepcopy(model)
@@ -55,14 +51,14 @@ def measure(seed: int, steps: int) -> dict[str, Any]:
             callback.penalty = FusedMASPenalty(own, **callback.options)
             callback.penalty.load_state_dict(state)
             callback.penalty.lam = lam
-        language.train(own, data["torch"][0], steps, 1e-3, callbacks, seed)
+        corpora.train(own, data["torch"][0], steps, 1e-3, callbacks, seed)
         return tested(own)
 
     found: dict[str, Any] = {FIRST: tested(model), NONE: continued([])}
     for name, (of, last) in OUTPUTS.items():
         forward = ModelOutput(of, last)
         penalty = FusedMASPenalty(model, forward=forward)
-        loader = torch.utils.data.DataLoader(data["python"][0], batch_size=language.BATCH)
+        loader = torch.utils.data.DataLoader(data["python"][0], batch_size=corpora.BATCH)
         penalty.consolidate(islice(once(loader), 20))
         omega = torch.cat([w.flatten() for w in penalty.omega.values()])
         mean = float(penalty.scale) * float(omega.double().mean())

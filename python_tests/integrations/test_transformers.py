@@ -649,13 +649,11 @@ def test_accelerate_skips_a_step_under_a_scaler(kind: Any, fused: bool, mode: An
 # -- the example -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora"]])
-def test_example(lora: list[str]) -> None:
-    """It runs, and a strong penalty keeps the first corpus better than none."""
+def test_example() -> None:
+    """It runs, and a strong penalty keeps what was known better than none."""
     script = Path(__file__).parents[2] / "examples" / "language.py"
-    command = [sys.executable, script, "--steps", "30", "--lam", "1e4", *lora]
+    command = [sys.executable, script, "--tiny", "--lam", "100"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-    plain, held = (
-        float(line.split()[-2]) for line in done.stdout.splitlines() if "then the second" in line
-    )
-    assert held < plain
+    before, plain, held = (float(line.split()[-1]) for line in done.stdout.splitlines())
+    assert before < plain
+    assert held < (before + plain) / 2
