@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--lam", type=float, default=0.01)
     chosen = parser.parse_args()
-    base, learned, held, _, test = (tiny if chosen.tiny else smollm2)(length=64, held=8, tested=8)
+    base, learned, held, test = (tiny if chosen.tiny else smollm2)(length=64, held=8, tested=8)
 
     def show(name: str, model: torch.nn.Module) -> None:
         found = (f"{kind} {perplexity(model, rows):8.2f}" for kind, rows in test.items())

@@ -6,23 +6,23 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from math import log
+from math import exp, log
 from statistics import fmean
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from experiments.experiment import Page, Results
-from experiments.learned import CHOOSING_SEED, Tuned
+from experiments.experiment import Experiment, Page, Results
 from experiments.subjects import INSTALL, Subject, nats, perplexity, smollm2, tiny, whole
 from experiments.tables import number, titled
 from mas_ext import FusedMASPenalty
-from mas_ext.compare.cells import Cell, Found, choose, chosen, decades
+from mas_ext.compare.cells import Cell, Found
 from mas_ext.compare.charts import canvas, legend, look
 from mas_ext.importance import FisherSum
 from mas_ext.integrations.model_output import ModelOutput
 from mas_ext.metrics import interval_text
+from mas_ext.parameters.adapters import adapted_weights
 from mas_ext.parameters.names import named_parameters
 from mas_ext.scenarios.datasets import import_extra
 
@@ -56,7 +56,7 @@ class Start(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What is held, by which importance, and the lam that are tried first: every second one of a grid.
+    """What is held, by which importance, and with which lam.
 
     adapters: "parameters", the factors A and B one by one, or "weights", the products s B A.
     importance: "mas", "fisher", or "ones": L2 to the base.
@@ -64,22 +64,23 @@ class Variant(NamedTuple):
 
     adapters: Held
     importance: Importance
-    grid: Sequence[float]
+    lams: Sequence[float]
 
 
+# By name, each with three lam a decade apart.
 VARIANTS = {
-    "L2 of A and B": Variant("parameters", "ones", (1e-4, 1e-3, 1e-2, 1e-1)),
-    "MAS of A and B": Variant("parameters", "mas", (1e-4, 1e-3, 1e-2, 1e-1)),
-    "Fisher of A and B": Variant("parameters", "fisher", (1e-3, 1e-2, 1e-1, 1e0)),
-    "L2 of s B A": Variant("weights", "ones", (1e-3, 1e-2, 1e-1, 1e0)),
-    "MAS of s B A": Variant("weights", "mas", (1e-3, 1e-2, 1e-1, 1e0)),
-    "Fisher of s B A": Variant("weights", "fisher", (1e-3, 1e-2, 1e-1, 1e0)),
+    "L2 of A and B": Variant("parameters", "ones", (1e-2, 1e-1, 1e0)),
+    "MAS of A and B": Variant("parameters", "mas", (1e-3, 1e-2, 1e-1)),
+    "Fisher of A and B": Variant("parameters", "fisher", (1e0, 1e1, 1e2)),
+    "L2 of s B A": Variant("weights", "ones", (1e-2, 1e-1, 1e0)),
+    "MAS of s B A": Variant("weights", "mas", (1e-3, 1e-2, 1e-1)),
+    "Fisher of s B A": Variant("weights", "fisher", (1e0, 1e1, 1e2)),
 }
 BASE, PLAIN = "before", "fine-tuning"
 
 
 @dataclass(frozen=True)
-class Language(Tuned):
+class Language(Experiment):
     """Perplexity on the text that is learned and on texts that the model knew.
 
     subject: the model and its texts. variants: the penalties, by name. rank: of the adapters on all linear
@@ -88,11 +89,10 @@ class Language(Tuned):
     """
 
     title: ClassVar[str] = "A language model, fine-tuned by LoRA"
-    score: ClassVar[str] = "score"
     subject: Literal["smollm2", "tiny"] = "smollm2"
     variants: Mapping[str, Variant] = field(default_factory=lambda: VARIANTS)
     rank: int = 8
-    steps: int = 24
+    steps: int = 16
     batch: int = 4
     length: int = 64
     lr: float = 1e-3
@@ -102,8 +102,8 @@ class Language(Tuned):
 
     def quick(self) -> Language:
         """A tiny model, which need not be fetched, and two penalties."""
-        few = {name: each._replace(grid=(0.1, 1.0)) for name, each in self.variants.items()}
-        few = {name: few[name] for name in ("L2 of A and B", "MAS of A and B")}
+        names = ("L2 of A and B", "MAS of s B A")
+        few = {name: self.variants[name]._replace(lams=(0.1, 1.0)) for name in names}
         return replace(self, subject="tiny", variants=few, rank=4, length=32, lr=1e-2, seeds=1)
 
     def data_sets(self) -> tuple[str, ...]:
@@ -113,29 +113,29 @@ class Language(Tuned):
         names = ("subject", "rank", "steps", "batch", "length", "lr", "held", "tested")
         return {name: getattr(self, name) for name in names}
 
-    def cell(self, method: str, lam: float | None = None, seed: int | None = None) -> Cell:
-        """A training that counts or, without a seed, that lam is chosen by."""
-        if seed is None:
-            return {"method": method, "lam": lam, "seed": CHOOSING_SEED, "purpose": "choose"}
-        return {"method": method, "lam": lam, "seed": seed, "purpose": "final"}
+    def cells(self, method: str, lam: float | None = None) -> list[Cell]:
+        """A method with one lam, with every seed; the model as it was has none."""
+        seeds = range(1 if method == BASE else self.seeds)
+        return [{"method": method, "lam": lam, "seed": seed} for seed in seeds]
 
-    def lam(self, results: Results, method: str) -> Any:
-        """Ask for what lam is chosen by, see `choose`."""
-        trial = self.cell(method)
-        del trial["lam"]
-        return choose(results, [trial], decades(self.variants[method].grid), self.score)
+    def compared(self) -> Iterator[tuple[str, float | None]]:
+        """Methods and their lam, as in the table."""
+        yield BASE, None
+        yield PLAIN, None
+        for method, variant in self.variants.items():
+            for lam in variant.lams:
+                yield method, lam
 
     def plan(self, results: Results) -> Iterator[Cell]:
-        """The model as it was, then every method with one seed, with two, ..."""
-        yield self.cell(BASE)
-        yield self.cell(BASE, seed=0)
-        yield self.cell(PLAIN)
+        """Everything with one seed, then with two, ...; of a method's lam the middle one first."""
+        yield from self.cells(BASE)
+        most = max(len(variant.lams) for variant in self.variants.values())
         for seed in range(self.seeds):
-            yield self.cell(PLAIN, seed=seed)
-            for method in self.variants:
-                lam = yield from self.lam(results, method)
-                if lam is not None:
-                    yield self.cell(method, lam, seed)
+            yield self.cells(PLAIN)[seed]
+            for i in sorted(range(most), key=lambda i: abs(i - most // 2)):
+                for method, variant in self.variants.items():
+                    for lam in variant.lams[i : i + 1]:
+                        yield self.cells(method, lam)[seed]
 
     def measure(self, cell: Cell) -> Found:
         sizes = (self.subject, self.length, self.held, self.tested, self.rank)
@@ -145,20 +145,21 @@ class Language(Tuned):
             model = subject.model if cell["method"] == BASE else self.learn(start, cell)
         if model is None:
             return {"diverged": "loss: got NaN or Inf, expected a finite one"}
-        rows = subject.validation if cell["purpose"] == "choose" else subject.test
-        found = {kind: perplexity(model, each) for kind, each in rows.items()}
-        new, *known = (log(each) for each in found.values())
-        return {"perplexity": found, "score": -(new + fmean(known)) / 2}
+        return {
+            "perplexity": {kind: perplexity(model, each) for kind, each in subject.test.items()}
+        }
 
     def learn(self, start: Start, cell: Cell) -> nn.Module | None:
         """The model after training by a cell's method, None where that diverged."""
         penalty = None
         if cell["method"] != PLAIN:
             variant = self.variants[cell["method"]]
-            omega = importance_at(start, variant.adapters, variant.importance)
+            # In weight space it is that of the base, for all seeds.
+            at = start._replace(seed=0) if variant.adapters == "weights" else start
+            omega = importance_at(at, *variant[:2])
         model, rows = start.adapted(), start.make().learned
         if cell["method"] != PLAIN:
-            penalty = FusedMASPenalty(model, cell["lam"], **held_as(variant.adapters))
+            penalty = FusedMASPenalty(model, cell["lam"], adapters=variant.adapters)
             penalty.consolidate(importance=omega)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, self.lr, weight_decay=0.0)
@@ -173,51 +174,45 @@ class Language(Tuned):
         return model if loss.isfinite() else None
 
     def show(self, results: Results) -> Page:
-        """Perplexities at the lam that was chosen, and a picture of all lam."""
+        """Perplexities, and a picture of what is learned and what is lost."""
         rows = []
-        for method in (BASE, PLAIN, *self.variants):
-            lam = chosen(results, self.lam(results, method)) if method in self.variants else None
-            founds = list(results.by_seed(method=method, lam=lam, purpose="final").values())
+        for method, lam in self.compared():
+            founds = list(results.by_seed(method=method, lam=lam).values())
             if founds:
                 kinds = {
                     kind: interval_text([found["perplexity"][kind] for found in founds], 2)
                     for kind in founds[0]["perplexity"]
                 }
                 seeds = "" if method == BASE else str(len(founds))
-                rows.append({"method": method, **kinds, "lam": number(lam), "seeds": seeds})
+                rows.append({"method": method, "lam": number(lam), **kinds, "seeds": seeds})
         text = [
-            titled(rows) if rows else "Not measured yet.",
-            f"Mean and 95 % interval over {self.seeds} seeds. {results.place()}",
-            "![perplexity on the new language and on what was known, for every lam](language.png)",
+            titled(rows),
+            f"Perplexity, mean and 95 % interval over the seeds. {results.place()}",
+            "![perplexity of what was known over that of what is learned, for every lam](language.png)",
         ]
         return Page("\n\n".join(text), {"language.png": self.picture(results)})
 
     def picture(self, results: Results) -> Any:
-        """Validation perplexity on what was known over that on what is learned, a curve over lam per method."""
+        """Perplexity of what was known over that of what is learned: a curve over lam for each method."""
         figure, (panel,) = canvas(1, 1, 4.5)
-        for i, method in enumerate((BASE, PLAIN, *self.variants)):
-            tried = sorted(
-                (cell["lam"] or 0.0, list(found["perplexity"].values()))
-                for cell, found in results.where(method=method, purpose="choose")
-                if "diverged" not in found
-            )
-            x = [new for _, (new, *_) in tried]
-            y = [torch.tensor(known).log().mean().exp() for _, (_, *known) in tried]
-            panel.plot(x, y, label=method, **look(i))
+        curves: dict[str, list[list[float]]] = {}
+        for method, lam in self.compared():
+            founds = results.by_seed(method=method, lam=lam).values()
+            logs = [[log(each) for each in found["perplexity"].values()] for found in founds]
+            if logs:
+                new, *known = (fmean(each) for each in zip(*logs, strict=True))
+                curves.setdefault(method, []).append([exp(new), exp(fmean(known))])
+        for i, (method, points) in enumerate(curves.items()):
+            panel.plot(*zip(*points, strict=True), label=method, **look(i))
         panel.set_xscale("log")
         panel.set_yscale("log")
-        panel.set_xlabel("perplexity on what is learned")
-        panel.set_ylabel("geometric mean over what was known")
+        panel.set_xlabel("what is learned: perplexity")
+        panel.set_ylabel("what was known: geometric mean of perplexities")
         legend(figure, panel, 4)
         return figure
 
 
-def held_as(adapters: Held) -> Any:
-    """The argument of FusedMASPenalty that tells what of the adapters is held."""
-    return {} if adapters == "parameters" else {"adapters": adapters}
-
-
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def importance_at(start: Start, adapters: Held, importance: Importance) -> dict[str, Tensor]:
     """What of the model matters for the texts that it is to keep, before its first step: `importance_of`."""
     return importance_of(start.adapted(), start.make().held, adapters, importance)
@@ -228,13 +223,13 @@ def importance_of(
 ) -> dict[str, Tensor]:
     """Importance by name of what is held, from rows of token ids, each a sample."""
     if importance == "ones":
-        held = named_parameters(model).items()
-        return {name: torch.ones_like(p, dtype=torch.float32) for name, p in held}
+        like: Mapping[str, Tensor] = named_parameters(model)
+        if adapters == "weights":
+            like = {name: adapted.weight for name, adapted in adapted_weights(model).items()}
+        return {name: torch.ones_like(p, dtype=torch.float32) for name, p in like.items()}
     estimator: Any = "exact"
     if importance == "fisher":
         estimator = FisherSum(forward=ModelOutput("logits"), shift=True)
-    penalty = FusedMASPenalty(
-        model, importance=estimator, forward=ModelOutput(), **held_as(adapters)
-    )
+    penalty = FusedMASPenalty(model, importance=estimator, forward=ModelOutput(), adapters=adapters)
     penalty.consolidate({"input_ids": each, "labels": each} for each in rows.split(batch))
     return penalty.omega

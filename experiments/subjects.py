@@ -36,19 +36,18 @@ class Subject(NamedTuple):
     """A language model, and what it is to learn, to keep and to be tested on.
 
     learned: rows to train on, as ids (rows, length). held: rows that importance is taken from.
-    validation, test: by kind of text; the first kind is that of `learned`, the model knew the others.
+    test: by kind of text; the first kind is that of `learned`, the model knew the others.
     """
 
     model: nn.Module
     learned: Tensor
     held: Tensor
-    validation: Mapping[str, Rows]
     test: Mapping[str, Rows]
 
 
-# Translations in the database, by their keys there, and numbers of books: Genesis, Matthew, John and Acts.
+# Translations in the database, by their keys there, and numbers of books: Genesis, Matthew and John.
 SWAHILI, ENGLISH, FRENCH = "h", "4", "l"
-HELD, LEARNED, TESTED, VALIDATED = 1, 40, 43, 44
+HELD, LEARNED, TESTED = 1, 40, 43
 
 
 @functools.cache
@@ -60,7 +59,7 @@ def smollm2(length: int, held: int, tested: int) -> Subject:
     Args:
         length: tokens of a row.
         held: rows of English that importance is taken from.
-        tested: rows of each kind to test on, and as many for validation; of answers there are twelve each.
+        tested: rows of each kind to test on, besides all answers.
     """
     transformers = import_extra("transformers", INSTALL)
     folder = package("smollm2")
@@ -81,15 +80,9 @@ def smollm2(length: int, held: int, tested: int) -> Subject:
             return ids[: len(ids) // length * length].view(-1, length)[:count]
 
         kinds = {"Swahili": SWAHILI, "English": ENGLISH, "French": FRENCH}
-        validation, test = (
-            {kind: whole(rows(key, book, tested)) for kind, key in kinds.items()}
-            for book in (VALIDATED, TESTED)
-        )
-        known = answers(tokenizer)
-        validation["answers"], test["answers"] = (
-            Rows(*(part[i::2] for part in known)) for i in (0, 1)
-        )
-        return Subject(model, rows(SWAHILI, LEARNED), rows(ENGLISH, HELD, held), validation, test)
+        test = {kind: whole(rows(key, TESTED, tested)) for kind, key in kinds.items()}
+        test["answers"] = answers(tokenizer)
+        return Subject(model, rows(SWAHILI, LEARNED), rows(ENGLISH, HELD, held), test)
 
 
 def answers(tokenizer: Any) -> Rows:
@@ -121,7 +114,7 @@ def tiny(length: int, held: int, tested: int) -> Subject:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "use_cache": False}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **heads))
     known, learned = (
-        sentences(words, length, 400 + held + 2 * tested)
+        sentences(words, length, 400 + held + tested)
         for words in ("the cat and a dog sat on this mat", "le chat et un chien sont sur ce tapis")
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -129,11 +122,8 @@ def tiny(length: int, held: int, tested: int) -> Subject:
         optimizer.zero_grad()
         nats(model, whole(rows)).mean().backward()
         optimizer.step()
-    validation, test = (
-        {"learned": whole(learned[i::2][:tested]), "known": whole(known[400 + i :: 2][:tested])}
-        for i in (0, 1)
-    )
-    return Subject(model, learned[2 * tested :], known[-held:], validation, test)
+    test = {"learned": whole(learned[:tested]), "known": whole(known[400:][:tested])}
+    return Subject(model, learned[tested:], known[-held:], test)
 
 
 def sentences(words: str, length: int, count: int) -> Tensor:

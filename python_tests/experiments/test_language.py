@@ -92,7 +92,7 @@ def test_answers_alone_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert labels[0, 6] == ids[0, 6] == ord("S")
 
 
-def test_committed_answers_are_twelve_and_twelve() -> None:
+def test_committed_answers() -> None:
     known = read_toml(subjects.ANSWERS)
     assert len(known) == 24
     assert known["What is the capital of France?"] == "The capital of France is Paris.<|im_end|>"
@@ -117,44 +117,40 @@ def test_importance_of_a_variant(importance: Any) -> None:
     torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_lam_is_chosen_for_both_texts_and_the_page_has_the_rest(tmp_path: Path) -> None:
-    """Of all lam tried the one with the best score; rows have the means of the seeds."""
+def test_every_lam_is_measured_with_one_seed_before_two(tmp_path: Path) -> None:
+    """The middle lam of all methods first; rows and curves have the means over the seeds."""
     experiment: Any = replace(EXPERIMENTS["language"], seeds=2)
     few = {name: VARIANTS[name] for name in ("L2 of A and B", "MAS of s B A")}
     experiment = replace(experiment, variants=few)
     results = Results(tmp_path / "language.json", experiment.protocol())
 
     def measured(cell: Any) -> Any:
-        lam = cell["lam"] or 0.0
-        learned, known = 10 * (1 + lam), 2 * (1 + 1 / (lam + 0.01))
-        return {
-            "perplexity": {"Swahili": learned + cell["seed"] / 10, "English": known},
-            "score": -(math.log(learned) + math.log(known)) / 2,
-        }
+        learned = 10 * (1 + (cell["lam"] or 0.0)) + cell["seed"]
+        return {"perplexity": {"Swahili": learned, "English": 4.0, "French": 9.0}}
 
     fill(results, experiment.plan(results), measured)
-    tried = {
-        cell["lam"]: found["score"]
-        for cell, found in results.where(method="MAS of s B A", purpose="choose")
-    }
-    best = max(tried, key=tried.__getitem__)
-    final = results.where(method="MAS of s B A", purpose="final")
-    assert {cell["lam"] for cell, _ in final} == {best}
-    assert [cell["seed"] for cell, _ in final] == [0, 1]
-    assert {cell["seed"] for cell, _ in results.where(purpose="choose")} == {1000}
+    order = [(cell["method"], cell["lam"], cell["seed"]) for cell, _ in results.where()]
+    assert order[:4] == [
+        ("before", None, 0),
+        ("fine-tuning", None, 0),
+        ("L2 of A and B", 0.1, 0),
+        ("MAS of s B A", 0.01, 0),
+    ]
+    assert [seed for _, _, seed in order] == [0] * 8 + [1] * 7
+    assert len(set(order)) == len(order)
+
     page = experiment.show(results)
-    learned = 10 * (1 + best) + 0.05
-    row = next(line for line in page.text.splitlines() if "MAS of s B A" in line)
-    assert row.startswith(f"| MAS of s B A | {learned:.2f} ± ")
-    assert row.endswith(f" | {best:g} | 2 |")
-    assert "| before | 10.00 | 202.00 |  |  |" in page.text
+    row = next(line for line in page.text.splitlines() if "| MAS of s B A | 0.1 |" in line)
+    assert row.startswith("| MAS of s B A | 0.1 | 11.50 ± ")
+    assert row.endswith(" | 4.00 ± 0.00 | 9.00 ± 0.00 | 2 |")
+    assert "| before |  | 10.00 | 4.00 | 9.00 |  |" in page.text
     assert "](language.png)" in page.text
-    (line,) = (
-        each
-        for each in page.figures["language.png"].axes[0].lines
-        if each.get_label() == "MAS of s B A"
-    )
-    assert len(line.get_xdata()) == len(tried)
+    lines = {line.get_label(): line for line in page.figures["language.png"].axes[0].lines}
+    assert list(lines) == ["before", "fine-tuning", *few]
+    y = lines["MAS of s B A"].get_ydata()
+    assert y == pytest.approx([6.0] * 3)
+    x = lines["MAS of s B A"].get_xdata()
+    assert x[-1] == pytest.approx(math.sqrt(11 * 12))
 
 
 def test_data_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
