@@ -36,7 +36,7 @@ from mas_ext.parameters.names import (
     strength_of,
 )
 from mas_ext.parameters.ranks import Ranks, SampleSums, Together, refuse_unused
-from mas_ext.parameters.tracked_model import TrackedModel, whole_model
+from mas_ext.parameters.tracked_model import TrackedModel, alone
 from mas_ext.state import files as checkpoint
 from mas_ext.state.buffers import Group
 from mas_ext.state.low_rank import UpdateGroup
@@ -141,8 +141,9 @@ class FusedMASPenalty(nn.Module):
     A model that fully_shard (FSDP2) has sharded over one mesh of one dimension: the state is sharded alike and
     the kernels work on each rank's own part; omega, anchor and state_dict() hold DTensors. What runs the model,
     or tells of all its parts, is called by all ranks together: penalty(), add_grad_, consolidate, adapt,
-    observe, save, load. For consolidate, adapt and observe every rank has the whole model and its importance
-    for a while, the memory of some four copies. What is consolidated keeps its shape.
+    observe, check, save, load. Importance is measured in passes under FSDP's own hooks, and summed over ranks
+    into shards, unit by unit: no rank holds more whole parameters than in a training step. What is
+    consolidated keeps its shape.
 
     Raises:
         ValueError: an argument that is not one of the choices.
@@ -501,7 +502,7 @@ class FusedMASPenalty(nn.Module):
                 Vanished: importance at the level of rounding, under merge "consistent"; elsewhere a warning.
         """
 
-        def collect(view: ModelView) -> ImportanceSum:
+        def refuse_others() -> None:
             observed = self._pending.samples or None
             given = {"batches": batches, "importance": importance, "observed samples": observed}
             found = [name for name, value in given.items() if value is not None]
@@ -511,14 +512,16 @@ class FusedMASPenalty(nn.Module):
                     f"batches: got importance from {' and '.join(found) or 'nowhere'}, expected one of "
                     "batches, importance= and samples observed by observe(batch)"
                 )
-            return self._pending if batches is None else self._gathered(view, batches, progress)
 
         def find(view: ModelView) -> Mapping[str, Tensor]:
             if importance is not None and batches is None and not self._pending.samples:
+                sharding = self._tracked.sharding
+                if sharding is not None:
+                    return sharding.own(importance)
                 return {name: whole_tensor(t) for name, t in importance.items()}
             if sweeps > 1 and batches is not None:
                 return self._in_sweeps(view, batches, sweeps, progress)
-            return self._mean(view, lambda: collect(view))
+            return self._mean(view, batches, progress, refuse_others)
 
         check_count(sweeps, "sweeps")
         if sweeps > 1 and iter(batches or ()) is batches:
@@ -540,9 +543,11 @@ class FusedMASPenalty(nn.Module):
         consolidate only.
         """
         adapted = self._adapted()
-        with measured(adapted), whole_model(self.model, self.exclude) as view:
+        with measured(adapted), alone(self.model):
+            view = optimizer_view(self.model, self.exclude)
             self._follow(view)
-            self._pending.add(view, batch)
+            with self._pending.running(view):
+                self._pending.add(view, batch)
         self._tracked.remember(self._tracked.view(()) if adapted else view)
 
     def check(self, batch: Any) -> None:
@@ -556,12 +561,10 @@ class FusedMASPenalty(nn.Module):
         # Estimators may run the model in training mode, which moves running statistics.
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         try:
-            with (
-                measured(self._adapted()),
-                whole_model(self.model, self.exclude) as view,
-                suppress(Diverged),
-            ):
-                gather(self._pending.empty(), view, [batch], max_samples=2)
+            with measured(self._adapted()), suppress(Diverged):
+                view, total = optimizer_view(self.model, self.exclude), self._pending.empty()
+                with total.running(view):
+                    gather(total, view, [batch], max_samples=2)
         except Exception as error:  # of any kind: it is the user's model that fails
             raise ValueError(
                 f"model: got {type(self.model).__name__}, expected one whose importance can be measured, with "
@@ -581,7 +584,7 @@ class FusedMASPenalty(nn.Module):
         """
 
         def find(view: ModelView) -> Mapping[str, Tensor]:
-            return self._mean(view, lambda: self._gathered(view, batches))
+            return self._mean(view, batches)
 
         self._add(find, weight, ends_task=False)
 
@@ -844,22 +847,39 @@ class FusedMASPenalty(nn.Module):
             raise IndexError(f"t: got {t}, expected a number from 0 to {self.num_tasks - 1}")
         return t
 
-    def _gathered(
-        self, view: ModelView, batches: Iterable[Any], progress: bool = False
-    ) -> ImportanceSum:
-        total = self._pending.empty()
-        gather(total, view, batches, progress=progress)
-        return total
-
-    def _mean(self, view: ModelView, collect: Callable[[], ImportanceSum]) -> dict[str, Tensor]:
-        """The mean over all ranks' samples of what each collects."""
-        total = self._checked(self._sum(view, collect), view)
+    def _mean(
+        self,
+        view: ModelView,
+        batches: Iterable[Any] | None,
+        progress: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ) -> dict[str, Tensor]:
+        """The mean over all ranks' samples: of each one's batches, or of what it observed."""
+        total = self._checked(self._sum(view, batches, progress, check), view)
         # What was observed is still there if a check fails.
         return total.mean() if total.sums is self._pending.sums else total.into_mean()
 
-    def _sum(self, view: ModelView, collect: Callable[[], ImportanceSum]) -> ImportanceSum:
-        """The sum over all ranks' samples of what each collects."""
-        summed = self._ranks.sum(lambda: collect().totals, view.model, view.parameters())
+    def _sum(
+        self,
+        view: ModelView,
+        batches: Iterable[Any] | None,
+        progress: bool,
+        check: Callable[[], None] = lambda: None,
+    ) -> ImportanceSum:
+        """The sum over all ranks' samples, after a check: of each one's batches, or of what it observed."""
+
+        def collect() -> SampleSums:
+            observed = self._pending.totals
+            total = self._pending.with_totals(observed)
+            if batches is not None:
+                total = self._pending.empty()
+            with total.running(view):
+                check()
+                if batches is not None:
+                    gather(total, view, batches, progress=progress)
+            return total.totals
+
+        summed = self._ranks.sum(collect, view.model, view.parameters())
         return self._pending.with_totals(summed)
 
     def _in_sweeps(
@@ -871,7 +891,7 @@ class FusedMASPenalty(nn.Module):
         found, objective = {}, 0.0
         for part in parts_of_equal_size(trained, sweeps):
             with frozen(p for name, p in trained.items() if name not in part):
-                total = self._sum(view, lambda: self._gathered(view, batches, progress))
+                total = self._sum(view, batches, progress)
             objective = total.objective_sum / max(total.samples, 1)
             mean = total.into_mean()
             for name in [*mean]:
@@ -883,7 +903,9 @@ class FusedMASPenalty(nn.Module):
         """The total, unless it is at the level of rounding: an error where it would be divided by its sum."""
         try:
             if total.sums:
-                total.refuse_rounding_noise(view.parameters())
+                total.refuse_rounding_noise(
+                    self._tracked.own_parameters(view), self._tracked.sharding
+                )
         except Vanished as error:
             # Divided by its sum it would hold all parameters at random; otherwise it holds none.
             if self._state.rule.merge == "consistent":
@@ -894,9 +916,10 @@ class FusedMASPenalty(nn.Module):
     def _add(
         self, find: Callable[[ModelView], Mapping[str, Tensor]], weight: float, ends_task: bool
     ) -> None:
-        """Merge the importance that is found while every rank has the whole model."""
+        """Merge the importance that is found, while no other thread runs the model."""
         adapted, known = self._adapted(), self._state.memory.names
-        with measured(adapted) as weights, self._tracked.whole(known) as view:
+        with measured(adapted) as weights, alone(self.model):
+            view = self._tracked.view(known)
             self._follow(view)
             names = {view.name_of(p): name for name, p in weights.items()}
             omega = {names.get(name, name): t for name, t in find(view).items()}
@@ -907,7 +930,7 @@ class FusedMASPenalty(nn.Module):
                 factor = strength_of(name, self._strength)
                 if factor != 1:
                     omega[name] = factor * omega[name]
-            theta = {names.get(name, name): p for name, p in view.parameters().items()}
+            theta = {names.get(n, n): p for n, p in self._tracked.own_parameters(view).items()}
             state, sharding = copy.copy(self._state), self._tracked.sharding
             state.add_task(theta, omega, weight, ends_task, sharding, adapted)
             pending = self._pending.empty() if ends_task else self._pending

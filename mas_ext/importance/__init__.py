@@ -64,7 +64,8 @@ def estimate_importance(
         batches: iterable of tensors, or of tuples, lists, dicts or dataclasses whose first item is the input.
             Samples are dimension 0 of every tensor; sequences as long as the batch (names, lengths, arrays)
             have one item for each sample, and anything else is the same for all. Batches are moved to the
-            first parameter's device. Under torch.distributed they are this rank's, and so is the result.
+            first parameter's device. Under torch.distributed they are this rank's, and so is the result; but
+            under fully_shard, where all ranks call this together, it is that of all ranks' samples.
         method: "exact", "batch" or "local".
         objective: "l2", "l1", "vector" or a callable, output -> tensor (samples,).
         forward: forward(model, batch) -> output tensor with samples in dimension 0. By default the
@@ -77,7 +78,7 @@ def estimate_importance(
 
     Returns:
         Omega by parameter name, in the parameter's shape, units of objective per parameter; float64 for
-        float64 parameters, else float32.
+        float64 parameters, else float32; sharded as the parameter is.
 
     Raises:
         ValueError: no samples, wrong shapes, or samples that can't be told apart. Its subclass Diverged,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -29,13 +29,15 @@ from mas_ext.importance.evaluation import (
 from mas_ext.importance.exact.driver import Exact
 from mas_ext.importance.gradients import Summation, Totals, accumulate
 from mas_ext.importance.local import Local
-from mas_ext.importance.model_state import Habits
+from mas_ext.importance.model_state import Habits, ModelState
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.dtypes import DTYPES, compute_dtype
+from mas_ext.parameters.fsdp import Sharding, optimizer_view
+from mas_ext.parameters.lockstep import Lockstep
 from mas_ext.parameters.names import ModelView, check_supported
 from mas_ext.parameters.ranks import SampleSums
-from mas_ext.parameters.tracked_model import whole_model
+from mas_ext.parameters.tracked_model import alone
 
 EstimatorName = Literal["exact", "batch", "local"]
 # (evaluate, batch, parameters by name) -> sums over samples by name, and the objectives.
@@ -95,6 +97,8 @@ class ImportanceSum:
         )
         self._labels, self._mode, self._habits = labels, mode, Habits()
         self.totals = SampleSums({}, 0, 0.0)
+        # While batches of a model under fully_shard are added.
+        self._lockstep: Lockstep | None = None
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -126,6 +130,54 @@ class ImportanceSum:
         estimator = self._estimator
         return estimator.uninterrupted() if isinstance(estimator, Exact) else nullcontext()
 
+    @contextmanager
+    def running(self, view: ModelView) -> Iterator[None]:
+        """Batches of a model are added inside.
+
+        Of a model under fully_shard each rank adds its own, as many as it has, and all ranks are inside
+        together. The sums are then this rank's shards of those over all ranks; the samples are its own.
+
+        Raises:
+            RuntimeError: another rank failed.
+        """
+        theta = {name: p for name, p in view.parameters().items() if p.requires_grad}
+        with alone(view.model):
+            sharding = Sharding.of(view.model, theta)
+            if sharding is None:
+                yield
+                return
+            before = self.totals
+            self._lockstep = lockstep = Lockstep(view, theta, sharding)
+            try:
+                with lockstep.installed():
+                    yield
+                    self._finish(lockstep, view)
+            except Exception as error:
+                self.totals = before
+                lockstep.fail(error)
+                raise
+            finally:
+                self._lockstep = None
+            sums = lockstep.sums
+            for name, total in before.sums.items():
+                sums[name] = sums[name].add_(total) if name in sums else total.clone()
+            self.totals = self.totals._replace(sums=sums)
+
+    def _finish(self, lockstep: Lockstep, view: ModelView) -> None:
+        """Have this rank take part in what other ranks still have to run."""
+        lockstep.begin(None)
+        if lockstep.sample is not None:
+            with self._mode(view.model, lockstep.device, self._habits) as state:
+                self._evaluate(view, state)
+                lockstep.finish()
+
+    def _evaluate(self, view: ModelView, state: ModelState) -> Evaluate:
+        lockstep = self._lockstep
+        evaluate = Evaluate(view.model, self.forward, self.values, state, lockstep)
+        if lockstep is not None:
+            lockstep.prepare(evaluate.stand_in)
+        return evaluate
+
     def add(self, model: nn.Module | ModelView, batch: Any) -> None:
         """Add a batch: every sample counts the same, whatever the size of its batch.
 
@@ -133,8 +185,9 @@ class ImportanceSum:
         statistics and the random state are left as they were; on an error, so are the sums.
         """
         view = model if isinstance(model, ModelView) else ModelView(model, self.exclude)
-        theta = {name: p for name, p in view.parameters().items() if p.requires_grad}
-        for name, p in theta.items():
+        theta: dict[str, Tensor] = {n: p for n, p in view.parameters().items() if p.requires_grad}
+        lockstep = self._lockstep
+        for name, p in (theta if lockstep is None else Sharding.local(theta)).items():
             check_supported(name, p)
             old = self.sums.get(name)
             if old is not None and old.shape != p.shape:
@@ -149,8 +202,13 @@ class ImportanceSum:
             return
         device = next(iter(theta.values())).device
         given = Labelled(batch_of.to(batch, device))
+        if lockstep is not None:
+            sample = batch_of.twice(batch_of.between(batch, 0, 1))
+            lockstep.begin(batch_of.to(sample, torch.device("cpu")))
         with self._mode(view.model, device, self._habits) as state:
-            evaluate = Evaluate(view.model, self.forward, self.values, state)
+            evaluate = self._evaluate(view, state)
+            if lockstep is not None:
+                theta = lockstep.theta()
             first = self._mode is evaluating and view.model not in self._habits.compared
             if first:
                 refuse_effects_of_eval(evaluate, given)
@@ -216,8 +274,12 @@ class ImportanceSum:
                 sums[name] = t.to(theta[name].device, compute_dtype(theta[name].dtype), copy=True)
         self.totals = SampleSums(sums, samples, objective)
 
-    def refuse_rounding_noise(self, theta: Mapping[str, Tensor]) -> None:
+    def refuse_rounding_noise(
+        self, theta: Mapping[str, Tensor], sharding: Sharding | None = None
+    ) -> None:
         """Raise Vanished for importance at the level of rounding, as of an output of constant norm.
+
+        sharding: of what theta and the sums are this rank's shards.
 
         sum_i Omega_i |theta_i| is at least of the order of the objective for a network that is homogeneous in
         its parameters (Euler), and of the order of its rounding error for an output of constant norm.
@@ -228,6 +290,8 @@ class ImportanceSum:
             float((total.double() * (theta[name].detach().double().abs() + 0.01)).sum())
             for name, total in self.sums.items()
         )
+        if sharding is not None:
+            change = float(sharding.add_up(torch.tensor(change, dtype=torch.float64)))
         change /= self.samples
         wide = all(total.dtype == torch.float64 for total in self.sums.values())
         level = torch.finfo(torch.float64 if wide else torch.float32).eps ** 0.5
@@ -294,10 +358,16 @@ def estimate(
     max_samples: int | None,
     progress: bool,
 ) -> dict[str, Tensor]:
-    """The mean over the samples of these batches, by parameter name; under fully_shard all ranks call it."""
-    with whole_model(model, total.exclude) as view:
+    """The mean over the samples of these batches, by parameter name; under fully_shard over all ranks'."""
+    view = optimizer_view(model, total.exclude)
+    with total.running(view):
         gather(total, view, batches, max_samples, progress)
-    return total.into_mean()
+    sharding = Sharding.of(model, {n: p for n, p in view.parameters().items() if n in total.sums})
+    if sharding is None:
+        return total.into_mean()
+    samples = int(sharding.add_up(torch.tensor(total.samples)))
+    total.totals = total.totals._replace(samples=samples)
+    return {name: sharding.join(name, own) for name, own in total.into_mean().items()}
 
 
 def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from mas_ext.importance.evaluation import Evaluate, Labelled
-from mas_ext.importance.gradients import Summation, Totals, accumulate_gradients, zeros
+from mas_ext.importance.gradients import (
+    Summation,
+    Totals,
+    accumulate_gradients,
+    accumulate_sharded,
+    zeros,
+)
 from mas_ext.kernels.backends import Backend
 
 
@@ -26,6 +32,10 @@ class Batch:
     ) -> tuple[Totals, Tensor]:
         """The sums by name, and the objectives."""
         _, values = evaluate(batch)
+        if evaluate.lockstep is not None:
+            share = 1 / len(values) if self._how.square else 1.0
+            accumulate_sharded(evaluate.lockstep, values, theta, self._how, share)
+            return {}, values.detach()
         totals = zeros(theta)
         accumulate_gradients(totals, values, theta, self._how)
         if self._how.square:

@@ -24,7 +24,7 @@ from mas_ext.importance.gradients import gradient
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
 from mas_ext.parameters.names import ModelView, check_patterns
-from mas_ext.parameters.tracked_model import whole_model
+from mas_ext.parameters.tracked_model import alone
 
 # Errors are relative to the norm of a parameter's importance, or to this share of the largest norm.
 _LEAST = 1e-6
@@ -106,7 +106,8 @@ def check_importance(
 
     Raises:
         ValueError: fewer than two samples, wrong shapes, or samples that can't be told apart.
-        TypeError: an output that is no tensor, or a parameter of an unsupported kind.
+        TypeError: an output that is no tensor, or a parameter of an unsupported kind, as one that fully_shard
+            has sharded: check the model before.
     """
     check_patterns(model, exclude)
     samples = batches.size(batch)
@@ -116,7 +117,8 @@ def check_importance(
     total = ImportanceSum(
         "exact", objective, forward, exclude, max_outputs, backend, estimator=exact
     )
-    with whole_model(model, exclude) as view:
+    with alone(model):
+        view = ModelView(model, exclude)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "importance of .* takes the fallback", UserWarning)
             total.add(view, batch)

@@ -149,7 +149,7 @@ def _changed(evaluate: Evaluate, batch: Labelled, change: Callable[[], Any]) -> 
     try:
         with torch.random.fork_rng([inputs.device] if inputs.is_cuda else []), state.watched():
             change()
-            return evaluate.forward(evaluate.model, batches.copied(batch.batch))
+            return evaluate.run(batch.batch)
     finally:
         state.restore()
 

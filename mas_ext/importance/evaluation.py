@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from mas_ext.importance import batches
 from mas_ext.importance.model_state import Habits, ModelState
 from mas_ext.importance.restoring import restoring
+from mas_ext.parameters.lockstep import Lockstep
 from mas_ext.parameters.names import PARALLEL
 
 # The forward pass that a user may give: (model, batch) -> output, samples in dimension 0.
@@ -42,12 +43,28 @@ class Evaluate(NamedTuple):
     values: Values
     # What every pass starts from.
     state: ModelState
+    # Of a model under fully_shard, whose ranks run every pass together.
+    lockstep: Lockstep | None = None
 
     def output(self, batch: Labelled) -> Tensor:
         """The model's output."""
         # A model that changes its input would see it changed again on every pass, and so would the caller.
         with self.state.passing():
-            return self.forward(self.model, batches.copied(batch.batch))
+            return self.run(batch.batch)
+
+    def run(self, batch: Any) -> Tensor:
+        """What `forward` gives for a batch of its own."""
+        given = batches.copied(batch)
+        if self.lockstep is None:
+            return self.forward(self.model, given)
+        return self.lockstep.forward(lambda: self.forward(self.model, given))
+
+    def stand_in(self) -> Tensor:
+        """The output of what a rank runs while others run what counts."""
+        assert self.lockstep is not None
+        with self.state.passing():
+            sample = batches.to(self.lockstep.sample, self.lockstep.device)
+            return self.forward(self.model, batches.copied(sample))
 
     def constants(self, batch: Labelled) -> Hashable:
         """What `forward` gets that is no tensor: of two batches for which this is equal it does the same."""

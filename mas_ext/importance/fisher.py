@@ -18,6 +18,7 @@ from mas_ext.importance.batch import Batch
 from mas_ext.importance.evaluation import Forward
 from mas_ext.importance.exact.driver import Exact
 from mas_ext.kernels.backends import Backend
+from mas_ext.parameters.fsdp import Sharding
 from mas_ext.parameters.names import check_patterns
 
 Labels = Literal["true", "predicted", "sampled", "all", "normal", "reversed"]
@@ -198,7 +199,9 @@ class FisherSum(ImportanceSum):
                 t.clamp_(max=self.at_most)
         return fisher
 
-    def refuse_rounding_noise(self, theta: Mapping[str, Tensor]) -> None:
+    def refuse_rounding_noise(
+        self, theta: Mapping[str, Tensor], sharding: Sharding | None = None
+    ) -> None:
         """Refuse nothing: squares vanish with the gradients of a network that has learned its labels."""
 
 

@@ -12,6 +12,7 @@ from mas_ext.kernels import backends
 from mas_ext.kernels.accumulate import accumulate_
 from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.dtypes import compute_dtype
+from mas_ext.parameters.lockstep import Lockstep
 
 Totals = dict[str, Tensor]
 
@@ -34,14 +35,19 @@ def zeros(theta: Mapping[str, Tensor]) -> Totals:
     }
 
 
-def gradient(values: Tensor, c: int, theta: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
-    """d sum_k values[k, c] / d theta by key; absent where there is none. To be called for c = 0, 1, ..."""
+def column_sum(values: Tensor, c: int) -> Tensor:
+    """sum_k values[k, c]; a ValueError where that depends on no parameter."""
     if not values.requires_grad:
         raise ValueError(
             "output: got one that depends on no parameter, expected a differentiable one"
         )
     with torch.enable_grad():
-        column = values[:, c].sum()
+        return values[:, c].sum()
+
+
+def gradient(values: Tensor, c: int, theta: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+    """d sum_k values[k, c] / d theta by key; absent where there is none. To be called for c = 0, 1, ..."""
+    column = column_sum(values, c)
     found = torch.autograd.grad(
         column, [*theta.values()], retain_graph=c + 1 < values.shape[1], allow_unused=True
     )
@@ -72,3 +78,26 @@ def accumulate_gradients(
     for c in range(values.shape[1]):
         # No name for the gradients, which would keep them while the next ones are computed.
         accumulate(totals, gradient(values, c, theta), how)
+
+
+def accumulate_sharded(
+    lockstep: Lockstep,
+    values: Tensor,
+    theta: Mapping[str, Tensor],
+    how: Summation,
+    factor: float = 1.0,
+    into: Totals | None = None,
+) -> None:
+    """lockstep's sums += factor abs(d sum_k values[k, c] / d theta), or its square, for every c.
+
+    theta: the whole parameters by name that count. into: sketches, to be added to instead of the sums.
+    """
+
+    def take(unit: Mapping[str, Tensor]) -> Totals:
+        slopes = {n: p.grad for n, p in unit.items() if n in theta and p.grad is not None}
+        wide = {n: g.to(compute_dtype(g.dtype)) for n, g in slopes.items()}
+        return {n: factor * (g.square() if how.square else g.abs()) for n, g in wide.items()}
+
+    for c in range(values.shape[1]):
+        retain = c + 1 < values.shape[1]
+        lockstep.backward(column_sum(values, c), take=take, into=into, retain=retain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -46,11 +47,13 @@ class Local:
         elif proof is not None:
             layouts = proof.layouts
         else:  # where samples lie is found out on the way, in this batch or for good
-            self._exact(evaluate, batch, theta)
+            lockstep = evaluate.lockstep
+            with nullcontext() if lockstep is None else lockstep.uncounted():
+                self._exact(evaluate, batch, theta)
             assert self._exact.last is not None
             layouts = self._exact.last.layouts
             tape, values = self._run(evaluate, batch, theta)
-        totals = tape.finish(layouts)
+        forms = tape.finish(layouts)
         outside = sorted(tape.unhandled | self._exact.fallback.keys())
         # Numbers that are not finite prove nothing of uses; they are refused for that, later.
         if outside and values.isfinite().all():
@@ -58,7 +61,15 @@ class Local:
                 f'importance of {", ".join(outside)}: "local" is that of layers, and the model uses this '
                 "in another way; exclude it, or choose another method"
             )
-        return zeros(theta) | totals, values
+        if evaluate.lockstep is None:
+            return zeros(theta) | tape.totals(forms), values
+        # Sums over ranks are taken where a backward pass leaves the units, of whatever it is.
+        output = evaluate.lockstep.forward(evaluate.stand_in)
+        evaluate.lockstep.backward(
+            output.sum(),
+            take=lambda unit: tape.totals({n: forms.pop(n) for n in {*unit} & {*forms}}),
+        )
+        return {}, values
 
     def _run(
         self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
@@ -117,8 +128,8 @@ class _LocalTape(Tape):
         self._settled[id(pending.meeting)] = 2 * y, pending.x
 
     @torch.no_grad()
-    def finish(self, layouts: Sequence[SampleLayout | None]) -> Totals:
-        """The totals, once the model has run."""
+    def finish(self, layouts: Sequence[SampleLayout | None]) -> dict[str, list[PerSample]]:
+        """The gradients by name, once the model has run."""
         for pending in self._pending.values():
             self._settle(pending, after_relu=False)
         gradients: dict[str, list[PerSample]] = {}
@@ -129,6 +140,11 @@ class _LocalTape(Tape):
             for source, form in meeting.gradients(grad, x, layout):
                 (name,) = source.names
                 gradients.setdefault(name, []).append(form)
+        return gradients
+
+    @torch.no_grad()
+    def totals(self, gradients: Mapping[str, list[PerSample]]) -> Totals:
+        """Their sums over samples."""
         return {
             name: total_of(forms, like_total(self.theta[name]), self.square, self.native)
             for name, forms in gradients.items()

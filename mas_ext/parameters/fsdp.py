@@ -1,4 +1,4 @@
-"""Models under fully_shard (FSDP2): whole parameters for a while, and a state that is sharded like them.
+"""Models under fully_shard (FSDP2): their sharded parameters, and a state that is sharded like them.
 
 Nothing of torch.distributed is imported here unless the model's own sharding has imported it: that takes long,
 and torch may be built without it.
@@ -7,8 +7,7 @@ and torch may be built without it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -43,12 +42,27 @@ def _units(model: nn.Module) -> list[Any]:
     return units
 
 
-def _resharded(model: nn.Module) -> list[Any]:
-    """The modules that fully_shard was applied to, with their sharded parameters in place."""
-    units = _units(model)
-    for unit in units:
+def resharded(model: nn.Module) -> None:
+    """Put the sharded parameters of the modules that fully_shard was applied to in their places."""
+    for unit in _units(model):
         unit.reshard()
-    return units
+
+
+def fsdp_states(model: nn.Module) -> list[Any]:
+    """FSDP's own records of the modules that fully_shard was applied to, each once."""
+    states = [unit._get_fsdp_state() for unit in _units(model)]
+    return [*{id(state): state for state in states}.values()]
+
+
+def param_groups(state: Any) -> list[Any]:
+    """FSDP's own records of the parameters that a module gathers at once; torch 2.10 has one."""
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def is_fsdp_hook(hook: Any) -> bool:
+    """Whether a hook of a module is FSDP's own."""
+    return str(hook.__module__).startswith(_FSDP)
 
 
 def _fsdp_parameters(model: nn.Module) -> list[Any]:
@@ -57,13 +71,7 @@ def _fsdp_parameters(model: nn.Module) -> list[Any]:
     Where a unit is not resharded after its forward pass, as the root, whole parameters hang in the modules
     until the backward pass, and nothing public tells which sharded ones they stand for.
     """
-    states = [unit._get_fsdp_state() for unit in _units(model)]
-    groups = [
-        group
-        for state in states
-        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        if group is not None
-    ]
+    groups = [group for state in fsdp_states(model) for group in param_groups(state)]
     return [p for group in groups for p in group.fsdp_params]
 
 
@@ -75,50 +83,8 @@ def group_of(model: nn.Module) -> ProcessGroup | None:
 
 def optimizer_view(model: nn.Module, exclude: Sequence[str] = ()) -> ModelView:
     """The view of a model as its optimizer knows it: under fully_shard, the sharded parameters are in place."""
-    _resharded(model)
+    resharded(model)
     return ModelView(model, exclude)
-
-
-@contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """Put whole parameters into the model on every rank, without FSDP's hooks; afterwards all is as it was.
-
-    All ranks enter together. Inside there is no communication: each rank runs the model as often as its own
-    samples need, where FSDP's hooks would wait for passes that other ranks don't make. It takes the memory of
-    all parameters on each rank, in their own dtype.
-    """
-    units = _resharded(model)
-    modules = [*model.modules()] if units else []
-    parameters = [
-        (m._parameters, key, p)
-        for m in modules
-        for key, p in m._parameters.items()
-        if p is not None and is_sharded(p)
-    ]
-    found: dict[int, nn.Parameter] = {}
-    for _, _, p in parameters:
-        if id(p) not in found:
-            found[id(p)] = nn.Parameter(whole_tensor(p.detach()), p.requires_grad)
-    # Everything that changes for a while: (dictionary, key, old value, new value).
-    changes: list[tuple[dict[str, Any], str, Any, Any]] = [
-        (owner, key, p, found[id(p)]) for owner, key, p in parameters
-    ]
-    for m in modules:
-        own = vars(m)
-        for key in ("_forward_pre_hooks", "_forward_hooks"):
-            kept = {i: h for i, h in own[key].items() if not str(h.__module__).startswith(_FSDP)}
-            changes.append((own, key, own[key], type(own[key])(kept)))
-    for unit in units:
-        for key, method in vars(unit).items():  # by register_fsdp_forward_method
-            if getattr(method, "__globals__", {}).get("__name__", "").startswith(_FSDP):
-                changes.append((vars(unit), key, method, method.__wrapped__))
-    try:
-        for owner, key, _, new in changes:
-            owner[key] = new
-        yield
-    finally:
-        for owner, key, old, _ in changes:
-            owner[key] = old
 
 
 def whole_tensor(t: Tensor) -> Tensor:
@@ -136,7 +102,7 @@ class ShardedBinding(Binding):
 
     def __init__(self, view: ModelView, names: Sequence[str]) -> None:
         super().__init__(view, names)
-        _resharded(view.model)
+        resharded(view.model)
         kept = {id(p.sharded_param): p for p in _fsdp_parameters(view.model)}
         self._kept = [kept[id(p)] for p in super().parameters()]
 
@@ -157,10 +123,35 @@ class _Shard(NamedTuple):
 
     def own(self, t: Tensor) -> Tensor:
         """This rank's piece of a tensor that may be whole or sharded in any way."""
-        t = whole_tensor(t.detach())
-        rank, pieces = self.mesh.get_local_rank(), t.chunk(self.mesh.size(), self.dim)
-        piece = pieces[rank] if rank < len(pieces) else t.narrow(self.dim, 0, 0)
+        t = t.detach()
+        if is_sharded(t):
+            if t.device_mesh == self.mesh:
+                from torch.distributed.tensor import Shard
+
+                return t.redistribute(placements=[Shard(self.dim)]).to_local()
+            t = t.full_tensor()
+        piece = self._pieces(t)[self.mesh.get_local_rank()]
         return piece.clone(memory_format=torch.contiguous_format)  # no view that keeps the whole
+
+    def _pieces(self, t: Tensor) -> list[Tensor]:
+        """Every rank's piece of a whole tensor."""
+        ranks = self.mesh.size()
+        empty = t.narrow(self.dim, 0, 0)
+        return [*t.chunk(ranks, self.dim), *[empty] * ranks][:ranks]
+
+    def summed(self, t: Tensor | None, own: Tensor) -> Tensor:
+        """This rank's piece of the sum over ranks of whole tensors, None being zeros; like `own`."""
+        size = -(-self.shape[self.dim] // self.mesh.size())
+        each = [*self.shape]
+        each[self.dim] = size
+        # As pieces of equal size, one after another.
+        whole = own.new_zeros(self.mesh.size(), *each)
+        if t is not None:
+            for place, piece in zip(whole, self._pieces(t), strict=True):
+                place.narrow(self.dim, 0, piece.shape[self.dim]).copy_(piece)
+        total = own.new_empty(1, *each)
+        dist.reduce_scatter_tensor(total, whole, group=self.mesh.get_group())
+        return total[0].narrow(self.dim, 0, own.shape[self.dim])
 
     def join(self, own: Tensor) -> Tensor:
         """The sharded tensor, from every rank's own piece."""
@@ -191,6 +182,17 @@ def _shard_of(name: str, p: Tensor) -> _Shard:
     )
 
 
+def refuse_outer(model: nn.Module, theta: Mapping[str, Tensor]) -> None:
+    """Raise a TypeError that names a sharded parameter which no unit of the model gathers."""
+    kept = {id(p.sharded_param) for p in _fsdp_parameters(model)}
+    for name, p in theta.items():
+        if is_sharded(p) and id(p) not in kept:
+            raise TypeError(
+                f"parameter {name!r}: got one that fully_shard of an outer module shards, expected that "
+                "module as model (exclude= leaves parameters out, but not of the model's passes)"
+            )
+
+
 class Sharding:
     """How the parameters of one model, and the state that belongs to them, are spread over the ranks.
 
@@ -212,6 +214,7 @@ class Sharding:
                 )
         self.group: ProcessGroup = first[1].mesh.get_group()
         self._ranks: int = first[1].mesh.size()
+        self._device = torch.device(first[1].mesh.device_type)
 
     @staticmethod
     def of(model: nn.Module, theta: Mapping[str, Tensor]) -> Sharding | None:
@@ -225,13 +228,7 @@ class Sharding:
                 check_whole(name, p)
             return None
         found = Sharding(theta)
-        kept = {id(p.sharded_param) for p in _fsdp_parameters(model)}
-        for name, p in theta.items():
-            if id(p) not in kept:
-                raise TypeError(
-                    f"parameter {name!r}: got one that fully_shard of an outer module shards, expected that "
-                    "module as model (exclude= leaves parameters out)"
-                )
+        refuse_outer(model, theta)
         return found
 
     def follow(self, theta: Mapping[str, Tensor], consolidated: Collection[str]) -> None:
@@ -257,8 +254,45 @@ class Sharding:
         self._shards[new] = self._shards[old]
 
     def own(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's pieces of whole tensors like the parameters."""
-        return {name: self._shards[name].own(t) for name, t in named.items()}
+        """This rank's pieces of tensors like the parameters; what has no parameter, or is no tensor, as it is.
+
+        Raises:
+            ValueError: a tensor of another shape.
+        """
+        found: dict[str, Tensor] = {}
+        for name, t in named.items():
+            shard = self._shards.get(name)
+            if shard is None or not isinstance(t, Tensor):
+                found[name] = t
+            elif tuple(t.shape) != shard.shape:
+                raise ValueError(
+                    f"importance of {name!r}: got shape {tuple(t.shape)}, expected {shard.shape}"
+                )
+            else:
+                found[name] = shard.own(t)
+        return found
+
+    @staticmethod
+    def local(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's parts of sharded tensors by name."""
+        return dict(zip(theta, local_parts(t.detach() for t in theta.values()), strict=True))
+
+    def summed(self, name: str, t: Tensor | None, own: Tensor) -> Tensor:
+        """This rank's piece of the sum over ranks of whole tensors like a parameter; None: zeros."""
+        return self._shards[name].summed(t, own)
+
+    def add_up(self, numbers: Tensor) -> Tensor:
+        """Numbers summed over the ranks, the same bits on all."""
+        return self._reduced(numbers, dist.ReduceOp.SUM)
+
+    def least(self, numbers: Tensor) -> Tensor:
+        """The smallest of each of these numbers over the ranks."""
+        return self._reduced(numbers, dist.ReduceOp.MIN)
+
+    def _reduced(self, numbers: Tensor, by: Any) -> Tensor:
+        total = numbers.to(self._device, copy=True)
+        dist.all_reduce(total, by, self.group)
+        return total.to(numbers.device)
 
     def join(self, name: str, own: Tensor) -> Tensor:
         """The sharded tensor like a parameter, from every rank's own piece."""

@@ -121,18 +121,20 @@ class Ranks:
                 own = collect()
         except Exception as error:
             failure = error
+        sharded = group_of(model) is not None
+        like = own.sums if own.samples and not sharded else theta
         reports: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(reports, _report(own, failure, theta), group)
+        dist.all_gather_object(reports, _report(own, failure, like), group)
         if failure is not None:
             raise failure
         _refuse_failures(reports)
+        samples = sum(r.samples for r in reports)
+        objective = math.fsum(r.objective_sum for r in reports)
+        if sharded:  # the sums are shards of those over all ranks
+            return SampleSums(own.sums, samples, objective)
         names = next(([*r.kinds] for r in reports if r.samples), [])
         mine = {n: own.sums[n] if own.samples else _zeros(theta[n]) for n in names}
-        return SampleSums(
-            _reduced(mine, group),
-            sum(r.samples for r in reports),
-            math.fsum(r.objective_sum for r in reports),
-        )
+        return SampleSums(_reduced(mine, group), samples, objective)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # a process group can't be copied
@@ -169,10 +171,9 @@ class _Report(NamedTuple):
     kinds: dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def _report(own: SampleSums, failure: Exception | None, theta: Mapping[str, Tensor]) -> _Report:
+def _report(own: SampleSums, failure: Exception | None, like: Mapping[str, Tensor]) -> _Report:
     if failure is not None:
         return _Report(f"{type(failure).__name__}: {failure}", 0, 0.0, {})
-    like = own.sums if own.samples else theta
     kinds = {name: (tuple(t.shape), compute_dtype(t.dtype)) for name, t in like.items()}
     return _Report(None, own.samples, own.objective_sum, kinds)
 

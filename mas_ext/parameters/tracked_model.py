@@ -1,4 +1,4 @@
-"""The model of a penalty, whole for the length of a call; its parameters, found on every step."""
+"""The model of a penalty, and its parameters, found on every step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mas_ext.kernels import backends
 from mas_ext.parameters.adapters import AdaptedWeight, adapted_weights
-from mas_ext.parameters.fsdp import ShardedBinding, Sharding, local_parts, optimizer_view, whole
+from mas_ext.parameters.fsdp import ShardedBinding, Sharding, local_parts, optimizer_view
 from mas_ext.parameters.names import Binding, Layout, ModelView, layouts
 
 
@@ -34,22 +34,11 @@ class ParameterGroup(Protocol):
 G = TypeVar("G", bound=ParameterGroup)
 
 
-@contextmanager
-def whole_model(model: nn.Module, exclude: Sequence[str] = ()) -> Iterator[ModelView]:
-    """The view of a model that is whole on every rank until the end; all ranks enter together, and
-    threads one after the other.
-    """
-    with _alone(model):
-        view = optimizer_view(model, exclude)
-        with whole(model):
-            yield view
-
-
 _locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
-def _alone(model: nn.Module) -> Iterator[None]:
+def alone(model: nn.Module) -> Iterator[None]:
     """Have other threads that would run the model, in other modes, wait until the end."""
     # Of a dictionary, setdefault is one step for all threads.
     with _locks.setdefault(model, threading.RLock()):
@@ -165,14 +154,6 @@ class TrackedModel:
     def was_sharded_since(self, view: ModelView) -> bool:
         """Whether fully_shard came after this was made."""
         return self.sharding is None and Sharding.of(self.model, view.parameters()) is not None
-
-    @contextmanager
-    def whole(self, consolidated: Collection[str]) -> Iterator[ModelView]:
-        """A view of the model with whole parameters on every rank until the end; all ranks enter together."""
-        with _alone(self.model):
-            view = self.view(consolidated)
-            with whole(self.model):
-                yield view
 
     def local(self, tensors: list[Tensor]) -> list[Tensor]:
         """This rank's parts of parameters, or of tensors like them."""

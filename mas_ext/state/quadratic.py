@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -140,8 +140,8 @@ class Consolidation:
                 taken out of the dictionary as it is merged.
             weight: multiplies Omega_t (and 1/S_t under "consistent").
             move_anchor: under the anchor "latest", whether that moves to theta.
-            sharding: how the parameters are sharded, if this is the state of one rank's shards. theta and
-                importance are whole, so that every rank finds the same S_t and the same mistakes.
+            sharding: how the parameters are sharded, if these are one rank's shards. What is checked, and S_t,
+                is of all ranks'.
             adapted: the weights that low-rank adapters update, which are in theta, too: of them the update is
                 held.
 
@@ -152,15 +152,13 @@ class Consolidation:
             TypeError: importance that is no tensor.
         """
         weight = check_factor(weight, "weight")
-        total = self._check_importance(theta, importance)
+        total = self._check_importance(theta, importance, sharding)
         if total is None:
             warn(
                 "consolidate: no parameter requires a gradient, nothing is consolidated",
                 RuntimeWarning,
             )
             return
-        if sharding is not None:
-            theta, importance = sharding.own(theta), sharding.own(importance)
         entry = TaskEntry(total, weight)
         entries = [*self.memory.entries, entry]
         old = self.memory.parts()
@@ -222,20 +220,19 @@ class Consolidation:
     # -- inside ------------------------------------------------------------------------------------
 
     def _check_importance(
-        self, theta: Mapping[str, Tensor], importance: Mapping[str, Tensor]
+        self,
+        theta: Mapping[str, Tensor],
+        importance: Mapping[str, Tensor],
+        sharding: Sharding | None,
     ) -> float | None:
         """S_t, after every check; None where there is nothing to consolidate."""
         if not importance:
             return None
         anchored = self.memory.names | importance.keys()
-        for name in [name for name in theta if name in anchored]:
+        known = [name for name in theta if name in anchored]
+        for name in known:
             check_supported(name, theta[name])
-            if not torch.isfinite(theta[name]).all():
-                raise Diverged(
-                    f"parameter {name!r}: got NaN or Inf, expected finite values; where training diverged, a "
-                    "smaller lam or the proximal form helps"
-                )
-        sums = []
+        finite = _numbers([torch.isfinite(theta[name]).all() for name in known])
         for name, omega in importance.items():
             if name not in theta:
                 raise KeyError(f"importance: got {name!r}, which the model has no parameter for")
@@ -253,25 +250,33 @@ class Consolidation:
                     f"importance of {name!r}: got shape {tuple(omega.shape)}, expected "
                     f"{tuple(theta[name].shape)}"
                 )
-            sums.append(omega.sum(dtype=torch.float64).cpu())
-            if not torch.isfinite(sums[-1]):
+        sums = _numbers([t.sum(dtype=torch.float64) for t in importance.values()])
+        least = _numbers([t.min() if t.numel() else torch.zeros(()) for t in importance.values()])
+        if sharding is not None:
+            sums = sharding.add_up(sums)
+            finite, least = sharding.least(finite), sharding.least(least)
+        for name, good in zip(known, finite.tolist(), strict=True):
+            if not good:
                 raise Diverged(
-                    f"importance of {name!r}: got a sum of {float(sums[-1])}, expected finite values"
+                    f"parameter {name!r}: got NaN or Inf, expected finite values; where training diverged, a "
+                    "smaller lam or the proximal form helps"
                 )
-            if not self.rule.signed and (omega < 0).any():
+        for name, s, low in zip(importance, sums.tolist(), least.tolist(), strict=True):
+            if not math.isfinite(s):
+                raise Diverged(f"importance of {name!r}: got a sum of {s}, expected finite values")
+            if not self.rule.signed and low < 0:
                 raise ValueError(
-                    f"importance of {name!r}: got values with minimum {float(omega.min())}, expected "
-                    "values from 0 up"
+                    f"importance of {name!r}: got values with minimum {low}, expected values from 0 up"
                 )
-        total = float(torch.stack(sums).sum())
+        total = float(sums.sum())
         if not math.isfinite(total):
             raise Diverged(f"importance: got a sum of {total}, expected a finite one")
         if self.rule.merge == "consistent":
-            known = [entry.total for entry in self.memory.entries]
-            if total <= 1e-6 * (statistics.median(known) if known else 0.0):
+            before = [entry.total for entry in self.memory.entries]
+            if total <= 1e-6 * (statistics.median(before) if before else 0.0):
                 raise Vanished(
                     f"importance: got a sum of {total:.3g}, expected one above rounding level"
-                    f"{f' ({statistics.median(known):.3g} is the median so far)' if known else ''}; "
+                    f"{f' ({statistics.median(before):.3g} is the median so far)' if before else ''}; "
                     "the usual causes are an output of constant norm, such as a normalised embedding "
                     "(choose another objective), or a training that collapsed (choose a smaller lr)"
                 )
@@ -481,6 +486,11 @@ class Consolidation:
                         "smaller ones"
                     )
         self._take_over(memory)
+
+
+def _numbers(each: Sequence[Tensor]) -> Tensor:
+    """0-dim tensors of any device as one in float64, on the CPU."""
+    return torch.tensor([t.item() for t in each], dtype=torch.float64)
 
 
 def _finish(group: Group, sharding: Sharding | None) -> None:

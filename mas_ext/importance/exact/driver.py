@@ -127,7 +127,8 @@ class Exact:
         self, evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor]
     ) -> tuple[Totals, Tensor]:
         """The sums by name, and the objectives."""
-        if self._captured is None or not captured.possible(theta):
+        alone = evaluate.lockstep is None and captured.possible(theta)
+        if self._captured is None or not alone:
             return self._add_up(evaluate, batch, theta)
         return self._captured(
             evaluate,
@@ -160,6 +161,7 @@ class Exact:
             totals, _, values = one_by_one(evaluate, batch, theta, self._how)
             return totals, values
         alone: Tensor | None = None
+        lockstep = evaluate.lockstep
         while True:
             decided = self._decided()
             run = self._run(evaluate, batch, theta)
@@ -179,10 +181,23 @@ class Exact:
                 if run.proof is None:
                     run = run._replace(proof=Proof(run.tape.met, layouts, False))
                     self._open.add(tuple(run.tape.functions))
+            proof = run.proof
+            assert proof is not None
+            if lockstep is not None and (alone is not None or not proof.lasting):
+                # Sums over ranks can't be taken back: what is unhandled shows before.
+                self._backward(run, sketched=True)
+                self._send_to_fallback(evaluate.model, run.tape.unhandled)
+                if decided != self._decided():
+                    continue
             totals = self._backward(run)
             self._send_to_fallback(evaluate.model, run.tape.unhandled)
             if decided == self._decided():
                 break
+            if lockstep is not None:
+                raise RuntimeError(
+                    f"importance of {', '.join(sorted(run.tape.unhandled))}: got a batch in which the model "
+                    "uses this as in no batch before, expected the same use as before under fully_shard"
+                )
         if alone is not None and theta.keys() - self.fallback:
             refuse_interacting(alone, run.output[: len(alone)], _precision(run))
         self.last = run.proof
@@ -191,6 +206,8 @@ class Exact:
         others = (
             self._single_samples(evaluate, batch, slow, output, _precision(run)) if slow else {}
         )
+        if lockstep is not None:
+            return {}, run.values.detach()
         return self._complete({**totals, **others}, theta), run.values.detach()
 
     @staticmethod
@@ -233,8 +250,10 @@ class Exact:
         fast = {name: p for name, p in theta.items() if name not in self.fallback}
         native = backends.serves(next(iter(theta.values())).device, self._how.backend)
         samples = batches.size(batch)
+        lockstep = evaluate.lockstep
+        constants = [*evaluate.state.tensors, *(lockstep.constants() if lockstep else ())]
         tape = kind(
-            evaluate.state.tensors, fast, samples, RULES, self._shared, self._how.square, native
+            constants, fast, samples, RULES, self._shared, self._how.square, native, lockstep
         )
         tape.origins.earlier = self._earlier
         tape.read(evaluate.constants(batch))
@@ -282,13 +301,18 @@ class Exact:
             met = {name for meeting in meetings for name in meeting.names}
             self._send_to_fallback(model, met if names is None else set(names))
 
-    def _backward(self, run: Run, totals: Totals | None = None) -> Totals:
-        """The sums of a pass, added to `totals`."""
+    def _backward(self, run: Run, totals: Totals | None = None, sketched: bool = False) -> Totals:
+        """The sums of a pass, added to `totals`; `sketched`: of a sharded model their sketches, with the graph
+        kept.
+        """
         assert run.proof is not None
-        totals = {} if totals is None else totals
+        if totals is None:
+            lockstep = run.tape.lockstep
+            totals = lockstep.sketches() if lockstep is not None and sketched else {}
         if not run.tape.theta:
             return totals
-        return run.tape.backward(run.values, run.proof.layouts, run.proof.moves, totals)
+        tape, proof = run.tape, run.proof
+        return tape.backward(run.values, proof.layouts, proof.moves, totals, sketched, sketched)
 
     def _try(
         self,
@@ -307,7 +331,7 @@ class Exact:
             decided = self._decided()
             # What is refused by name is refused before a sample fails alone.
             run = self._forward(evaluate, few, theta)
-            expected, output, _ = one_by_one(evaluate, few, theta, self._how)
+            expected, output, _ = one_by_one(evaluate, few, theta, self._how, sketched=True)
             if outputs_differ(output, run.output, _precision(run)):
                 _, again, _ = one_by_one(evaluate, few, {}, self._how)
                 if not outputs_differ(again, output, _precision(run)):
@@ -332,7 +356,7 @@ class Exact:
         norms = {name: float(total.norm()) for name, total in expected.items()}
         for total in expected.values():
             total.neg_()
-        errors = self._backward(run, expected)
+        errors = self._backward(run, expected, sketched=True)
         self._send_to_fallback(model, run.tape.unhandled)
         precision = _precision(run)
         noise = _NOISE * precision.eps * max(norms.values())

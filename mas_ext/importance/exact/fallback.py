@@ -13,7 +13,13 @@ from mas_ext.importance import batches
 from mas_ext.importance.evaluation import Evaluate, Labelled
 from mas_ext.importance.exact.gradient_forms import magnitude
 from mas_ext.importance.exact.precision import Precision, differ, lowest_precision
-from mas_ext.importance.gradients import Summation, Totals, accumulate_gradients, zeros
+from mas_ext.importance.gradients import (
+    Summation,
+    Totals,
+    accumulate_gradients,
+    accumulate_sharded,
+    zeros,
+)
 
 # More samples at once gain little, and fewer gain nothing over a loop.
 _MOST_AT_ONCE, _LEAST_AT_ONCE = 64, 4
@@ -26,15 +32,26 @@ _NOISE = 32
 
 
 def one_by_one(
-    evaluate: Evaluate, batch: Labelled, theta: Mapping[str, Tensor], how: Summation
+    evaluate: Evaluate,
+    batch: Labelled,
+    theta: Mapping[str, Tensor],
+    how: Summation,
+    sketched: bool = False,
 ) -> tuple[Totals, Tensor, Tensor]:
-    """sum over samples of abs (or square) of the gradient by name; the outputs; the objectives."""
+    """sum over samples of abs (or square) of the gradient by name; the outputs; the objectives.
+
+    Of a sharded model the sums go to the lockstep's, or, `sketched`, sketches of them are what is returned.
+    """
     refuse_accumulation_hooks(theta)
-    totals = zeros(theta)
+    lockstep = evaluate.lockstep
+    totals = zeros(theta) if lockstep is None else lockstep.sketches() if sketched else {}
     outputs, values = [], []
     for k in range(batches.size(batch)):
         output, value = evaluate.alone(batches.between(batch, k, k + 1))
-        if theta:
+        if theta and lockstep is not None:
+            into = totals if sketched else None
+            accumulate_sharded(lockstep, value, theta, how, into=into)
+        elif theta:
             accumulate_gradients(totals, value, theta, how)
         outputs.append(output.detach())
         values.append(value.detach())
@@ -118,6 +135,8 @@ class Fallback:
             dtypes = {p.dtype for p in theta.values()}
             dtypes |= set() if outputs is None else {outputs.dtype}
             precision = lowest_precision(dtypes, next(iter(theta.values())).is_cuda)
+        if evaluate.lockstep is not None:
+            self._vmap = False
         if self._may_be_at_once(batch, theta) and self._vmap is None:
             few = batches.between(batch, 0, _CHECKED)
             self._vmap = self._vmap_agrees(evaluate, few, theta, precision)

@@ -10,8 +10,8 @@ gradient and reports per-sample gradients (gradient_forms.py); these are then pu
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,7 +26,8 @@ from mas_ext.importance.exact.nodes import GradientSource, LayerNode, Meeting
 from mas_ext.importance.exact.origins import CONSTANT, MADE, Origin, Origins, tensors_in
 from mas_ext.importance.exact.pull_back import Moves, pull_back
 from mas_ext.importance.exact.sample_layout import SampleLayout
-from mas_ext.importance.gradients import Totals, gradient
+from mas_ext.importance.gradients import Totals, column_sum, gradient
+from mas_ext.parameters.lockstep import Lockstep
 
 # Stands for a function, tape.func: (tape, *its arguments) -> its result, or NotImplemented.
 FunctionRule = Callable[..., Any]
@@ -58,6 +59,8 @@ _UNKNOWN = {*named(
     "random_", "normal_", "uniform_", "bernoulli_", "exponential_", "from_numpy", "frombuffer", "from_file",
     "from_dlpack",
 )}  # fmt: skip
+# These run a backward pass.
+_BACKWARD = {torch.autograd.grad, torch.autograd.backward}
 # These give all of a tensor new numbers.
 _FILLING = {Tensor.fill_, Tensor.zero_, Tensor.copy_}
 # These hand a tensor's memory out, where what becomes of it can't be seen.
@@ -87,6 +90,7 @@ class Tape(TorchFunctionMode):
             their sizes are those of the batch.
         square: whether squares are summed, or absolute values.
         native: whether the compiled kernels sum them.
+        lockstep: of a model under fully_shard, whose ranks run every pass together.
     """
 
     def __init__(
@@ -98,8 +102,10 @@ class Tape(TorchFunctionMode):
         shared: Collection[Any],
         square: bool,
         native: bool,
+        lockstep: Lockstep | None = None,
     ) -> None:
         super().__init__()
+        self.lockstep = lockstep
         self.theta, self.samples, self.square, self.native = theta, samples, square, native
         # Parameters with a use that no rule handles.
         self.unhandled: set[str] = set()
@@ -152,7 +158,7 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _METADATA:
             return func(*args, **kwargs)
-        if func is torch.autograd.grad:  # checkpointed parts run again inside
+        if func in _BACKWARD:  # checkpointed parts run again inside
             return self.inside(func, *args, **kwargs)
         if self._replaying:
             return self.call(func, args, kwargs)
@@ -418,6 +424,12 @@ class Tape(TorchFunctionMode):
     # -- backward ----------------------------------------------------------------------------------
 
     @property
+    def _derived(self) -> dict[int, Tensor]:
+        """The derived tensors cut off from the graph, by what `_sources` has them under."""
+        sources = self._sources.items()
+        return {i: source.leaf for i, source in sources if source.leaf is not source.tensor}
+
+    @property
     def _leaves(self) -> list[Tensor]:
         return [source.leaf for source in self._sources.values()]
 
@@ -425,11 +437,15 @@ class Tape(TorchFunctionMode):
     def observe(self, observer: Observer, y: Tensor, grad: Tensor) -> None:
         """A backward pass from y, of gradient grad, in which an observer sees all meetings."""
         with torch.enable_grad():
-            total = (
-                y * grad
-            ).sum()  # to start from a gradient, autograd would import what takes seconds
+            # To start from a gradient, autograd would import what takes seconds.
+            total = (y * grad).sum()
         self._replaying, self._observer = True, observer
         try:
+            if self.lockstep is not None:
+                derived = [*self._derived.values()]
+                self.lockstep.backward(total, derived, retain=True, around=lambda: self)
+                self._used_elsewhere()
+                return
             with self:
                 torch.autograd.grad(total, self._leaves, retain_graph=True, allow_unused=True)
         finally:
@@ -461,6 +477,24 @@ class Tape(TorchFunctionMode):
         if group.missing == 0:
             self._add_up(group)
 
+    def take(self, theta: Mapping[str, Tensor]) -> Totals:
+        """The totals of some parameters by name, once no meeting adds to them any more."""
+        used = {name for name, p in theta.items() if p.grad is not None}
+        self.unhandled |= used & self.theta.keys()
+        for group in {id(g): g for g in self._groups.values()}.values():
+            names = frozenset[str]().union(*(source.names for source in group.sources))
+            if any(source.forms for source in group.sources) and names & theta.keys():
+                self._add_up(group)
+        return {name: self._totals.pop(name) for name in theta if name in self._totals}
+
+    def _used_elsewhere(self) -> set[str]:
+        """The parameters behind derived tensors that autograd has a gradient for, which is dropped."""
+        found = {i: leaf for i, leaf in self._derived.items() if leaf.grad is not None}
+        names = frozenset[str]().union(*(self._sources[i].names for i in found))
+        for leaf in found.values():
+            leaf.grad = None
+        return {*names}
+
     def _add_up(self, group: _Group) -> None:
         sources = [source for source in group.sources if source.forms]
         first = sources[0]
@@ -483,13 +517,23 @@ class Tape(TorchFunctionMode):
         layouts: Sequence[SampleLayout | None],
         moves: dict[int, Moves],
         totals: Totals,
+        sketched: bool = False,
+        retain: bool = False,
     ) -> Totals:
         """Adds the sum over samples and columns of abs (or square) of d values / d theta to `totals`, by name.
 
+        Of a sharded model it goes to the lockstep's sums, or, `sketched`, its sketches to `totals`.
+
         layouts: where samples lie in each meeting's result, None where that is not known. moves: what is
         known of the ways from sources to parameters, for passes of the same signature. A parameter that
-        autograd has a gradient for has a use that was not recorded: it is unhandled.
+        autograd has a gradient for has a use that was not recorded: it is unhandled. retain: whether a sharded
+        model's graph is kept.
         """
+        if self.lockstep is not None:
+            self._backward_in_lockstep(
+                self.lockstep, values, layouts, moves, totals if sketched else None, retain
+            )
+            return totals
         self._layouts, self._moves, self._totals = layouts, moves, totals
         self._numbers = {id(meeting): i for i, meeting in enumerate(self.meetings)}
         sources = [*self._sources.values()]
@@ -511,6 +555,34 @@ class Tape(TorchFunctionMode):
                             self._add_up(group)
         self._totals, self._numbers = {}, {}
         return totals
+
+    @torch.no_grad()
+    def _backward_in_lockstep(
+        self,
+        lockstep: Lockstep,
+        values: Tensor,
+        layouts: Sequence[SampleLayout | None],
+        moves: dict[int, Moves],
+        sketches: Totals | None,
+        retain: bool,
+    ) -> None:
+        """`backward` of a sharded model, whose totals are taken unit by unit."""
+        derived = [*self._derived.values()]
+
+        @contextmanager
+        def around() -> Iterator[None]:
+            self._layouts, self._moves, self._totals = layouts, moves, {}
+            self._numbers = {id(meeting): i for i, meeting in enumerate(self.meetings)}
+            self._groups = _groups([*self._sources.values()])
+            self._replaying = True
+            with self, torch.autocast(values.device.type, enabled=False):
+                yield
+            self._numbers, self._replaying = {}, False
+
+        for c in range(values.shape[1]):
+            again = retain or c + 1 < values.shape[1]
+            lockstep.backward(column_sum(values, c), derived, self.take, sketches, again, around)
+            self.unhandled |= self._used_elsewhere() | self._totals.keys()
 
 
 @dataclass(eq=False)
