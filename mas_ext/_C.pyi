@@ -17,6 +17,9 @@ def layout_key(tensors: Sequence[Tensor]) -> bytes | None:
 
 def instruction_set() -> str: ...
 
+# So many rows of a weight have their part of a low-rank penalty added up at once.
+strip: int
+
 # What the CUDA kernels were built for: machine code ("-real"), PTX ("-virtual"), or both. Absent without them.
 cuda_architectures: str
 
@@ -94,6 +97,26 @@ class cpu:
         entry: int,
         scratch: Tensor,
         remainder: Tensor,
+        where: int,
+    ) -> None: ...
+    @staticmethod
+    def low_rank(
+        left: Sequence[Tensor],
+        right: Sequence[Tensor],
+        left_grad: Sequence[Tensor],
+        right_grad: Sequence[Tensor],
+        gradient: int,
+        omega: Sequence[Tensor],
+        unit: Sequence[float],
+        counts: Sequence[int],
+        scale: Sequence[float],
+        anchor_left: Sequence[Tensor],
+        anchor_right: Sequence[Tensor],
+        anchor_counts: Sequence[int],
+        anchor_scale: Sequence[float],
+        alpha: Tensor,
+        scratch: Tensor,
+        value: Tensor,
         where: int,
     ) -> None: ...
     @staticmethod
