@@ -204,8 +204,6 @@ class Language(Experiment):
                 curves.setdefault(method, []).append([exp(new), exp(fmean(known))])
         for i, (method, points) in enumerate(curves.items()):
             panel.plot(*zip(*points, strict=True), label=method, **look(i))
-        panel.set_xscale("log")
-        panel.set_yscale("log")
         panel.set_xlabel("what is learned: perplexity")
         panel.set_ylabel("what was known: geometric mean of perplexities")
         legend(figure, panel, 4)
