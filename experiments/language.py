@@ -210,7 +210,7 @@ class Language(Experiment):
         return figure
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=len(VARIANTS))
 def importance_at(start: Start, adapters: Held, importance: Importance) -> dict[str, Tensor]:
     """What of the model matters for the texts that it is to keep, before its first step: `importance_of`."""
     return importance_of(start.adapted(), start.make().held, adapters, importance)
