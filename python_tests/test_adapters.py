@@ -257,6 +257,51 @@ def test_another_adapter_has_no_anchor_until_its_task_ends() -> None:
     assert_same(penalty, definition)
 
 
+@pytest.mark.parametrize("active", [["other"], []])
+def test_an_adapter_keeps_its_anchor_through_tasks_without_it(active: list[str]) -> None:
+    model = make()
+    penalty, definition = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    definition.consolidate(batches())
+    anchor = dict(definition.anchor)
+    for layer in LAYERS.values():
+        if active:
+            model.get_submodule(layer).add("other")
+        model.get_submodule(layer).active = active
+    penalty.consolidate(batches(seed=1))
+    definition.consolidate(batches(seed=1))
+    for layer in LAYERS.values():
+        model.get_submodule(layer).active = ["default"]
+    definition.anchor.update({name: anchor[name] for name in LAYERS})
+    move(model)
+    assert_same(penalty, definition)
+
+
+def test_an_adapter_that_is_merged_leaves_the_others_their_anchors() -> None:
+    """Found at consolidate too, where nothing was computed between."""
+    model = make()
+    penalty, definition = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    definition.consolidate(batches())
+    anchor = dict(definition.anchor)
+    for layer in LAYERS.values():
+        model.get_submodule(layer).add("other", std=0.5)
+    penalty.consolidate(batches())
+    definition.consolidate(batches())
+    for layer in LAYERS.values():
+        one = model.get_submodule(layer)
+        one.base.weight.data += one.update().detach()
+        one.add("third")
+    penalty.consolidate(batches())
+    definition.consolidate(batches())
+    for name, layer in LAYERS.items():
+        assert penalty._state.memory.updates[name].anchor.keys() == {"default", "third"}
+        model.get_submodule(layer).active = ["default"]
+        definition.anchor[name] = anchor[name]
+    move(model)
+    torch.testing.assert_close(penalty().detach(), definition().detach())
+
+
 def test_a_model_that_is_wrapped_is_followed() -> None:
     model = make()
     penalty, definition = penalty_and_definition(model)

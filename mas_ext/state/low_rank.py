@@ -79,7 +79,9 @@ class HeldWeight(NamedTuple):
         return total.view(self.shape)
 
     def followed(self, adapted: AdaptedWeight, rule: MergeRule) -> HeldWeight:
-        """Where the weight is now; without the anchor where that is nearer to the sum of weight and anchor.
+        """Where the weight is now; without the anchors of adapters that were merged into it.
+
+        One was merged where the weight is nearer to its sum with what that adapter added.
 
         Raises:
             ValueError: the weight has another shape than when it was consolidated.
@@ -91,11 +93,17 @@ class HeldWeight(NamedTuple):
                 "consolidated"
             )
         now, chosen = _sample(weight), _chosen(self.omega.numel())
-        added = self.update.reshape(-1)[chosen].double().cpu()
         moved = now - self.sample
-        merged = bool((moved - added).square().sum() < moved.square().sum())
+
+        def was_merged(p: AnchorProduct) -> bool:
+            dtype = compute_dtype(p.left.dtype)
+            added = p.scale * (p.left.to(dtype) @ p.right.to(dtype))
+            rest = moved - added.reshape(-1)[chosen].double().cpu()
+            return bool(rest.square().sum() < moved.square().sum())
+
+        anchor = {name: p for name, p in self.anchor.items() if not was_merged(p)}
         place = rule.state_device or weight.device
-        return self._replace(omega=self.omega.to(place), anchor={} if merged else self.anchor)
+        return self._replace(omega=self.omega.to(place), anchor=anchor)
 
 
 def _chosen(size: int) -> Tensor:
@@ -124,11 +132,14 @@ def with_task(
 ) -> HeldWeight:
     """One task more: W' = keep W + gain Omega_t, and the present products as its anchor.
 
+    Adapters that are not active now keep theirs, unless they were merged since.
+
     importance: Omega_t in the weight's shape; None counts as 0.
     entry: the entry's number, which seeds the rounding of bfloat16 and of codes.
     move_anchor: whether the anchor moves where there is one.
     """
     weight = adapted.weight.detach()
+    old = None if old is None else old.followed(adapted, rule)
     place = rule.state_device or weight.device
     like = weight.reshape(len(weight), -1)
     shape, dtype = like.shape, compute_dtype(weight.dtype)
@@ -152,12 +163,9 @@ def with_task(
         # The kernel leaves the anchor as it is; the importance has that one's sizes and dtype.
         flat = State([0], omega.view(1, -1), new.view(1, -1), one, one[0], native)
         merge_(flat, [new], [new], rule.keep, gain / unit, "keep", entry)
-    keep_anchor = old is not None and not move_anchor
-    anchor = (
-        old.anchor
-        if keep_anchor and old is not None
-        else {p.adapter: anchored(p) for p in adapted.products}
-    )
+    anchor = {} if old is None else dict(old.anchor)
+    if old is None or move_anchor:
+        anchor |= {p.adapter: anchored(p) for p in adapted.products}
     return HeldWeight(tuple(weight.shape), omega, unit, anchor, _sample(weight))
 
 
