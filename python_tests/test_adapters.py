@@ -447,6 +447,60 @@ def test_an_error_leaves_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     assert penalty.num_tasks == 1
 
 
+def test_factors_that_are_not_finite_are_refused() -> None:
+    model = make()
+    penalty, _ = penalty_and_definition(model)
+    with torch.no_grad():
+        model.first.up["default"][0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"adapters of 'first\.weight': got NaN or Inf"):
+        penalty.consolidate(importance={"first.weight": torch.ones(6, 4)})
+    assert penalty.num_tasks == 0
+
+
+@pytest.mark.parametrize("omega_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("large", [1e39, 3e38])
+def test_importance_that_overflows_omega_is_refused(omega_dtype: torch.dtype, large: float) -> None:
+    penalty = FusedMASPenalty(make(torch.float32), omega_dtype=omega_dtype)
+    given = {"first.weight": torch.full((6, 4), large, dtype=torch.float64)}
+    penalty.consolidate(importance={"first.weight": torch.full((6, 4), 1e38)})
+    with pytest.raises(FloatingPointError, match=r"of 'first\.weight': .* omega overflows"):
+        penalty.consolidate(importance=given)
+    assert penalty.num_tasks == 1
+    assert float(penalty.omega["first.weight"].max()) < 1.1e38
+
+
+@pytest.mark.parametrize(("merge", "gamma"), RULES)
+def test_importance_stays_when_the_weight_itself_is_trained(merge: Any, gamma: float) -> None:
+    """After a merge into it, from the next consolidation on."""
+    layer = toy_lora.LoRA(4, 6).double()
+    layer.add("default")
+    penalty = FusedMASPenalty(
+        layer, merge=merge, gamma=gamma, omega_dtype=torch.float64, exclude=["*bias"]
+    )
+    old, new = (torch.rand(6, 4, dtype=torch.float64) for _ in range(2))
+    penalty.consolidate(importance={"weight": old})
+    layer.merge()
+    inner = layer.base
+    plain = FusedMASPenalty(
+        inner, merge=merge, gamma=gamma, omega_dtype=torch.float64, exclude=["*bias"]
+    )
+    plain.load_state_dict(penalty.state_dict())
+    inner.weight.requires_grad_(True)
+    before = inner.weight.detach().clone()
+    plain.consolidate(importance={"weight": new})
+    move(inner)
+    kept, added = plain.alpha
+    expected = kept * old + added * new
+    value = (expected * (inner.weight - before) ** 2).sum().detach()
+    torch.testing.assert_close(plain().detach(), value)
+    again = FusedMASPenalty(
+        inner, merge=merge, gamma=gamma, omega_dtype=torch.float64, exclude=["*bias"]
+    )
+    again.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(again().detach(), value)
+    torch.testing.assert_close(plain.omega["weight"] * plain.scale, expected)
+
+
 def test_a_new_model_takes_the_state_over() -> None:
     model = make()
     penalty, definition = penalty_and_definition(model)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mas_ext.failures import Diverged
 from mas_ext.kernels import backends
 from mas_ext.kernels.dtypes import (
     DTYPES,
@@ -122,6 +123,7 @@ def anchored(product: LowRankProduct) -> AnchorProduct:
 
 
 def with_task(
+    name: str,
     old: HeldWeight | None,
     adapted: AdaptedWeight,
     importance: Tensor | None,
@@ -137,7 +139,15 @@ def with_task(
     importance: Omega_t in the weight's shape; None counts as 0.
     entry: the entry's number, which seeds the rounding of bfloat16 and of codes.
     move_anchor: whether the anchor moves where there is one.
+
+    Raises:
+        Diverged: factors that are not finite, or importance that overflows omega.
     """
+    if not all(p.isfinite().all() for p in adapted.parameters()):
+        raise Diverged(
+            f"adapters of {name!r}: got NaN or Inf, expected finite values; where training diverged, a smaller "
+            "lam or lr helps"
+        )
     weight = adapted.weight.detach()
     old = None if old is None else old.followed(adapted, rule)
     place = rule.state_device or weight.device
@@ -163,6 +173,10 @@ def with_task(
         # The kernel leaves the anchor as it is; the importance has that one's sizes and dtype.
         flat = State([0], omega.view(1, -1), new.view(1, -1), one, one[0], native)
         merge_(flat, [new], [new], rule.keep, gain / unit, "keep", entry)
+    if omega.is_floating_point() and not omega.isfinite().all():
+        raise Diverged(
+            f"importance of {name!r}: got values with which omega overflows {omega.dtype}, expected smaller"
+        )
     anchor = {} if old is None else dict(old.anchor)
     if old is None or move_anchor:
         anchor |= {p.adapter: anchored(p) for p in adapted.products}

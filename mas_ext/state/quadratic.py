@@ -171,6 +171,13 @@ class Consolidation:
                 RuntimeWarning,
             )
         adapted = adapted or {}
+        for name, held in self.memory.updates.items():
+            if name in importance and name not in adapted:
+                # After a merge the weight itself is trained: W counts for it.
+                x = theta[name].detach()
+                old[name] = ParameterState(
+                    held.weight[None], x[None], torch.zeros(()).to(held.omega.device, torch.float64)
+                )
         names = [n for n in theta if (n in old or n in importance) and n not in adapted]
         known = {name: theta[name].detach() for name in names}
         merged = self.rule.store == "merged"
@@ -349,12 +356,13 @@ class Consolidation:
         updates = {
             name: weight._replace(unit=keep * weight.unit, anchor={})
             for name, weight in known.items()
-            if name not in adapted
+            if name not in adapted and name not in importance
         }
         entry = len(self.memory.entries)
         for name, weight in adapted.items():
             if name in importance or name in known:
                 updates[name] = with_task(
+                    name,
                     known.get(name),
                     weight,
                     importance.pop(name, None),
