@@ -522,3 +522,28 @@ def test_lam_by_itself_is_refused() -> None:
         read_pull(penalty)
     with pytest.raises(ValueError, match=r"holds the low-rank update of 'first.weight'"):
         choose_lam(penalty, lambda attach: None, lambda: (torch.zeros(1), torch.zeros(1)))
+
+
+def test_gradients_go_to_the_chosen_factors_times_a_number() -> None:
+    model = make()
+    penalty, definition = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    definition.consolidate(batches())
+    move(model)
+    grads = definition.gradients()
+    model.zero_grad()
+    chosen = "first.up.default"
+    only = {id(dict(model.named_parameters())[chosen])}
+    penalty.add_grad_to(only, torch.tensor(3.0, dtype=torch.float64))
+    found = gradients(model)
+    assert found.keys() == {chosen}
+    torch.testing.assert_close(found[chosen], 3 * grads[chosen])
+
+
+def test_factors_of_several_dtypes_at_one_weight_are_refused() -> None:
+    model = make()
+    penalty, _ = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    model.first.up["default"].data = model.first.up["default"].data.float()
+    with pytest.raises(ValueError, match=r"adapters of 'first\.weight': got torch\.float32 on cpu"):
+        penalty()
