@@ -450,6 +450,7 @@ class FusedMASPenalty(nn.Module):
         if not held:
             return iter(())
         adapted = self._adapted()
+        self._warn_of_trained(held.keys() - adapted.keys())
         changed = self._tracked.other_factors(adapted, held)
         if changed:
             moved = {old: new for old, new in changed.items() if old != new}
@@ -461,6 +462,17 @@ class FusedMASPenalty(nn.Module):
             self._held = self._held._replace(state=state)
             self._tracked.remember_factors(adapted)
         return self._state.bound_updates(adapted)
+
+    def _warn_of_trained(self, names: Collection[str]) -> None:
+        """Tell of weights without adapters that are trained, though their updates are held."""
+        found = self._tracked.view(()).found if names else {}
+        trained = sorted(n for n in names if n in found and found[n].requires_grad)
+        if trained:
+            warn(
+                f"parameter {trained[0]!r}: got no adapter and a gradient, so that nothing holds it until "
+                "consolidate makes its values the anchor",
+                RuntimeWarning,
+            )
 
     @property
     def _state(self) -> Consolidation:

@@ -487,6 +487,8 @@ def test_importance_stays_when_the_weight_itself_is_trained(merge: Any, gamma: f
     plain.load_state_dict(penalty.state_dict())
     inner.weight.requires_grad_(True)
     before = inner.weight.detach().clone()
+    with pytest.warns(RuntimeWarning, match="got no adapter and a gradient"):
+        assert float(plain().detach()) == 0
     plain.consolidate(importance={"weight": new})
     move(inner)
     kept, added = plain.alpha
@@ -547,3 +549,15 @@ def test_factors_of_several_dtypes_at_one_weight_are_refused() -> None:
     model.first.up["default"].data = model.first.up["default"].data.float()
     with pytest.raises(ValueError, match=r"adapters of 'first\.weight': got torch\.float32 on cpu"):
         penalty()
+
+
+def test_state_on_the_cpu_goes_weight_by_weight() -> None:
+    model = make()
+    penalty, definition = penalty_and_definition(model, state_device="cpu")
+    for task in range(2):
+        move(model, task)
+        penalty.consolidate(batches(seed=task))
+        definition.consolidate(batches(seed=task))
+    move(model)
+    assert_same(penalty, definition)
+    assert len([*penalty._updates()]) == len(LAYERS)
