@@ -169,7 +169,7 @@ def page(result: Mapping[str, Any]) -> str:
             rows.append(
                 [rank, name, f"{1e3 * form['seconds']['median']:,.0f}", ratio, taken, wrong]
             )
-    head = ["rank", "", "ms", "times the kernel's", "MB beyond the operands", "error"]
+    head = ["rank", "", "ms", "times the kernel's", "MB, gradients among them", "error"]
     about = (
         f"Value and all gradients of the updates of {result['weights'] / 1e6:.0f} million weights (random "
         "values, sizes of SmolLM2-135M's linear layers) in float32; error of the gradients against float64. "

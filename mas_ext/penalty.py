@@ -221,7 +221,8 @@ class FusedMASPenalty(nn.Module):
         refuse_unused(self.model)
         tracked = self._tracked
         values = [group_penalty(g, tracked.local(theta)) for g, theta in self.bound()]
-        values += self._update_values()
+        if self._state.memory.updates:
+            values += self._update_values()
         return self._total(values) if values else _NOTHING.clone()
 
     @torch.no_grad()

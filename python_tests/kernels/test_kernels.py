@@ -928,6 +928,13 @@ def operator_calls(case: Case, compiled: bool) -> dict[str, tuple[Any, ...]]:
     like = [torch.rand_like(t) for t in theta]
     one = torch.ones((), dtype=compute_dtype(theta[0].dtype))
     state = case._replace(omega=case.omega.clone(), anchor=case.anchor.clone()).state(compiled)
+    left, right = [torch.randn(4, 2), torch.randn(3, 1)], [torch.randn(2, 5), torch.randn(1, 6)]
+    updates = (
+        *([torch.rand(4, 5), torch.rand(3, 6)], [1.0, 2.0], [1, 1], [0.5, 1.5]),
+        *([torch.randn(3, 2)], [torch.randn(2, 6)], [0, 1], [0.5]),
+        *(torch.tensor(0.7, dtype=torch.float64), compiled),
+    )
+    added = ([torch.rand_like(t) for t in left], [torch.rand_like(t) for t in right])
     return {
         "penalty": (theta, *state),
         "penalty_with_grad": (theta, *state, one),
@@ -945,6 +952,9 @@ def operator_calls(case: Case, compiled: bool) -> dict[str, tuple[Any, ...]]:
         ),
         "accumulate_": (like, theta, 0.5, compiled),
         "merge_": (*state, theta, like, 1.0, 0.5, "mean", 1),
+        "low_rank_value": (left, right, *updates),
+        "low_rank_with_gradients": (left, right, *updates),
+        "low_rank_add_grad_": (left, right, *added, *updates),
         "per_sample_": (
             torch.rand(1, 2, 2, 3),
             torch.rand(4, 5, 2),
@@ -972,6 +982,7 @@ WRITTEN = {
     "adamw_": (0, 2, 3, 4, 5),
     "accumulate_": (0,),
     "merge_": (1, 2),
+    "low_rank_add_grad_": (2, 3),
     "per_sample_": (0,),
 }
 

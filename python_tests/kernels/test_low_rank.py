@@ -274,22 +274,6 @@ def test_bits_do_not_depend_on_threads() -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "name", ["low_rank_value", "low_rank_with_gradients", "low_rank_add_grad_"]
-)
-def test_operators(name: str) -> None:
-    case = make(SMALL, torch.float64, torch.float64)
-    factors = [[t.requires_grad_() for t in side] for side in (case.left, case.right)]
-    if name == "low_rank_add_grad_":
-        factors += [[torch.zeros_like(t) for t in side] for side in (case.left, case.right)]
-        factors = [[t.detach() for t in side] for side in factors]
-    operator = getattr(torch.ops.mas_ext, name).default
-    utils = ("test_schema", "test_faketensor", "test_autograd_registration")
-    if name == "low_rank_value":
-        factors = [[t.detach() for t in side] for side in factors]
-    torch.library.opcheck(operator, (*factors, *case.state), test_utils=utils)
-
-
 def wrong(case: Case, **fields: Any) -> Case:
     return case._replace(state=case.state._replace(**fields))
 
