@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -119,10 +119,7 @@ def evaluating(
     asleep = [m for m in modules if not m.training and overrides_modes(m)]
     # Autocast keeps rounded weights; those that a pass without gradients left behind would have none.
     cached = torch.is_autocast_cache_enabled()
-    # Compiled parts run as they were written, so that what they compute can be followed. Nothing is compiled
-    # where the compiler was never imported, which takes seconds.
-    compiled = "torch._dynamo" in sys.modules
-    as_written = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    stances: list[Any] = []
     # An interruption at the end of a `with` keeps torch's own guards from their end.
     guards: Any = torch._C
     functions = getattr(guards, "_get_torch_function_state", lambda: None)()
@@ -132,6 +129,8 @@ def evaluating(
             guards._set_torch_function_state(functions)
         for wrapper in parallel:
             wrapper.__dict__.pop("forward", None)
+        for stance in stances:
+            stance.__exit__(None, None, None)
         for layer, before in zip(recurrent, dropout, strict=True):
             layer.training = False
             layer.dropout = before
@@ -142,10 +141,13 @@ def evaluating(
         _random_state(devices),
         torch.inference_mode(False),
         torch.enable_grad(),
-        as_written,
         _without_parametrization_cache(),
         restoring(restore),
     ):
+        # Compiled parts run as they were written, so that what they compute can be followed. Nothing is
+        # compiled where the compiler was never imported, which takes seconds.
+        if "torch._dynamo" in sys.modules:
+            stances.append(torch.compiler.set_stance("force_eager"))
         torch.set_autocast_cache_enabled(False)
         _set_modes(training, False)
         for layer in recurrent:

@@ -14,6 +14,7 @@ import torch
 from snapshots import Snapshot, equal
 from times import TIMES
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 from torch.overrides import _get_current_function_mode_stack
 
 import mas_ext
@@ -158,6 +159,7 @@ def torch_modes() -> tuple[Any, ...]:
         torch.is_grad_enabled(),
         torch.is_autocast_cache_enabled(),
         torch.get_rng_state().tolist(),
+        eval_frame._stance.stance,
     )
 
 
