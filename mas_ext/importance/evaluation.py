@@ -123,8 +123,13 @@ def evaluating(
     # An interruption at the end of a `with` keeps torch's own guards from their end.
     guards: Any = torch._C
     functions = getattr(guards, "_get_torch_function_state", lambda: None)()
+    modes, function_modes = guards._len_torch_dispatch_stack(), guards._len_torch_function_stack()
 
     def restore() -> None:
+        while guards._len_torch_dispatch_stack() > modes:
+            guards._pop_torch_dispatch_stack(None)
+        while guards._len_torch_function_stack() > function_modes:
+            guards._pop_torch_function_stack()
         if functions is not None:
             guards._set_torch_function_state(functions)
         for wrapper in parallel:
