@@ -555,13 +555,14 @@ class FusedMASPenalty(nn.Module):
         every rank calls it as often, with a batch of no samples where it has none, and saves after
         consolidate only.
         """
-        adapted = self._adapted()
-        with measured(adapted), alone(self.model):
-            view = optimizer_view(self.model, self.exclude)
-            self._follow(view)
-            with self._pending.running(view):
-                self._pending.add(view, batch)
-        self._tracked.remember(self._tracked.view(()) if adapted else view)
+        with alone(self.model):
+            adapted = self._adapted()
+            with measured(adapted):
+                view = optimizer_view(self.model, self.exclude)
+                self._follow(view)
+                with self._pending.running(view):
+                    self._pending.add(view, batch)
+            self._tracked.remember(self._tracked.view(()) if adapted else view)
 
     def check(self, batch: Any) -> None:
         """Measure the importance of a batch's first two samples, to be told now what consolidate could not do.
@@ -574,7 +575,7 @@ class FusedMASPenalty(nn.Module):
         # Estimators may run the model in training mode, which moves running statistics.
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         try:
-            with measured(self._adapted()), suppress(Diverged):
+            with alone(self.model), measured(self._adapted()), suppress(Diverged):
                 view, total = optimizer_view(self.model, self.exclude), self._pending.empty()
                 with total.running(view):
                     gather(total, view, [batch], max_samples=2)
@@ -930,26 +931,27 @@ class FusedMASPenalty(nn.Module):
         self, find: Callable[[ModelView], Mapping[str, Tensor]], weight: float, ends_task: bool
     ) -> None:
         """Merge the importance that is found, while no other thread runs the model."""
-        adapted, known = self._adapted(), self._state.memory.names
-        with measured(adapted) as weights, alone(self.model):
-            view = self._tracked.view(known)
-            self._follow(view)
-            names = {view.name_of(p): name for name, p in weights.items()}
-            omega = {names.get(name, name): t for name, t in find(view).items()}
-            _refuse_factors(omega, adapted, view)
-            if ends_task:
-                omega = dict(self._merged(omega))
-            for name in omega:
-                factor = strength_of(name, self._strength)
-                if factor != 1:
-                    omega[name] = factor * omega[name]
-            theta = {names.get(n, n): p for n, p in self._tracked.own_parameters(view).items()}
-            state, sharding = copy.copy(self._state), self._tracked.sharding
-            state.add_task(theta, omega, weight, ends_task, sharding, adapted)
-            pending = self._pending.empty() if ends_task else self._pending
-            self._held = self._held._replace(state=state, pending=pending)
-        self._tracked.bind(state.memory.groups, self._tracked.view(known) if adapted else view)
-        self._tracked.remember_factors(adapted)
+        with alone(self.model):
+            adapted, known = self._adapted(), self._state.memory.names
+            with measured(adapted) as weights:
+                view = self._tracked.view(known)
+                self._follow(view)
+                names = {view.name_of(p): name for name, p in weights.items()}
+                omega = {names.get(name, name): t for name, t in find(view).items()}
+                _refuse_factors(omega, adapted, view)
+                if ends_task:
+                    omega = dict(self._merged(omega))
+                for name in omega:
+                    factor = strength_of(name, self._strength)
+                    if factor != 1:
+                        omega[name] = factor * omega[name]
+                theta = {names.get(n, n): p for n, p in self._tracked.own_parameters(view).items()}
+                state, sharding = copy.copy(self._state), self._tracked.sharding
+                state.add_task(theta, omega, weight, ends_task, sharding, adapted)
+                pending = self._pending.empty() if ends_task else self._pending
+                self._held = self._held._replace(state=state, pending=pending)
+            self._tracked.bind(state.memory.groups, self._tracked.view(known) if adapted else view)
+            self._tracked.remember_factors(adapted)
 
     def _quadratic(self) -> dict[str, tuple[Tensor, Tensor]]:
         self.bound()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from toy_lora import LAYERS, Definition, Net, batches, make, move
 import mas_ext.optim
 from mas_ext import FusedMASPenalty
 from mas_ext.integrations.loading import penalty_of
+from mas_ext.parameters.adapters import adapted_weights
 from mas_ext.training.lam import choose_lam, read_pull
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -561,3 +564,44 @@ def test_state_on_the_cpu_goes_weight_by_weight() -> None:
     move(model)
     assert_same(penalty, definition)
     assert len([*penalty._updates()]) == len(LAYERS)
+
+
+def test_a_weight_that_is_codes_is_held_by_parameter() -> None:
+    """Quantised weights are tensor subclasses that call themselves floating-point."""
+
+    class Codes(Tensor):
+        pass
+
+    model = make()
+    weight = model.first.base.weight.detach().as_subclass(Codes)
+    model.first.base.weight = nn.Parameter(weight, requires_grad=False)
+    assert adapted_weights(model).keys() == {"second.weight"}
+
+
+def test_threads_that_consolidate_wait_for_each_other() -> None:
+    """While one measures whole weights, these look like trained ones without adapters to hold."""
+    model = make()
+    penalty, definition = penalty_and_definition(model)
+    other, _ = penalty_and_definition(model)
+    started, found = threading.Event(), []
+
+    def slow() -> Iterator[Tensor]:
+        for batch in batches():
+            started.set()
+            thread.join(0.2)
+            yield batch
+
+    def consolidate() -> None:
+        started.wait()
+        other.consolidate(batches())
+        found.append({*other.omega})
+
+    thread = threading.Thread(target=consolidate)
+    thread.start()
+    penalty.consolidate(slow())
+    thread.join()
+    definition.consolidate(batches())
+    move(model)
+    assert found == [{*penalty.omega}]
+    assert_same(penalty, definition)
+    assert_same(other, definition)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mas_ext.kernels.dtypes import DTYPES
-from mas_ext.parameters.names import frozen, is_hidden
+from mas_ext.parameters.names import frozen, is_hidden, is_sharded
 
 
 class Factor(NamedTuple):
@@ -73,9 +73,8 @@ def _of_peft(module: nn.Module) -> AdaptedWeight | None:
         left, right, turned = layer.lora_embedding_A, layer.lora_embedding_B, True
     elif isinstance(module, (layers.Linear, layers._ConvNd)):
         turned = getattr(layer, "fan_in_fan_out", False)
-        sides = (layer.lora_B, layer.lora_A)
-        right, left = sides if turned else sides[::-1]
-        left, right = ({name: m.weight for name, m in side.items()} for side in (left, right))
+        up, down = ({n: m.weight for n, m in s.items()} for s in (layer.lora_B, layer.lora_A))
+        left, right = (down, up) if turned else (up, down)
     else:
         return None
     if layer.lora_variant or getattr(base, "groups", 1) != 1:
@@ -123,7 +122,7 @@ def adapted_weights(model: nn.Module) -> dict[str, AdaptedWeight]:
         for finder in finders:
             adapted = finder(module)
             if adapted is not None:
-                if adapted.weight.dtype in DTYPES and not adapted.weight.requires_grad:
+                if _is_held(adapted.weight):
                     found[prefix + adapted.key] = adapted
                 return
         for key, child in module._modules.items():
@@ -134,6 +133,12 @@ def adapted_weights(model: nn.Module) -> dict[str, AdaptedWeight]:
     if finders:
         walk(model, "")
     return found
+
+
+def _is_held(weight: nn.Parameter) -> bool:
+    """Whether it is frozen, and has floating-point numbers and not, as a tensor subclass, codes for them."""
+    plain = type(weight.data) is Tensor or is_sharded(weight)
+    return plain and weight.dtype in DTYPES and not weight.requires_grad
 
 
 def _wraps(module: nn.Module, key: str) -> bool:
