@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mas_ext._arguments import check_count, check_factor
 from mas_ext.failures import Diverged
 from mas_ext.importance import batches as batch_of
-from mas_ext.importance.restoring import restoring
+from mas_ext.parameters.restoring import restoring
 from mas_ext.penalty import FusedMASPenalty
 
 

@@ -6,12 +6,14 @@ import copy
 import pickle
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import toy_lora
+from interrupts import Stop
 from torch import Tensor, nn
 from toy_lora import LAYERS, Definition, Net, batches, make, move
 
@@ -605,3 +607,39 @@ def test_threads_that_consolidate_wait_for_each_other() -> None:
     assert found == [{*penalty.omega}]
     assert_same(penalty, definition)
     assert_same(other, definition)
+
+
+def test_an_interruption_at_any_line_leaves_model_and_state() -> None:
+    """Whole weights are measured for a while; all comes back, and the state is the old or the new."""
+    made = make()
+    first = FusedMASPenalty(made, lam=0.7, omega_dtype=torch.float64)
+    first.consolidate(batches())
+    move(made)
+
+    def again() -> FusedMASPenalty:
+        copied: FusedMASPenalty = copy.deepcopy((made, first))[1]
+        return copied
+
+    def seen(penalty: FusedMASPenalty) -> dict[str, Tensor]:
+        return {n: w.clone() for n, w in penalty.omega.items()} | {"value": penalty().detach()}
+
+    def act(penalty: FusedMASPenalty) -> None:
+        penalty.consolidate(batches(1), sweeps=2)
+
+    count, done = Stop(None, KeyboardInterrupt), again()
+    before = seen(again())
+    count.run(lambda: act(done))
+    after = seen(done)
+    some = range(1, count.lines + 1, max(1, count.lines // 150))
+    for at in sorted({*some, *range(count.lines - 150, count.lines + 1)}):  # all of the end
+        penalty = again()
+        kept = {n: (id(p), p.requires_grad) for n, p in penalty.model.named_parameters()}
+        stop = Stop(at, KeyboardInterrupt)
+        with suppress(KeyboardInterrupt):  # one that comes too late leaves the new state
+            stop.run(lambda p=penalty: act(p))  # type: ignore[misc]
+        now = {n: (id(p), p.requires_grad) for n, p in penalty.model.named_parameters()}
+        assert now == kept, f"{stop.place}: line {at}"
+        found = seen(penalty)
+        assert any(
+            all(torch.equal(found[n], t) for n, t in state.items()) for state in (before, after)
+        ), f"{stop.place}: line {at}"

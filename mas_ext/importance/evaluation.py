@@ -14,9 +14,9 @@ from torch.nn.utils import parametrize
 
 from mas_ext.importance import batches
 from mas_ext.importance.model_state import Habits, ModelState
-from mas_ext.importance.restoring import restoring
 from mas_ext.parameters.lockstep import Lockstep
 from mas_ext.parameters.names import PARALLEL
+from mas_ext.parameters.restoring import restoring
 
 # The forward pass that a user may give: (model, batch) -> output, samples in dimension 0.
 Forward = Callable[[Any, Any], Tensor]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mas_ext.kernels.dtypes import DTYPES
 from mas_ext.parameters.names import frozen, is_hidden, is_sharded
+from mas_ext.parameters.restoring import restoring
 
 
 class Factor(NamedTuple):
@@ -160,11 +161,12 @@ def measured(adapted: Mapping[str, AdaptedWeight]) -> Iterator[dict[str, nn.Para
     share their memory.
     """
     before = [(w, w.weight) for w in adapted.values()]
-    with frozen(p for w in adapted.values() for p in w.parameters()):
-        try:
-            for w, weight in before:
-                w.owner._parameters[w.key] = nn.Parameter(weight.detach())
-            yield {name: w.weight for name, w in adapted.items()}
-        finally:
-            for w, weight in before:
-                w.owner._parameters[w.key] = weight
+
+    def restore() -> None:
+        for w, weight in before:
+            w.owner._parameters[w.key] = weight
+
+    with frozen(p for w in adapted.values() for p in w.parameters()), restoring(restore):
+        for w, weight in before:
+            w.owner._parameters[w.key] = nn.Parameter(weight.detach())
+        yield {name: w.weight for name, w in adapted.items()}

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from mas_ext._arguments import check_factor
 from mas_ext.kernels.dtypes import DTYPES
+from mas_ext.parameters.restoring import restoring
 
 if TYPE_CHECKING:  # torch may be built without it
     from torch.distributed.tensor import DTensor
@@ -108,13 +109,15 @@ def named_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str,
 def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """While it lasts, the parameters require no gradient."""
     trained = [p for p in parameters if p.requires_grad]
-    try:
+
+    def restore() -> None:
+        for p in trained:
+            p.requires_grad_(True)
+
+    with restoring(restore):
         for p in trained:
             p.requires_grad_(False)
         yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
 
 
 def parts_of_equal_size(theta: Mapping[str, Tensor], count: int) -> list[set[str]]:

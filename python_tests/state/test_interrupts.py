@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from interrupts import Stop
 from snapshots import Snapshot, equal
 from times import TIMES
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch.overrides import _get_current_function_mode_stack
 
-import mas_ext
 from mas_ext import FusedMASPenalty
 
-PACKAGE = str(Path(mas_ext.__file__).parent)
 X = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -125,32 +121,6 @@ LONG: dict[str, Call] = {
 }
 
 
-class _Stop:
-    """Raises at the line of the library with a number; counts them."""
-
-    def __init__(self, at: int | None, error: type[BaseException]) -> None:
-        self.at, self.error, self.lines, self.place = at, error, 0, ""
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        if event == "line":
-            self.lines += 1
-            if self.lines == self.at:
-                sys.settrace(None)
-                self.place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-                raise self.error
-        return self
-
-    def run(self, call: Callable[[], Any]) -> None:
-        before = sys.gettrace()
-        sys.settrace(self)
-        try:
-            call()
-        finally:
-            sys.settrace(before)
-
-
 def torch_modes() -> tuple[Any, ...]:
     """What of torch's a call may leave changed."""
     return (
@@ -174,14 +144,14 @@ def interrupted_everywhere(call: Call, most: int) -> None:
         change(penalty)
         return penalty
 
-    before, after, count = held(again()), again(), _Stop(None, KeyboardInterrupt)
+    before, after, count = held(again()), again(), Stop(None, KeyboardInterrupt)
     count.run(lambda: act(after))
     done = held(after)
     assert count.lines > 3
     for at in range(1, count.lines + 1, max(1, count.lines // most)):
         penalty, modes = again(), torch_modes()
         kept = model_state(penalty.model)
-        stop = _Stop(at, KeyboardInterrupt)
+        stop = Stop(at, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             stop.run(lambda p=penalty: act(p))  # type: ignore[misc]
         assert torch_modes() == modes, f"{stop.place}: torch's modes"
