@@ -14,13 +14,14 @@ PACKAGE = str(Path(mas_ext.__file__).parent)
 
 
 class Stop:
-    """Raises at the line of the library with a number; counts them."""
+    """Raises at the line of the library, or of a part of it, with a number; counts them."""
 
-    def __init__(self, at: int | None, error: type[BaseException]) -> None:
+    def __init__(self, at: int | None, error: type[BaseException], within: str = PACKAGE) -> None:
         self.at, self.error, self.lines, self.place = at, error, 0, ""
+        self.within = within
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
+        if not frame.f_code.co_filename.startswith(self.within):
             return None
         if event == "line":
             self.lines += 1

@@ -20,6 +20,7 @@ from toy_lora import LAYERS, Definition, Net, batches, make, move
 import mas_ext.optim
 from mas_ext import FusedMASPenalty
 from mas_ext.integrations.loading import penalty_of
+from mas_ext.parameters import adapters
 from mas_ext.parameters.adapters import adapted_weights
 from mas_ext.training.lam import choose_lam, read_pull
 
@@ -626,15 +627,15 @@ def test_an_interruption_at_any_line_leaves_model_and_state() -> None:
     def act(penalty: FusedMASPenalty) -> None:
         penalty.consolidate(batches(1), sweeps=2)
 
-    count, done = Stop(None, KeyboardInterrupt), again()
+    within = adapters.__file__
+    count, done = Stop(None, KeyboardInterrupt, within), again()
     before = seen(again())
     count.run(lambda: act(done))
     after = seen(done)
-    some = range(1, count.lines + 1, max(1, count.lines // 150))
-    for at in sorted({*some, *range(count.lines - 150, count.lines + 1)}):  # all of the end
+    for at in range(1, count.lines + 1):
         penalty = again()
         kept = {n: (id(p), p.requires_grad) for n, p in penalty.model.named_parameters()}
-        stop = Stop(at, KeyboardInterrupt)
+        stop = Stop(at, KeyboardInterrupt, within)
         with suppress(KeyboardInterrupt):  # one that comes too late leaves the new state
             stop.run(lambda p=penalty: act(p))  # type: ignore[misc]
         now = {n: (id(p), p.requires_grad) for n, p in penalty.model.named_parameters()}
