@@ -41,6 +41,7 @@ PROXIMAL = tuple(Variant(each.method, {"mode": "proximal"}, each.method) for eac
 ANCHORS = tuple(Variant(name, {}, name) for name in ("mas-own", "mas-alpha-latest"))
 MERGED = tuple(Variant(name) for name in ("imm-mean", "imm-mode"))
 DISTILLED = (Variant("lwf", {}, "lwf"), Variant("ebll", {}, "lwf"))
+BOTH = (Variant("lwf-mas", {}, "lwf-mas"),)
 
 
 @dataclass(frozen=True)

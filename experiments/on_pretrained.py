@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from experiments import cifar
-from experiments.comparison import DISTILLED, PENALTIES, PROXIMAL, Comparison, Variant
+from experiments.comparison import BOTH, DISTILLED, PENALTIES, PROXIMAL, Comparison, Variant
 from experiments.learned import matrix
 from experiments.tables import percent
 from mas_ext.compare.cells import Found
@@ -38,6 +38,9 @@ VARIANTS = (
     *(each for each in PENALTIES if each.method != "online-ewc"),
     *DISTILLED,
     *(each for each in PROXIMAL if each.method == "mas"),
+    *BOTH,
+    # 1, 5 and 20 images of each of a task's ten classes.
+    *(Variant("replay", {"samples": samples}) for samples in (10, 50, 200)),
 )
 
 

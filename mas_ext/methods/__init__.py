@@ -18,8 +18,10 @@ from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.imm import MeanIMM, ModeIMM
 from mas_ext.methods.joint import Joint
 from mas_ext.methods.lwf import LwF
+from mas_ext.methods.lwf_mas import LwFMAS
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import SETTINGS, Method, Setting, Training
+from mas_ext.methods.replay import ExperienceReplay
 from mas_ext.methods.rwalk import RWalk
 from mas_ext.methods.si import SI
 
@@ -44,6 +46,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "imm-mode": ModeIMM,
     "lwf": LwF,
     "ebll": EBLL,
+    "lwf-mas": LwFMAS,
+    "replay": ExperienceReplay,
 }
 
 

@@ -117,6 +117,8 @@ OTHER = {
     "at_most": 0.5,
     "interval": 3,
     "eps": 0.5,
+    "samples": 7,
+    "distillation": 0.5,
 }
 
 
