@@ -31,7 +31,7 @@ def resolve(argument: str, name: str, known: Mapping[str, Any]) -> Any:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{argument}: got {name!r}, expected a function that can be imported ({error})"
+            f"{argument}: got {name!r}, expected what can be imported ({error})"
         ) from error
     if not callable(found):
         raise ValueError(f"{argument}: got {name!r}, {type(found).__name__}, expected a function")

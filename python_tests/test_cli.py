@@ -272,7 +272,7 @@ def test_run_of_a_regression(
         (["--scenario", "arms:nothing"], "scenario: got NoneType from 'arms:nothing', expected a"),
         (
             ["--scenario", "arms:mak"],
-            "scenario: got 'arms:mak', expected a function that can be imported",
+            "scenario: got 'arms:mak', expected what can be imported",
         ),
         (
             ["--model", "arms:nothing"],

@@ -432,7 +432,7 @@ def test_scores_and_losses_by_name() -> None:
     for name, message in {
         "msee": "task_loss: got 'msee', did you mean 'mse'?",
         "nowhere:loss": "task_loss: got 'nowhere:loss', .*No module named 'nowhere'",
-        "math:loss": "task_loss: got 'math:loss', expected a function that can be imported",
+        "math:loss": "task_loss: got 'math:loss', expected what can be imported",
         "math:pi": "task_loss: got 'math:pi', float, expected a function",
     }.items():
         with pytest.raises(ValueError, match=message):

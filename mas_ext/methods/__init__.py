@@ -1,17 +1,19 @@
-"""Methods for learning tasks one after another, by name: one file each."""
+"""Methods for learning tasks one after another, by name: one file each; methods of one's own are registered."""
 
 from __future__ import annotations
 
 import inspect
 import math
+import re
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from importlib.metadata import EntryPoint, entry_points
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from mas_ext._arguments import hint
+from mas_ext._arguments import resolve
 from mas_ext.methods.ebll import EBLL
 from mas_ext.methods.ewc import EWC, EWCDR, OnlineEWC
 from mas_ext.methods.finetune import Finetune
@@ -25,7 +27,17 @@ from mas_ext.methods.replay import ExperienceReplay
 from mas_ext.methods.rwalk import RWalk
 from mas_ext.methods.si import SI
 
-__all__ = ["MAS", "METHODS", "SETTINGS", "Method", "Setting", "Training", "create", "options"]
+__all__ = [
+    "MAS",
+    "METHODS",
+    "SETTINGS",
+    "Method",
+    "Setting",
+    "Training",
+    "create",
+    "options",
+    "register",
+]
 
 METHODS: dict[str, Callable[..., Method]] = {
     "finetune": Finetune,
@@ -51,11 +63,55 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 
 
+_OWN: dict[str, Callable[..., Method]] = {}
+
+
+def register(name: str, method: Callable[..., Method]) -> None:
+    """Let `Trainer`, `mas_ext.compare` and a run's file know a method of one's own by a name.
+
+        mas_ext.methods.register("mine", Mine)
+
+    A package makes its methods known by itself with entry points, in pyproject.toml:
+
+        [project.entry-points."mas_ext.methods"]
+        mine = "package.module:Mine"
+
+    and without a name they are "module:Mine" wherever a method's name goes.
+
+    Args:
+        name: of letters, digits, - and _. A name that was registered before is given anew.
+        method: a subclass of Method, or a function that makes one; what it is called with are its options.
+
+    Raises:
+        ValueError: a name that is not of that form, or of a method that is here; a method that is no callable.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"name: got {name!r}, expected letters, digits, - and _")
+    if name in METHODS:
+        raise ValueError(f"name: got {name!r}, a method of mas_ext, expected another name")
+    if not callable(method):
+        raise ValueError(f"method: got {method!r}, expected a subclass of Method")
+    _OWN[name] = method
+
+
+@cache
+def _installed() -> Mapping[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group="mas_ext.methods")}
+
+
+def _find(name: str) -> Callable[..., Method]:
+    """What makes the method called `name`, which may be "module:Class"."""
+    known = METHODS if name in METHODS else {**METHODS, **_installed(), **_OWN}
+    found = resolve("method", name, known)
+    make: Callable[..., Method] = found.load() if isinstance(found, EntryPoint) else found
+    return make
+
+
 def create(name: str, /, **given: Any) -> Method:
     """The method called `name`, with options as its class takes them.
 
     Raises:
-        ValueError: an unknown name, or an option that the method does not have.
+        ValueError: an unknown name, or one of what makes no Method; an option that the method does not have.
     """
     known = options(name)
     for option in given:
@@ -63,14 +119,18 @@ def create(name: str, /, **given: Any) -> Method:
             raise ValueError(
                 f"{option}: method {name!r} has no such option, expected one of {', '.join(known) or 'none'}"
             )
-    make = METHODS[name]
+    make = _find(name)
     kinds = get_type_hints(make.func if isinstance(make, partial) else make)
     for option, value in given.items():
-        if not _fits(value, kinds[option]):
-            raise ValueError(f"{option}: got {value!r}, expected {_spelled(kinds[option])}")
-        if isinstance(value, Real) and float in (kinds[option], *get_args(kinds[option])):
+        kind = kinds.get(option, Any)
+        if not _fits(value, kind):
+            raise ValueError(f"{option}: got {value!r}, expected {_spelled(kind)}")
+        if isinstance(value, Real) and float in (kind, *get_args(kind)):
             given[option] = float(value)
-    return make(**given)
+    method = make(**given)
+    if not isinstance(method, Method):
+        raise ValueError(f"method: got {type(method).__name__} from {name!r}, expected a Method")
+    return method
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -84,11 +144,13 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(_fits(each, inner[0]) for each in value)
     if origin is Callable:
         return callable(value)
-    if kind in (int, float) and type(value) is not bool:
+    if kind in (int, float):
         if isinstance(value, Integral):
-            return kind is int or abs(int(value)) <= sys.float_info.max
+            fits = kind is int or abs(int(value)) <= sys.float_info.max
+            return fits and not isinstance(value, bool)
         return kind is float and isinstance(value, Real) and math.isfinite(value)
-    return type(value) is kind
+    # What any other kind means, as a list's elements, the method itself tells.
+    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _spelled(kind: Any) -> str:
@@ -105,7 +167,5 @@ def options(name: str) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name.
     """
-    if name not in METHODS:
-        raise ValueError(f"method: got {name!r}, {hint(name, METHODS)}")
-    parameters = inspect.signature(METHODS[name]).parameters
+    parameters = inspect.signature(_find(name)).parameters
     return {option: parameters[option].default for option in sorted(parameters)}

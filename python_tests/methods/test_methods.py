@@ -152,3 +152,54 @@ def test_methods_by_name() -> None:
         methods.options("xyz")
     with pytest.raises(ValueError, match="lam: method 'finetune' has no such option"):
         methods.create("finetune", lam=1.0)
+
+
+class Own(methods.Method):
+    """It does nothing."""
+
+
+def nothing() -> None:
+    """No method at all."""
+
+
+def test_methods_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "_OWN", {})
+    methods.register("own", Own)
+    assert type(methods.create("own")) is Own
+    # Defined anew, as in notebooks.
+    methods.register("own", functools.partial(methods.MAS, lam=3.0))
+    assert methods.options("own")["lam"] == 3.0
+    assert type(methods.create(f"{__name__}:Own")) is Own
+    for name, message in (
+        ("mas", "a method of mas_ext, expected another name"),
+        ("a b", "expected letters, digits, - and _"),
+        ("", "expected letters, digits, - and _"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            methods.register(name, Own)
+    with pytest.raises(ValueError, match="method: got 3, expected a subclass of Method"):
+        methods.register("three", 3)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"method: got NoneType from '.*:nothing', expected a Meth"
+    ):
+        methods.create(f"{__name__}:nothing")
+    with pytest.raises(ValueError, match="method: got 'owm', did you mean 'own'"):
+        methods.create("owm")
+
+
+def test_methods_of_an_installed_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    points = "[mas_ext.methods]\ntheirs = theirs_package:Theirs\nmas = theirs_package:Theirs\n"
+    (info / "entry_points.txt").write_text(points)
+    (tmp_path / "theirs_package.py").write_text(
+        "from mas_ext.methods.method import Method\n\n\nclass Theirs(Method):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    methods._installed.cache_clear()
+    try:
+        assert type(methods.create("theirs")).__module__ == "theirs_package"
+        assert isinstance(methods.create("mas"), methods.MAS)
+    finally:
+        methods._installed.cache_clear()
