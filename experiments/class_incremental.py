@@ -139,7 +139,7 @@ class ClassIncremental(Comparison):
 
     def scenario(self, seed: int) -> Scenario:
         """The classes in an order of the seed, images of 16 x 16 pixels (digits: 8 x 8)."""
-        name = {"split-cifar100": "cifar100", "split-digits": "digits"}[self.base.scenario]
+        name = {"split-cifar100": "cifar100", "split-digits": "digits"}[str(self.base.scenario)]
         train, test = images(name, self.data)
         generator = torch.Generator().manual_seed(seed)
         classes = torch.randperm(int(train.y.max()) + 1, generator=generator)[: self.classes]

@@ -61,7 +61,7 @@ class Comparison(Tuned):
     max_samples: int | None = None
 
     def data_sets(self) -> tuple[str, ...]:
-        return DATA_SETS[self.base.scenario]
+        return DATA_SETS[str(self.base.scenario)]
 
     def protocol(self) -> dict[str, Any]:
         values = self.base.values()

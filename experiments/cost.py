@@ -44,7 +44,7 @@ class Cost(Experiment):
         return replace(self, base=base, tasks=5, samples=200, data=None)
 
     def data_sets(self) -> tuple[str, ...]:
-        return DATA_SETS[self.base.scenario]
+        return DATA_SETS[str(self.base.scenario)]
 
     def protocol(self) -> dict[str, Any]:
         values = {k: v for k, v in self.base.values().items() if k != "methods"}
@@ -83,7 +83,7 @@ class Cost(Experiment):
 
     def scenario(self, seed: int) -> Scenario:
         """The tasks, each with some of its samples."""
-        whole = make_scenario(self.base.scenario, self.data, self.tasks, None, seed)
+        whole = make_scenario(str(self.base.scenario), self.data, self.tasks, None, seed)
         return fewer(whole, self.samples, self.samples // 5, seed)
 
     def curves(self, results: Results, method: str) -> dict[str, torch.Tensor]:

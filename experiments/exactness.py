@@ -100,7 +100,7 @@ class Exactness(Tuned):
         return replace(few, networks=(("mlp", 1),), grid=GRID[1:6], strengths=(0.1,))
 
     def data_sets(self) -> tuple[str, ...]:
-        return DATA_SETS[self.base.scenario]
+        return DATA_SETS[str(self.base.scenario)]
 
     def protocol(self) -> dict[str, Any]:
         values = {k: v for k, v in self.base.values().items() if k != "methods"}

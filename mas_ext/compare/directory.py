@@ -5,7 +5,7 @@
     metrics.jsonl       one line per epoch and per task, see below
     lam.json            by method with several lam to choose from: candidates (lam, validation_accuracy by seed,
                         their mean, null where one diverged) and chosen (null where all diverged)
-    METHOD-seedN/
+    METHOD-seedN/       module.Class for module:Class
         accuracy.csv            accuracy[t, k], one row per task, empty where nothing was measured
         checkpoint.safetensors  the Trainer's: the model and the state of the method
         result.json             written last: what `mas_ext.compare.sweep.train` returns
@@ -57,19 +57,29 @@ class Directory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def config(self) -> Config:
-        """What is compared in this directory.
+    def values(self) -> dict[str, Any]:
+        """What is compared in this directory, by the keys of a configuration.
 
         Raises:
             FileNotFoundError: no run has begun here.
-            ValueError: its config.toml can't be used.
+            ValueError: its config.toml is no TOML.
         """
         if not (self.path / CONFIG).exists():
             raise FileNotFoundError(
                 f"out: got {str(self.path)!r}, where no run has begun; leave out --resume"
             )
+        return separate_anchor(read_toml(self.path / CONFIG))
+
+    def config(self) -> Config:
+        """What is compared in this directory, where all of it is known by names.
+
+        Raises:
+            FileNotFoundError: no run has begun here.
+            ValueError: its config.toml can't be used.
+        """
+        values = self.values()
         try:
-            return Config.read(separate_anchor(read_toml(self.path / CONFIG)))
+            return Config.read(values)
         except ValueError as error:
             raise ValueError(f"{self.path / CONFIG}: {error}") from error
 
@@ -83,7 +93,7 @@ class Directory:
         """
         out = self.path
         if resume:
-            if found := differences(self.config(), config):
+            if found := differences(self.values(), config.values()):
                 raise ValueError(f"resume: {str(out)!r} is another run: {'; '.join(found)}")
         elif (out / CONFIG).exists():
             raise FileExistsError(
@@ -126,7 +136,7 @@ class Directory:
 
     def folder(self, cell: Cell) -> Path:
         """The folder of a cell."""
-        method, seed = cell["method"], cell["seed"]
+        method, seed = cell["method"].replace(":", "."), cell["seed"]
         if cell["purpose"] == "choose":
             return self.path / f"choosing/{method}-lam{cell['lam']!r}-seed{seed}"
         return self.path / f"{method}-seed{seed}"

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mas_ext import models
 from mas_ext._arguments import hint, resolve
 from mas_ext.methods import METHODS, Method, create, options
+from mas_ext.methods.method import is_cross_entropy
 from mas_ext.methods.quadratic import Lam
-from mas_ext.models import MultiHead
+from mas_ext.models import MakeModel, MultiHead
 from mas_ext.scenarios import Scenario, named
 from mas_ext.training.settings import CHOOSING_SHARE, LOSSES, Settings
 
@@ -104,7 +107,11 @@ WHAT = {
         str, f"network: {_names(models.MODELS)}; or module:function, input's shape -> MultiHead"
     ),
     "hidden": Option(int, "widths of the hidden layers of the mlp; default: 400,400", many=True),
-    "methods": Option(str, f"what is compared: {_names(METHODS)}", many=True),
+    "methods": Option(
+        str,
+        f"what is compared: {_names(METHODS)}; one of an installed package; or module:Class",
+        many=True,
+    ),
     "lam": Option(
         float,
         "strength of all methods that have one; of several, the best on validation data is taken for each "
@@ -171,6 +178,8 @@ FREE = ("data", "workers")
 class Config:
     """What is compared, and how it is trained; the fields are the keys of the file, see WHAT.
 
+    scenario: by name, or itself, or a function seed -> Scenario.
+    model: by name, or a function shape -> MultiHead.
     methods: options by name; "lam" among them may be a list, and takes precedence over `lam`.
     settings: see HOW; its seed is not used.
 
@@ -178,11 +187,11 @@ class Config:
         ValueError: a value that can't be used.
     """
 
-    scenario: str = "split-digits"
+    scenario: str | Scenario | Callable[[int], Scenario] = "split-digits"
     data: str | None = None
     tasks: int | None = None
     order: tuple[int, ...] | Literal["random"] | None = None
-    model: str = "mlp"
+    model: str | MakeModel = "mlp"
     hidden: tuple[int, ...] | None = None
     methods: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {"finetune": {}, "mas": {}, "mas-alpha": {}, "joint": {}}
@@ -195,15 +204,26 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without data."""
-        resolve("scenario", self.scenario, named.SCENARIOS)
-        resolve("model", self.model, models.MODELS)
+        for name, known in (("scenario", named.SCENARIOS), ("model", models.MODELS)):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                resolve(name, value, known)
+            elif not callable(value) and not isinstance(value, Scenario):
+                raise ValueError(
+                    f"{name}: got {type(value).__name__}, expected a name or a function"
+                )
+        if isinstance(self.model, nn.Module):
+            raise ValueError(
+                f"model: got a {type(self.model).__name__}, expected a function that makes one, since every "
+                "training begins with a new one"
+            )
         for name in ("tasks", "seeds", "lam_seeds"):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name}: got {count}, expected at least 1")
         if self.hidden is not None and (self.model != "mlp" or min(self.hidden, default=0) < 1):
             raise ValueError(
-                f"hidden: got {list(self.hidden)} for {self.model}, expected widths of an mlp's layers"
+                f"hidden: got {list(self.hidden)} for {_told(self.model)}, expected widths of an mlp's layers"
             )
         try:
             torch.empty(0, device=self.device)
@@ -234,7 +254,7 @@ class Config:
             if name not in OPTIONS:
                 raise ValueError(f"{name}: there is no such key, {hint(name, OPTIONS)}")
             if name == "methods":
-                what[name] = _methods(value)
+                what[name] = tables_of(value)
             else:
                 (how if name in HOW else what)[name] = OPTIONS[name].read(name, value)
         if len(how.get("epochs", ())) == 1:
@@ -242,13 +262,18 @@ class Config:
         return cls(**what, settings=Settings(**how))
 
     def values(self) -> dict[str, Any]:
-        """All keys that have a value, as in a file; keep only with lam "auto", or if it is not the default."""
+        """All keys that have a value, as in a file, and what has no name there by what it is called in Python.
+
+        keep only with lam "auto", or if it is not the default.
+        """
         found: dict[str, Any] = {}
         for name in OPTIONS:
             value = getattr(self.settings if name in HOW else self, name)
             told = name != "keep" or value != Settings.keep or self.automatic
             if value not in (None, (), F.cross_entropy) and told:
-                found[name] = list(value) if isinstance(value, tuple) else value
+                found[name] = _told(value)
+        if "task_loss" in found and is_cross_entropy(self.settings.loss_function):
+            found.setdefault("score", "accuracy")
         found["methods"] = {name: _spelled_out(name, given) for name, given in self.methods.items()}
         return found
 
@@ -258,7 +283,8 @@ class Config:
         tables = values.pop("methods")
         lines = [f"{name} = {_toml(value)}" for name, value in values.items()]
         for method, given in tables.items():
-            lines += ["", f"[methods.{method}]"]
+            name = method if re.fullmatch("[A-Za-z0-9_-]+", method) else _toml(method)
+            lines += ["", f"[methods.{name}]"]
             lines += [f"{name} = {_toml(value)}" for name, value in given.items()]
         return "\n".join(lines) + "\n"
 
@@ -293,7 +319,16 @@ class Config:
 
     def make_scenario(self, seed: int) -> Scenario:
         """The scenario, whose random parts the seed decides."""
-        return named.make_scenario(self.scenario, self.data, self.tasks, self.order, seed)
+        if isinstance(self.scenario, Scenario):
+            return self.scenario
+        if isinstance(self.scenario, str):
+            return named.make_scenario(self.scenario, self.data, self.tasks, self.order, seed)
+        scenario = self.scenario(seed)
+        if not isinstance(scenario, Scenario):
+            raise ValueError(
+                f"scenario: got {type(scenario).__name__} from {_told(self.scenario)}, expected a Scenario"
+            )
+        return scenario
 
     def network(self, scenario: Scenario, seed: int) -> MultiHead:
         """The network with its first weights, which are the same for all methods."""
@@ -322,8 +357,12 @@ def _read_lams(name: str, value: Any) -> tuple[Lam, ...]:
     return tuple(lams)
 
 
-def _methods(value: Any) -> dict[str, dict[str, Any]]:
-    """Options by method, from such tables or from names alone."""
+def tables_of(value: Any) -> dict[str, dict[str, Any]]:
+    """Options by method, from such tables or from names alone.
+
+    Raises:
+        ValueError: what is neither, or a name twice.
+    """
     if isinstance(value, Mapping):
         for name, given in value.items():
             if not isinstance(given, Mapping):
@@ -347,14 +386,15 @@ def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     """The values, replaced by those given; methods that are given by name keep their options."""
     found = {**values, **given}
     if "methods" in values and not isinstance(given.get("methods", {}), Mapping):
-        tables = _methods(values["methods"])
-        found["methods"] = {name: tables.get(name, {}) for name in _methods(given["methods"])}
+        tables = tables_of(values["methods"])
+        found["methods"] = {name: tables.get(name, {}) for name in tables_of(given["methods"])}
     return found
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """What differs, in words, except where data are and what reads them."""
-    before, after = old.values(), new.values()
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between the values of two runs, in words, except where data are and what reads them."""
+    defaults = Config().values()
+    before, after = {**defaults, **old}, {**defaults, **new}
     return [
         f"{name} was {before.get(name, 'not given')} and is {after.get(name, 'not given')}"
         for name in OPTIONS
@@ -374,6 +414,15 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: expected TOML ({error})") from error
     return values
+
+
+def _told(value: Any) -> Any:
+    """A value as a file has it; a function, or a scenario without a name, is told by what it is called."""
+    if isinstance(value, Scenario):
+        return value.name or "a Scenario"
+    if callable(value):
+        return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _toml(value: Any) -> str:

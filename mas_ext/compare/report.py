@@ -48,12 +48,12 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
 
 def page(found: Findings, drawn: Mapping[str, bytes]) -> str:
     """The page in HTML, with these PNGs in it."""
-    config, text = found.config, TEMPLATE.read_text(encoding="utf-8")
+    text, setting = TEMPLATE.read_text(encoding="utf-8"), found.values["setting"]
     for name in CHARTS.keys() - drawn.keys():
         text = re.sub(rf'<section id="{name}">.*?</section>\n', "", text, flags=re.DOTALL)
     return Template(text).substitute(
-        title=escape(f"{config.scenario}, {config.settings.setting}-incremental"),
-        compared=escape(f"{', '.join(config.methods)}; seeds: {config.seeds}."),
+        title=escape(f"{found.values['scenario']}, {setting}-incremental"),
+        compared=escape(f"{', '.join(found.learned)}; seeds: {found.seeds}."),
         results=_table("numbers", results(found)),
         notes="\n".join(f"<p>{escape(note)}</p>" for note in notes(found)),
         options=_table("facts", compared(found)),
@@ -64,7 +64,7 @@ def page(found: Findings, drawn: Mapping[str, bytes]) -> str:
 
 def compared(found: Findings) -> list[list[str]]:
     """What was compared and how it was trained: names and values."""
-    values = {**found.config.values(), "device": found.device}
+    values = dict(found.values)
     methods = values.pop("methods")
     rows = [[name, _text(value)] for name, value in values.items()]
     for name, given in methods.items():

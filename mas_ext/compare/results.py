@@ -19,7 +19,6 @@ from mas_ext import metrics
 from mas_ext.compare import directory as files
 from mas_ext.compare.cells import Found
 from mas_ext.compare.directory import Directory
-from mas_ext.compare.options import Config, read_toml
 from mas_ext.methods.quadratic import Lam
 from mas_ext.state import files as checkpoint
 
@@ -47,12 +46,14 @@ class Choice(NamedTuple):
 class Learned:
     """What is known of a method and seed, NaN where it did not get to. T tasks.
 
+    lam: with which, None for a method without lam, and as long as no task is over.
     folder: of its files. accuracy: see Result, (T, T). step_seconds, held_bytes: see Result, (T,).
     found: see `mas_ext.compare.sweep.train`; None as long as it is not finished.
     """
 
     method: str
     seed: int
+    lam: Lam | None
     folder: Path
     accuracy: Tensor
     step_seconds: Tensor
@@ -90,13 +91,14 @@ class Learned:
 class Findings:
     """All that a run found.
 
-    config: what was compared. device: on which. starts: see `directory.environment`, one entry each.
+    folder: where. values: what was compared, by the keys of a configuration, and as a file has them.
+    starts: see `directory.environment`, one entry each.
     grid: by method with several lam. tasks: their names, empty as long as none is known.
     learned: by method, in order of seeds.
     """
 
-    config: Config
-    device: str
+    folder: Path
+    values: Mapping[str, Any]
     starts: list[dict[str, Any]]
     grid: dict[str, Choice]
     tasks: list[str]
@@ -116,10 +118,10 @@ class Findings:
             raise FileNotFoundError(
                 f"run: got {str(folder)!r}, where no run has begun; expected what --out of mas-ext run was"
             )
-        values = read_toml(folder / files.CONFIG)
+        # What trains need not be here: nothing is computed.
+        values = directory.values()
         with _reading(folder / files.CONFIG):
-            # The device need not be here: nothing is computed on it.
-            config = Config.read({**values, "device": "cpu"})
+            seeds, methods = range(values["seeds"]), list(values["methods"].keys())
         with _reading(folder / files.ENVIRONMENT) as path:
             starts = [dict(start) for start in json.loads(path.read_bytes())]
         grid = {}
@@ -130,23 +132,31 @@ class Findings:
                     grid[name] = Choice(tried["chosen"], means)
         over, count = _over(folder / files.METRICS)
         learned = {
-            name: [_learned(directory, name, seed, count, over) for seed in range(config.seeds)]
-            for name in config.methods
+            name: [_learned(directory, name, seed, count, over) for seed in seeds]
+            for name in methods
         }
         for name in (name for name, choice in grid.items() if choice.lam is None):
             lost = {"diverged": "with every lam"}
             learned[name] = [replace(each, found=lost) for each in learned[name]]
         every = [each.found or {} for seeds in learned.values() for each in seeds]
         names = [found["tasks"] for found in every if "tasks" in found]
-        device = str(values.get("device", config.device))
-        return cls(config, device, starts, grid, [*names, [""] * count][0], learned)
+        return cls(folder, values, starts, grid, [*names, [""] * count][0], learned)
+
+    def __str__(self) -> str:
+        """The table of a run that is finished."""
+        return (self.folder / files.TABLE).read_text(encoding="utf-8")
+
+    @property
+    def seeds(self) -> int:
+        """How many there are."""
+        return int(self.values["seeds"])
 
     def lam(self, method: str) -> Lam | None:
         """The lam that was chosen, or the only one; None if there is none, or none yet."""
         if method in self.grid:
             return self.grid[method].lam
-        lams = self.config.lams(method)
-        return lams[0] if len(lams) == 1 else None
+        known = (each.lam for each in self.learned[method])
+        return next((lam for lam in known if lam is not None), None)
 
     def finished(self, method: str) -> list[Found]:
         """What was found with the seeds that count."""
@@ -184,6 +194,7 @@ def _learned(
     nothing = {"accuracy": [None] * count, "step_seconds": None, "held_bytes": None}
     with _reading(directory.path / files.METRICS):
         lines = [over.get((method, seed, task), nothing) for task in range(count)]
+        lam = next((line["lam"] for line in lines if "lam" in line), None)
         accuracy, seconds, held = (
             torch.from_numpy(np.array([line[key] for line in lines], dtype=float))
             for key in nothing
@@ -196,7 +207,7 @@ def _learned(
             found = dict(directory[cell])
             if "diverged" not in found:
                 found = {key: found[key] for key in KEYS}
-    return Learned(method, seed, folder, accuracy, seconds, held, found)
+    return Learned(method, seed, lam, folder, accuracy, seconds, held, found)
 
 
 @contextmanager

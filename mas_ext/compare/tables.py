@@ -7,7 +7,6 @@ from statistics import fmean
 
 from mas_ext.compare.cells import Found
 from mas_ext.compare.results import SCORES, Findings
-from mas_ext.methods.method import is_cross_entropy
 from mas_ext.metrics import interval_text
 
 
@@ -35,7 +34,7 @@ def summary(findings: Findings) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, tuple("-" * width for width in widths))
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    seeds = findings.config.seeds
+    seeds = findings.seeds
     over = f"mean and 95 % interval over {seeds} seeds" if seeds > 1 else "of one seed"
     lines += ["", f"Accuracy on all tasks after the last one, and forgetting: {over}."]
     for name, choice in findings.grid.items():
@@ -92,10 +91,10 @@ def notes(findings: Findings) -> list[str]:
 
 def _score(findings: Findings) -> list[str]:
     """What accuracies are of, where they are of no labels."""
-    settings = findings.config.settings
-    if settings.score is None and is_cross_entropy(settings.loss_function):
+    loss, score = findings.values.get("task_loss"), findings.values.get("score")
+    if score is None and loss in (None, "cross-entropy"):
         return []
-    score = settings.score or f"minus {settings.task_loss}"
+    score = score or f"minus {loss}"
     return [f"Accuracies are mean scores times 100, of the score {score}."]
 
 

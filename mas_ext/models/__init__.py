@@ -3,6 +3,7 @@
 from mas_ext.models.heads import MultiHead, load_backbone, with_heads
 from mas_ext.models.networks import (
     MODELS,
+    MakeModel,
     alexnet,
     build,
     cnn,
@@ -14,6 +15,7 @@ from mas_ext.models.networks import (
 
 __all__ = [
     "MODELS",
+    "MakeModel",
     "MultiHead",
     "alexnet",
     "build",

@@ -71,7 +71,10 @@ def resnet32(shape: Sequence[int]) -> MultiHead:
     return MultiHead(resnet.small(_image(shape)[0], (16, 32, 64), 5, resnet.Padded), 64)
 
 
-MODELS: dict[str, Callable[[Sequence[int]], MultiHead]] = {
+# From the shape of one input to a network without a head.
+MakeModel = Callable[[Sequence[int]], MultiHead]
+
+MODELS: dict[str, MakeModel] = {
     "mlp": mlp,
     "cnn": cnn,
     "alexnet": alexnet,
@@ -81,17 +84,18 @@ MODELS: dict[str, Callable[[Sequence[int]], MultiHead]] = {
 }
 
 
-def build(name: str, shape: Sequence[int]) -> MultiHead:
+def build(name: str | MakeModel, shape: Sequence[int]) -> MultiHead:
     """The network called `name` for inputs of this shape, without a head.
 
     Args:
-        name: one of `MODELS`, or "module:function" of a function shape -> MultiHead of one's own.
+        name: one of `MODELS`, or a function shape -> MultiHead of one's own, or "module:function" of it.
         shape: of one input.
 
     Raises:
         ValueError: an unknown name, or a function that returns something else.
     """
-    network = resolve("name", name, MODELS)(shape)
+    make = resolve("name", name, MODELS) if isinstance(name, str) else name
+    network = make(shape)
     if not isinstance(network, MultiHead):
         raise ValueError(f"model: got {type(network).__name__} from {name!r}, expected a MultiHead")
     return network

@@ -182,7 +182,7 @@ def test_a_run_of_another_machine(run: Path) -> None:
     text = (run / "config.toml").read_text()
     assert 'device = "cpu"' in text
     (run / "config.toml").write_text(text.replace('device = "cpu"', 'device = "cuda:7"'))
-    assert Findings.read(run).device == "cuda:7"
+    assert Findings.read(run).values["device"] == "cuda:7"
 
 
 def test_a_run_that_has_only_begun(run: Path) -> None:
