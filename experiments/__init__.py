@@ -11,6 +11,7 @@ from experiments.datasets import Datasets
 from experiments.exactness import Exactness
 from experiments.experiment import Experiment, Page, Results, draw, reproduce
 from experiments.facts import Facts
+from experiments.importance_data import ImportanceData
 from experiments.language import Language
 from experiments.official_demo import OfficialDemo
 from experiments.on_pretrained import OnPretrained
@@ -40,4 +41,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "task-free": TaskFreeStreams(),
     "automatic": Automatic(),
     "language": Language(),
+    "importance-data": ImportanceData(),
 }
