@@ -25,7 +25,7 @@ from mas_ext.scenarios import datasets as data
 from mas_ext.scenarios.named import permuted
 from mas_ext.trainer import Trainer
 
-BASE = Config.read({"hidden": [100, 100], "epochs": 3, "methods": ["mas"]})
+BASE = Config.read({"hidden": [100, 100], "lr": 1e-3, "epochs": 3, "methods": ["mas"]})
 
 SOURCES = {
     "training data": "labelled training data, without the labels",

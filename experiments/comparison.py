@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 from experiments.experiment import Page, Results
-from experiments.learned import CHOOSING_SEED, DATA_SETS, Tuned, lam_option, scenario_of
+from experiments.learned import CHOOSING_SEED, DATA_SETS, Tuned, lam_option, scenario_of, told
 from experiments.tables import number, percent, table
 from mas_ext.compare.cells import Cell, Found, chosen
 from mas_ext.compare.charts import canvas, legend, look
@@ -64,9 +64,8 @@ class Comparison(Tuned):
         return DATA_SETS[str(self.base.scenario)]
 
     def protocol(self) -> dict[str, Any]:
-        values = self.base.values()
-        told = {name: value for name, value in values.items() if name not in ("setting", "methods")}
-        return told if self.max_samples is None else {**told, "max_samples": self.max_samples}
+        values = told(self.base, "setting")
+        return values if self.max_samples is None else {**values, "max_samples": self.max_samples}
 
     def scenario(self, seed: int) -> Scenario:
         """The tasks with this seed."""

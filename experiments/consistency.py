@@ -12,7 +12,14 @@ from torch import Tensor
 
 from experiments.cifar import features
 from experiments.experiment import Experiment, Page, Results
-from experiments.learned import importance_of_head, lam_option, matrix, scenario_of, trained
+from experiments.learned import (
+    importance_of_head,
+    lam_option,
+    matrix,
+    scenario_of,
+    told,
+    trained,
+)
 from experiments.tables import percent, table, titled
 from mas_ext import models
 from mas_ext.compare.cells import Cell, Found
@@ -67,11 +74,8 @@ class Consistency(Experiment):
         return ("digits",) if self.digits else ("mnist", "cifar100", "resnet20")
 
     def protocol(self) -> dict[str, Any]:
-        told = {
-            name: {k: v for k, v in PROTOCOLS[name].values().items() if k != "methods"}
-            for name in PROTOCOLS
-        }
-        return {**told, "toy_steps": self.toy_steps, "digits": self.digits}
+        trainings = {name: told(config) for name, config in PROTOCOLS.items()}
+        return {**trainings, "toy_steps": self.toy_steps, "digits": self.digits}
 
     def plan(self, results: Results) -> Iterator[Cell]:
         """Toy and real tasks, seed by seed; a seed is an order of the tasks, too."""

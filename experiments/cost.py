@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from experiments.experiment import Experiment, Page, Results
-from experiments.learned import DATA_SETS, fewer, trained
+from experiments.learned import DATA_SETS, fewer, told, trained
 from experiments.tables import table
 from mas_ext.compare.cells import Cell, Found
 from mas_ext.compare.charts import canvas, legend, look
@@ -47,8 +47,7 @@ class Cost(Experiment):
         return DATA_SETS[str(self.base.scenario)]
 
     def protocol(self) -> dict[str, Any]:
-        values = {k: v for k, v in self.base.values().items() if k != "methods"}
-        return {**values, "tasks": self.tasks, "samples": self.samples}
+        return {**told(self.base), "tasks": self.tasks, "samples": self.samples}
 
     def plan(self, results: Results) -> Iterator[Cell]:
         """Every method with one seed, then with two, ..."""

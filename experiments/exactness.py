@@ -19,6 +19,7 @@ from experiments.learned import (
     fewer,
     lam_option,
     scenario_of,
+    told,
     trained,
 )
 from experiments.tables import number, percent, table, titled
@@ -103,8 +104,7 @@ class Exactness(Tuned):
         return DATA_SETS[str(self.base.scenario)]
 
     def protocol(self) -> dict[str, Any]:
-        values = {k: v for k, v in self.base.values().items() if k != "methods"}
-        return {**values, "samples": self.samples, "measured": self.measured}
+        return {**told(self.base), "samples": self.samples, "measured": self.measured}
 
     def choosing(self, name: str) -> Cell | None:
         """The training that the lam of an importance is tried in."""

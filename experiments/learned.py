@@ -60,6 +60,12 @@ def trained(
     return train(model, method, scenario, settings, **trainer)
 
 
+def told(config: Config, *others: str) -> dict[str, Any]:
+    """What a configuration says of all trainings: without the methods and their lam, and without others."""
+    of_cells = {"methods", "lam", "keep", *others}
+    return {name: value for name, value in config.values().items() if name not in of_cells}
+
+
 def lam_option(lam: float | None) -> dict[str, float]:
     """The options of a method with this lam; None is that of methods without lam."""
     return {} if lam is None else {"lam": lam}

@@ -88,7 +88,7 @@ def test_bench_passes_its_arguments_on(
 def test_demo_on_idx_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for part, count in (("train", 40), ("t10k", 20)):
+    for part, count in (("train", 100), ("t10k", 20)):
         # A bright pixel in the place of the class.
         pixels = b"".join(
             bytes(255 * (k % 10 == place) for place in range(10)) for k in range(count)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mas_ext._arguments import hint
 from mas_ext.compare import sweep
-from mas_ext.compare.options import OPTIONS, Config, tables_of
+from mas_ext.compare.options import OPTIONS, Config, settings_of, tables_of
 from mas_ext.compare.results import Findings
 from mas_ext.methods.quadratic import Lam
 from mas_ext.models import MakeModel
@@ -22,7 +22,7 @@ def compare(
     make_model: MakeModel | str = "mlp",
     methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("finetune", "mas", "joint"),
     seeds: int = 3,
-    lam: Lam | Sequence[float] = (),
+    lam: Lam | Sequence[float] = "auto",
     *,
     out: str | Path,
     resume: bool = False,
@@ -45,8 +45,8 @@ def compare(
             `mas_ext.methods.register`.
         seeds: how many times everything is learned, with the seeds 0, 1, ...
         lam: strength of all methods that have one. Of several, each method takes the best on validation data,
-            with seeds that are not counted; "auto": chosen for every task after the first, from its data alone;
-            none: each method's own.
+            with seeds that are not counted; "auto": chosen for every task after the first, from its data alone,
+            by all methods that can; none: each method's own.
         out: a new directory.
         resume: go on with the comparison in `out`.
         options: of training, as those of Trainer, such as setting="class", epochs=10 or a task_loss; and, as
@@ -73,7 +73,7 @@ def compare(
         methods=tables_of(methods),
         lam=OPTIONS["lam"].read("lam", lam),
         seeds=seeds,
-        settings=Settings(**{n: options.pop(n) for n in [*options] if n in of_training}),
+        settings=settings_of(scenario, {n: options.pop(n) for n in [*options] if n in of_training}),
         **{name: OPTIONS[name].read(name, value) for name, value in options.items()},
     )
     sweep.run(config, out, resume=resume)

@@ -33,10 +33,10 @@ _ALPHA: dict[str, Any] = {"merge": "consistent", "anchor": "own"}
 
 COMPARED: dict[str, Callable[[], Method]] = {
     "fine-tuning": Finetune,
-    "MAS": partial(MAS, 0.3, max_samples=IMPORTANCE_SAMPLES),
-    "MAS-alpha": partial(MAS, 0.3, **_ALPHA, max_samples=IMPORTANCE_SAMPLES),
+    "MAS": partial(MAS, "auto", max_samples=IMPORTANCE_SAMPLES),
+    "MAS-alpha": partial(MAS, "auto", **_ALPHA, max_samples=IMPORTANCE_SAMPLES),
     # The gradient form ends in NaN at a hundredth of this lam.
-    "proximal, lam = 1000": partial(
+    "too strong, lam = 1000": partial(
         MAS, 1000.0, **_ALPHA, mode="proximal", max_samples=IMPORTANCE_SAMPLES
     ),
 }

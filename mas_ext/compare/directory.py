@@ -68,7 +68,8 @@ class Directory:
             raise FileNotFoundError(
                 f"out: got {str(self.path)!r}, where no run has begun; leave out --resume"
             )
-        return separate_anchor(read_toml(self.path / CONFIG))
+        # Written without lam when each method had its own.
+        return {"lam": [], **separate_anchor(read_toml(self.path / CONFIG))}
 
     def config(self) -> Config:
         """What is compared in this directory, where all of it is known by names.

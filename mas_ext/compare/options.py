@@ -18,7 +18,7 @@ from torch import nn
 
 from mas_ext import models
 from mas_ext._arguments import hint, resolve
-from mas_ext.methods import METHODS, Method, create, options
+from mas_ext.methods import METHODS, Method, create, options, takes
 from mas_ext.methods.method import is_cross_entropy
 from mas_ext.methods.quadratic import Lam
 from mas_ext.models import MakeModel, MultiHead
@@ -93,6 +93,9 @@ def _names(known: Iterable[str]) -> str:
     return ", ".join(known)
 
 
+# Scenarios with a learning rate of their own.
+_RATES = _names(f"{name} {r.lr:g}" for name, r in named.SCENARIOS.items() if r.lr is not None)
+
 WHAT = {
     "scenario": Option(
         str,
@@ -115,7 +118,7 @@ WHAT = {
     "lam": Option(
         float,
         "strength of all methods that have one; of several, the best on validation data is taken for each "
-        "method; auto: chosen for every task after the first, from its data alone; default: each method's own",
+        "method; auto: chosen for every task after the first, from its data alone, by all methods that can",
         many=True,
         word="auto",
     ),
@@ -131,7 +134,7 @@ HOW = {
         "task, side by side)",
     ),
     "optimizer": Option(str, "sgd, adam or adamw"),
-    "lr": Option(float, "learning rate"),
+    "lr": Option(float, f"learning rate; of {_RATES}"),
     "epochs": Option(int, "for every task, or one number per task", many=True),
     "batch_size": Option(int, "samples per step"),
     "schedule": Option(
@@ -181,6 +184,7 @@ class Config:
     scenario: by name, or itself, or a function seed -> Scenario.
     model: by name, or a function shape -> MultiHead.
     methods: options by name; "lam" among them may be a list, and takes precedence over `lam`.
+    lam: of all methods; none: each method's own default, as of those that can't choose with "auto".
     settings: see HOW; its seed is not used.
 
     Raises:
@@ -196,7 +200,7 @@ class Config:
     methods: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {"finetune": {}, "mas": {}, "mas-alpha": {}, "joint": {}}
     )
-    lam: tuple[float, ...] | Literal["auto"] = ()
+    lam: tuple[float, ...] | Literal["auto"] = "auto"
     lam_seeds: int = 1
     seeds: int = 1
     device: str = "cpu"
@@ -259,7 +263,7 @@ class Config:
                 (how if name in HOW else what)[name] = OPTIONS[name].read(name, value)
         if len(how.get("epochs", ())) == 1:
             (how["epochs"],) = how["epochs"]
-        return cls(**what, settings=Settings(**how))
+        return cls(**what, settings=settings_of(what.get("scenario", cls.scenario), how))
 
     def values(self) -> dict[str, Any]:
         """All keys that have a value, as in a file, and what has no name there by what it is called in Python.
@@ -270,7 +274,7 @@ class Config:
         for name in OPTIONS:
             value = getattr(self.settings if name in HOW else self, name)
             told = name != "keep" or value != Settings.keep or self.automatic
-            if value not in (None, (), F.cross_entropy) and told:
+            if (value not in (None, (), F.cross_entropy) or name == "lam") and told:
                 found[name] = _told(value)
         if "task_loss" in found and is_cross_entropy(self.settings.loss_function):
             found.setdefault("score", "accuracy")
@@ -298,7 +302,8 @@ class Config:
             return ()
         own = self.methods[method].get("lam")
         if own is None:
-            return _read_lams("lam", self.lam) or (known["lam"],)
+            can = self.lam != "auto" or takes(method, "lam", "auto")
+            return (_read_lams("lam", self.lam) if can else ()) or (known["lam"],)
         return _read_lams(f"methods.{method}.lam", own)
 
     @property
@@ -343,6 +348,13 @@ class Config:
         settings = self.settings
         share = settings.validation or (CHOOSING_SHARE if purpose == "choose" else 0.0)
         return replace(settings, seed=seed, validation=share)
+
+
+def settings_of(scenario: Any, given: Mapping[str, Any]) -> Settings:
+    """The settings given; of a scenario by name with its learning rate, where none is."""
+    recipe = named.SCENARIOS.get(scenario) if isinstance(scenario, str) else None
+    usual = {} if recipe is None or recipe.lr is None else {"lr": recipe.lr}
+    return Settings(**{**usual, **given})
 
 
 def _read_lams(name: str, value: Any) -> tuple[Lam, ...]:

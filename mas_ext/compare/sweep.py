@@ -75,7 +75,7 @@ def run(config: Config, out: str | Path, *, resume: bool = False, tensorboard: b
         closing(ProgressBar(epochs, trainings)) as progress,
     ):
         without = [name for name in config.methods if "lam" not in options(name)]
-        if config.lam and without:
+        if config.lam not in ((), "auto") and without:
             progress.say(f"no lam, so the list is not for them: {', '.join(without)}")
         sweep = Sweep(config, directory, make_scenario, epochs, journal, progress, tools)
         fill(directory, sweep.shown(sweep.plan()), sweep.measure)

@@ -37,6 +37,7 @@ __all__ = [
     "create",
     "options",
     "register",
+    "takes",
 ]
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -120,9 +121,8 @@ def create(name: str, /, **given: Any) -> Method:
                 f"{option}: method {name!r} has no such option, expected one of {', '.join(known) or 'none'}"
             )
     make = _find(name)
-    kinds = get_type_hints(make.func if isinstance(make, partial) else make)
     for option, value in given.items():
-        kind = kinds.get(option, Any)
+        kind = _kind(make, option)
         if not _fits(value, kind):
             raise ValueError(f"{option}: got {value!r}, expected {_spelled(kind)}")
         if isinstance(value, Real) and float in (kind, *get_args(kind)):
@@ -131,6 +131,20 @@ def create(name: str, /, **given: Any) -> Method:
     if not isinstance(method, Method):
         raise ValueError(f"method: got {type(method).__name__} from {name!r}, expected a Method")
     return method
+
+
+def takes(name: str, option: str, value: Any) -> bool:
+    """Whether the method called `name` has this option, and its type this value.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return option in options(name) and _fits(value, _kind(_find(name), option))
+
+
+def _kind(make: Callable[..., Method], option: str) -> Any:
+    """The type of an option; Any where nothing says it."""
+    return get_type_hints(make.func if isinstance(make, partial) else make).get(option, Any)
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -121,13 +121,15 @@ def standardised(scenario: Scenario) -> Scenario:
 
 
 class Recipe(NamedTuple):
-    """How a scenario is made from a folder, a number of tasks and a seed, and the usual number of tasks.
+    """How a scenario is made from a folder, a number of tasks and a seed.
 
-    None is the number that the maker takes by itself.
+    tasks: how many are usual; None: as many as the maker takes by itself. lr: a learning rate at which
+    fine-tuning forgets, so that there is something to compare; None: that of any training.
     """
 
     make: Callable[[Folder, Any, int], Scenario]
     tasks: int | None
+    lr: float | None = None
 
 
 def _split(dataset: str) -> Callable[[Folder, int, int], Scenario]:
@@ -137,7 +139,7 @@ def _split(dataset: str) -> Callable[[Folder, int, int], Scenario]:
 
 
 SCENARIOS = {
-    "split-digits": Recipe(_split("digits"), 5),
+    "split-digits": Recipe(_split("digits"), 5, lr=1e-2),
     "split-mnist": Recipe(_split("mnist"), 5),
     "split-fashion": Recipe(_split("fashion-mnist"), 5),
     "split-cifar100": Recipe(_split("cifar100"), 10),

@@ -63,8 +63,9 @@ def test_every_value_arrives() -> None:
 
 def test_nothing_given() -> None:
     found = Config.read({})
-    assert found == Config()
-    assert found.settings == Settings()
+    assert found == Config(settings=Settings(lr=0.01))
+    assert Config.read({"lr": 0.5}).settings.lr == 0.5
+    assert Config.read({"scenario": "split-mnist"}).settings == Settings()
     assert list(found.methods) == ["finetune", "mas", "mas-alpha", "joint"]
 
 
@@ -126,7 +127,6 @@ def test_no_toml(tmp_path: Path) -> None:
         ({"lam": [1, 1]}, r"lam: got \[1.0, 1.0\], expected each number once"),
         ({"lam": math.inf}, r"lam: got \[inf\], expected finite numbers from 0 up"),
         ({"keep": 2}, "keep: got 2.0, expected a number from 0 to 1"),
-        ({"methods": ["lwf"], "lam": "auto"}, "lam: got 'auto', expected float"),
         ({"methods": {"ebll": {"lam": "auto"}}}, "lam: got 'auto', expected float"),
         ({"lr": "fast"}, "lr: got 'fast', expected a number"),
         ({"lr": True}, "lr: got True, expected a number"),
@@ -192,7 +192,9 @@ def test_which_lam() -> None:
     methods = {"finetune": {}, "mas": {"lam": 3}, "mas-alpha": {"lam": [4, 5]}, "local-mas": {}}
     found = Config.read({"methods": methods, "lam": [7, 8]})
     assert [found.lams(name) for name in methods] == [(), (3.0,), (4.0, 5.0), (7.0, 8.0)]
-    assert Config.read({"methods": ["mas"]}).lams("mas") == (1.0,)
+    assert Config.read({"methods": ["mas"], "lam": []}).lams("mas") == (1.0,)
+    automatic = Config.read({"methods": ["mas", "lwf", "joint"]})
+    assert [automatic.lams(name) for name in automatic.methods] == [("auto",), (1.0,), ()]
     created = found.create("mas-alpha", 5.0)
     assert vars(created)["lam"] == 5.0
     assert type(found.create("finetune", None)).__name__ == "Finetune"
@@ -200,15 +202,17 @@ def test_which_lam() -> None:
 
 def test_lam_that_is_chosen_before_each_task() -> None:
     methods = {"finetune": {}, "mas": {"lam": "auto"}, "si": {}, "lwf": {"lam": 2}}
-    found = Config.read({"methods": methods})
+    found = Config.read({"methods": methods, "lam": []})
     assert [found.lams(name) for name in methods] == [(), ("auto",), (1.0,), (2.0,)]
     assert found.automatic
     assert found.values()["keep"] == 0.5
     assert found.tried() == []
     everybody = Config.read({"methods": ["mas", "si"], "lam": "auto"})
     assert [everybody.lams(name) for name in ("mas", "si")] == [("auto",)] * 2
-    assert not Config().automatic
-    assert "keep" not in Config().values()
+    assert Config().automatic
+    alone = Config.read({"lam": 2})
+    assert not alone.automatic
+    assert "keep" not in alone.values()
 
 
 def test_merge() -> None:
