@@ -10,7 +10,7 @@ import torch
 from definition import loop
 from torch import Tensor, nn
 
-from mas_ext.parameters.adapters import AdaptedWeight, Factor, LowRankProduct, register
+from mas_ext.parameters.adapters import AdaptedWeight, Factor, LowRankProduct, register_adapter
 
 
 class LoRA(nn.Module):
@@ -51,7 +51,7 @@ class LoRA(nn.Module):
         return y
 
 
-@register
+@register_adapter
 def of_toy(module: nn.Module) -> AdaptedWeight | None:
     if not isinstance(module, LoRA):
         return None

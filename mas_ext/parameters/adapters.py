@@ -93,7 +93,7 @@ def _of_peft(module: nn.Module) -> AdaptedWeight | None:
 _finders: list[Finder] = []
 
 
-def register(finder: Finder) -> Finder:
+def register_adapter(finder: Finder) -> Finder:
     """Have adapters of another library held in weight space, too.
 
         @register
