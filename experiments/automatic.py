@@ -141,7 +141,7 @@ class Automatic(Experiment):
     def data_sets(self) -> tuple[str, ...]:
         if self.problems == ("arms",):
             return ()
-        return (*DATA_SETS["datasets"], "cifar10-test", "resnet20")
+        return (*DATA_SETS["recognition"], "cifar10-test", "resnet20")
 
     def quick(self) -> Automatic:
         """The arms, which need no data, and MAS."""

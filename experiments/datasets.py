@@ -20,7 +20,7 @@ from mas_ext.scenarios import Scenario
 
 BASE = Config.read(
     {
-        "scenario": "datasets",
+        "scenario": "recognition",
         "optimizer": "adam",
         "lr": 1e-3,
         "epochs": 5,
@@ -28,6 +28,9 @@ BASE = Config.read(
         "methods": ["finetune"],
     }
 )
+
+# What the protocol of stored results calls the scenario.
+STORED_AS = {"recognition": "datasets"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Datasets(Comparison):
 
     def protocol(self) -> dict[str, Any]:
         told = {"model": "strided", "train": self.train, "test": self.test}
-        return {**super().protocol(), **told}
+        found = {**super().protocol(), **told}
+        return {**found, "scenario": STORED_AS.get(found["scenario"], found["scenario"])}
 
     def scenario(self, seed: int) -> Scenario:
         return fewer(scenario_of(self.base, self.data, 0), self.train, self.test, seed)

@@ -77,7 +77,7 @@ DATA_SETS = {
     "split-mnist": ("mnist",),
     "permuted-mnist": ("mnist",),
     "split-cifar100": ("cifar100",),
-    "datasets": ("mnist", "fashion-mnist", "kmnist", "notmnist", "cifar100"),
+    "recognition": ("mnist", "fashion-mnist", "kmnist", "notmnist", "cifar100"),
 }
 
 

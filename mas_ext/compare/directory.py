@@ -43,6 +43,7 @@ from torch import Tensor
 from mas_ext.compare.cells import Cell, Found
 from mas_ext.compare.options import Config, differences, read_toml
 from mas_ext.info import info
+from mas_ext.scenarios.named import RENAMED
 from mas_ext.state.merge_rules import separate_anchor
 from mas_ext.state.replacing import alone_in, remove_leftovers, write
 
@@ -58,7 +59,7 @@ class Directory:
         self.path = Path(path)
 
     def values(self) -> dict[str, Any]:
-        """What is compared in this directory, by the keys of a configuration.
+        """What is compared in this directory, by the keys of a configuration and the names of now.
 
         Raises:
             FileNotFoundError: no run has begun here.
@@ -68,8 +69,12 @@ class Directory:
             raise FileNotFoundError(
                 f"out: got {str(self.path)!r}, where no run has begun; leave out --resume"
             )
+        values = read_toml(self.path / CONFIG)
+        for old, new in RENAMED.items():
+            if values.get("scenario") == old:
+                values["scenario"] = new
         # Written without lam when each method had its own.
-        return {"lam": [], **separate_anchor(read_toml(self.path / CONFIG))}
+        return {"lam": [], **separate_anchor(values)}
 
     def config(self) -> Config:
         """What is compared in this directory, where all of it is known by names.

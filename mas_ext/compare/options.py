@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -208,10 +209,11 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without data."""
-        for name, known in (("scenario", named.SCENARIOS), ("model", models.MODELS)):
+        known_model = functools.partial(resolve, "model", known=models.MODELS)
+        for name, find in (("scenario", named.known_scenario), ("model", known_model)):
             value = getattr(self, name)
             if isinstance(value, str):
-                resolve(name, value, known)
+                find(value)
             elif not callable(value) and not isinstance(value, Scenario):
                 raise ValueError(
                     f"{name}: got {type(value).__name__}, expected a name or a function"

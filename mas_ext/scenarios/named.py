@@ -43,7 +43,7 @@ def make_scenario(
         ValueError: an unknown name, or a number or order of tasks that cannot be.
         FileNotFoundError: data that are not there.
     """
-    entry = resolve("scenario", name, SCENARIOS)
+    entry = known_scenario(name)
     if not isinstance(entry, Recipe):
         entry = Recipe(entry, None)
     scenario = entry.make(folder, entry.tasks if tasks is None else tasks, seed)
@@ -57,6 +57,17 @@ def make_scenario(
     if order == "random":
         order = torch.randperm(len(scenario.tasks), generator=_generator(seed)).tolist()
     return scenario.reordered(order)
+
+
+def known_scenario(name: str) -> Any:
+    """The Recipe of this name, or the function that "module:function" imports.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name in RENAMED:
+        raise ValueError(f"scenario: got {name!r}, expected {RENAMED[name]!r}, its name by now")
+    return resolve("scenario", name, SCENARIOS)
 
 
 def permuted(train: Tensors, test: Tensors, tasks: int = 10, seed: int = 0) -> Scenario:
@@ -150,8 +161,10 @@ SCENARIOS = {
     "rotated-mnist": Recipe(
         lambda f, tasks, seed: standardised(rotated(*data.load_dataset("mnist", f), tasks)), 10
     ),
-    "datasets": Recipe(lambda f, tasks, seed: recognition(f, tasks), 8),
+    "recognition": Recipe(lambda f, tasks, seed: recognition(f, tasks), 8),
 }
+# What scenarios were called when files were written that are still read.
+RENAMED = {"datasets": "recognition"}
 
 
 def _in_memory(dataset: Dataset[Any]) -> Tensors:

@@ -15,6 +15,8 @@ import mas_ext
 from mas_ext.compare import directory as files
 from mas_ext.compare.directory import Directory, Journal
 from mas_ext.compare.options import Config, read_toml
+from mas_ext.compare.results import Findings
+from mas_ext.scenarios.named import make_scenario
 
 
 def line(task: int, epoch: int | None, **more: Any) -> dict[str, Any]:
@@ -215,6 +217,22 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
     with Directory(tmp_path).begun(Config()):
         pass
     assert (tmp_path / "config.toml").exists()
+
+
+def test_a_run_from_before_a_scenario_had_its_name(tmp_path: Path) -> None:
+    """It is read, resumed and shown under the name of now, which nobody else can give any more."""
+    config = Config.read({"scenario": "recognition", "tasks": 5})
+    (tmp_path / "config.toml").write_text(
+        config.toml().replace('scenario = "recognition"', 'scenario = "datasets"')
+    )
+    assert Directory(tmp_path).config() == config
+    Directory(tmp_path).check(config, resume=True)
+    files.write_json(tmp_path / "environment.json", [])
+    assert Findings.read(tmp_path).values == config.values()
+    with pytest.raises(ValueError, match="scenario: got 'datasets', expected 'recognition'"):
+        Config.read({"scenario": "datasets"})
+    with pytest.raises(ValueError, match="scenario: got 'datasets', expected 'recognition'"):
+        make_scenario("datasets")
 
 
 def test_cells(tmp_path: Path) -> None:

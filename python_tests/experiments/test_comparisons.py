@@ -12,6 +12,7 @@ import torch
 from image_files import write_npz
 
 from experiments import EXPERIMENTS, Results, cifar, reproduce
+from experiments.__main__ import RESULTS
 from experiments.comparison import Variant
 from experiments.learned import fewer
 from experiments.manifest import DataError
@@ -72,6 +73,14 @@ def test_on_pretrained(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_stored_results_of_data_sets_are_those_of_the_protocol() -> None:
+    """Their scenario had another name when they were measured."""
+    experiment = EXPERIMENTS["datasets"]
+    results = Results(RESULTS / "datasets.json", experiment.protocol())
+    assert len(results.entries) > 50
+    assert all(cell in results for cell in experiment.plan(results))
+
+
 def test_datasets(tmp_path: Path) -> None:
     """Every task has its column: accuracy after the last one, and its change since the task was new."""
     experiment = small("datasets")

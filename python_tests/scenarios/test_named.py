@@ -96,7 +96,7 @@ def test_angles_are_equal_steps(folder: Path) -> None:
 
 
 def test_data_sets_of_one_shape(folder: Path) -> None:
-    scenario = catalogue.make_scenario("datasets", folder)
+    scenario = catalogue.make_scenario("recognition", folder)
     assert [task.name for task in scenario.tasks] == [
         *("mnist", "fashion-mnist", "kmnist", "notmnist"),
         *("cifar100 0-24", "cifar100 25-49", "cifar100 50-74", "cifar100 75-99"),
@@ -135,11 +135,11 @@ def test_what_cannot_be_built(folder: Path) -> None:
         with pytest.raises(
             ValueError, match=r"tasks: got .*, expected 4 and a number of groups that divides"
         ):
-            catalogue.make_scenario("datasets", folder, tasks)
+            catalogue.make_scenario("recognition", folder, tasks)
     with pytest.raises(ValueError, match=r"order: got .*, expected each of 0 to 1 once"):
         catalogue.make_scenario("split-mnist", folder, 2, order=[1, 1])
     with pytest.raises(FileNotFoundError, match="mnist is not in"):
-        catalogue.make_scenario("datasets", folder / "empty")
+        catalogue.make_scenario("recognition", folder / "empty")
 
 
 # Real files, where they are at hand. Defined conditionally, so that no test is ever skipped.
@@ -147,7 +147,7 @@ def test_what_cannot_be_built(folder: Path) -> None:
 if (SHARED / "cifar100_subset.npz").is_file() and (SHARED / "MNIST").is_dir():
 
     def test_real_data_sets() -> None:
-        scenario = catalogue.make_scenario("datasets", SHARED)
+        scenario = catalogue.make_scenario("recognition", SHARED)
         sizes = [(len(task.train), len(task.test)) for task in scenario.tasks]
         assert sizes == [(60000, 10000)] * 2 + [(8000, 2000)] * 2 + [(4000, 1000)] * 4
         assert [len(task.classes) for task in scenario.tasks] == [10] * 4 + [25] * 4
