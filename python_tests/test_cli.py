@@ -261,7 +261,11 @@ def test_run_of_a_regression(
             "task_loss: got shape (7, 2) for outputs (7, 2) and targets",
         ),
         (
-            ["--task-loss", "cross-entropy", "--score", "accuracy"],
+            ["--task-loss", "cross-entropy"],
+            "task_loss: got the cross entropy for task 'arm 0' with targets torch.float32 of shape (2,)",
+        ),
+        (
+            ["--task-loss", "mse", "--score", "accuracy"],
             "score: got RuntimeError for outputs (7, 2)",
         ),
         (
@@ -283,6 +287,59 @@ def test_run_of_a_regression(
         assert main([*words, "--out", "c", *wrong]) == 1, wrong
         assert message in capsys.readouterr().err
         assert not (tmp_path / "c").exists()
+
+
+TARGETS = """\
+import torch
+from mas_ext.scenarios import Tensors, from_datasets
+
+
+def told(folder, tasks, seed):
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(seed))
+    return x, torch.stack([x.sum(1), x[:, 0] - x[:, 1], x[:, 2]], 1)
+
+
+def heights(*given):
+    x, y = told(*given)
+    return from_datasets([(Tensors(x, y[:, k]),) * 2 for k in range(2)])
+
+
+def marks(*given):
+    x, y = told(*given)
+    return from_datasets([(Tensors(x, y > k / 9),) * 2 for k in range(2)])
+"""
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["of_mine:heights", "--task-loss", "mse"], "of the score minus mse."),
+        (["of_mine:marks", "--task-loss", "bce"], "of the score minus bce."),
+        (["of_mine:marks", "--task-loss", "bce", "--score", "hamming"], "of the score hamming."),
+    ],
+)
+def test_run_of_targets_that_are_no_labels(
+    words: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """from_datasets tells their kind; a single float per sample is compared with its own output alone."""
+    (tmp_path / "of_mine.py").write_text(TARGETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    common = ["--hidden", "16", "--lr", "0.02", "--epochs", "20", "--methods", "finetune,mas"]
+    assert main(["run", "--out", "run", "--scenario", *words, *common]) == 0
+    assert told in capsys.readouterr().out
+    after = np.loadtxt(
+        "run/mas-seed0/accuracy.csv", delimiter=",", converters=lambda x: float(x or "nan")
+    )
+    # An output of 0 has a mean squared error above 1, a cross entropy of log 2, and half of all decisions.
+    assert after[1].min() > (0.8 if "hamming" in words else -0.6)
+    assert main(["report", "run"]) == 0
+    monkeypatch.delitem(sys.modules, "of_mine")
 
 
 def test_help_of_run_tells_every_default(capsys: pytest.CaptureFixture[str]) -> None:

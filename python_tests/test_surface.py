@@ -53,7 +53,15 @@ NAMES = {
         *("MultiHead", "with_heads", "load_backbone", "MODELS", "build"),
         *("mlp", "cnn", "alexnet", "resnet18", "resnet20", "resnet32"),
     ),
-    "mas_ext.scenarios": ("Tensors", "Task", "Scenario", "from_datasets", "split", "labels"),
+    "mas_ext.scenarios": (
+        "Tensors",
+        "Task",
+        "Scenario",
+        "from_datasets",
+        "split",
+        "labels",
+        "targets",
+    ),
     "mas_ext.metrics": (
         *("accuracy", "average_accuracy", "forgetting", "backward_transfer", "forward_transfer"),
         *("intransigence", "single_task_gap", "mean_interval", "interval_text"),

@@ -140,10 +140,13 @@ def matrices_chart(findings: Findings) -> Any:
     if not methods:
         return None
     found = {method: 100 * over_seeds(s, lambda s: s.accuracy)[0] for method, s in methods.items()}
-    low, high = _limits(torch.stack(list(found.values())))
+    values = torch.stack(list(found.values()))
+    low, high = _limits(values)
+    if bool((values.nan_to_num() >= 0).all()):  # else they are scores, which may be negative
+        low, high = max(low, 0.0), min(high, 100.0)
     figure, panels = canvas(len(found), 3, 2.3, grid=False)
     for panel, (method, matrix) in zip(panels, found.items(), strict=True):
-        image = panel.imshow(matrix.numpy(), cmap="cividis", vmin=max(low, 0), vmax=min(high, 100))
+        image = panel.imshow(matrix.numpy(), cmap="cividis", vmin=low, vmax=high)
         panel.set_title(method, fontsize="medium")
         panel.tick_params(labelsize="small")
         ticks = range(0, count, math.ceil(count / 10))

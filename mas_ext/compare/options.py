@@ -24,7 +24,7 @@ from mas_ext.methods.method import is_cross_entropy
 from mas_ext.methods.quadratic import Lam
 from mas_ext.models import MakeModel, MultiHead
 from mas_ext.scenarios import Scenario, named
-from mas_ext.training.settings import CHOOSING_SHARE, LOSSES, Settings
+from mas_ext.training.settings import CHOOSING_SHARE, LOSSES, NAMED_SCORES, Settings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -166,8 +166,8 @@ HOW = {
     ),
     "score": Option(
         str,
-        "what is reported as accuracy: accuracy, or module:function, (output, target) -> number, larger is "
-        "better; default: accuracy for the cross entropy, else minus the loss",
+        f"what is reported as accuracy: {_names(NAMED_SCORES)}; or module:function, (output, target) -> "
+        "number, larger is better; default: accuracy for the cross entropy, else minus the loss",
     ),
     "workers": Option(int, "processes that read data sets that are not in memory"),
 }

@@ -16,26 +16,25 @@ class Tensors(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         x: inputs (N, ...).
-        y: labels (N,), of any integer type, kept as int64, or targets (N, ...) of a floating-point type.
+        y: labels (N,), of any integer type, kept as int64, or targets (N, ...) of any real type.
         transform: maps inputs (n, ...) to as many of any shape, whenever they are read; None: as they are.
 
     Raises:
-        ValueError: y of another kind or shape, or not as many as inputs.
+        ValueError: y that is complex or 0-dim, or not as many as inputs.
     """
 
     def __init__(
         self, x: Tensor, y: Tensor, transform: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        are_labels = not y.is_floating_point()
-        if y.ndim == 0 or y.is_complex() or (are_labels and y.ndim != 1):
+        if y.ndim == 0 or y.is_complex():
             raise ValueError(
-                f"y: got {y.dtype} of shape {tuple(y.shape)}, expected integers (N,) or floats (N, ...)"
+                f"y: got {y.dtype} of shape {tuple(y.shape)}, expected labels (N,) or targets (N, ...)"
             )
         if x.ndim == 0 or len(x) != len(y):
             raise ValueError(
                 f"x: got shape {tuple(x.shape)}, expected an input for each of the {len(y)} targets"
             )
-        self.x, self.y, self.transform = x, y.long() if are_labels else y, transform
+        self.x, self.y, self.transform = x, y.long() if _are_labels(y) else y, transform
 
     def __len__(self) -> int:
         return len(self.y)
@@ -60,26 +59,58 @@ class Tensors(Dataset[tuple[Tensor, Tensor]]):
         return Tensors(self.x, self.y, both)
 
 
-def labels(dataset: Dataset[Any]) -> Tensor:
-    """The labels of all samples, (N,) int64.
+def targets(dataset: Dataset[Any]) -> Tensor:
+    """What all samples have as targets, (N, ...), in the type in which the data set has them.
 
     Inputs are not read for `Tensors`, TensorDataset, Subset and data sets with `targets`, as torchvision's.
 
     Raises:
-        ValueError: floating-point targets in `Tensors`.
+        ValueError: targets that are no numbers, or differ in shape.
     """
     if isinstance(dataset, Tensors):
-        if dataset.y.is_floating_point():
-            raise ValueError(f"labels: got {dataset.y.dtype}, expected integers")
         return dataset.y
     if isinstance(dataset, TensorDataset):
-        return dataset.tensors[1].long()
+        return dataset.tensors[1]
     if isinstance(dataset, Subset):
-        return labels(dataset.dataset)[torch.as_tensor(dataset.indices)]
+        return targets(dataset.dataset)[torch.as_tensor(dataset.indices)]
     if hasattr(dataset, "targets") and getattr(dataset, "target_transform", None) is None:
-        return torch.as_tensor(dataset.targets).long()
-    count = len(dataset)  # type: ignore[arg-type]
-    return torch.tensor([int(dataset[i][1]) for i in range(count)], dtype=torch.int64)
+        return torch.as_tensor(dataset.targets)
+    found = [_target(dataset, i) for i in range(len(dataset))]  # type: ignore[arg-type]
+    for target in found:
+        if target.shape != found[0].shape:
+            raise ValueError(
+                f"targets: got shapes {tuple(found[0].shape)} and {tuple(target.shape)} in one data set, "
+                "expected equal ones"
+            )
+    return torch.stack(found) if found else torch.empty(0, dtype=torch.int64)
+
+
+def _target(dataset: Dataset[Any], i: int) -> Tensor:
+    target = dataset[i][1]
+    try:
+        return torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"targets: got {type(target).__name__}, expected a number or a tensor"
+        ) from error
+
+
+def labels(dataset: Dataset[Any]) -> Tensor:
+    """The labels of all samples, (N,) int64, read as `targets` reads them.
+
+    Raises:
+        ValueError: targets that are no integers (N,).
+    """
+    found = targets(dataset)
+    if not _are_labels(found):
+        raise ValueError(
+            f"labels: got {found.dtype} of shape {tuple(found.shape)}, expected integers (N,)"
+        )
+    return found.long()
+
+
+def _are_labels(y: Tensor) -> bool:
+    return y.ndim == 1 and not y.is_floating_point() and not y.is_complex()
 
 
 @dataclass(frozen=True)
@@ -101,8 +132,14 @@ class Task:
         """The position of each label in `classes`, which a head is trained on: (N,) -> (N,) int64.
 
         Raises:
-            ValueError: a label that is not among the classes.
+            ValueError: a label that is not among the classes; no integers (N,).
         """
+        if not _are_labels(labels):
+            raise ValueError(
+                f"labels: got {labels.dtype} of shape {tuple(labels.shape)} in task {self.name!r}, expected "
+                "integers (N,), as it has classes"
+            )
+        labels = labels.long()
         classes = torch.tensor(self.classes, device=labels.device)
         positions = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
         foreign = labels[classes[positions] != labels]
@@ -161,7 +198,17 @@ def from_datasets(
     names: Sequence[str] | None = None,
     name: str = "",
 ) -> Scenario:
-    """One task for each pair of data sets, with the classes found in it.
+    """One task for each pair of data sets, of the kind that its targets tell.
+
+    | a sample's target | task | task loss, by name |
+    |---|---|---|
+    | an integer | its classes are those that occur | "cross-entropy", the default |
+    | one float, or d of them, (d,) | regression, of 1 or d outputs | "mse", "l1", "smooth-l1" |
+    | C integers or booleans (C,), all 0 or 1, C > 1 | multi-label, of C outputs | "bce" |
+
+    Anything else is refused. Dense targets, one for every place of an image or a sequence, can be learned all
+    the same: a Task made by hand, with `outputs` per place, a backbone that gives features as (N, H, W, width)
+    and a task loss and score of one's own for outputs (N, H, W, outputs).
 
     Args:
         pairs: data to train and to test on.
@@ -169,27 +216,61 @@ def from_datasets(
         name: of the scenario.
 
     Raises:
-        ValueError: not as many names as pairs, no data, or test labels that do not occur in training.
+        ValueError: not as many names as pairs, no data, targets of another kind or of two, or test labels that
+            do not occur in training.
     """
     names = [str(t) for t in range(len(pairs))] if names is None else names
     if len(names) != len(pairs):
         raise ValueError(
             f"names: got {len(names)}, expected one for each of the {len(pairs)} tasks"
         )
-    tasks = []
-    for task, (train, test) in zip(names, pairs, strict=True):
-        classes, tested = labels(train).unique().tolist(), labels(test).unique().tolist()
-        if not classes or not tested:
-            raise ValueError(
-                f"pairs: got no samples to train or to test task {task!r} on, expected some"
-            )
-        if not set(tested) <= set(classes):
-            raise ValueError(
-                f"pairs: got the test label {min(set(tested) - set(classes))} in task {task!r}, expected one "
-                f"of those in training, {_some(classes)}"
-            )
-        tasks.append(Task(task, train, test, tuple(classes)))
+    tasks = (_task(task, *pair) for task, pair in zip(names, pairs, strict=True))
     return Scenario(tuple(tasks), name)
+
+
+def _task(name: str, train: Dataset[Any], test: Dataset[Any]) -> Task:
+    """The task on these data."""
+    if not len(train) or not len(test):  # type: ignore[arg-type]
+        raise ValueError(
+            f"pairs: got no samples to train or to test task {name!r} on, expected some"
+        )
+    first, tested = _target(train, 0), _target(test, 0)
+    kinds = [
+        f"{each.dtype} of shape {tuple(each.shape)}".removeprefix("torch.")
+        for each in (first, tested)
+    ]
+    if first.shape != tested.shape or first.is_floating_point() != tested.is_floating_point():
+        raise ValueError(
+            f"pairs: got targets of two kinds in task {name!r}, {kinds[0]} to train and {kinds[1]} to test, "
+            "expected one"
+        )
+    if first.ndim > 1 or first.is_complex() or first.numel() == 0:
+        raise ValueError(
+            f"pairs: got a target {kinds[0]} in task {name!r}, expected one label, or numbers of shape () or "
+            "(outputs,); for one at every place, make a Task by hand, see from_datasets"
+        )
+    if first.is_floating_point():
+        return Task(name, train, test, outputs=first.numel())
+    if first.ndim == 0:
+        return Task(name, train, test, _classes(name, labels(train), labels(test)))
+    for part in (targets(train), targets(test)):
+        if len(first) < 2 or bool(((part != 0) & (part != 1)).any()):
+            raise ValueError(
+                f"pairs: got targets {kinds[0]} in task {name!r}, with numbers up to {int(part.max())}, "
+                "expected one label, several decisions of 0 or 1, or floats to regress on"
+            )
+    return Task(name, train, test, outputs=len(first))
+
+
+def _classes(name: str, trained: Tensor, tested: Tensor) -> tuple[int, ...]:
+    """The labels that occur in training."""
+    classes = trained.unique().tolist()
+    if foreign := set(tested.unique().tolist()) - set(classes):
+        raise ValueError(
+            f"pairs: got the test label {min(foreign)} in task {name!r}, expected one of those in training, "
+            f"{_some(classes)}"
+        )
+    return tuple(classes)
 
 
 def split(train: Dataset[Any], test: Dataset[Any], tasks: int = 5, name: str = "") -> Scenario:

@@ -16,10 +16,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mas_ext import metrics
 from mas_ext.failures import Diverged
-from mas_ext.methods.method import Method, Training
+from mas_ext.methods.method import Method, Training, is_cross_entropy
 from mas_ext.methods.quadratic import Quadratic
 from mas_ext.models import MultiHead
-from mas_ext.scenarios import Scenario
+from mas_ext.scenarios import Scenario, Task
 from mas_ext.state import files as checkpoint
 from mas_ext.state.merge_rules import separate_anchor
 from mas_ext.training.lam import choose_lam
@@ -135,6 +135,9 @@ class Learning:
             raise ValueError("setting: got 'class' with a task without classes, expected another")
         if settings.balanced and not labelled:
             raise ValueError("balanced: got True with a task without classes, expected False")
+        if is_cross_entropy(settings.loss_function):
+            for task in self.tasks:
+                _refuse_numbers(task)
         self._score = settings.make_score(labelled)
         if settings.setting == "domain":
             if len(set(widths)) > 1:
@@ -502,6 +505,23 @@ class Learning:
             "numbers of samples": sizes,
         }
         return {name: _comparable(value) for name, value in found.items()}
+
+
+def _refuse_numbers(task: Task) -> None:
+    """Raise a ValueError for targets that a cross entropy would take for probabilities, and that are none."""
+    if task.classes:
+        return
+    target = torch.as_tensor(task.train[0][1])
+    single, several = target.ndim == 0, target.ndim == 1
+    shares = target.is_floating_point() and bool(
+        (target >= 0).all() & ((target.sum() - 1).abs() < 1e-3)
+    )
+    if (single and target.is_floating_point()) or (several and not shares):
+        raise ValueError(
+            f"task_loss: got the cross entropy for task {task.name!r} with targets {target.dtype} of shape "
+            f"{tuple(target.shape)}, expected another, as 'mse' to regress or 'bce' for decisions of 0 or 1; "
+            "labels are integers"
+        )
 
 
 def _checked(

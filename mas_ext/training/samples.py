@@ -30,7 +30,7 @@ class TaskSamples:
 
     def targets(self, y: Tensor) -> Tensor:
         """Labels as positions among the outputs; targets that are no labels as they are."""
-        return self.first + self.task.positions(y.long()) if self.task.classes else y
+        return self.first + self.task.positions(y) if self.task.classes else y
 
 
 def split_batches(order: Tensor, size: int) -> list[Tensor]:

@@ -34,6 +34,7 @@ LOSSES: dict[str, TaskLoss] = {
     "mse": F.mse_loss,
     "l1": F.l1_loss,
     "smooth-l1": F.smooth_l1_loss,
+    "bce": F.binary_cross_entropy_with_logits,
 }
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # The share of the training data that lam is chosen on where `validation` says nothing.
@@ -45,7 +46,54 @@ def is_right(output: Tensor, target: Tensor) -> Tensor:
     return output.argmax(1) == target
 
 
-NAMED_SCORES: dict[str, Score] = {"accuracy": is_right}
+def hamming(output: Tensor, target: Tensor) -> Tensor:
+    """Share of the decisions output > 0 that are right, (n,): 1 - Hamming loss; both (n, C), targets 0 or 1."""
+    return ((output > 0) == (target > 0)).double().mean(1)
+
+
+def exact_match(output: Tensor, target: Tensor) -> Tensor:
+    """Whether all decisions output > 0 of a sample are right, (n,); both (n, C), targets 0 or 1."""
+    return ((output > 0) == (target > 0)).all(1)
+
+
+NAMED_SCORES: dict[str, Score] = {
+    "accuracy": is_right,
+    "hamming": hamming,
+    "exact-match": exact_match,
+}
+
+
+# Between an output and a target of the same shape, which torch would broadcast to a common one.
+ELEMENTWISE = (
+    *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy_with_logits),
+    *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCEWithLogitsLoss),
+    *(hamming, exact_match),
+)
+
+
+def matched(function: TaskLoss) -> TaskLoss:
+    """A loss or score; of ELEMENTWISE it is computed on targets of the outputs' shape alone.
+
+    A target (n,) is taken for that of outputs (n, 1), and integers and booleans become numbers.
+
+    Raises:
+        ValueError: when it is called with targets of another shape.
+    """
+    kind = getattr(function, "func", function)
+    if kind not in ELEMENTWISE and type(kind) not in ELEMENTWISE:
+        return function
+
+    def compute(output: Tensor, target: Tensor) -> Tensor:
+        if target.shape == output.shape[:1] and output.shape[1:] == (1,):
+            target = target[:, None]
+        if target.shape != output.shape:
+            raise ValueError(
+                f"targets: got shape {tuple(target.shape)} for outputs {tuple(output.shape)}, expected the same"
+            )
+        return function(output, target if target.is_floating_point() else target.to(output))
+
+    compute.__qualname__ = _name(function)
+    return compute
 
 
 @dataclass(frozen=True)
@@ -74,11 +122,15 @@ class Settings:
         deterministic: torch.use_deterministic_algorithms while training.
         workers: processes that read data sets that are not in memory.
         task_loss: (output, target) -> 0-dim, the mean over a batch; or a name: "cross-entropy", "mse", "l1",
-            "smooth-l1", or "module:function" of what can be imported. Targets are positions of labels among the
-            outputs, (n,), or, of tasks without classes, what the data have.
+            "smooth-l1", "bce" (several decisions of 0 or 1, output > 0 is 1), or "module:function" of what can
+            be imported. Targets are positions of labels among the outputs, (n,), or, of tasks without classes,
+            what the data have. Torch's losses between numbers take targets (n,) for outputs (n, 1), and no
+            others that differ from the outputs in shape.
         score: (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better; or a
-            name: "accuracy" (whether the largest output is the label's) or "module:function". Its mean is what
-            Result calls accuracy. None: "accuracy"; for any other loss than the cross entropy, minus the loss.
+            name: "accuracy" (whether the largest output is the label's), "hamming" (share of the decisions of
+            0 or 1 that are right), "exact-match" (whether all of them are) or "module:function". Its mean is
+            what Result calls accuracy. None: "accuracy"; for any other loss than the cross entropy, minus the
+            loss.
         keep: for methods with lam "auto", what matters: from 0, the new task alone, to 1, the old ones. See
             mas_ext.choose_lam.
 
@@ -148,13 +200,14 @@ class Settings:
     def loss_function(self) -> TaskLoss:
         """The task loss, also where it was given by its name."""
         loss = self.task_loss
-        return resolve("task_loss", loss, LOSSES) if isinstance(loss, str) else loss
+        return matched(resolve("task_loss", loss, LOSSES) if isinstance(loss, str) else loss)
 
     @property
     def score_function(self) -> Score | None:
         """The score, also where it was given by its name."""
         score = self.score
-        return resolve("score", score, NAMED_SCORES) if isinstance(score, str) else score
+        score = resolve("score", score, NAMED_SCORES) if isinstance(score, str) else score
+        return None if score is None else matched(score)
 
     def epochs_of(self, tasks: int) -> list[int]:
         """The number of epochs of each task."""

@@ -1,10 +1,12 @@
 """Data in memory, tasks and scenarios, against plain loops over the samples."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from mas_ext.scenarios import Scenario, Task, Tensors, from_datasets, labels, split
+from mas_ext.scenarios import Scenario, Task, Tensors, from_datasets, labels, split, targets
 
 
 def numbered(y: list[int]) -> Tensors:
@@ -88,9 +90,9 @@ def test_a_transform_is_given_whole_batches_and_only_what_is_read() -> None:
         (
             torch.ones(3, 2),
             torch.zeros(3, dtype=torch.complex64),
-            r"y: got torch.complex64 of shape .*, expected integers \(N,\) or floats",
+            r"y: got torch.complex64 of shape .*, expected labels \(N,\) or targets",
         ),
-        (torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.int64), r"of shape \(3, 1\)"),
+        (torch.ones(3, 2), torch.tensor(3), r"y: got torch.int64 of shape \(\)"),
     ],
 )
 def test_data_that_do_not_fit(x: torch.Tensor, y: torch.Tensor, expected: str) -> None:
@@ -122,8 +124,114 @@ def test_targets_that_are_no_labels() -> None:
     data = Tensors(torch.ones(4, 3), y)
     assert torch.equal(data.batch(torch.tensor([2, 0]))[1], y[[2, 0]])
     assert torch.equal(data.subset(torch.tensor([1])).y, y[[1]])
-    with pytest.raises(ValueError, match=r"labels: got torch.float32, expected integers"):
-        from_datasets([(data, data)])
+    marks = torch.tensor([[0, 1], [1, 1], [0, 0], [1, 0]], dtype=torch.uint8)
+    assert torch.equal(Tensors(torch.ones(4, 3), marks).batch(torch.tensor([1]))[1], marks[1:2])
+
+
+class OneOfEach(Dataset):
+    """Targets as a data set of one's own gives them, sample by sample."""
+
+    def __init__(self, y: list[Any]) -> None:
+        self.y = y
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, Any]:
+        return torch.ones(3), self.y[i]
+
+
+def forms(y: torch.Tensor) -> list[Dataset]:
+    """The same targets in every kind of data set."""
+    with_targets = OneOfEach(list(y))
+    with_targets.targets = y.tolist()  # type: ignore[attr-defined]
+    twice = OneOfEach([*y, *y])
+    return [
+        Tensors(torch.ones(len(y), 3), y),
+        TensorDataset(torch.ones(len(y), 3), y),
+        Subset(twice, range(len(y), 2 * len(y))),
+        with_targets,
+        OneOfEach(list(y)),
+        OneOfEach([each.numpy() for each in y]),
+        OneOfEach(y.tolist()),
+    ]
+
+
+KINDS = [
+    (torch.tensor([4, 2, 4, 9]), (2, 4, 9), None),
+    (torch.tensor([True, False, True, True]), (0, 1), None),
+    (torch.tensor([0.5, 1.0, 2.0, 3.0]), (), 1),
+    (torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64), (), 1),
+    (torch.tensor([[0.5, 1.0], [2.0, 3.0]]), (), 2),
+    (torch.tensor([[0.0, 1.0], [1.0, 1.0]]), (), 2),
+    (torch.tensor([[0, 1, 1], [1, 0, 0]]), (), 3),
+    (torch.tensor([[False, True], [True, True]]), (), 2),
+]
+
+
+@pytest.mark.parametrize(("y", "classes", "outputs"), KINDS)
+def test_the_kind_of_a_task_is_told_by_its_targets(
+    y: torch.Tensor, classes: tuple[int, ...], outputs: int | None
+) -> None:
+    """In whatever data set; a float is no class, and nothing is rounded."""
+    for data in forms(y):
+        (task,) = from_datasets([(data, data)]).tasks
+        assert (task.classes, task.outputs) == (classes, outputs)
+        torch.testing.assert_close(targets(data), y, check_dtype=False, rtol=0, atol=0)
+        assert targets(data).is_floating_point() == y.is_floating_point()
+        if classes:
+            assert labels(data).tolist() == y.tolist()
+        else:
+            with pytest.raises(
+                ValueError, match=r"labels: got torch\..*, expected integers \(N,\)"
+            ):
+                labels(data)
+            with pytest.raises(ValueError, match="labels: got"):
+                split(data, data, 1)
+
+
+@pytest.mark.parametrize(
+    ("trained", "tested", "message"),
+    [
+        (
+            [[0, 3]],
+            [[0, 1]],
+            r"got targets int64 of shape \(2,\) in task 'it', with numbers up to 3",
+        ),
+        ([[0, 1]], [[0, -1]], r"got targets int64 of shape \(2,\) in task 'it', with"),
+        ([[7]], [[7]], r"got targets int64 of shape \(1,\) in task 'it', with numbers up to 7"),
+        ([[[0, 1]]], [[[0, 1]]], r"got a target int64 of shape \(1, 2\) in task 'it', .* by hand"),
+        (
+            [[[0.5]]],
+            [[[0.5]]],
+            r"got a target float32 of shape \(1, 1\) in task 'it', expected one",
+        ),
+        ([[]], [[]], r"got a target float32 of shape \(0,\)"),
+        ([1j], [1j], r"got a target complex64 of shape \(\)"),
+        ([0.5], [1], "got targets of two kinds in task 'it', float32 .* and int64"),
+        (
+            [[0.5]],
+            [[0.5, 1.0]],
+            r"two kinds .*, float32 of shape \(1,\) .* and float32 of shape \(2,\)",
+        ),
+        (["cat"], ["cat"], "targets: got str, expected a number or a tensor"),
+        ([{"boxes": 1}], [{"boxes": 1}], "targets: got dict, expected a number or a tensor"),
+        ([[0, 1], [0, 1, 1]], [[0, 1]], r"targets: got shapes \(2,\) and \(3,\) in one data set"),
+    ],
+)
+def test_targets_that_make_no_task(trained: list[Any], tested: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_datasets([(OneOfEach(trained), OneOfEach(tested))], ["it"])
+
+
+def test_floats_are_no_positions_of_classes() -> None:
+    task = Task("animals", numbered([0]), numbered([0]), (0, 1))
+    for wrong in (torch.tensor([0.0, 1.9]), torch.tensor([[0], [1]])):
+        with pytest.raises(
+            ValueError, match=r"labels: got torch.* in task 'animals', expected int"
+        ):
+            task.positions(wrong)
+    assert task.positions(torch.tensor([True, False])).tolist() == [1, 0]
 
 
 # Tasks and scenarios
