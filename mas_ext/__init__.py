@@ -16,12 +16,14 @@ from mas_ext.state.sharded_files import load_distributed
 from mas_ext.task_free import TaskFree
 from mas_ext.trainer import Trainer
 from mas_ext.training.lam import choose_lam, read_pull
+from mas_ext.training.scalars import ScalarCallback
 
 __all__ = [
     "Distillation",
     "FisherSum",
     "FusedMASPenalty",
     "Replay",
+    "ScalarCallback",
     "TaskFree",
     "Trainer",
     "check_importance",

@@ -176,6 +176,9 @@ def add_run(parser: Parser) -> None:
     add("--out", metavar="DIR", required=True, help="new directory for all that is found")
     add("--resume", action="store_true", help="go on with the run in --out, which stays what it is")
     add("--tensorboard", action="store_true", help="write TensorBoard events, too")
+    add(
+        "--wandb", action="store_true", help="log to Weights & Biases, too, as a project called DIR"
+    )
 
     defaults = Config().values()
     for title, options in (("what is compared", WHAT), ("how it is trained", HOW)):
@@ -216,7 +219,13 @@ def do_run(arguments: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(arguments).items() if name in OPTIONS}
     config = Config.read(merged(values, given))
     try:
-        table = sweep.run(config, out, resume=arguments.resume, tensorboard=arguments.tensorboard)
+        table = sweep.run(
+            config,
+            out,
+            resume=arguments.resume,
+            tensorboard=arguments.tensorboard,
+            wandb=arguments.wandb,
+        )
     except KeyboardInterrupt:
         if (out / CONFIG).exists():
             print(f"to go on: mas-ext run --out {shlex.quote(str(out))} --resume", file=sys.stderr)

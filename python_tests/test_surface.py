@@ -49,6 +49,7 @@ NAMES = {
     "mas_ext.methods.quadratic": ("Quadratic", "Estimated"),
     "mas_ext.methods": (),
     "mas_ext.trainer": ("Callback", "Epoch", "Result", "Trainer"),
+    "mas_ext.training.scalars": ("ScalarWriter", "WandbWriter"),
     "mas_ext.models": (
         *("MultiHead", "with_heads", "load_backbone", "MODELS", "build"),
         *("mlp", "cnn", "alexnet", "resnet18", "resnet20", "resnet32"),

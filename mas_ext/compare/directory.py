@@ -10,7 +10,7 @@
         checkpoint.safetensors  the Trainer's: the model and the state of the method
         result.json             written last: what `mas_ext.compare.sweep.train` returns
     choosing/           the same for the trainings that lam was chosen by, without their checkpoints
-    tensorboard/        events, where asked for
+    tensorboard/        events, where asked for; what Weights & Biases keeps is in wandb/
     table.md            what was printed at the end: one row per method
     report.html         from `mas-ext report`, with its pictures beside it, as PNGs
 

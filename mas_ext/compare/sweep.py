@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,10 +32,21 @@ from mas_ext.scenarios.datasets import import_extra
 from mas_ext.state.replacing import remove_leftovers, write
 from mas_ext.trainer import Trainer
 from mas_ext.training.run import Epoch, Learning, Result
+from mas_ext.training.scalars import ScalarCallback, ScalarWriter, WandbWriter
 from mas_ext.training.settings import Settings
 
+# What makes a writer of the events of a cell, from the folder of the run and the cell's name.
+MakeWriter = Callable[[Path, str], ScalarWriter]
 
-def run(config: Config, out: str | Path, *, resume: bool = False, tensorboard: bool = False) -> str:
+
+def run(
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    tensorboard: bool = False,
+    wandb: bool = False,
+) -> str:
     """Compare the methods, with progress on stderr; `mas_ext.compare.directory` says what is written.
 
     A method with several lam to choose from learns everything with each of them, with seeds of their own, and
@@ -49,6 +59,7 @@ def run(config: Config, out: str | Path, *, resume: bool = False, tensorboard: b
         resume: go on in an existing one; what is finished stays, the rest goes on from its last epoch, to the
             same bits where torch has as many threads.
         tensorboard: write events, too.
+        wandb: log to Weights & Biases, too, every training as a run of the project called as `out`.
 
     Returns:
         The table that is also in the directory.
@@ -62,7 +73,7 @@ def run(config: Config, out: str | Path, *, resume: bool = False, tensorboard: b
     """
     directory = Directory(out)
     directory.check(config, resume)
-    tools = import_extra("torch.utils.tensorboard", "tensorboard") if tensorboard else None
+    writers = [make() for make, asked in ((_tensorboard, tensorboard), (_wandb, wandb)) if asked]
     make_scenario = functools.lru_cache(maxsize=1)(config.make_scenario)
     first = make_scenario(0)
     rehearse(config, first)
@@ -77,7 +88,7 @@ def run(config: Config, out: str | Path, *, resume: bool = False, tensorboard: b
         without = [name for name in config.methods if "lam" not in options(name)]
         if config.lam not in ((), "auto") and without:
             progress.say(f"no lam, so the list is not for them: {', '.join(without)}")
-        sweep = Sweep(config, directory, make_scenario, epochs, journal, progress, tools)
+        sweep = Sweep(config, directory, make_scenario, epochs, journal, progress, writers)
         fill(directory, sweep.shown(sweep.plan()), sweep.measure)
         text = summary(Findings.read(directory.path))
         write(directory.path / files.TABLE, text)
@@ -122,11 +133,25 @@ def rehearse(config: Config, scenario: Scenario) -> None:
                 raise ValueError(f"{name}: {error}") from error
 
 
+def _tensorboard() -> MakeWriter:
+    tools = import_extra("torch.utils.tensorboard", "tensorboard")
+    return lambda out, name: cast(
+        "ScalarWriter", tools.SummaryWriter(str(out / files.EVENTS / name))
+    )
+
+
+def _wandb() -> MakeWriter:
+    tools = import_extra("wandb", "wandb")
+    return lambda out, name: WandbWriter(
+        tools.init(project=out.resolve().name, name=name, dir=str(out))
+    )
+
+
 @dataclass(frozen=True)
 class Sweep:
     """The trainings of a run, as cells of method, seed, lam and purpose ("choose" or "final").
 
-    epochs: of each task. tensorboard: the module torch.utils.tensorboard; None for no events.
+    epochs: of each task. writers: what makes writers of events.
     """
 
     config: Config
@@ -135,7 +160,7 @@ class Sweep:
     epochs: list[int]
     journal: Journal
     progress: ProgressBar
-    tensorboard: ModuleType | None
+    writers: Sequence[MakeWriter]
 
     def plan(self) -> Iterator[Cell]:
         """All choices of lam, then all seeds, each with joint training first, which intransigence needs."""
@@ -163,7 +188,11 @@ class Sweep:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         scenario, path = self.make_scenario(seed), folder / files.CHECKPOINT
-        with self._writer(folder) as writer:
+        name = str(folder.relative_to(self.directory.path))
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(closing(m(self.directory.path, name))) for m in self.writers
+            ]
             found = train(
                 self.config.network(scenario, seed),
                 self.config.create(cell["method"], cell["lam"]),
@@ -172,21 +201,17 @@ class Sweep:
                 self._joint(cell),
                 device=self.config.device,
                 checkpoint=path,
-                callbacks=[self._follow(cell, folder, writer)],
+                callbacks=[self._follow(cell, folder, writers)],
             )
         if "diverged" in found:
             self.progress.say(f"{_title(cell)}: diverged, {found['diverged']}")
         return found
 
-    def _writer(self, folder: Path) -> AbstractContextManager[Any]:
-        """Where a cell's events go."""
-        if self.tensorboard is None:
-            return nullcontext()
-        events = self.directory.path / files.EVENTS / folder.relative_to(self.directory.path)
-        return closing(self.tensorboard.SummaryWriter(str(events)))
-
-    def _follow(self, cell: Cell, folder: Path, writer: Any) -> Callable[[Epoch | Result], None]:
+    def _follow(
+        self, cell: Cell, folder: Path, writers: Sequence[ScalarWriter]
+    ) -> Callable[[Epoch | Result], None]:
         """What is done after each epoch and each task."""
+        scalars = [ScalarCallback(writer, self.epochs) for writer in writers]
         before = time.perf_counter()
 
         def follow(news: Epoch | Result) -> None:
@@ -200,8 +225,9 @@ class Sweep:
                 task = line["task"]
                 files.write_matrix(folder / files.ACCURACY, news.accuracy)
                 self.progress.task(task, float(news.accuracy[task, : task + 1].mean()))
-            if self.journal.add({**cell, **line}) and writer is not None:
-                write_events(writer, line, self.epochs)
+            if self.journal.add({**cell, **line}):
+                for tell in scalars:
+                    tell(news)
 
         return follow
 
@@ -298,7 +324,7 @@ def train(
 
 def task_line(result: Result) -> dict[str, Any]:
     """The line of metrics.jsonl about the last task that is over."""
-    task = int((~result.held_bytes.isnan()).sum()) - 1
+    task = result.tasks - 1
     return {
         "task": task,
         "epoch": None,
@@ -308,20 +334,3 @@ def task_line(result: Result) -> dict[str, Any]:
         "border_seconds": float(result.border_seconds[task]),
         "held_bytes": float(result.held_bytes[task]),
     }
-
-
-def write_events(writer: Any, line: Mapping[str, Any], epochs: Sequence[int]) -> None:
-    """Add what is in a line of metrics.jsonl to a SummaryWriter, by epochs since the first task."""
-    task, epoch = line["task"], line["epoch"]
-    if epoch is None:
-        step = sum(epochs[: task + 1])
-        row = line["accuracy"]
-        writer.add_scalar("accuracy/average", float(row[: task + 1].mean()), step)
-        for k in (~row.isnan()).nonzero()[:, 0].tolist():
-            writer.add_scalar(f"accuracy/task {k}", float(row[k]), step)
-    else:
-        step = sum(epochs[:task]) + epoch
-        writer.add_scalar("loss", line["loss"], step)
-        if line["validation"] is not None:
-            writer.add_scalar("validation", line["validation"], step)
-    writer.flush()

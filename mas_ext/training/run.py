@@ -63,6 +63,11 @@ class Result:
         return cls(*(torch.full(shape, math.nan, dtype=torch.float64) for shape in shapes))
 
     @property
+    def tasks(self) -> int:
+        """The number of tasks that are over."""
+        return int((~self.held_bytes.isnan()).sum())
+
+    @property
     def average_accuracy(self) -> float:
         """Mean accuracy over all tasks after the last one: metrics.average_accuracy."""
         return metrics.average_accuracy(self.accuracy)

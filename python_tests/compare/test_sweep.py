@@ -376,10 +376,52 @@ def test_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_runs_of_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same scalars as TensorBoard's; a training that was finished is not told of again."""
+    logged: dict[str, list[Any]] = {}
+
+    class Run:
+        def __init__(self, project: str, name: str, dir: str) -> None:
+            assert (project, dir) == ("digits", str(tmp_path / "digits"))
+            self.seen = logged.setdefault(name, [])
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            self.seen.append((*values.items(), step))
+
+        def finish(self) -> None:
+            self.seen.append("finished")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=Run))
+    config = Config.read({**SMALL, "methods": {"mas": {"lam": [0.5, 2.0]}}, "epochs": 1})
+    (tmp_path / "config.toml").write_text(config.toml())
+    words = ["--config", str(tmp_path / "config.toml"), "--out", str(tmp_path / "digits")]
+    assert cli.main(["run", "--wandb", *words]) == 0
+    assert list(logged) == ["choosing/mas-lam0.5-seed1", "choosing/mas-lam2.0-seed1", "mas-seed0"]
+    accuracy = rows(tmp_path / "digits" / "mas-seed0" / "accuracy.csv")
+    losses = [
+        x["loss"] for x in lines(tmp_path / "digits") if x["epoch"] and x["purpose"] == "final"
+    ]
+    assert logged["mas-seed0"] == [
+        (("loss", losses[0]), 1),
+        (("accuracy/average", accuracy[0, 0]), 1),
+        (("accuracy/task 0", accuracy[0, 0]), 1),
+        (("loss", losses[1]), 2),
+        (("accuracy/average", accuracy[1].mean()), 2),
+        (("accuracy/task 0", accuracy[1, 0]), 2),
+        (("accuracy/task 1", accuracy[1, 1]), 2),
+        "finished",
+    ]
+    run(config, tmp_path / "digits", resume=True, wandb=True)
+    assert all(seen.count("finished") == 1 for seen in logged.values())
+
+
 def test_events_without_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ModuleNotFoundError, match=r"run: pip install tensorboard"):
         run(Config(), tmp_path / "run", tensorboard=True)
+    with pytest.raises(ModuleNotFoundError, match=r"run: pip install wandb"):
+        run(Config(), tmp_path / "run", wandb=True)
     assert not (tmp_path / "run").exists()
 
 
