@@ -235,18 +235,38 @@ def do_run(arguments: argparse.Namespace) -> None:
 
 def add_report(parser: Parser) -> None:
     """The options of `report`."""
+    from mas_ext.compare.charts import KINDS
+    from mas_ext.compare.report import FORMATS
+
     parser.set_defaults(run=do_report)
     parser.add_argument(
         "directory", metavar="RUN", help="the directory that --out of mas-ext run was"
     )
-    parser.add_argument("--out", metavar="DIR", help="for report.html and its PNGs; default: RUN")
+    add = parser.add_argument
+    add("--out", metavar="DIR", help="where to write; default: RUN")
+    formats, kinds = (functools.partial(_several, choices) for choices in (FORMATS, KINDS))
+    text = f"{', '.join(FORMATS)}; several with commas between them; default: html"
+    add("--format", metavar="NAME,...", type=formats, default=["html"], help=text)
+    text = f"pictures as {', '.join(KINDS)}; default: png with html, else none"
+    add("--pictures", metavar="NAME,...", type=kinds, help=text)
+
+
+def _several(choices: Collection[str], text: str) -> list[str]:
+    """Names with commas between them; errors are of the type that argparse reports."""
+    names = text.split(",")
+    for name in names:
+        if name not in choices:
+            raise argparse.ArgumentTypeError(f"got {name!r}, {hint(name, choices)}")
+    return names
 
 
 def do_report(arguments: argparse.Namespace) -> None:
-    """The page's path."""
+    """The paths of what was written."""
     from mas_ext.compare import report
 
-    print(f"report: {report.report(arguments.directory, arguments.out)}")
+    given = arguments
+    for path in report.report(given.directory, given.out, given.format, given.pictures):
+        print(f"report: {path}")
 
 
 def add_info(parser: Parser) -> None:

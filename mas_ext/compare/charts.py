@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import math
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-from mas_ext.compare.results import Findings, Learned, over_seeds, shares
+from mas_ext.compare.results import FEWEST, Findings, Learned, confusion_shares, over_seeds, shares
 from mas_ext.scenarios.datasets import import_extra
 
 # Okabe and Ito's, which colour-blind people tell apart, without yellow, which is too light for lines.
@@ -17,6 +17,17 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E
 MARKERS = "osD^vP<>Xp*hd8H1234+x"
 LINES = ("-", "--", ":")
 WIDTH = 8.0  # inches
+
+Kind = Literal["png", "pdf", "svg"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# Letters stay letters that can be searched and edited (Type 3 fonts are refused by many publishers), and the
+# same picture is the same file.
+SAVING = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "mas_ext"}
+UNDATED: dict[Kind, dict[str, None]] = {
+    "png": {},
+    "pdf": {"CreationDate": None},
+    "svg": {"Date": None},
+}
 
 
 def look(i: int) -> dict[str, Any]:
@@ -35,20 +46,21 @@ def style(findings: Findings, method: str) -> dict[str, Any]:
     return look(list(findings.learned).index(method))
 
 
-def pictures(findings: Findings) -> dict[str, bytes]:
-    """PNGs by name; without those that have nothing to show yet.
+def pictures(findings: Findings, kind: Kind = "png") -> dict[str, bytes]:
+    """Files of this kind by name; without those that have nothing to show yet.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    import_extra("matplotlib")
+    matplotlib = import_extra("matplotlib")
     drawn = {}
     for name, draw in CHARTS.items():
-        figure = draw(findings)
-        if figure is not None:
-            file = io.BytesIO()
-            figure.savefig(file, dpi=150, format="png")
-            drawn[name] = file.getvalue()
+        with matplotlib.rc_context(SAVING):
+            figure = draw(findings)
+            if figure is not None:
+                file = io.BytesIO()
+                figure.savefig(file, dpi=150, format=kind, metadata=UNDATED[kind])
+                drawn[name] = file.getvalue()
     return drawn
 
 
@@ -114,20 +126,26 @@ def accuracy_chart(findings: Findings) -> Any:
     ]
     titles.append("mean of the tasks so far")
     figure, panels = canvas(count + 1, 3, 2.3, sharex=True, sharey=True)
-    means = []
+    within: list[Any] = []
     for i, (method, seeds) in enumerate(methods.items()):
+        each = torch.stack([torch.hstack([s.accuracy, s.average[:, None]]) for s in seeds])
         mean, half = over_seeds(seeds, lambda s: torch.hstack([s.accuracy, s.average[:, None]]))
-        means.append(mean)
+        # Intervals would leave no room for means.
+        within += each if len(seeds) < FEWEST else [mean]
         how = {"label": method, **style(findings, method)}
-        for panel, y, error in zip(panels, 100 * mean.T, 100 * half.nan_to_num().T, strict=True):
-            x = _beside(i, len(methods), count)
-            panel.vlines(x, y - error, y + error, color=how["color"], linewidth=0.6, alpha=0.6)
+        x = _beside(i, len(methods), count)
+        for k, (panel, y) in enumerate(zip(panels, 100 * mean.T, strict=True)):
+            if len(seeds) < FEWEST:
+                for seed in 100 * each[:, :, k]:
+                    panel.plot(x, seed, ".", color=how["color"], markersize=3, alpha=0.6)
+            else:
+                error = 100 * half[:, k].nan_to_num()
+                panel.vlines(x, y - error, y + error, color=how["color"], linewidth=0.6, alpha=0.6)
             panel.plot(x, y, **how)
     for panel, title in zip(panels, titles, strict=True):
         panel.set_title(title, fontsize="medium")
         _over_tasks(panel, count)
-    # By the means: intervals of a few seeds would leave no room for them.
-    panels[0].set_ylim(_limits(100 * torch.stack(means)))
+    panels[0].set_ylim(_limits(100 * torch.stack(within)))
     figure.supxlabel("tasks learned", fontsize="medium")
     figure.supylabel("accuracy in %", fontsize="medium")
     legend(figure, panels[0])
@@ -160,6 +178,40 @@ def matrices_chart(findings: Findings) -> Any:
     figure.supxlabel("accuracy on task", fontsize="medium")
     figure.supylabel("tasks learned", fontsize="medium")
     figure.colorbar(image, ax=panels, label="accuracy in %", aspect=40)
+    return figure
+
+
+def confusion_chart(findings: Findings) -> Any:
+    """Of each class the share of its test samples that is taken for each class: one panel per method."""
+    places, found = confusion_shares(findings)
+    if not found:
+        return None
+    tasks = [task for task, _ in places]
+    if len(places) <= 20:
+        by, ticks = "class", [*range(len(places))]
+        names = ["-" if label is None else str(label) for _, label in places]
+    else:  # one for each task, in its middle
+        of_task = {task: [i for i, t in enumerate(tasks) if t == task] for task in tasks}
+        by, ticks = "class, by number of its task", [sum(p) / len(p) for p in of_task.values()]
+        names = [str(task + 1) for task in of_task]
+    figure, panels = canvas(len(found), 3, 2.5, grid=False)
+    norm = import_extra("matplotlib.colors").PowerNorm(0.5, 0, 100)
+    for panel, (method, taken) in zip(panels, found.items(), strict=True):
+        image = panel.imshow(taken.numpy(), cmap="cividis", norm=norm)
+        panel.set_title(method, fontsize="medium")
+        panel.tick_params(labelsize="small")
+        for border in (i - 0.5 for i in range(1, len(tasks)) if tasks[i] != tasks[i - 1]):
+            panel.axhline(border, color="grey", linewidth=0.5)
+            panel.axvline(border, color="grey", linewidth=0.5)
+        panel.set_xticks(ticks, names)
+        panel.set_yticks(ticks, names)
+        for i, k in ((taken >= 0.5) * (len(places) <= 12)).nonzero().tolist():
+            value = float(taken[i, k])
+            colour = "white" if image.norm(value) < 0.5 else "black"
+            panel.text(k, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=6)
+    figure.supxlabel(f"taken for {by}", fontsize="medium")
+    figure.supylabel(by, fontsize="medium")
+    figure.colorbar(image, ax=panels, label="share of the class in %", aspect=40)
     return figure
 
 
@@ -266,6 +318,7 @@ def lam_chart(findings: Findings) -> Any:
 CHARTS = {
     "accuracy": accuracy_chart,
     "matrices": matrices_chart,
+    "confusion": confusion_chart,
     "forgetting": forgetting_chart,
     "cost": cost_chart,
     "importance": importance_chart,

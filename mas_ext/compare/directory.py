@@ -7,6 +7,7 @@
                         their mean, null where one diverged) and chosen (null where all diverged)
     METHOD-seedN/       module.Class for module:Class
         accuracy.csv            accuracy[t, k], one row per task, empty where nothing was measured
+        confusion.csv           after the last task, see below; only of tasks with classes
         checkpoint.safetensors  the Trainer's: the model and the state of the method
         result.json             written last: what `mas_ext.compare.sweep.train` returns
     choosing/           the same for the trainings that lam was chosen by, without their checkpoints
@@ -17,6 +18,10 @@
 A line of metrics.jsonl has method, seed, lam, purpose ("final" or "choose"), task (from 0), and either epoch
 (from 1), loss, validation and seconds, or, at the end of a task, epoch null, accuracy (row of the matrix),
 validation (row of the matrix), step_seconds, border_seconds and held_bytes. No line occurs twice.
+
+A line of confusion.csv tells how many test samples of a class are taken for another one, or for their own: task
+(from 0), class, predicted task, predicted class and the count, which is above 0. The predicted task is another
+one in the class-incremental setting alone; the predicted class of an output without a class is empty.
 
 Accuracies are in [0, 1], times in seconds. What is not defined is null. Files are replaced as a whole, but for
 lines, which are appended.
@@ -31,24 +36,28 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mas_ext.compare.cells import Cell, Found
+from mas_ext.compare.formats import csv_text
 from mas_ext.compare.options import Config, differences, read_toml
 from mas_ext.info import info
+from mas_ext.methods import Setting
+from mas_ext.scenarios import Task
 from mas_ext.scenarios.named import RENAMED
 from mas_ext.state.merge_rules import separate_anchor
 from mas_ext.state.replacing import alone_in, remove_leftovers, write
 
 CONFIG, ENVIRONMENT, METRICS, LAM = "config.toml", "environment.json", "metrics.jsonl", "lam.json"
 ACCURACY, CHECKPOINT, RESULT = "accuracy.csv", "checkpoint.safetensors", "result.json"
+CONFUSION = "confusion.csv"
 TABLE, EVENTS = "table.md", "tensorboard"
 
 
@@ -238,6 +247,47 @@ def read_matrix(path: Path) -> Tensor:
     with open(path, encoding="utf-8", newline="") as file:
         rows = [[float(x) if x else math.nan for x in row] for row in csv.reader(file)]
     return torch.tensor(rows, dtype=torch.float64)
+
+
+class Confused(NamedTuple):
+    """How many test samples of a task's class were taken for a class; None for an output without one."""
+
+    task: int
+    true: int
+    predicted_task: int
+    predicted: int | None
+    samples: int
+
+
+def write_confusion(
+    path: Path, confusion: Mapping[int, Tensor], tasks: Sequence[Task], setting: Setting
+) -> None:
+    """Write what Result.confusion has as CSV: one line per count above 0."""
+
+    def outputs(task: int) -> list[tuple[int, int | str]]:
+        classes = tasks[task].classes
+        unused = (tasks[task].outputs or len(classes)) - len(classes)
+        return [*((task, c) for c in classes), *((task, "") for _ in range(unused))]
+
+    rows: list[Sequence[Any]] = [("task", "class", "predicted task", "predicted class", "count")]
+    for task, counts in confusion.items():
+        shown = range(len(tasks)) if setting == "class" else [task]
+        columns = [each for t in shown for each in outputs(t)]
+        for i, j in counts.nonzero().tolist():
+            rows.append((task, tasks[task].classes[i], *columns[j], int(counts[i, j])))
+    write(path, csv_text([[str(cell) for cell in row] for row in rows]))
+
+
+def read_confusion(path: Path) -> list[Confused]:
+    """Read what `write_confusion` wrote."""
+    with open(path, encoding="utf-8", newline="") as file:
+        _, *rows = csv.reader(file)
+    return [
+        Confused(
+            int(task), int(true), int(other), int(predicted) if predicted else None, int(count)
+        )
+        for task, true, other, predicted, count in rows
+    ]
 
 
 def defined(content: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mas_ext import metrics
 from mas_ext.compare import directory as files
 from mas_ext.compare.cells import Found
-from mas_ext.compare.directory import Directory
+from mas_ext.compare.directory import Confused, Directory
 from mas_ext.methods.quadratic import Lam
 from mas_ext.state import files as checkpoint
 
@@ -32,6 +32,8 @@ SCORES = {
     "forward_transfer": "forward transfer, % points",
     "intransigence": "intransigence, % points",
 }
+# The number of seeds from which their mean is shown with its interval, and no longer they themselves.
+FEWEST = 4
 KEYS = ("tasks", *SCORES, "step_seconds", "held_bytes")
 
 
@@ -74,6 +76,17 @@ class Learned:
     def average(self) -> Tensor:
         """1/t sum_{k<=t} accuracy[t, k]: over the tasks so far, (T,)."""
         return torch.stack([row[: t + 1].mean() for t, row in enumerate(self.accuracy)])
+
+    def confusion(self) -> list[Confused]:
+        """The classes that test samples are taken for after the last task; empty where that was not measured.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        if not (self.folder / files.CONFUSION).exists():
+            return []
+        with _reading(self.folder / files.CONFUSION) as path:
+            return files.read_confusion(path)
 
     def layers(self) -> Layers:
         """Importance by layer, read from the checkpoint; empty for a method without importance.
@@ -250,6 +263,40 @@ def shares(learned: Sequence[Learned]) -> dict[str, tuple[float, float]]:
         name: (sum(s for s, _ in each) / len(each), sum(m for _, m in each) / len(each))
         for name, each in found.items()
     }
+
+
+Place = tuple[int, int | None]  # the number of a task, and a class of it
+
+
+def confusion_shares(findings: Findings) -> tuple[list[Place], dict[str, Tensor]]:
+    """By method, of each class the share of its test samples in % that is taken for each; mean over seeds.
+
+    Returns:
+        The classes in the order of rows and columns, by task, and the shares (classes, classes): NaN where a
+        class has no samples, and for those of two tasks that are never side by side.
+    """
+    seeds = {
+        m: [lines for s in of if (lines := s.confusion())] for m, of in findings.learned.items()
+    }
+    lines = [line for of in seeds.values() for each in of for line in each]
+    places: list[Place] = sorted(
+        {(line.task, line.true) for line in lines}
+        | {(line.predicted_task, line.predicted) for line in lines},
+        key=lambda place: (place[0], place[1] is None, place[1] or 0),
+    )
+    number = {place: i for i, place in enumerate(places)}
+    tasks = torch.tensor([task for task, _ in places])
+    apart = (tasks[:, None] != tasks) & (findings.values["setting"] != "class")
+    found = {}
+    for method, of in seeds.items():
+        counts = torch.zeros(len(of), len(places), len(places), dtype=torch.float64)
+        for matrix, each in zip(counts, of, strict=True):
+            for task, true, other, predicted, samples in each:
+                matrix[number[task, true], number[other, predicted]] += samples
+        if of:
+            mean = (100 * counts / counts.sum(2, keepdim=True)).mean(0)
+            found[method] = mean.masked_fill(apart, math.nan)
+    return places, found
 
 
 def over_seeds(

@@ -224,6 +224,13 @@ class Sweep:
                 line = task_line(news)
                 task = line["task"]
                 files.write_matrix(folder / files.ACCURACY, news.accuracy)
+                if news.confusion and cell["purpose"] == "final":
+                    tasks, setting = (
+                        self.make_scenario(cell["seed"]).tasks,
+                        self.config.settings.setting,
+                    )
+                    path = folder / files.CONFUSION
+                    files.write_confusion(path, news.confusion, tasks, setting)
                 self.progress.task(task, float(news.accuracy[task, : task + 1].mean()))
             if self.journal.add({**cell, **line}):
                 for tell in scalars:

@@ -4,39 +4,139 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import NamedTuple
 
 from mas_ext.compare.cells import Found
-from mas_ext.compare.results import SCORES, Findings
-from mas_ext.metrics import interval_text
+from mas_ext.compare.formats import markdown
+from mas_ext.compare.results import FEWEST, SCORES, Findings
+from mas_ext.metrics import interval_text, mean_interval
+
+STEPS, HELD = "ms per step", "MB held"
+
+
+class Row(NamedTuple):
+    """A method in numbers.
+
+    values: by title of a column the values by seed, None for a seed without one. seeds: how many count, and
+    what became of the others. diverged: whether some did, without which a mean tells of the lucky ones alone.
+    """
+
+    method: str
+    lam: str
+    values: dict[str, list[float | None]]
+    seeds: str
+    diverged: bool
+
+
+def measurements(findings: Findings) -> list[Row]:
+    """One row per method, with the scores that are defined for some method."""
+    every = [found for name in findings.learned for found in findings.finished(name)]
+    defined = [key for key in SCORES if any(found[key] is not None for found in every)]
+    rows = []
+    for name, learned in findings.learned.items():
+        found = [None if each.diverged is not None else each.found for each in learned]
+        values = {SCORES[key]: [_percent(each, key) for each in found] for key in defined}
+        values[STEPS] = [None if each is None else 1000 * _step_seconds(each) for each in found]
+        values[HELD] = [None if each is None else each["held_bytes"][-1] / 1e6 for each in found]
+        lost, count = findings.diverged(name), len(found) - found.count(None)
+        seeds = f"diverged, {lost} of {len(found)}" if lost else f"{count} of {len(found)}"
+        if count == len(found):
+            seeds = str(count)
+        rows.append(Row(name, _lam(findings, name), values, seeds, lost > 0))
+    return rows
+
+
+def results(findings: Findings) -> list[list[str]]:
+    """Titles, and one row per method in words: its scores, lam, time, memory and seeds.
+
+    A method that diverged with some seed has no scores.
+    """
+    rows = measurements(findings)
+    titles = list(rows[0].values)
+    table = [["method", "lam", *titles, "seeds"]]
+    for row in rows:
+        known = {title: [x for x in of if x is not None] for title, of in row.values.items()}
+        cells = ["-" if row.diverged or not of else _text(title, of) for title, of in known.items()]
+        table.append([row.method, row.lam, *cells, row.seeds])
+    return table
+
+
+def numbers(findings: Findings) -> list[list[str]]:
+    """`results` for programs: mean, half of the 95 % interval and every seed in columns of their own.
+
+    What is not known is empty.
+    """
+    rows = measurements(findings)
+    seeds = range(findings.seeds)
+    parts = ["mean", "half interval", *(f"seed {n}" for n in seeds)]
+    table = [["method", "lam", *(f"{t}: {p}" for t in rows[0].values for p in parts), "seeds"]]
+    for row in rows:
+        cells = []
+        for of in row.values.values():
+            known = [x for x in of if x is not None]
+            mean = [None, None] if row.diverged or not known else mean_interval(known)
+            cells += [_number(x) for x in (*mean, *of)]
+        table.append([row.method, row.lam.strip("-"), *cells, row.seeds])
+    return table
+
+
+def matrix(findings: Findings, accuracy: Sequence[Sequence[float]]) -> list[list[str]]:
+    """accuracy[t, k] in % with the tasks' names: a row after each, a column of each; empty for NaN."""
+    names = _names(findings)
+    rows = [
+        [f"after {name}", *(_number(100 * x) for x in row)]
+        for name, row in zip(names, accuracy, strict=True)
+    ]
+    return [["accuracy in %", *names], *rows]
+
+
+def confusion_counts(findings: Findings) -> list[list[str]]:
+    """Which class the test samples of each class were taken for after the last task; counts above 0.
+
+    Task and class that were predicted; the class is empty for an output without one.
+    """
+    names, titles = (
+        _names(findings),
+        ("task", "class", "predicted task", "predicted class", "samples"),
+    )
+    rows = [["method", "seed", *titles]]
+    for method, learned in findings.learned.items():
+        for each in learned:
+            for task, true, other, predicted, samples in each.confusion():
+                shown = "" if predicted is None else str(predicted)
+                cells = (names[task], str(true), names[other], shown, str(samples))
+                rows.append([method, str(each.seed), *cells])
+    return rows
 
 
 def summary(findings: Findings) -> str:
-    """Markdown: mean and 95 % interval over seeds, how lam was chosen, and why trainings diverged.
+    """Markdown: scores, how lam was chosen, what can't be told apart, and why trainings diverged.
 
-    A method that diverged with some seed has no means, which would tell of the lucky seeds alone.
+    A method that diverged with some seed has no scores, whose means would tell of the lucky seeds alone.
     """
-    rows: list[tuple[str, ...]] = [
-        ("method", "lam", "average accuracy, %", "forgetting, %", "ms per step", "MB held")
+    rows: list[list[str]] = [
+        ["method", "lam", "average accuracy, %", "forgetting, %", STEPS, HELD],
     ]
     for name, learned in findings.learned.items():
         if lost := findings.diverged(name):
-            cells = (f"diverged, {lost} of {len(learned)} seeds", "-", "-", "-")
+            cells = [f"diverged, {lost} of {len(learned)} seeds", "-", "-", "-"]
         else:
             found = findings.finished(name)
-            steps = f"{1000 * fmean(map(_step_seconds, found)):.3g}"
-            cells = (
-                _mean(found, "average_accuracy"),
-                _mean(found, "forgetting"),
-                steps,
-                _held(found),
-            )
-        rows.append((name, _lam(findings, name), *cells))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+            cells = [
+                *(
+                    _shown([100 * f[key] for f in found], 2)
+                    for key in ("average_accuracy", "forgetting")
+                ),
+                f"{1000 * fmean(map(_step_seconds, found)):.3g}",
+                _text(HELD, [each["held_bytes"][-1] / 1e6 for each in found]),
+            ]
+        rows.append([name, _lam(findings, name), *cells])
     seeds = findings.seeds
-    over = f"mean and 95 % interval over {seeds} seeds" if seeds > 1 else "of one seed"
-    lines += ["", f"Accuracy on all tasks after the last one, and forgetting: {over}."]
+    over = f"mean and 95 % interval over {seeds} seeds"
+    if seeds < FEWEST:
+        over = f"of each of {seeds} seeds" if seeds > 1 else "of one seed"
+    lines = [f"Accuracy on all tasks after the last one, and forgetting: {over}."]
+    lines += _undecided(findings)
     for name, choice in findings.grid.items():
         scores = ", ".join(
             f"{lam:g} ({'diverged' if mean is None else format(100 * mean, '.2f')})"
@@ -47,35 +147,13 @@ def summary(findings: Findings) -> str:
         )
     lines += [f"{name} diverged: {reason}" for name, reason in findings.reasons()]
     lines += _score(findings)
-    return "\n".join(lines) + "\n"
-
-
-def results(findings: Findings) -> list[list[str]]:
-    """Titles of the scores that are defined, and one row per method, over the seeds that are finished.
-
-    A method that diverged with some seed has no means, as in `summary`.
-    """
-    every = [found for name in findings.learned for found in findings.finished(name)]
-    defined = [key for key in SCORES if any(found[key] is not None for found in every)]
-    titles = [SCORES[key] for key in defined]
-    rows = [["method", "lam", *titles, "ms per step", "MB held", "seeds"]]
-    for name, learned in findings.learned.items():
-        found, lost = findings.finished(name), findings.diverged(name)
-        cells, count = ["-"] * (len(defined) + 2), f"{len(found)} of {len(learned)}"
-        if lost:
-            count = f"diverged, {lost} of {len(learned)}"
-        elif found:
-            steps = interval_text([1000 * _step_seconds(each) for each in found], 2)
-            cells = [*(_mean(found, key) for key in defined), steps, _held(found)]
-        if len(found) == len(learned):
-            count = str(len(found))
-        rows.append([name, _lam(findings, name), *cells, count])
-    return rows
+    return markdown(rows) + "\n" + "\n".join(lines) + "\n"
 
 
 def notes(findings: Findings) -> list[str]:
-    """Why methods diverged, and what is not finished."""
-    told = [f"{name} diverged: {reason}." for name, reason in findings.reasons()]
+    """What can't be told apart, why methods diverged, and what is not finished."""
+    told = _undecided(findings)
+    told += [f"{name} diverged: {reason}." for name, reason in findings.reasons()]
     for name, learned in findings.learned.items():
         left = [
             f"seed {each.seed} after {each.tasks} of {len(findings.tasks)} tasks"
@@ -87,6 +165,37 @@ def notes(findings: Findings) -> list[str]:
         if left:
             told.append(f"{name} is not finished: {', '.join(left)}.")
     return told + _score(findings)
+
+
+def _undecided(findings: Findings) -> list[str]:
+    """Which methods may be as accurate as the best one; joint training, which is a bound, is left out."""
+    found = {
+        name: [each["average_accuracy"] for each in findings.finished(name)]
+        for name in findings.learned
+        if name != "joint" and not findings.diverged(name)
+    }
+    if findings.seeds > 1:  # of a run that goes on, those that have an interval
+        found = {name: values for name, values in found.items() if len(values) > 1}
+    if len(found) < 2:
+        return []
+    if findings.seeds == 1:
+        return ["One seed does not tell which method is better: results differ from seed to seed."]
+    spread = {name: mean_interval(values) for name, values in found.items()}
+    best = max(spread, key=lambda name: spread[name][0])
+    low = spread[best][0] - spread[best][1]
+    near = [name for name, (mean, half) in spread.items() if name != best and mean + half >= low]
+    if not near:
+        return []
+    seeds = min(map(len, found.values()))
+    return [
+        f"The 95 % intervals of the average accuracy of {best}, the largest, and of {', '.join(near)} overlap: "
+        f"{seeds} seeds do not tell which is better."
+    ]
+
+
+def _names(findings: Findings) -> list[str]:
+    """The tasks' names, which are not known before a training is finished."""
+    return [name or f"task {k}" for k, name in enumerate(findings.tasks, 1)]
 
 
 def _score(findings: Findings) -> list[str]:
@@ -103,16 +212,26 @@ def _lam(findings: Findings, name: str) -> str:
     return "-" if lam is None else lam if isinstance(lam, str) else f"{lam:g}"
 
 
-def _mean(found: Sequence[Found], key: str) -> str:
-    """Mean and interval in %; - where it is not defined."""
-    if found[0][key] is None:
-        return "-"
-    return interval_text([100 * each[key] for each in found], 2)
+def _percent(found: Found | None, key: str) -> float | None:
+    return None if found is None or found[key] is None else 100 * found[key]
 
 
 def _step_seconds(found: Found) -> float:
     return fmean(found["step_seconds"])
 
 
-def _held(found: Sequence[Found]) -> str:
-    return f"{fmean(each['held_bytes'][-1] for each in found) / 1e6:.3g}"
+def _text(title: str, values: Sequence[float]) -> str:
+    """Values by seed in the column of this title; memory is as good as the same for all."""
+    return f"{fmean(values):.3g}" if title == HELD else _shown(values, 2)
+
+
+def _shown(values: Sequence[float], digits: int) -> str:
+    """Mean and 95 % interval; fewer than FEWEST values themselves, whose interval says next to nothing."""
+    if len(values) >= FEWEST or len(values) == 1:
+        return interval_text(values, digits)
+    return ", ".join(f"{value:.{digits - 1}f}" for value in values)
+
+
+def _number(x: float | None) -> str:
+    """A number for a program, without the noise of rounding; empty for None and NaN."""
+    return "" if x is None or x != x else f"{x:.10g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +45,9 @@ class Result:
         border_seconds: duration of the method's work when a task begins and ends, (T,).
         held_bytes: memory that the method keeps after each task, beside the model, (T,).
         lam: that was chosen for each task, (T,), as FusedMASPenalty takes it: half of what EWC calls so.
+        confusion: after the last task, by task with classes: how many test samples of its i-th class have their
+            largest output at j, (classes, outputs) int64; the outputs are those of its head or, in the
+            class-incremental setting, of all heads side by side.
     """
 
     accuracy: Tensor
@@ -54,12 +57,14 @@ class Result:
     border_seconds: Tensor
     held_bytes: Tensor
     lam: Tensor
+    confusion: dict[int, Tensor] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def nothing(cls, tasks: int) -> Result:
         """The result before the first task."""
         square = ("accuracy", "validation")
-        shapes = [(tasks, tasks) if f.name in square else (tasks,) for f in fields(Result)]
+        names = [each.name for each in fields(Result) if each.name != "confusion"]
+        shapes = [(tasks, tasks) if name in square else (tasks,) for name in names]
         return cls(*(torch.full(shape, math.nan, dtype=torch.float64) for shape in shapes))
 
     @property
@@ -319,7 +324,7 @@ class Learning:
         del held["tree"]
         found.held_bytes[task] = sum(t.numel() * t.element_size() for t in held.values())
         for k in range(len(self.tasks) if self.settings.setting == "domain" else task + 1):
-            found.accuracy[task, k] = self._mean_score(k, "test")
+            found.accuracy[task, k] = self._mean_score(k, "test", task + 1 == len(self.tasks))
             if self.settings.validation:
                 found.validation[task, k] = self._mean_score(k, "validation")
         self.at, self._best_model = Position(task + 1), {}
@@ -424,13 +429,23 @@ class Learning:
         return self._stream.batches(indices, self.settings.seed)
 
     @torch.no_grad()
-    def _mean_score(self, task: int, kind: str) -> float:
+    def _mean_score(self, task: int, kind: str, confusion: bool = False) -> float:
+        """The mean over a task's samples; confusion: count the classes that they are taken for, too."""
         head, total = self._head(task), torch.zeros((), dtype=torch.float64, device=self.device)
-        stream = self._stream_of([self._samples(task, kind, head)])
+        samples = self._samples(task, kind, head)
+        stream = self._stream_of([samples])
+        classes, counts = len(self.tasks[task].classes), self.found.confusion
         self.model.eval()
         for x, y in stream.batches(split_batches(torch.arange(len(stream)), EVALUATION_BATCH)):
-            found = self._scores(self.model(x, head), y).double()
+            output = self.model(x, head)
+            found = self._scores(output, y).double()
             total += found.sum() if found.dim() else found * len(y)
+            if confusion and classes and output.dim() == 2:
+                count = counts.setdefault(
+                    task, torch.zeros(classes, output.shape[1], dtype=torch.int64)
+                )
+                pairs = (y - samples.first) * output.shape[1] + output.argmax(1)
+                count += pairs.cpu().bincount(minlength=count.numel()).view_as(count)
         return float(total) / len(stream)
 
     # -- stopping and going on ---------------------------------------------------------------------

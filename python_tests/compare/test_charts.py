@@ -1,7 +1,7 @@
 """What is drawn: the values in the pictures are those of the run."""
 
 import io
-import math
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def curves(panel: Any) -> dict[str, Any]:
 def test_pictures(found: Findings) -> None:
     pictures = charts.pictures(found)
     assert list(pictures) == [
-        "accuracy", "matrices", "forgetting", "cost", "importance", "lam",
+        "accuracy", "matrices", "confusion", "forgetting", "cost", "importance", "lam",
     ]  # fmt: skip
     for picture in pictures.values():
         pixels = matplotlib.image.imread(io.BytesIO(picture), format="png")
@@ -41,9 +41,53 @@ def test_pictures(found: Findings) -> None:
         assert len(np.unique(pixels)) > 10
 
 
-def test_accuracy(found: Findings) -> None:
+@pytest.mark.parametrize(("kind", "begins"), [("pdf", b"%PDF-"), ("svg", b"<?xml")])
+def test_pictures_for_other_programs(kind: charts.Kind, begins: bytes, found: Findings) -> None:
+    """The same file from the same run, whose letters are letters."""
+    pictures = charts.pictures(found, kind)
+    assert list(pictures) == list(charts.CHARTS)
+    assert charts.pictures(found, kind) == pictures
+    for picture in pictures.values():
+        assert picture.startswith(begins)
+    if kind == "svg":
+        assert b">finetune</text>" in pictures["accuracy"]
+    else:
+        assert b"/FontFile2" in pictures["accuracy"]  # TrueType, and not Type 3
+        assert b"/Type3" not in pictures["accuracy"]
+
+
+def test_accuracy_of_few_seeds(found: Findings) -> None:
+    """Three seeds are dots, all within the picture, as their interval would fill it."""
     figure = charts.accuracy_chart(found)
     each = 100 * np.array([ACCURACY["finetune", n] for n in range(3)], dtype=float)
+    expected = [each[:, :, 0], each[:, :, 1], np.stack([each[:, 0, 0], each[:, 1].mean(1)], 1)]
+    for panel, values in zip(figure.axes, expected, strict=True):
+        dots = [line for line in panel.lines if line.get_marker() == "."]
+        assert not panel.collections
+        np.testing.assert_allclose([line.get_ydata() for line in dots[:3]], values, rtol=1e-14)
+        colours = {line.get_color() for line in dots[:3]}
+        assert colours == {charts.style(found, "finetune")["color"]}
+        # All are from 40 to 100.
+        assert panel.get_ylim() == pytest.approx((34, 106))
+
+
+def test_accuracy(tmp_path: Path) -> None:
+    """From four seeds on there is an interval."""
+    run = make(tmp_path / "run")
+    write(run / "config.toml", Config.read({"methods": list(METHODS)[:1], "seeds": 4}).toml())
+    ACCURACY_OF_4 = [*(ACCURACY["finetune", n] for n in range(3)), [[0.7, None], [0.6, 0.7]]]
+    same = {"method": "finetune", "seed": 3, "lam": None, "purpose": "final", "epoch": None}
+    with (run / "metrics.jsonl").open("r+") as file:
+        whole = file.read().rpartition("\n")[0]
+        file.truncate(0)
+        file.seek(0)
+        file.write(whole + "\n")
+        for task, row in enumerate(ACCURACY_OF_4[3]):
+            line = {**same, "task": task, "accuracy": row, "step_seconds": 1.0, "held_bytes": 0.0}
+            file.write(json.dumps(line) + "\n")
+    found = Findings.read(run)
+    figure = charts.accuracy_chart(found)
+    each = 100 * np.array(ACCURACY_OF_4, dtype=float)
     titles = [panel.get_title() for panel in figure.axes]
     assert titles == ["task 1: 0/1", "task 2: 2/3", "mean of the tasks so far"]
     expected = [each[:, :, 0], each[:, :, 1], np.stack([each[:, 0, 0], each[:, 1].mean(1)], 1)]
@@ -52,13 +96,17 @@ def test_accuracy(found: Findings) -> None:
         np.testing.assert_allclose(line.get_ydata(), values.mean(0), rtol=1e-14)
         np.testing.assert_array_less(np.abs(line.get_xdata() - [1, 2]), 0.3)
         bars = next(c for c in panel.collections if isinstance(c, LineCollection)).get_segments()
-        half = 4.302653 * values.std(0, ddof=1) / math.sqrt(3)
+        # Student's quantile for three degrees of freedom.
+        half = 3.182446 * values.std(0, ddof=1) / 2
         for bar, middle, h in zip(bars, values.mean(0), half, strict=True):
-            if not math.isnan(middle):
+            if not np.isnan(middle):
                 np.testing.assert_allclose(bar[:, 1], [middle - h, middle + h], rtol=1e-6)
-        # All means are from 60 to 96.
-        assert panel.get_ylim() == pytest.approx((56.4, 99.6))
-    mas = curves(figure.axes[0])["mas"].get_ydata()
+        # All means are from 60 to 85.
+        assert panel.get_ylim() == pytest.approx((57.5, 87.5))
+
+
+def test_the_mean_of_what_diverged_ends(found: Findings) -> None:
+    mas = curves(charts.accuracy_chart(found).axes[0])["mas"].get_ydata()
     np.testing.assert_allclose(mas, [100 * (0.9 + 0.7 + 0.6) / 3, np.nan])
 
 
@@ -72,6 +120,49 @@ def test_matrices(found: Findings) -> None:
     numbers = [(t.get_position(), t.get_text()) for t in panels["finetune"].texts]
     assert numbers == [((0, 0), "90.0"), ((0, 1), "60.0"), ((1, 1), "70.0")]
     assert len({panel.images[0].get_clim() for panel in panels.values()}) == 1
+
+
+def test_scores_below_0(tmp_path: Path) -> None:
+    """Their colours begin at the lowest, and not at 0."""
+    run = make(tmp_path / "run")
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('"accuracy": [0.', '"accuracy": [-0.'))
+    (panel, *_) = charts.matrices_chart(Findings.read(run)).axes
+    low, high = panel.images[0].get_clim()
+    assert low < -90 < 80 < high
+
+
+def test_confusion(found: Findings) -> None:
+    panel, bar = charts.confusion_chart(found).axes
+    assert (panel.get_title(), bar.get_ylabel()) == ("finetune", "share of the class in %")
+    image = panel.images[0].get_array().filled(np.nan)
+    nan = np.nan
+    right = [[90, 10, nan, nan], [20, 80, nan, nan], [nan, nan, 100, 0], [nan, nan, 5, 95]]
+    np.testing.assert_allclose(image, right, rtol=1e-14)
+    numbers = {t.get_position(): t.get_text() for t in panel.texts}
+    assert numbers == {
+        (0, 0): "90",
+        (1, 0): "10",
+        (0, 1): "20",
+        (1, 1): "80",
+        (2, 2): "100",
+        (2, 3): "5",
+        (3, 3): "95",
+    }
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["0", "1", "2", "3"]
+    assert [line.get_ydata()[0] for line in panel.lines if line.get_xdata()[0] == 0] == [1.5]
+
+
+def test_confusion_of_many_classes(tmp_path: Path) -> None:
+    """Tasks are named by their numbers, in the middle of their classes."""
+    run = make(tmp_path / "run")
+    lines = [f"{c >= 20:d},{c},{c >= 20:d},{c},3" for c in range(30)]
+    write(run / "finetune-seed0" / "confusion.csv", "\n".join(["a,b,c,d,e", *lines]) + "\n")
+    (run / "finetune-seed1" / "confusion.csv").unlink()
+    panel, _ = charts.confusion_chart(Findings.read(run)).axes
+    assert not panel.texts
+    assert [*panel.get_xticks()] == [9.5, 24.5]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["1", "2"]
 
 
 def test_forgetting(found: Findings) -> None:

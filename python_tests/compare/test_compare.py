@@ -100,7 +100,7 @@ def test_functions_are_kept_by_what_they_are_called(
     assert values["task_loss"].endswith(".root")
     # A page is made where nothing of it can be imported.
     monkeypatch.setattr(methods, "_OWN", {})
-    text = report(run).read_text()
+    text = report(run)[0].read_text()
     assert f"{__name__}.clusters" in text
     assert "of the score accuracy." in text
     with pytest.raises(ValueError, match=r"config.toml: task_loss: got '.*\.root'"):

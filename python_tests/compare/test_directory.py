@@ -16,6 +16,7 @@ from mas_ext.compare import directory as files
 from mas_ext.compare.directory import Directory, Journal
 from mas_ext.compare.options import Config, read_toml
 from mas_ext.compare.results import Findings
+from mas_ext.scenarios import Task, Tensors
 from mas_ext.scenarios.named import make_scenario
 
 
@@ -86,6 +87,27 @@ def test_matrix(tmp_path: Path) -> None:
     files.write_matrix(path, matrix)
     assert path.read_text() == "0.3333333333333333,\n0.1,1.0\n"
     assert torch.equal(files.read_matrix(path).nan_to_num(-1), matrix.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("setting", ["task", "domain", "class"])
+def test_confusion(setting: Any, tmp_path: Path) -> None:
+    """Labels for places: in the class-incremental setting of all tasks, else of the task's own classes."""
+    data = Tensors(torch.zeros(4, 1), torch.tensor([3, 5, 8, 9]))
+    tasks = [Task("a", data, data, (3, 5)), Task("b", data, data, (8, 9), outputs=3)]
+    wide = setting == "class"
+    confusion = {
+        0: torch.tensor([[7, 0, 0, 0, 0], [1, 2, 0, 3, 4]] if wide else [[7, 0], [1, 2]]),
+        1: torch.tensor([[5, 0, 6, 0, 0], [0, 0, 0, 0, 9]] if wide else [[5, 6, 0], [0, 0, 9]]),
+    }
+    files.write_confusion(tmp_path / "file", confusion, tasks, setting)
+    right = [(0, 3, 0, 3, 7), (0, 5, 0, 3, 1), (0, 5, 0, 5, 2)]
+    if wide:
+        right += [(0, 5, 1, 9, 3), (0, 5, 1, None, 4), (1, 8, 0, 3, 5), (1, 8, 1, 8, 6)]
+    else:
+        right += [(1, 8, 1, 8, 5), (1, 8, 1, 9, 6)]
+    assert files.read_confusion(tmp_path / "file") == [*right, (1, 9, 1, None, 9)]
+    files.write_confusion(tmp_path / "file", {}, tasks, setting)
+    assert files.read_confusion(tmp_path / "file") == []
 
 
 def test_begin(tmp_path: Path) -> None:

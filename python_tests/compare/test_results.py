@@ -12,7 +12,13 @@ import torch
 
 from mas_ext.compare.directory import write_json
 from mas_ext.compare.options import Config
-from mas_ext.compare.results import Findings, importance_by_layer, over_seeds, shares
+from mas_ext.compare.results import (
+    Findings,
+    confusion_shares,
+    importance_by_layer,
+    over_seeds,
+    shares,
+)
 from mas_ext.state import files as checkpoint
 from mas_ext.state.replacing import write
 
@@ -38,6 +44,18 @@ LAM = {
         ],
         "chosen": 0.5,
     }
+}
+# What classes were taken for with two seeds of fine-tuning: task, class, predicted task and class, samples.
+TAKEN = {
+    0: [
+        (0, 0, 0, 0, 8),
+        (0, 0, 0, 1, 2),
+        (0, 1, 0, 1, 10),
+        (1, 2, 1, 2, 10),
+        (1, 3, 1, 2, 1),
+        (1, 3, 1, 3, 9),
+    ],
+    1: [(0, 0, 0, 0, 5), (0, 1, 0, 0, 4), (0, 1, 0, 1, 6), (1, 2, 1, 2, 10), (1, 3, 1, 3, 10)],
 }
 # Of 2 x 3 + 2 parameters of importance 1 and 2, and of 2 x 2 of importance 3.
 OMEGA = {
@@ -89,6 +107,10 @@ def make(folder: Path) -> Path:
         job.mkdir()
         if len(accuracy) == 2:
             write_json(job / "result.json", result(accuracy, seed))
+        if method == "finetune" and seed in TAKEN:
+            titles = "task,class,predicted task,predicted class,count"
+            rows = [",".join(map(str, row)) for row in TAKEN[seed]]
+            write(job / "confusion.csv", "\n".join([titles, *rows]) + "\n")
         state = {"penalty": OMEGA} if method == "mas" else {}
         checkpoint.save(checkpoint.pack({"method": state}), job / "checkpoint.safetensors")
     write_json(folder / "mas-seed1" / "result.json", {"diverged": WHY})
@@ -149,6 +171,40 @@ def test_means_over_seeds(run: Path) -> None:
     mean, half = over_seeds(learned["joint"], lambda one: one.accuracy)
     np.testing.assert_allclose(mean, [[0.96, np.nan], [0.96, 0.94]], rtol=1e-15)
     np.testing.assert_array_equal(half.isnan(), [[False, True], [True, True]])
+
+
+def test_confusion(run: Path) -> None:
+    """Mean over seeds of shares of a class, which may have other numbers of samples."""
+    found = Findings.read(run)
+    seeds = found.learned["finetune"]
+    assert [[tuple(line) for line in each.confusion()] for each in seeds] == [
+        TAKEN[0],
+        TAKEN[1],
+        [],
+    ]
+    places, by_method = confusion_shares(found)
+    assert places == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    assert list(by_method) == ["finetune"]
+    right = [
+        [90, 10, None, None],
+        [20, 80, None, None],
+        [None, None, 100, 0],
+        [None, None, 5, 95],
+    ]
+    np.testing.assert_allclose(by_method["finetune"], np.array(right, dtype=float), rtol=1e-14)
+
+
+def test_confusion_of_heads_side_by_side(run: Path) -> None:
+    """Any class may be taken for that of any task, and an output may have no class."""
+    config = Config.read({"methods": ["finetune"], "setting": "class", "seeds": 3})
+    write(run / "config.toml", config.toml())
+    lines = ["0,7,0,7,1", "0,7,1,7,2", "0,7,1,,1", "1,7,1,7,3", "1,8,0,7,1"]
+    write(run / "finetune-seed1" / "confusion.csv", "\n".join(["a,b,c,d,e", *lines]) + "\n")
+    (run / "finetune-seed0" / "confusion.csv").unlink()
+    places, by_method = confusion_shares(Findings.read(run))
+    assert places == [(0, 7), (1, 7), (1, 8), (1, None)]
+    right = [[25, 50, 0, 25], [0, 100, 0, 0], [100, 0, 0, 0], [None] * 4]
+    np.testing.assert_allclose(by_method["finetune"], np.array(right, dtype=float), rtol=1e-14)
 
 
 def test_importance_by_layer(run: Path) -> None:
@@ -224,14 +280,23 @@ def other(content: str) -> Callable[[Path], Any]:
         ("finetune-seed1/result.json", cut),
         ("finetune-seed1/result.json", other("{}")),
         ("finetune-seed1/result.json", other("7")),
+        ("finetune-seed1/confusion.csv", other("")),
+        ("finetune-seed1/confusion.csv", other("task\n0,1\n")),
+        ("finetune-seed1/confusion.csv", other("task\n0,1,0,x,3\n")),
         ("mas-seed0/checkpoint.safetensors", cut),
         ("mas-seed0/checkpoint.safetensors", lambda path: path.write_bytes(b"")),
     ],
 )
 def test_damaged_files(run: Path, name: str, damage: Callable[[Path], Any]) -> None:
     damage(run / name)
+
+    def read() -> None:
+        found = Findings.read(run)
+        shares(found.learned["mas"])
+        confusion_shares(found)
+
     with pytest.raises(ValueError, match=str(run / name)):
-        shares(Findings.read(run).learned["mas"])
+        read()
 
 
 def test_no_run(tmp_path: Path) -> None:
