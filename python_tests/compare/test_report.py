@@ -334,6 +334,9 @@ def test_only_what_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         *("report.html", "results.csv", "confusion.csv", "accuracy"),
     }
     assert len(Page(tmp_path / "all" / "report.html").sources) == len(CHARTS)
+    (alone,) = report(run, tmp_path / "alone", kinds=())
+    assert [*(tmp_path / "alone").iterdir()] == [alone]
+    assert len(Page(alone).sources) == len(CHARTS)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(run), "--format", "csv,latex", "--out", str(tmp_path / "few")]) == 0
     names = {path.name for path in (tmp_path / "few").iterdir()}

@@ -430,6 +430,12 @@ def test_runs_of_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
     run(config, tmp_path / "digits", resume=True, wandb=True)
     assert all(seen.count("finished") == 1 for seen in logged.values())
+    # What was killed before its checkpoint was written repeats what it has told.
+    for name in ("result.json", "checkpoint.safetensors"):
+        (tmp_path / "digits" / "mas-seed0" / name).unlink()
+    before = [*logged["mas-seed0"]]
+    run(config, tmp_path / "digits", resume=True, wandb=True)
+    assert logged["mas-seed0"] == [*before, "finished"]
 
 
 def test_events_without_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,3 +231,11 @@ def test_dense_targets_by_a_task_made_by_hand() -> None:
             value = model(each, 0).square().sum()
             right += torch.autograd.grad(value, model.get_parameter(name))[0].abs() / len(x)
         torch.testing.assert_close(omega, right, rtol=1e-9, atol=1e-12)
+
+
+def test_floats_of_a_task_with_classes_are_not_rounded() -> None:
+    x = torch.ones(6, INPUTS)
+    part = Tensors(x, torch.tensor([0.0, 1.0, 0.4, 1.0, 0.0, 1.9]))
+    scenario = Scenario((Task("a", part, part, (0, 1)),))
+    with pytest.raises(ValueError, match=r"labels: got torch.float32 of shape .* in task 'a', exp"):
+        Trainer(models.mlp((INPUTS,), (4,)), "finetune").fit(scenario)
