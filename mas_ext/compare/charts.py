@@ -87,7 +87,17 @@ def canvas(
 def legend(figure: Any, panel: Any, columns: int = 5) -> None:
     """The legend of a panel's lines, above all panels."""
     handles, labels = panel.get_legend_handles_labels()
+    longest = max((len(label) for label in labels if ":" in label), default=0)  # module:Class
+    if longest > 24:
+        columns = max(1, 80 // (longest + 6))
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+
+
+def _entitle(panel: Any, method: str) -> None:
+    """Write the method above a small panel; of module:Class in two lines."""
+    lines = method.split(":")
+    small = max(map(len, lines)) > 22
+    panel.set_title(":\n".join(lines), fontsize="x-small" if small else "medium")
 
 
 def begun(findings: Findings) -> dict[str, list[Learned]]:
@@ -165,7 +175,7 @@ def matrices_chart(findings: Findings) -> Any:
     figure, panels = canvas(len(found), 3, 2.3, grid=False)
     for panel, (method, matrix) in zip(panels, found.items(), strict=True):
         image = panel.imshow(matrix.numpy(), cmap="cividis", vmin=low, vmax=high)
-        panel.set_title(method, fontsize="medium")
+        _entitle(panel, method)
         panel.tick_params(labelsize="small")
         ticks = range(0, count, math.ceil(count / 10))
         panel.set_xticks(ticks, [k + 1 for k in ticks])
@@ -198,7 +208,7 @@ def confusion_chart(findings: Findings) -> Any:
     norm = import_extra("matplotlib.colors").PowerNorm(0.5, 0, 100)
     for panel, (method, taken) in zip(panels, found.items(), strict=True):
         image = panel.imshow(taken.numpy(), cmap="cividis", norm=norm)
-        panel.set_title(method, fontsize="medium")
+        _entitle(panel, method)
         panel.tick_params(labelsize="small")
         for border in (i - 0.5 for i in range(1, len(tasks)) if tasks[i] != tasks[i - 1]):
             panel.axhline(border, color="grey", linewidth=0.5)

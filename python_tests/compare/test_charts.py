@@ -1,6 +1,7 @@
 """What is drawn: the values in the pictures are those of the run."""
 
 import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -250,6 +251,35 @@ def test_methods_are_told_apart_the_same_way_everywhere(tmp_path: Path) -> None:
         for method, line in curves(panel).items():
             look = charts.style(found, method)
             assert (line.get_color(), line.get_marker()) == (look["color"], look["marker"])
+
+
+def test_long_names_leave_room_for_one_another(tmp_path: Path) -> None:
+    """Those of classes: titles in two lines and within their panels, and a legend within its figure."""
+    run = make(tmp_path / "run")
+    name, short = "a_module_with_a_name:AndAClassWithAName", "finetune"
+    text = (run / "config.toml").read_text().replace("[methods.mas]", f'[methods."{name}"]')
+    (run / "config.toml").write_text(text)
+    for path in (run / "metrics.jsonl", run / "lam.json"):
+        path.write_text(path.read_text().replace('"mas"', f'"{name}"'))
+    for seed in range(3):
+        (run / f"mas-seed{seed}").rename(run / f"{name.replace(':', '.')}-seed{seed}")
+    found = Findings.read(run)
+    assert found.learned[name][0].found is not None
+    figure = charts.matrices_chart(found)
+    figure.draw_without_rendering()
+    titles = {panel.get_title(): panel for panel in figure.axes if panel.get_title()}
+    assert list(titles) == [short, name.replace(":", ":\n"), "joint"]
+    boxes = [panel.title.get_window_extent() for panel in titles.values()]
+    for left, right in itertools.pairwise(boxes):
+        assert left.x1 < right.x0
+    figure, (panel,) = charts.canvas(1, 1, 2.0)
+    for number in range(4):
+        panel.plot([0], [0], label=f"{name}{number}")
+    charts.legend(figure, panel)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
 
 
 def test_without_matplotlib(found: Findings, monkeypatch: pytest.MonkeyPatch) -> None:
