@@ -40,7 +40,7 @@ class Trainer:
             Where it exists, fit goes on from it, to the same bits (but for random augmentation in worker
             processes).
         callbacks: called with an Epoch after every epoch, and with the Result so far after every task, before
-            the checkpoint is written: a run that was killed in between reports it again.
+            the checkpoint is written: a run that was killed in between reports it again. ScalarCallback is one.
         settings: those of Settings.
 
     Raises:
