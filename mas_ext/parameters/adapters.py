@@ -96,7 +96,7 @@ _finders: list[Finder] = []
 def register_adapter(finder: Finder) -> Finder:
     """Have adapters of another library held in weight space, too.
 
-        @register
+        @register_adapter
         def of_my_library(module):
             if not isinstance(module, MyLoRA):
                 return None
