@@ -33,7 +33,7 @@ tests: emulated
 
 # With 40 times as many sequences and kills.
 long: .venv/dev.stamp
-	OMP_NUM_THREADS=1 MAS_EXT_TIMES=40 $(BIN)/pytest -n auto --dist loadfile python_tests/state python_tests/compare
+	OMP_NUM_THREADS=1 MAS_EXT_TIMES=40 $(BIN)/pytest -n auto --dist loadfile python_tests/state python_tests/comparison
 
 # The adapters, against the libraries that they are for.
 test-integrations: .venv-integrations/stamp

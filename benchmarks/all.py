@@ -19,7 +19,7 @@ from time import perf_counter
 
 from benchmarks.files import RESULTS
 from benchmarks.networks import IMPORTANCE
-from mas_ext.compare.bench import DEVICES
+from mas_ext.comparison.bench import DEVICES
 
 PENALTIES = {"mlp": [], "resnet18": [], "gpt2": ["--tasks", "1", "10", "--repeats", "7"]}
 # 100 tasks would take large networks minutes.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mas_ext import info
-from mas_ext.compare.bench import DEVICES
+from mas_ext.comparison.bench import DEVICES
 
 Result = Mapping[str, Any]
 

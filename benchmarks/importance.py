@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks import files, memory, pictures
 from benchmarks.files import batch, measure, parser, report
 from benchmarks.networks import IMPORTANCE, build
-from mas_ext.compare.timing import in_turns, median, paired, seconds, spread
+from mas_ext.comparison.timing import in_turns, median, paired, seconds, spread
 from mas_ext.importance import ImportanceSum
 from mas_ext.metrics import rank_correlation
 

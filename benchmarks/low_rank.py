@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.files import RESULTS, ROOT, fill, machine, measured_on, save
 from benchmarks.memory import process_peak
 from experiments.tables import table
-from mas_ext.compare.timing import in_turns, median, paired, spread
+from mas_ext.comparison.timing import in_turns, median, paired, spread
 from mas_ext.kernels.low_rank import UpdateState, low_rank_with_gradients
 
 RESULT = RESULTS / "low_rank_cpu.json"

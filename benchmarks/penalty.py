@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks import pictures
 from benchmarks.files import copies, measure, parser, report
 from benchmarks.memory import element_bytes, plain_copies, storage_bytes
-from mas_ext.compare.bench import (
+from mas_ext.comparison.bench import (
     ETA,
     FLOATS,
     LAM,
@@ -33,7 +33,7 @@ from mas_ext.compare.bench import (
     parameters_of,
     too_large,
 )
-from mas_ext.compare.timing import in_turns, median, paired, spread
+from mas_ext.comparison.timing import in_turns, median, paired, spread
 from mas_ext.penalty import FusedMASPenalty
 
 # Behind the name of a form that is replayed.
@@ -159,7 +159,7 @@ def run(
     tasks: Sequence[int] = (1, 10, 100),
     repeats: int = 31,
 ) -> dict[str, Any]:
-    """Measure every form on the parameters of one network; arguments as of mas_ext.compare.bench.bench.
+    """Measure every form on the parameters of one network; arguments as of mas_ext.comparison.bench.bench.
 
     Returns:
         What JSON can hold. `bandwidth`: bytes per second, by kind of copy. `forms`, each called again and

@@ -27,8 +27,8 @@ from benchmarks.importance import OWN, first_batch
 from benchmarks.penalty import GRAPH
 from benchmarks.step import AVALANCHE, FUSED, FUSED_FORMS, PLAIN
 from experiments.tables import table
-from mas_ext.compare.bench import EAGER
-from mas_ext.compare.timing import spread
+from mas_ext.comparison.bench import EAGER
+from mas_ext.comparison.timing import spread
 
 PAGE = ROOT / "docs" / "PERFORMANCE.md"
 PICTURES = PAGE.parent / "performance"

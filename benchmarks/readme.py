@@ -22,7 +22,7 @@ from benchmarks.penalty import GRAPH
 from experiments import Results
 from experiments.split_mnist import SplitMNIST
 from experiments.tables import number, table
-from mas_ext.compare.demo import run_demo
+from mas_ext.comparison.demo import run_demo
 from mas_ext.metrics import mean_interval
 
 # The tables' lines, by the names in the results of the benchmarks.

@@ -27,8 +27,8 @@ from benchmarks.files import batch, copies, measure, parser, report
 from benchmarks.memory import element_bytes, plain_copies, storage_bytes
 from benchmarks.networks import STEP, build
 from mas_ext import optim
-from mas_ext.compare.bench import EAGER, LAM, after_tasks, eager_loss, too_large
-from mas_ext.compare.timing import in_turns, median, spread
+from mas_ext.comparison.bench import EAGER, LAM, after_tasks, eager_loss, too_large
+from mas_ext.comparison.timing import in_turns, median, spread
 from mas_ext.optim.hooks import Mode
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.training.settings import OPTIMIZERS

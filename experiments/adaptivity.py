@@ -13,9 +13,9 @@ from torch import Tensor
 from experiments.experiment import Experiment, Page, Results
 from experiments.learned import importance_of_head
 from experiments.tables import percent, titled
-from mas_ext.compare.cells import Cell, Found
-from mas_ext.compare.charts import canvas, legend, look
-from mas_ext.compare.options import Config
+from mas_ext.comparison.cells import Cell, Found
+from mas_ext.comparison.charts import canvas, legend, look
+from mas_ext.comparison.options import Config
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import Training

@@ -19,9 +19,9 @@ from experiments.on_pretrained import OnPretrained
 from experiments.regression import ARMS, Regression
 from experiments.tables import number, percent, titled
 from mas_ext import models
-from mas_ext.compare.cells import Cell, Found, choose, chosen, decades
-from mas_ext.compare.options import Config
-from mas_ext.compare.sweep import train
+from mas_ext.comparison.cells import Cell, Found, choose, chosen, decades
+from mas_ext.comparison.options import Config
+from mas_ext.comparison.sweep import train
 from mas_ext.methods import create
 from mas_ext.methods.method import Method, Training
 from mas_ext.methods.quadratic import Quadratic

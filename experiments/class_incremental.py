@@ -17,9 +17,9 @@ from experiments.comparison import Comparison, Variant
 from experiments.experiment import Results
 from experiments.learned import lam_option, matrix
 from experiments.tables import percent
-from mas_ext.compare.cells import Cell, Found, choose, decades
-from mas_ext.compare.options import FIRST_WEIGHTS, Config
-from mas_ext.compare.sweep import train
+from mas_ext.comparison.cells import Cell, Found, choose, decades
+from mas_ext.comparison.options import FIRST_WEIGHTS, Config
+from mas_ext.comparison.sweep import train
 from mas_ext.methods import MAS, Method, Setting, Training
 from mas_ext.methods.ewc import EWCDR
 from mas_ext.methods.finetune import Finetune

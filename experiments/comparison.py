@@ -9,10 +9,10 @@ from typing import Any, ClassVar, NamedTuple
 from experiments.experiment import Page, Results
 from experiments.learned import CHOOSING_SEED, DATA_SETS, Tuned, lam_option, scenario_of, told
 from experiments.tables import number, percent, table
-from mas_ext.compare.cells import Cell, Found, chosen
-from mas_ext.compare.charts import canvas, legend, look
-from mas_ext.compare.options import Config
-from mas_ext.compare.sweep import train
+from mas_ext.comparison.cells import Cell, Found, chosen
+from mas_ext.comparison.charts import canvas, legend, look
+from mas_ext.comparison.options import Config
+from mas_ext.comparison.sweep import train
 from mas_ext.methods import Method, Setting, create, options
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario

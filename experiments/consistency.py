@@ -22,9 +22,9 @@ from experiments.learned import (
 )
 from experiments.tables import percent, table, titled
 from mas_ext import models
-from mas_ext.compare.cells import Cell, Found
-from mas_ext.compare.charts import canvas, legend, look
-from mas_ext.compare.options import Config
+from mas_ext.comparison.cells import Cell, Found
+from mas_ext.comparison.charts import canvas, legend, look
+from mas_ext.comparison.options import Config
 from mas_ext.methods import create
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.mas import MAS

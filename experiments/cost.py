@@ -12,9 +12,9 @@ import torch
 from experiments.experiment import Experiment, Page, Results
 from experiments.learned import DATA_SETS, fewer, told, trained
 from experiments.tables import table
-from mas_ext.compare.cells import Cell, Found
-from mas_ext.compare.charts import canvas, legend, look
-from mas_ext.compare.options import Config
+from mas_ext.comparison.cells import Cell, Found
+from mas_ext.comparison.charts import canvas, legend, look
+from mas_ext.comparison.options import Config
 from mas_ext.methods import METHODS, create
 from mas_ext.scenarios import Scenario
 from mas_ext.scenarios.named import make_scenario

@@ -12,8 +12,8 @@ from torch import nn
 
 from experiments.comparison import Comparison, Variant
 from experiments.learned import fewer, matrix, scenario_of
-from mas_ext.compare.cells import Found
-from mas_ext.compare.options import FIRST_WEIGHTS, Config
+from mas_ext.comparison.cells import Found
+from mas_ext.comparison.options import FIRST_WEIGHTS, Config
 from mas_ext.methods import Setting
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario

@@ -14,7 +14,7 @@ from torch import Tensor
 from experiments.learned import lam_option
 from experiments.regression import VARIANTS, Regression
 from experiments.tables import percent
-from mas_ext.compare.cells import Found
+from mas_ext.comparison.cells import Found
 from mas_ext.methods import Method, Training, create
 from mas_ext.methods.finetune import Finetune
 from mas_ext.metrics import interval_text, mean_interval

@@ -23,9 +23,9 @@ from experiments.learned import (
     trained,
 )
 from experiments.tables import number, percent, table, titled
-from mas_ext.compare.cells import Cell, Found, chosen
-from mas_ext.compare.charts import canvas, look
-from mas_ext.compare.options import Config
+from mas_ext.comparison.cells import Cell, Found, chosen
+from mas_ext.comparison.charts import canvas, look
+from mas_ext.comparison.options import Config
 from mas_ext.importance import estimate_importance
 from mas_ext.methods import create
 from mas_ext.methods.finetune import Finetune

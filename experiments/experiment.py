@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from experiments.manifest import check_data
-from mas_ext.compare.cells import Cell, Found, fill
-from mas_ext.compare.directory import defined, environment
+from mas_ext.comparison.cells import Cell, Found, fill
+from mas_ext.comparison.directory import defined, environment
 from mas_ext.state.replacing import remove_leftovers, write
 
 __all__ = ["Cell", "Experiment", "Found", "Page", "Results", "draw", "reproduce"]

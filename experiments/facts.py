@@ -19,7 +19,7 @@ from experiments.learned import GRID
 from experiments.loops import Batch, InOwnLoop, Pair, Variant, course
 from experiments.tables import number, percent, table
 from mas_ext import metrics
-from mas_ext.compare.cells import Cell, Found
+from mas_ext.comparison.cells import Cell, Found
 from mas_ext.importance import estimate_importance
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.method import Method, Training

@@ -12,7 +12,7 @@ from experiments import cifar
 from experiments.experiment import Cell, Experiment, Found, Page, Results
 from experiments.learned import fewer, lam_option, matrix
 from experiments.tables import number, percent, titled
-from mas_ext.compare.sweep import train
+from mas_ext.comparison.sweep import train
 from mas_ext.methods import create
 from mas_ext.models import mlp
 from mas_ext.scenarios import Scenario, Tensors, from_datasets, split

@@ -17,8 +17,8 @@ from experiments.experiment import Experiment, Page, Results
 from experiments.subjects import INSTALL, Subject, nats, perplexity, smollm2, tiny, whole
 from experiments.tables import number, titled
 from mas_ext import FusedMASPenalty
-from mas_ext.compare.cells import Cell, Found
-from mas_ext.compare.charts import canvas, legend, look
+from mas_ext.comparison.cells import Cell, Found
+from mas_ext.comparison.charts import canvas, legend, look
 from mas_ext.importance import FisherSum
 from mas_ext.integrations.model_output import ModelOutput
 from mas_ext.metrics import interval_text

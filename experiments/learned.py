@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from experiments.experiment import Experiment, Results
-from mas_ext.compare.cells import Cell, Found, choose, decades
-from mas_ext.compare.options import Config, Purpose
-from mas_ext.compare.sweep import train
+from mas_ext.comparison.cells import Cell, Found, choose, decades
+from mas_ext.comparison.options import Config, Purpose
+from mas_ext.comparison.sweep import train
 from mas_ext.importance import estimate_importance
 from mas_ext.methods import Method
 from mas_ext.models import MultiHead

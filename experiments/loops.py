@@ -13,8 +13,8 @@ from torch import Tensor
 
 from experiments.experiment import Results
 from experiments.learned import CHOOSING_SEED, Tuned, lam_option
-from mas_ext.compare.cells import Cell, Found, chosen
-from mas_ext.compare.charts import canvas, legend, look
+from mas_ext.comparison.cells import Cell, Found, chosen
+from mas_ext.comparison.charts import canvas, legend, look
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods.method import Method, Setting, TaskLoss, Training
 from mas_ext.methods.quadratic import Quadratic

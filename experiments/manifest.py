@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from mas_ext.compare.options import read_toml
+from mas_ext.comparison.options import read_toml
 from mas_ext.scenarios.datasets import SOURCES, folders, import_extra
 
 MANIFEST = Path(__file__).with_name("data.toml")

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from experiments.experiment import Experiment, Page, Results
 from experiments.learned import matrix, trained
 from experiments.tables import percent, table
-from mas_ext.compare.cells import Cell, Found
-from mas_ext.compare.charts import canvas, legend, look
-from mas_ext.compare.options import Config
+from mas_ext.comparison.cells import Cell, Found
+from mas_ext.comparison.charts import canvas, legend, look
+from mas_ext.comparison.options import Config
 from mas_ext.importance import estimate_importance
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.mas import MAS

@@ -12,8 +12,8 @@ from experiments import cifar
 from experiments.comparison import BOTH, DISTILLED, PENALTIES, PROXIMAL, Comparison, Variant
 from experiments.learned import matrix
 from experiments.tables import percent
-from mas_ext.compare.cells import Found
-from mas_ext.compare.options import Config
+from mas_ext.comparison.cells import Found
+from mas_ext.comparison.options import Config
 from mas_ext.methods import Setting
 from mas_ext.methods.finetune import Finetune
 from mas_ext.models import MultiHead

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from experiments.comparison import Comparison
-from mas_ext.compare.options import Config
+from mas_ext.comparison.options import Config
 from mas_ext.methods import Setting
 
 # Zenke et al. 2017, Continual learning through synaptic intelligence: MLP 784-2000-2000, 20 epochs, c = 0.1.

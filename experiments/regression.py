@@ -16,7 +16,7 @@ from experiments.learned import GRID
 from experiments.loops import Batch, InOwnLoop, SquaredGradients, Variant, course
 from experiments.tables import number, percent, table
 from mas_ext import models
-from mas_ext.compare.cells import Cell, Found
+from mas_ext.comparison.cells import Cell, Found
 from mas_ext.methods.ebll import EBLL
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.imm import IMM, MeanIMM

@@ -15,7 +15,7 @@ from experiments.comparison import (
     Comparison,
     Variant,
 )
-from mas_ext.compare.options import Config
+from mas_ext.comparison.options import Config
 from mas_ext.methods import Setting
 
 OTHERS = tuple(Variant(name, {}, name) for name in ("mas-batch", "mas-vector", "local-mas"))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.manifest import find, package
-from mas_ext.compare.options import read_toml
+from mas_ext.comparison.options import read_toml
 from mas_ext.scenarios.datasets import import_extra
 
 ANSWERS = Path(__file__).with_name("answers.toml")

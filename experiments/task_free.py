@@ -16,9 +16,9 @@ from experiments.learned import DATA_SETS, scenario_of
 from experiments.regression import ARMS, Regression
 from experiments.tables import number, percent, titled
 from mas_ext import FusedMASPenalty, TaskFree
-from mas_ext.compare.cells import Cell, Found
-from mas_ext.compare.charts import COLOURS, canvas, legend
-from mas_ext.compare.options import Config
+from mas_ext.comparison.cells import Cell, Found
+from mas_ext.comparison.charts import COLOURS, canvas, legend
+from mas_ext.comparison.options import Config
 from mas_ext.scenarios import Tensors
 
 # Inputs and targets.

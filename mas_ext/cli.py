@@ -132,7 +132,7 @@ def add_demo(parser: Parser) -> None:
 
 def do_demo(arguments: argparse.Namespace) -> None:
     """Progress on stderr, then the table and the figure's path."""
-    from mas_ext.compare.demo import run_demo
+    from mas_ext.comparison.demo import run_demo
 
     result = run_demo(
         arguments.dataset, arguments.data, arguments.out, arguments.seed, arguments.epochs
@@ -167,7 +167,7 @@ file:
 
 def add_run(parser: Parser) -> None:
     """The options of `run`: where everything is written, and one for each key of a configuration."""
-    from mas_ext.compare.options import HOW, WHAT, Config
+    from mas_ext.comparison.options import HOW, WHAT, Config
 
     parser.set_defaults(run=do_run)
     parser.epilog = RUN_EXAMPLES
@@ -207,9 +207,9 @@ def _parse(parse: Callable[[str, str], Any], name: str, text: str) -> Any:
 
 def do_run(arguments: argparse.Namespace) -> None:
     """Progress on stderr, then the table and the directory."""
-    from mas_ext.compare import sweep
-    from mas_ext.compare.directory import CONFIG, Directory
-    from mas_ext.compare.options import OPTIONS, Config, merged, read_toml
+    from mas_ext.comparison import sweep
+    from mas_ext.comparison.directory import CONFIG, Directory
+    from mas_ext.comparison.options import OPTIONS, Config, merged, read_toml
 
     sys.path.insert(0, "")  # modules in the working directory are found, as by python -m
     out = Path(arguments.out)
@@ -235,8 +235,8 @@ def do_run(arguments: argparse.Namespace) -> None:
 
 def add_report(parser: Parser) -> None:
     """The options of `report`."""
-    from mas_ext.compare.charts import KINDS
-    from mas_ext.compare.report import FORMATS
+    from mas_ext.comparison.charts import KINDS
+    from mas_ext.comparison.report import FORMATS
 
     parser.set_defaults(run=do_report)
     parser.add_argument(
@@ -262,7 +262,7 @@ def _several(choices: Collection[str], text: str) -> list[str]:
 
 def do_report(arguments: argparse.Namespace) -> None:
     """The paths of what was written."""
-    from mas_ext.compare import report
+    from mas_ext.comparison import report
 
     given = arguments
     for path in report.report(given.directory, given.out, given.format, given.pictures):
@@ -299,7 +299,7 @@ def add_bench(parser: Parser) -> None:
 
 def do_bench(arguments: argparse.Namespace) -> None:
     """A table of the times."""
-    from mas_ext.compare.bench import bench
+    from mas_ext.comparison.bench import bench
 
     given = arguments
     print(bench(given.model, given.device, given.dtype, given.tasks, given.repeats))

@@ -11,8 +11,8 @@ from image_files import idx
 
 import mas_ext
 from mas_ext.cli import COMMANDS, main
-from mas_ext.compare import bench
-from mas_ext.compare.options import Config, read_toml
+from mas_ext.comparison import bench
+from mas_ext.comparison.options import Config, read_toml
 from mas_ext.methods import METHODS
 
 
@@ -372,5 +372,5 @@ def test_little_is_imported(word: str) -> None:
     )
     imported = set(done.stderr.split())
     assert "mas_ext.cli" in imported
-    heavy = {"experiments", "benchmarks", "mas_ext.compare", "matplotlib", "scipy", "sklearn"}
+    heavy = {"experiments", "benchmarks", "mas_ext.comparison", "matplotlib", "scipy", "sklearn"}
     assert not imported & (heavy | {"torch._dynamo", "torch._inductor"})

@@ -16,7 +16,7 @@ PACKAGE = Path(mas_ext.__file__).parent
 
 # From the roof down. A part may import those of lower floors, never one of its own floor or above.
 FLOORS = [
-    {"cli", "compare", "integrations"},
+    {"cli", "comparison", "integrations"},
     {"trainer"},
     {"training"},
     {"methods", "compat", "task_free"},
@@ -31,7 +31,7 @@ FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 # Beside all floors: they know nothing of the house, and one another only from left to right.
 LEAVES = ["scenarios", "models", "metrics", "failures", "_arguments"]
 # The command line is the door to what it starts.
-DOOR = ("cli", "compare")
+DOOR = ("cli", "comparison")
 
 
 def imports(file: Path) -> Iterator[list[str]]:

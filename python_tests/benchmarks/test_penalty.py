@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import penalty
-from mas_ext.compare.bench import after_tasks, parameters_of
+from mas_ext.comparison.bench import after_tasks, parameters_of
 
 
 @pytest.fixture(scope="module")

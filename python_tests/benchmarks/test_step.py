@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import step
-from mas_ext.compare import bench
+from mas_ext.comparison import bench
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -37,8 +37,8 @@ from experiments.official_demo import Reestimated, paced
 from experiments.regression import VARIANTS, Arm
 from experiments.task_free import Problem, Stream, arms, stream_of
 from mas_ext import models
-from mas_ext.compare.cells import Cell, Found
-from mas_ext.compare.options import Config
+from mas_ext.comparison.cells import Cell, Found
+from mas_ext.comparison.options import Config
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import Method, create
 from mas_ext.methods.method import Training

@@ -17,8 +17,8 @@ from experiments import EXPERIMENTS, Results, manifest, subjects
 from experiments.language import VARIANTS, importance_of
 from experiments.manifest import DataError, find, package
 from experiments.subjects import UNASKED, Rows, nats, perplexity, sentences, whole
-from mas_ext.compare.cells import fill
-from mas_ext.compare.options import read_toml
+from mas_ext.comparison.cells import fill
+from mas_ext.comparison.options import read_toml
 
 
 class Bigrams(nn.Module):

@@ -12,8 +12,8 @@ import pytest
 
 from experiments import EXPERIMENTS, Experiment, Page, Results, manifest, reproduce
 from experiments.manifest import DataError, check_data
-from mas_ext.compare.cells import Cell, Found
-from mas_ext.compare.options import read_toml
+from mas_ext.comparison.cells import Cell, Found
+from mas_ext.comparison.options import read_toml
 
 FILES = {"MNIST/raw/train": b"images", "MNIST/raw/test": b"other images"}
 

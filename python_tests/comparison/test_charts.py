@@ -13,10 +13,10 @@ import pytest
 from compare.test_results import ACCURACY, make, result
 from matplotlib.collections import LineCollection
 
-from mas_ext.compare import charts
-from mas_ext.compare.directory import write_json
-from mas_ext.compare.options import Config
-from mas_ext.compare.results import Findings
+from mas_ext.comparison import charts
+from mas_ext.comparison.directory import write_json
+from mas_ext.comparison.options import Config
+from mas_ext.comparison.results import Findings
 from mas_ext.methods import METHODS
 from mas_ext.state.replacing import write
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from string import Template
 from typing import Any, Literal, get_args
 
-from mas_ext.compare.charts import CHARTS, Kind, pictures
-from mas_ext.compare.formats import csv_text, latex, markdown
-from mas_ext.compare.results import Findings, over_seeds
-from mas_ext.compare.tables import confusion_counts, matrix, notes, numbers, results
+from mas_ext.comparison.charts import CHARTS, Kind, pictures
+from mas_ext.comparison.formats import csv_text, latex, markdown
+from mas_ext.comparison.results import Findings, over_seeds
+from mas_ext.comparison.tables import confusion_counts, matrix, notes, numbers, results
 from mas_ext.state.replacing import write
 
 Format = Literal["html", "csv", "latex", "markdown"]
@@ -34,7 +34,7 @@ def report(
     """Write what a run found, also one that is not finished.
 
     Args:
-        run: the directory of a run, see `mas_ext.compare.directory`.
+        run: the directory of a run, see `mas_ext.comparison.directory`.
         out: where to write, made if it is not there; None for the run's directory.
         formats: "html", the page report.html; "latex" and "markdown", its table as results.tex and results.md;
             "csv", numbers: results.csv, accuracy/METHOD.csv and METHOD-seedN.csv, which are accuracy[t, k] with

@@ -9,7 +9,7 @@
         accuracy.csv            accuracy[t, k], one row per task, empty where nothing was measured
         confusion.csv           after the last task, see below; only of tasks with classes
         checkpoint.safetensors  the Trainer's: the model and the state of the method
-        result.json             written last: what `mas_ext.compare.sweep.train` returns
+        result.json             written last: what `mas_ext.comparison.sweep.train` returns
     choosing/           the same for the trainings that lam was chosen by, without their checkpoints
     tensorboard/        events, where asked for; what Weights & Biases keeps is in wandb/
     table.md            what was printed at the end: one row per method
@@ -45,9 +45,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mas_ext.compare.cells import Cell, Found
-from mas_ext.compare.formats import csv_text
-from mas_ext.compare.options import Config, differences, read_toml
+from mas_ext.comparison.cells import Cell, Found
+from mas_ext.comparison.formats import csv_text
+from mas_ext.comparison.options import Config, differences, read_toml
 from mas_ext.info import info
 from mas_ext.methods import Setting
 from mas_ext.scenarios import Task

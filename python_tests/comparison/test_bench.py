@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mas_ext.compare import bench as module
-from mas_ext.compare.bench import Form, after_tasks, bench, forms, parameters_of
+from mas_ext.comparison import bench as module
+from mas_ext.comparison.bench import Form, after_tasks, bench, forms, parameters_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

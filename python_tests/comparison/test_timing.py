@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mas_ext.compare import timing
+from mas_ext.comparison import timing
 
 
 def test_median_and_its_interval_are_order_statistics() -> None:

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mas_ext import Trainer, methods, models
-from mas_ext.compare.compare import compare
-from mas_ext.compare.directory import Directory
-from mas_ext.compare.options import FIRST_WEIGHTS
-from mas_ext.compare.report import report
-from mas_ext.compare.results import Findings
+from mas_ext.comparison.compare import compare
+from mas_ext.comparison.directory import Directory
+from mas_ext.comparison.options import FIRST_WEIGHTS
+from mas_ext.comparison.report import report
+from mas_ext.comparison.results import Findings
 from mas_ext.methods.method import Method, Training
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mas_ext._arguments import hint
-from mas_ext.compare import sweep
-from mas_ext.compare.options import OPTIONS, Config, settings_of, tables_of
-from mas_ext.compare.results import Findings
+from mas_ext.comparison import sweep
+from mas_ext.comparison.options import OPTIONS, Config, settings_of, tables_of
+from mas_ext.comparison.results import Findings
 from mas_ext.methods.quadratic import Lam
 from mas_ext.models import MakeModel
 from mas_ext.scenarios import Scenario

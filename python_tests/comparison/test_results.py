@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from mas_ext.compare.directory import write_json
-from mas_ext.compare.options import Config
-from mas_ext.compare.results import (
+from mas_ext.comparison.directory import write_json
+from mas_ext.comparison.options import Config
+from mas_ext.comparison.results import (
     Findings,
     confusion_shares,
     importance_by_layer,

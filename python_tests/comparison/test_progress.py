@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mas_ext.compare.progress import ProgressBar
+from mas_ext.comparison.progress import ProgressBar
 from mas_ext.training.run import Epoch
 
 

@@ -9,7 +9,14 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from mas_ext.compare.results import FEWEST, Findings, Learned, confusion_shares, over_seeds, shares
+from mas_ext.comparison.results import (
+    FEWEST,
+    Findings,
+    Learned,
+    confusion_shares,
+    over_seeds,
+    shares,
+)
 from mas_ext.scenarios.datasets import import_extra
 
 # Okabe and Ito's, which colour-blind people tell apart, without yellow, which is too light for lines.

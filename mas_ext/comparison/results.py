@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mas_ext import metrics
-from mas_ext.compare import directory as files
-from mas_ext.compare.cells import Found
-from mas_ext.compare.directory import Confused, Directory
+from mas_ext.comparison import directory as files
+from mas_ext.comparison.cells import Found
+from mas_ext.comparison.directory import Confused, Directory
 from mas_ext.methods.quadratic import Lam
 from mas_ext.state import files as checkpoint
 
@@ -50,7 +50,7 @@ class Learned:
 
     lam: with which, None for a method without lam, and as long as no task is over.
     folder: of its files. accuracy: see Result, (T, T). step_seconds, held_bytes: see Result, (T,).
-    found: see `mas_ext.compare.sweep.train`; None as long as it is not finished.
+    found: see `mas_ext.comparison.sweep.train`; None as long as it is not finished.
     """
 
     method: str

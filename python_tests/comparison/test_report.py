@@ -14,13 +14,13 @@ import pytest
 from compare.test_results import ACCURACY, TAKEN, WHY, make, result
 
 from mas_ext.cli import main
-from mas_ext.compare.charts import CHARTS
-from mas_ext.compare.directory import write_json
-from mas_ext.compare.formats import latex
-from mas_ext.compare.options import Config
-from mas_ext.compare.report import TEMPLATE, report
-from mas_ext.compare.results import Findings
-from mas_ext.compare.tables import notes, results, summary
+from mas_ext.comparison.charts import CHARTS
+from mas_ext.comparison.directory import write_json
+from mas_ext.comparison.formats import latex
+from mas_ext.comparison.options import Config
+from mas_ext.comparison.report import TEMPLATE, report
+from mas_ext.comparison.results import Findings
+from mas_ext.comparison.tables import notes, results, summary
 from mas_ext.state.replacing import write
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from mas_ext.compare.cells import Found
-from mas_ext.compare.formats import markdown
-from mas_ext.compare.results import FEWEST, SCORES, Findings
+from mas_ext.comparison.cells import Found
+from mas_ext.comparison.formats import markdown
+from mas_ext.comparison.results import FEWEST, SCORES, Findings
 from mas_ext.metrics import interval_text, mean_interval
 
 STEPS, HELD = "ms per step", "MB held"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mas_ext.compare.options import HOW, OPTIONS, WHAT, Config, differences, merged, read_toml
+from mas_ext.comparison.options import HOW, OPTIONS, WHAT, Config, differences, merged, read_toml
 from mas_ext.training.settings import Settings
 
 EVERYTHING: dict[str, Any] = {

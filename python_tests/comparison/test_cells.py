@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mas_ext.compare.cells import Candidates, Cell, Found, choose, chosen, decades, fill, listed
+from mas_ext.comparison.cells import Candidates, Cell, Found, choose, chosen, decades, fill, listed
 
 GRID = (1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 

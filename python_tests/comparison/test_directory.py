@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import mas_ext
-from mas_ext.compare import directory as files
-from mas_ext.compare.directory import Directory, Journal
-from mas_ext.compare.options import Config, read_toml
-from mas_ext.compare.results import Findings
+from mas_ext.comparison import directory as files
+from mas_ext.comparison.directory import Directory, Journal
+from mas_ext.comparison.options import Config, read_toml
+from mas_ext.comparison.results import Findings
 from mas_ext.scenarios import Task, Tensors
 from mas_ext.scenarios.named import make_scenario
 
@@ -145,8 +145,8 @@ def test_begin(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys, time
-from mas_ext.compare.directory import Directory
-from mas_ext.compare.options import Config
+from mas_ext.comparison.directory import Directory
+from mas_ext.comparison.options import Config
 with Directory(sys.argv[1]).begun(Config()):
     print("here", flush=True)
     time.sleep(60)

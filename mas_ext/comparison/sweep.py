@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from mas_ext import metrics
-from mas_ext.compare import directory as files
-from mas_ext.compare.cells import Cell, Found, choose, chosen, fill, listed
-from mas_ext.compare.directory import Directory, Journal
-from mas_ext.compare.options import Config
-from mas_ext.compare.progress import ProgressBar
-from mas_ext.compare.results import Findings
-from mas_ext.compare.tables import summary
+from mas_ext.comparison import directory as files
+from mas_ext.comparison.cells import Cell, Found, choose, chosen, fill, listed
+from mas_ext.comparison.directory import Directory, Journal
+from mas_ext.comparison.options import Config
+from mas_ext.comparison.progress import ProgressBar
+from mas_ext.comparison.results import Findings
+from mas_ext.comparison.tables import summary
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import Method, options
 from mas_ext.methods.quadratic import Lam
@@ -47,7 +47,7 @@ def run(
     tensorboard: bool = False,
     wandb: bool = False,
 ) -> str:
-    """Compare the methods, with progress on stderr; `mas_ext.compare.directory` says what is written.
+    """Compare the methods, with progress on stderr; `mas_ext.comparison.directory` says what is written.
 
     A method with several lam to choose from learns everything with each of them, with seeds of their own, and
     takes the one with the largest average accuracy on validation data, of equal ones the first. A training that

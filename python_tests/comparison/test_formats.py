@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from mas_ext.compare.formats import csv_text, latex, markdown
+from mas_ext.comparison.formats import csv_text, latex, markdown
 
 
 def test_csv_is_read_as_it_was() -> None:

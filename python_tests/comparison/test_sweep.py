@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from mas_ext import cli, models
-from mas_ext.compare.directory import read_confusion
-from mas_ext.compare.options import Config
-from mas_ext.compare.sweep import run
+from mas_ext.comparison.directory import read_confusion
+from mas_ext.comparison.options import Config
+from mas_ext.comparison.sweep import run
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods import METHODS
 from mas_ext.methods.method import Method, Training

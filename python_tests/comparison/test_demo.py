@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mas_ext import metrics
-from mas_ext.compare.demo import COMPARED, DemoResult, learn, run_demo
+from mas_ext.comparison.demo import COMPARED, DemoResult, learn, run_demo
 from mas_ext.scenarios import split
 from mas_ext.scenarios.datasets import load_dataset
 

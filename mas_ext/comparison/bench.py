@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mas_ext.compare.timing import in_turns, median, paired, spread
+from mas_ext.comparison.timing import in_turns, median, paired, spread
 from mas_ext.models import residual
 from mas_ext.penalty import FusedMASPenalty
 
