@@ -3,9 +3,10 @@
 `FusedMASPenalty` holds a model's important parameters near their old values, and `TaskFree` tells it when where
 nobody announces tasks; `Distillation` holds the model's outputs; `Replay` keeps a few old samples.
 `estimate_importance` measures how important parameters are, without labels, and `check_importance` tells how
-exactly; `info` tells which kernels do the work.
+exactly. `Trainer` learns a scenario by one method, `compare` by many. `info` tells which kernels do the work.
 """
 
+from mas_ext.comparison.compare import compare
 from mas_ext.distillation import Distillation
 from mas_ext.importance import FisherSum, estimate_fisher, estimate_importance
 from mas_ext.importance.check import check_importance
@@ -28,6 +29,7 @@ __all__ = [
     "Trainer",
     "check_importance",
     "choose_lam",
+    "compare",
     "estimate_fisher",
     "estimate_importance",
     "info",

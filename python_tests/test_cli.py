@@ -362,7 +362,7 @@ def test_reproduce_tells_where_experiments_are(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("word", ["--help", "info"])
 def test_little_is_imported(word: str) -> None:
-    """Neither experiments, benchmarks and what `run` needs, nor torch's compiler and matplotlib."""
+    """Neither experiments and benchmarks, nor torch's compiler and matplotlib."""
     code = (
         "import sys\nfrom mas_ext.cli import main\ntry:\n    main([sys.argv[1]])\n"
         "except SystemExit:\n    pass\nprint(*sys.modules, file=sys.stderr)"
@@ -372,5 +372,5 @@ def test_little_is_imported(word: str) -> None:
     )
     imported = set(done.stderr.split())
     assert "mas_ext.cli" in imported
-    heavy = {"experiments", "benchmarks", "mas_ext.comparison", "matplotlib", "scipy", "sklearn"}
+    heavy = {"experiments", "benchmarks", "matplotlib", "scipy", "sklearn"}
     assert not imported & (heavy | {"torch._dynamo", "torch._inductor"})

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
-from compare.test_results import ACCURACY, make, result
+from comparison.test_results import ACCURACY, make, result
 from matplotlib.collections import LineCollection
 
 from mas_ext.comparison import charts

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from compare.test_results import ACCURACY, TAKEN, WHY, make, result
+from comparison.test_results import ACCURACY, TAKEN, WHY, make, result
 
 from mas_ext.cli import main
 from mas_ext.comparison.charts import CHARTS
