@@ -15,6 +15,9 @@ from experiments.manifest import DataError
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 
+# Pages beside RESULTS.md that have the table of an experiment.
+OTHER_PAGES = {"on-pretrained": "why.md", "importance-data": "how-to/production.md"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 without the data that are needed, 130 if interrupted."""
@@ -77,6 +80,9 @@ def write_page(docs: Path) -> None:
         else:
             parts[name] = "Not measured yet."
     fill(docs / "RESULTS.md", parts)
+    for name, page in OTHER_PAGES.items():
+        if name in parts:
+            fill(docs / page, {name: parts[name].partition("\n\n![")[0]})
 
 
 if __name__ == "__main__":

@@ -61,10 +61,15 @@ def test_the_page_is_written_from_results(tmp_path: Path, monkeypatch: pytest.Mo
     row = next(line for line in committed.splitlines() if line.startswith("| `joint` | 0."))
     page = tmp_path / "RESULTS.md"
     page.write_text(committed.replace(row, "something else"), encoding="utf-8")
-    few = {name: EXPERIMENTS[name] for name in ("cost", "regression")}
+    few = {name: EXPERIMENTS[name] for name in ("cost", "regression", "importance-data")}
     monkeypatch.setattr("experiments.__main__.EXPERIMENTS", few)
+    (tmp_path / "how-to").mkdir()
+    other = tmp_path / "how-to" / "production.md"
+    other.write_text("<!-- importance-data -->\n| old |\n<!-- /importance-data -->\nmore\n")
     write_page(tmp_path)
     assert page.read_text(encoding="utf-8") == committed
-    for name in few:
+    assert "| images of the old task | as they were | 0.01 |" in other.read_text(encoding="utf-8")
+    assert "| old |" not in other.read_text(encoding="utf-8")
+    for name in ("cost", "regression"):
         assert f"](results/{name}.png)" in committed
         assert (tmp_path / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

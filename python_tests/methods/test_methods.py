@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -52,23 +50,6 @@ def test_joint_training_is_the_upper_bound() -> None:
     for setting in methods.SETTINGS:
         best = max(learned(name, setting)[1].mean() for name in methods.METHODS)
         assert learned("joint", setting)[1].mean() > best - 0.01
-
-
-def test_the_example_of_how_to_add_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    file, line = re.findall(
-        r"```python\n(.*?)```", text.partition("<!-- example -->")[2], re.DOTALL
-    )
-    names: dict[str, Any] = {}
-    exec(file, names)
-    for name, made in eval("{" + line + "}", names).items():
-        monkeypatch.setitem(methods.METHODS, name, made)
-        for setting in methods.SETTINGS:
-            free, held = learned("finetune", setting), learned(name, setting)
-            assert held[1, 0] > free[1, 0] + 0.02
-            assert held[1, 1] > 0.9
-            naive_training.resumed(lambda: methods.create(name), setting, after=12)  # noqa: B023
-    assert methods.options("rehearsal") == methods.create("rehearsal").options() == {"samples": 50}
 
 
 def ends(method: methods.Method, seed: int, setting: str) -> list[dict[str, torch.Tensor]]:
