@@ -80,9 +80,9 @@ def write_page(docs: Path) -> None:
         else:
             parts[name] = "Not measured yet."
     fill(docs / "RESULTS.md", parts)
-    for name, page in OTHER_PAGES.items():
+    for name, document in OTHER_PAGES.items():
         if name in parts:
-            fill(docs / page, {name: parts[name].partition("\n\n![")[0]})
+            fill(docs / document, {name: parts[name].partition("\n\n![")[0]})
 
 
 if __name__ == "__main__":
