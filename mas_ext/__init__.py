@@ -19,6 +19,8 @@ from mas_ext.trainer import Trainer
 from mas_ext.training.lam import choose_lam, read_pull
 from mas_ext.training.scalars import ScalarCallback
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Distillation",
     "FisherSum",

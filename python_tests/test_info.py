@@ -20,6 +20,14 @@ import mas_ext
 
 HIDDEN = "import sys; sys.modules['mas_ext._C'] = None\n"
 
+
+def test_the_version_is_told_once() -> None:
+    """In the package; what is installed and the citation say the same."""
+    citation = (Path(__file__).parents[1] / "CITATION.cff").read_text(encoding="utf-8")
+    told = re.findall(r"^version: (.*)$", citation, re.MULTILINE)
+    assert [mas_ext.__version__] == told == [version("mas_ext")]
+
+
 RUN = """
 import json, warnings
 import torch
