@@ -285,6 +285,12 @@ class ImportanceSum:
         its parameters (Euler), and of the order of its rounding error for an output of constant norm.
         """
         self._refuse_empty()
+        if self.objective_sum == 0:
+            raise Vanished(
+                "importance: got outputs that are all zero, and so is every importance, expected others; the "
+                "usual cause is a last layer that starts at zero (train it first, or measure the importance of "
+                "features, with forward=)"
+            )
         objective = self.objective_sum / self.samples
         change = sum(
             float((total.double() * (theta[name].detach().double().abs() + 0.01)).sum())
@@ -331,6 +337,7 @@ def gather(
     progress: bool = False,
 ) -> None:
     """Add batches to a sum, at most max_samples samples in all."""
+    batch_of.refuse_no_batch(batches)
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError(
             f"batches: got a single {type(batches).__name__}, expected an iterable of batches; "

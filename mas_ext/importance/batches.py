@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import Dataset, IterableDataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +133,30 @@ def size(batch: Any) -> int:
     return _told(batch)[1]
 
 
+def refuse_no_batch(given: Any) -> None:
+    """Raise an error for what is neither a batch nor batches: a data set (torch's or Hugging Face's), packed
+    sequences.
+    """
+    if isinstance(given, PackedSequence):
+        raise ValueError(
+            "batches: got a PackedSequence, expected samples in dimension 0; pass padded tensors and "
+            "lengths, and pack them in forward="
+        )
+    torchs = isinstance(given, Dataset) and not isinstance(given, IterableDataset)
+    if torchs or type(given).__module__.startswith("datasets."):
+        raise TypeError(
+            f"batches: got the data set {type(given).__name__}, whose items are single samples, expected "
+            "batches, as in DataLoader(dataset, batch_size=64)"
+        )
+
+
 def told(batch: Any) -> Any:
     """The batch with its sequences as entries, which know whether they have an item for each sample."""
     return _told(batch)[0]
 
 
 def _told(batch: Any) -> tuple[Any, int]:
+    refuse_no_batch(batch)
     start = first(batch)
     if not isinstance(start, Tensor) or start.dim() == 0:
         raise TypeError(
@@ -146,15 +165,12 @@ def _told(batch: Any) -> tuple[Any, int]:
             "starts with one"
         )
     samples = start.shape[0]
+    _refuse_unpadded(batch, start)
 
     def tell(item: Any) -> Any:
         if isinstance(item, Tensor):
-            _check_rows(item, samples)
-        if isinstance(item, PackedSequence):
-            raise ValueError(
-                "batches: got a PackedSequence, expected samples in dimension 0; pass padded tensors and "
-                "lengths, and pack them in forward="
-            )
+            _check_rows(item, start)
+        refuse_no_batch(item)
         if isinstance(item, (Tensor, Entry)):
             return item
         if _is_sequence(item) and first(item) is not start:
@@ -167,12 +183,46 @@ def _told(batch: Any) -> tuple[Any, int]:
     return tell(batch), samples
 
 
-def _check_rows(t: Tensor, samples: int) -> None:
+def _refuse_unpadded(batch: Any, start: Tensor) -> None:
+    """Raise a ValueError for a batch that starts with a list of sequences of different lengths."""
+    item = batch
+    while item is not start:
+        if isinstance(item, list) and len(item) > 1 and all(isinstance(t, Tensor) for t in item):
+            lengths = [t.shape[0] if t.dim() else 0 for t in item]
+            if len({*lengths}) > 1 and len({tuple(t.shape[1:]) for t in item}) == 1:
+                shown = ", ".join(map(str, lengths[:8])) + ", ..." * (len(lengths) > 8)
+                raise ValueError(
+                    f"batches: got a list of {len(item)} sequences of lengths {shown}, expected one tensor "
+                    "with samples in dimension 0, as torch.nn.utils.rnn.pad_sequence(..., batch_first=True) "
+                    "makes it, with their lengths behind it"
+                )
+        values = item.values() if isinstance(item, Mapping) else item
+        values = (each for _, each in _fields(item)) if _is_dataclass(item) else values
+        values = (item.value,) if isinstance(item, Entry) else values
+        item = next(iter(values))
+
+
+def time_first(shape: Sequence[int], samples: int, seen: int | None) -> str:
+    """What to do where samples lie in dimension 1 of a batch's first tensor, of this shape; else "".
+
+    seen: the number of samples that something else has.
+    """
+    if len(shape) < 2 or seen in (None, samples) or shape[1] != seen:
+        return ""
+    return (
+        "; where dimension 0 is time, as of a recurrent layer without batch_first, give samples first, and "
+        "forward=lambda model, batch: model(batch.transpose(0, 1))"
+    )
+
+
+def _check_rows(t: Tensor, start: Tensor) -> None:
+    samples = start.shape[0]
     if t.is_nested or t.dim() == 0 or t.shape[0] != samples:
         got = "a nested tensor" if t.is_nested else f"a tensor of shape {tuple(t.shape)}"
+        rows = None if t.is_nested or t.dim() == 0 else t.shape[0]
         raise ValueError(
             f"batches: got {got} in a batch of {samples} samples, expected samples in dimension 0 (or a list "
-            "with one item for each sample, after a first tensor)"
+            f"with one item for each sample, after a first tensor){time_first(start.shape, samples, rows)}"
         )
 
 

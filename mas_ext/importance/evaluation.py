@@ -73,8 +73,15 @@ class Evaluate(NamedTuple):
 
     def __call__(self, batch: Labelled) -> tuple[Tensor, Tensor]:
         """The output, and the objectives of shape (rows, K)."""
-        output = self.output(batch)
-        return output, self.values(output, batch.labels, batches.size(batch))
+        output, samples = self.output(batch), batches.size(batch)
+        try:
+            return output, self.values(output, batch.labels, samples)
+        except ValueError as error:
+            rows = output.shape[0] if isinstance(output, Tensor) and output.dim() else None
+            more = batches.time_first(batches.first(batch).shape, samples, rows)
+            if not more:
+                raise
+            raise ValueError(f"{error}{more}") from error
 
     def alone(self, sample: Labelled) -> tuple[Tensor, Tensor]:
         """The output and the objectives of a batch of one sample, one row each.

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import rnn
+from torch.utils.data import Dataset, TensorDataset
 
-from mas_ext import estimate_importance
+from mas_ext import FusedMASPenalty, estimate_fisher, estimate_importance
 from mas_ext.importance import batches
 from mas_ext.importance.evaluation import Evaluate, Labelled, default_forward
 
@@ -231,7 +232,21 @@ def test_dataclasses_and_dictionaries_with_attributes_keep_their_type(batch: Any
     ("batch", "said"),
     [
         ((X, [torch.zeros(5), torch.zeros(3)]), r"shape \(5,\) in a batch of 4 samples"),
-        ([torch.zeros(5, 2), torch.zeros(3, 2)], r"shape \(3, 2\) in a batch of 5 samples"),
+        (
+            [torch.zeros(5, 2), torch.zeros(3, 2)],
+            "a list of 2 sequences of lengths 5, 3, expected one",
+        ),
+        (([torch.zeros(5, 2), torch.zeros(3, 2)], X), "a list of 2 sequences of lengths 5, 3"),
+        (
+            {"x": [torch.zeros(5), torch.zeros(3)], "y": X},
+            "sequences of lengths 5, 3, .*pad_sequence",
+        ),
+        (
+            (torch.zeros(7, 4, 2), X),
+            r"in a batch of 7 samples.*where dimension 0 is time.*transpose",
+        ),
+        ((torch.zeros(7, 3, 2), X), r"after a first tensor\)$"),
+        (rnn.pack_sequence([torch.ones(2), torch.ones(1)]), "got a PackedSequence"),
         ([X[:2], torch.zeros(5)], r"shape \(5,\) in a batch of 2 samples"),
         ((X, rnn.pack_sequence([torch.ones(2), torch.ones(1)])), "got a PackedSequence"),
         (
@@ -244,6 +259,64 @@ def test_a_ragged_batch_is_refused(batch: Any, said: str) -> None:
     for function in (batches.size, batches.told):
         with pytest.raises(ValueError, match=said):
             function(batch)
+
+
+class Points(Dataset[Any]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> Any:
+        return X[i], i
+
+
+@pytest.mark.parametrize("given", [Points(), TensorDataset(X, X)])
+def test_a_data_set_is_no_batches(given: Any) -> None:
+    model = nn.Linear(X.shape[1], 2)
+    said = f"batches: got the data set {type(given).__name__}, .*DataLoader"
+    for call in (
+        lambda: estimate_importance(model, given),
+        lambda: FusedMASPenalty(model).consolidate(given),
+        lambda: FusedMASPenalty(model).observe(given),
+        lambda: estimate_fisher(model, given),
+    ):
+        with pytest.raises(TypeError, match=said):
+            call()
+
+
+def test_packed_sequences_are_no_batches() -> None:
+    packed = rnn.pack_sequence([torch.ones(2, 2), torch.ones(1, 2)])
+    with pytest.raises(ValueError, match=r"got a PackedSequence.*pass padded tensors"):
+        estimate_importance(nn.LSTM(2, 2), packed)
+
+
+class Last(nn.Module):
+    """From sequences whose dimension 0 is time to one output for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.head = nn.LSTM(2, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(self.recurrent(x)[0][-1])
+        return output
+
+
+@pytest.mark.parametrize("samples", [5, 6])
+def test_sequences_with_time_first_are_told_what_to_do(samples: int) -> None:
+    model, x = Last(), torch.randn(6, samples, 2)
+    with pytest.raises(ValueError, match=r"where dimension 0 is time.*batch\.transpose\(0, 1\)"):
+        estimate_importance(model, [x])
+    with pytest.raises(ValueError, match=r"samples interact.*where dimension 0 is time"):
+        estimate_importance(model.recurrent, [x], forward=lambda m, batch: m(batch)[0])
+    found = estimate_importance(  # as the message says
+        model, [x.transpose(0, 1)], forward=lambda model, batch: model(batch.transpose(0, 1))
+    )
+    for k in range(samples):
+        model.zero_grad()
+        model(x[:, k : k + 1]).square().sum().backward()
+        for name, p in model.named_parameters():
+            found[name] -= p.grad.abs() / samples  # type: ignore[union-attr]
+    assert all(t.abs().max() < 1e-6 for t in found.values())
 
 
 class Scaled(nn.Module):

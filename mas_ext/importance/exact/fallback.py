@@ -82,7 +82,8 @@ def refuse_interacting(alone: Tensor, together: Tensor, precision: Precision) ->
         )
         raise ValueError(
             f"model: samples interact: an output changes by up to {off:.2g} when its sample is run alone, so "
-            'that a sample has no gradient of its own; use method="batch", or another normalisation'
+            'that a sample has no gradient of its own; use method="batch", or another normalisation; where '
+            "dimension 0 is time, as of a recurrent layer without batch_first, transpose in forward="
         )
 
 
