@@ -18,6 +18,7 @@ from torch._compile import _disable_dynamo
 from mas_ext._arguments import check_count, check_factor
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.importance import ESTIMATORS, EstimatorName, Forward, ImportanceSum, gather
+from mas_ext.importance.evaluation import default_forward
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.penalty import add_grad_, add_grad_alone_
@@ -38,7 +39,7 @@ from mas_ext.parameters.names import (
 from mas_ext.parameters.ranks import Ranks, SampleSums, Together, refuse_unused
 from mas_ext.parameters.tracked_model import TrackedModel, alone
 from mas_ext.state import files as checkpoint
-from mas_ext.state.buffers import Group
+from mas_ext.state.buffers import Group, Memory
 from mas_ext.state.low_rank import UpdateGroup
 from mas_ext.state.merge_rules import (
     AlphaSum,
@@ -387,6 +388,7 @@ class FusedMASPenalty(nn.Module):
         view = self._tracked.view(self._state.memory.names)
         self._follow(view)
         memory = self._state.memory
+        self._warn_of_replaced(view)
         self._tracked.bind(memory.groups, view)
         back = not memory.absent.keys().isdisjoint(view.places)
         if back or self._tracked.find(memory.groups) is None:
@@ -420,6 +422,41 @@ class FusedMASPenalty(nn.Module):
         state = copy.copy(held.state)
         state.move(moved)
         return _Held(state, held.renamed(moved), {**held.followed, **moved})
+
+    def _warn_of_replaced(self, view: ModelView) -> None:
+        """Tell of parameters in whose place another module has others of the same name."""
+        replaced = self._tracked.replaced(self._state.memory.groups, view)
+        if replaced:
+            told = ", ".join(map(repr, replaced[:4])) + ", ..." * (len(replaced) > 4)
+            warn(
+                f"parameter{'s' * (len(replaced) > 1)} {told}: got a new module with other values, which are "
+                "held to those of the old one until consolidate; give a head of its own another name, or "
+                "exclude it",
+                RuntimeWarning,
+            )
+
+    def _warn_of_hidden(self, omega: Mapping[str, Tensor], view: ModelView) -> None:
+        """Tell of factors held one by one that have no importance, since the other factor is zero."""
+        if self.adapters == "weights":
+            return
+        for weight in self._tracked.adapted().values():
+            for product in weight.products:
+                pair = (product.left.parameter, product.right.parameter)
+                for zero, other in (pair, pair[::-1]):
+                    name = view.name_of(other)
+                    if (
+                        name is not None
+                        and name in omega
+                        and not zero.any()
+                        and not omega[name].any()
+                    ):
+                        warn(
+                            f"importance of {name!r}: got zero, as {view.name_of(zero)!r} is, by which it is "
+                            "multiplied, and nothing holds it; consolidate once the adapter was trained, or "
+                            'use adapters="weights"',
+                            RuntimeWarning,
+                        )
+                        return
 
     def _adapted(self) -> dict[str, AdaptedWeight]:
         """The weights whose low-rank updates are held; a ValueError where they can't be."""
@@ -695,14 +732,27 @@ class FusedMASPenalty(nn.Module):
         (tasks, *shape), and in the metadata "mas_ext" as JSON the format's version, the settings, lam, scale
         and alpha.
         """
+        tensors, state = self.state_dict(), self._state
+        numbers = {"format": FORMAT, "lam": state.lam, "scale": state.scale, "alpha": state.alpha}
+        about = {**numbers, **self._settings()}
+        if self._tracked.sharding is None:
+            checkpoint.save(tensors, path, about)
+        else:
+            self._tracked.sharding.on_first_rank(
+                tensors, lambda found: checkpoint.save(found, path, about)
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that made this, with names in place of callables."""
         rule, estimator = self._state.rule, self._pending
-        objective = estimator.objective
-        settings = {
+        objective, forward = estimator.objective, estimator.forward
+        return {
             "importance": estimator.method if type(estimator) is ImportanceSum else None,
             "objective": None if callable(objective) else objective,
+            "forward": _name_of(forward),
             "alpha_sum": rule.alpha_sum,
             "gamma": rule.gamma,
-            "exclude": estimator.exclude,
+            "exclude": list(estimator.exclude),
             "strength": self._strength,
             "omega_dtype": _dtype_name(rule.omega_dtype),
             "anchor_dtype": rule.anchor_dtype and _dtype_name(rule.anchor_dtype),
@@ -711,17 +761,6 @@ class FusedMASPenalty(nn.Module):
             "store": rule.store,
             "adapters": self.adapters,
         }
-        encoded = checkpoint.encode(settings)
-        tensors = {**self.state_dict(), "settings": encoded}
-        state = self._state
-        numbers = {"format": FORMAT, "lam": state.lam, "scale": state.scale, "alpha": state.alpha}
-        about = {**numbers, **settings}
-        if self._tracked.sharding is None:
-            checkpoint.save(tensors, path, about)
-        else:
-            self._tracked.sharding.on_first_rank(
-                tensors, lambda found: checkpoint.save(found, path, about)
-            )
 
     @classmethod
     def load(
@@ -744,9 +783,7 @@ class FusedMASPenalty(nn.Module):
         """
         tensors = checkpoint.load(path)
         check_format(tensors)
-        settings = checkpoint.decode(
-            "settings", tensors.pop("settings", None), _SETTINGS, _upgraded
-        )
+        settings = _decoded(tensors.pop("settings", None))
         names = settings["exclude"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"exclude: got {names!r} in the file, expected a list of patterns")
@@ -754,18 +791,27 @@ class FusedMASPenalty(nn.Module):
             raise ValueError(
                 f"strength: got {settings['strength']!r} in the file, expected factors by pattern"
             )
-        for key in ("importance", "objective"):
+        for key in ("importance", "objective", "forward"):
             if not isinstance(settings[key], (str, type(None))):
                 raise ValueError(f"{key}: got {settings[key]!r} in the file, expected a name")
         for key in ("omega_dtype", "anchor_dtype"):
             settings[key] = getattr(torch, str(settings[key]), settings[key])
-        saved = settings.pop("objective")
-        if saved is None and objective is None:
-            raise ValueError("objective: got none, expected the callable that the file can't hold")
+        saved, named = settings.pop("objective"), settings.pop("forward")
         if settings["importance"] is None:
             if importance is None:
                 raise ValueError("importance: got none, expected the estimator that was used")
             settings["importance"] = importance
+        elif importance is not None:
+            raise ValueError(
+                f"importance: got {type(importance).__name__}, expected none, as the file was made with "
+                f"{settings['importance']!r}"
+            )
+        elif saved is None and objective is None:
+            raise ValueError("objective: got none, expected the callable that the file can't hold")
+        elif named not in (None, _name_of(default_forward)) and forward is None:
+            raise ValueError(
+                f"forward: got none, expected {named}, with which the file was made and which it can't hold"
+            )
         penalty = cls(
             model,
             objective=objective or saved,
@@ -786,6 +832,7 @@ class FusedMASPenalty(nn.Module):
         if not self._tracked.was_sharded_since(view):  # else a new penalty takes what is held
             self.bound()  # in the shapes that parameters have now
         found = {**self._state.tensors(), **self._pending.tensors()}
+        found["settings"] = checkpoint.encode(self._settings())
         if self._tracked.sharding is not None:
             found = self._tracked.sharding.join_state(found)
         destination.update({prefix + key: t.detach() for key, t in found.items()})
@@ -803,15 +850,23 @@ class FusedMASPenalty(nn.Module):
     ) -> Any:
         """Take over a state_dict(), lam included; nothing changes on an error.
 
+        Where it comes from a penalty with another exclude, strength, importance, objective, forward, alpha_sum
+        or gamma, a warning says so: what is consolidated from now on follows this penalty's own.
+
         Raises:
-            KeyError: a parameter that the model lacks, or incomplete state.
+            KeyError: a parameter that the model lacks or `exclude` leaves out, or incomplete state.
             ValueError: wrong shapes, NaN, another merge rule, store or format.
         """
         self._load(state_dict)
         return nn.modules.module._IncompatibleKeys([], [])
 
     def _load(self, found: Mapping[str, Tensor]) -> None:
+        found = dict(found)
+        settings = _decoded(found.pop("settings")) if "settings" in found else {}
         view = self._tracked.view(self._state.memory.names)
+        for name in view.found:
+            if name not in view.places and f"omega.{name}" in found:
+                raise KeyError(f"state: got {name!r}, which exclude={self.exclude} leaves out here")
         theta = self._tracked.own_parameters(view)
         if self._tracked.sharding is None:
             found = {key: whole_tensor(t) for key, t in found.items()}
@@ -822,15 +877,39 @@ class FusedMASPenalty(nn.Module):
         pending.load_tensors(observed, theta)
         state = copy.copy(self._state)
         state.load_tensors({k: t for k, t in found.items() if k not in observed}, theta)
-        self._refuse_other_adapters(state.memory.names)
+        self._refuse_other_adapters(state.memory)
+        self._warn_of_other(settings)
         self._held = _Held(state, pending, {})
         self._tracked.bind(state.memory.groups, view)
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _refuse_other_adapters(self, names: Collection[str]) -> None:
-        """Raise a ValueError for a state that holds factors one by one whose products this penalty holds."""
-        view = self._tracked.view(())
+    def _warn_of_other(self, settings: Mapping[str, Any]) -> None:
+        """Tell of a state from a penalty with other settings, of those that decide what is held.
+
+        Older states have none, and older files no forward.
+        """
+        own = self._settings()
+        known = [key for key in _DECISIVE if key in settings]
+        other = [
+            k for k in known if settings[k] != own[k] and (k, settings[k]) != ("forward", None)
+        ]
+        if other:
+            told = "; ".join(f"{key} {settings[key]!r}, here {own[key]!r}" for key in other)
+            warn(
+                f"state: got one from a penalty with {told}; what it holds stays, and what is consolidated "
+                "from now on follows this penalty's own",
+                RuntimeWarning,
+            )
+
+    def _refuse_other_adapters(self, memory: Memory) -> None:
+        """Raise a ValueError for a state that holds factors one by one, or products, where this does not."""
+        view, names = self._tracked.view(()), memory.names
+        if self.adapters == "parameters" and memory.updates:
+            raise ValueError(
+                f"state: got {next(iter(memory.updates))!r}, whose low-rank update is held, expected factors "
+                'held one by one, or a penalty with adapters="weights"'
+            )
         for name, weight in self._adapted().items():
             for factor in map(view.name_of, weight.parameters()):
                 if factor in names:
@@ -939,6 +1018,8 @@ class FusedMASPenalty(nn.Module):
                 names = {view.name_of(p): name for name, p in weights.items()}
                 omega = {names.get(name, name): t for name, t in find(view).items()}
                 _refuse_factors(omega, adapted, view)
+                self._warn_of_replaced(view)
+                self._warn_of_hidden(omega, view)
                 if ends_task:
                     omega = dict(self._merged(omega))
                 for name in omega:
@@ -988,16 +1069,25 @@ def _refuse_factors(
 # A leaf that is there already: a compiled function can't make one.
 _NOTHING = torch.zeros((), requires_grad=True)
 
-_SETTINGS = (
-    *("importance", "objective", "exclude", "strength", "adapters"),
-    *("merge", "anchor", "store", "alpha_sum", "gamma", "omega_dtype", "anchor_dtype"),
-)
+# Settings that decide what is held and how strongly. Merge rules that differ are refused, and dtypes may.
+_DECISIVE = ("importance", "objective", "forward", "exclude", "strength", "alpha_sum", "gamma")
+_SETTINGS = (*_DECISIVE, *("adapters", "merge", "anchor", "store", "omega_dtype", "anchor_dtype"))
+
+
+def _decoded(settings: Tensor | None) -> dict[str, Any]:
+    """The settings that a state has in bytes."""
+    return checkpoint.decode("settings", settings, _SETTINGS, _upgraded)
+
+
+def _name_of(function: Any) -> str:
+    """A callable's name, or that of its class."""
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _upgraded(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a file as they are written today, of which older ones lack some."""
     strength = settings.pop("strength", {})  # patterns, not settings
-    lacking = {"anchor_dtype": None, "adapters": "parameters"}
+    lacking = {"anchor_dtype": None, "adapters": "parameters", "forward": None}
     return {**lacking, **separate_anchor(settings), "strength": strength}
 
 

@@ -392,6 +392,29 @@ def test_adapters_can_be_held_by_parameter() -> None:
         FusedMASPenalty(model).load_state_dict(state)
 
 
+def test_products_are_not_held_by_parameter() -> None:
+    model = make()
+    penalty = FusedMASPenalty(model)
+    penalty.consolidate(batches())
+    with pytest.raises(
+        ValueError, match=r"state: got 'first\.weight', whose low-rank update is held"
+    ):
+        FusedMASPenalty(model, adapters="parameters").load_state_dict(penalty.state_dict())
+
+
+@pytest.mark.parametrize(("zero", "other"), [("up", "down"), ("down", "up")])
+def test_a_factor_hidden_by_one_that_is_zero_is_told_of(zero: str, other: str) -> None:
+    model = make()
+    nn.init.zeros_(getattr(model.first, zero)["default"])
+    penalty = FusedMASPenalty(model, adapters="parameters")
+    said = rf"importance of 'first\.{other}\.default': got zero, as 'first\.{zero}\.default' is"
+    with pytest.warns(RuntimeWarning, match=said):
+        penalty.consolidate(batches())
+    assert not penalty.omega[f"first.{other}.default"].any()
+    assert penalty.omega[f"first.{zero}.default"].any()
+    FusedMASPenalty(model).consolidate(batches())  # without a warning: the whole weight counts
+
+
 def test_excluded_adapters_are_not_held() -> None:
     model = make()
     penalty = FusedMASPenalty(model, exclude=["first.*"])
@@ -436,7 +459,10 @@ def test_a_weight_of_another_shape_is_refused() -> None:
     penalty.consolidate(batches())
     model.first = toy_lora.LoRA(5, 6).double()
     model.first.add("default")
-    with pytest.raises(ValueError, match=r"got shape \(6, 5\), expected \(6, 4\)"):
+    with (
+        pytest.warns(RuntimeWarning, match=r"parameter 'first\.base\.bias': got a new module"),
+        pytest.raises(ValueError, match=r"got shape \(6, 5\), expected \(6, 4\)"),
+    ):
         penalty()
 
 

@@ -153,6 +153,7 @@ def test_frozen_parameters_and_those_of_two_dtypes(form: Form) -> None:
         )
 
 
+@pytest.mark.filterwarnings("ignore:parameters .* got a new module:RuntimeWarning")
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_changed_model_is_followed_outside_of_the_graph(whole: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()

@@ -518,7 +518,8 @@ def test_a_replaced_head_is_noticed() -> None:
     kept = [({k: v for k, v in o.items() if k[0] == "0"}, a) for o, a in history]
     model[2] = nn.Linear(6, 5).double()
     alpha = consistent_alpha(history, 1.0)
-    value = penalty()
+    with pytest.warns(RuntimeWarning, match=r"parameters '2\.weight', '2\.bias': got a new module"):
+        value = penalty()
     # The old head's rows are the leading part of the wider one.
     leading = {
         name: p.detach()[:3] if name[0] == "2" else p.detach()
@@ -537,6 +538,55 @@ def test_a_replaced_head_is_noticed() -> None:
         for name, p in model.named_parameters()
     )
     assert penalty().item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("rows", [3, 5, 2])
+@pytest.mark.parametrize("use", ["value", "consolidate"])
+def test_a_fresh_head_under_the_old_name_is_told_of_once(rows: int, use: str) -> None:
+    model, penalty, _ = trained(merge="sum")
+    model[2] = nn.Linear(6, rows).double()
+    with pytest.warns(RuntimeWarning, match=r"'2\.weight', '2\.bias': got a new module with"):
+        penalty() if use == "value" else penalty.consolidate(data(5))
+    penalty()
+    penalty.consolidate(data(6))
+
+
+def _widened(model: nn.Sequential) -> None:
+    old, model[2] = model[2], nn.Linear(6, 5).double()
+    with torch.no_grad():
+        model[2].weight[:3], model[2].bias[:3] = old.weight, old.bias
+
+
+def _in_float32(model: nn.Sequential) -> None:
+    model[2] = copy.deepcopy(model[2]).float()
+    model.double()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _widened,
+        _in_float32,
+        lambda m: m.load_state_dict(make_model().state_dict(), assign=True),
+        lambda m: m.load_state_dict(make_model().state_dict()),
+        lambda m: m.__setitem__(2, copy.deepcopy(m[2])),
+        lambda m: m.__setitem__(2, nn.Sequential(m[2])),
+        lambda m: m.to(torch.float32).to(torch.float64),
+        lambda m: m.compile(backend="eager"),
+        lambda m: shift(m, 7, 10.0),
+    ],
+)
+def test_a_head_that_is_the_old_one_is_not_told_of(change: Callable[[nn.Module], Any]) -> None:
+    model, penalty, _ = trained(merge="sum")
+    with pytest.MonkeyPatch.context() as patch:
+        told: list[str] = []
+        patch.setattr(mas_ext.penalty, "warn", lambda message, _: told.append(message))
+        change(model)
+        penalty()
+        model, penalty = copy.deepcopy((model, penalty))
+        penalty()
+        penalty.consolidate(data(6))
+        assert [message for message in told if "new module" in message] == []
 
 
 def test_tied_parameters_count_once() -> None:
@@ -616,6 +666,17 @@ def test_an_output_of_constant_norm_is_told_of() -> None:
         with pytest.warns(RuntimeWarning, match="constant norm"):
             penalty.consolidate(data(0, dtype))
         assert penalty.num_tasks == 1
+
+
+def test_an_output_of_zero_is_called_zero() -> None:
+    model = make_model()
+    for p in model[2].parameters():
+        nn.init.zeros_(p)
+    with pytest.raises(ValueError, match="got outputs that are all zero"):
+        FusedMASPenalty(model, merge="consistent").consolidate(data(0))
+    with pytest.warns(RuntimeWarning, match="got outputs that are all zero") as told:
+        FusedMASPenalty(model).consolidate(data(0))
+    assert not any("constant norm" in str(each.message) for each in told)
 
 
 def test_the_noise_of_one_float32_layer_is_that_of_the_model() -> None:

@@ -232,6 +232,10 @@ class Binding:
         ]
         self._model, self._class = view.model, type(view.model)
 
+    def owned(self) -> Iterator[tuple[dict[str, nn.Parameter | None], Tensor]]:
+        """The dictionary of the module that owned each parameter when this was made, and the parameter."""
+        return zip((owner for owner, _ in self._places), self.bound, strict=True)
+
     def intact(self) -> bool:
         """Whether every module on the way to a parameter is still the one that was bound."""
         # fully_shard gives modules another class. A list, not a generator: this runs on every step, and it

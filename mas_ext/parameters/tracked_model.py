@@ -93,6 +93,24 @@ class TrackedModel:
         found = ((name, view.name_of(p)) for name, p in before.items())
         return {name: now for name, now in found if now is not None}
 
+    @torch.no_grad()
+    def replaced(self, groups: Sequence[ParameterGroup], view: ModelView) -> list[str]:
+        """The names of bound parameters whose module is another one now, with other values in what both have.
+
+        A wider layer that took over the old rows, or a copy of a module, is as good as the old one; and so is a
+        module whose own parameters were exchanged, as load_state_dict(assign=True) does.
+        """
+        found = []
+        for group in groups:
+            if group.binding is not None:
+                for name, (owner, old) in zip(group.names, group.binding.owned(), strict=True):
+                    place = view.places.get(name)
+                    if place is not None and place.owner is not owner:
+                        pair = self.local([old, place.parameter])
+                        if place.parameter is not old and not _same_where_both(*pair):
+                            found.append(name)
+        return found
+
     def adapted(self) -> dict[str, AdaptedWeight]:
         """The weights that adapters update, but for the excluded ones."""
         found = adapted_weights(self.model)
@@ -216,3 +234,12 @@ class TrackedModel:
         copied = copy.copy(self)
         copied._memo = memo
         return copied
+
+
+def _same_where_both(old: Tensor, new: Tensor) -> bool:
+    """Whether two parameters agree, but for rounding to 16 bits, in the elements that both have."""
+    if old.dim() != new.dim() or old.is_meta or new.is_meta:
+        return False
+    both = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
+    here, there = (t[both].to(new.device, torch.float64) for t in (old, new))
+    return bool((here - there).norm() <= 0.01 * here.norm())

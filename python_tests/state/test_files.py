@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext import FusedMASPenalty
+from mas_ext.importance import FisherSum
 from mas_ext.state import files as checkpoint
 
 Tensors = dict[str, Tensor]
@@ -164,6 +165,76 @@ def test_callables_are_given_again(tmp_path: Path) -> None:
         p.consolidate()
         p.consolidate([torch.ones(2, 3)])
     assert bits(loaded.state_dict()) == bits(penalty.state_dict())
+
+
+def squared(model: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = model(x).square()
+    return output
+
+
+def test_a_forward_is_given_again(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    penalty = held(model, forward=squared)
+    penalty.save(tmp_path / "file")
+    with pytest.raises(
+        ValueError, match="forward: got none, expected squared, with which the file"
+    ):
+        FusedMASPenalty.load(tmp_path / "file", model)
+    loaded = FusedMASPenalty.load(tmp_path / "file", model, forward=squared)
+    for p in (penalty, loaded):
+        p.consolidate()
+        p.consolidate([torch.ones(2, 3)])
+    assert bits(loaded.state_dict()) == bits(penalty.state_dict())
+
+
+def test_an_estimator_that_the_file_was_not_made_with_is_refused(tmp_path: Path) -> None:
+    model, penalty = small()
+    penalty.save(tmp_path / "file")
+    with pytest.raises(
+        ValueError, match=r"importance: got FisherSum, expected none.* with 'exact'"
+    ):
+        FusedMASPenalty.load(tmp_path / "file", model, importance=FisherSum())
+
+
+@pytest.mark.parametrize(
+    ("made", "settings"),
+    [
+        ({"exclude": ["heads.1.*"]}, {}),
+        ({"strength": {"heads.*": 0.0}}, {}),
+        ({}, {"strength": {"heads.*": 0.5}}),
+        ({"objective": "l1"}, {}),
+        ({"forward": squared}, {}),
+        ({}, {"importance": "batch"}),
+        ({"merge": "decay"}, {"merge": "decay", "gamma": 0.5}),
+        ({"merge": "consistent"}, {"merge": "consistent", "alpha_sum": "lam"}),
+    ],
+)
+def test_a_state_from_other_settings_is_told_of(
+    made: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    model = TwoHeads()
+    state, other = held(model, **made).state_dict(), FusedMASPenalty(model, **settings)
+    (name,) = {*made, *settings} - {"merge"}
+    with pytest.warns(RuntimeWarning, match=f"state: got one from a penalty with {name} .*, here"):
+        other.load_state_dict(state)
+    assert {n: w.tolist() for n, w in other.omega.items()} == {
+        n: t[0].tolist()
+        for key, t in state.items()
+        for n in [key.removeprefix("omega.")]
+        if n != key
+    }
+    FusedMASPenalty(model, **made).load_state_dict(state)  # without a warning
+    del state["settings"]  # as in states of before
+    other.load_state_dict(state)
+
+
+def test_a_state_of_what_is_excluded_is_refused_by_name() -> None:
+    model = TwoHeads()
+    state = held(model).state_dict()
+    with pytest.raises(
+        KeyError, match=r"got 'heads\.1\.weight', which exclude=\('heads\.1\.\*',\)"
+    ):
+        FusedMASPenalty(model, exclude=["heads.1.*"]).load_state_dict(state)
 
 
 def test_saving_changes_neither_the_tensors_nor_the_penalty(tmp_path: Path) -> None:
