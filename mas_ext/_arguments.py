@@ -11,9 +11,11 @@ from typing import Any
 
 def hint(name: str, known: Iterable[str]) -> str:
     """The known name that looks most like this one, as a question, or all of them to choose from."""
-    known = list(known)
+    known = [each for each in known if each]
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"choose from {', '.join(known)}" if known else "and there is none to choose from"
 
 
 def resolve(argument: str, name: str, known: Mapping[str, Any]) -> Any:

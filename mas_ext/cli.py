@@ -9,6 +9,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Collection, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +40,7 @@ EXPECTED = (ValueError, OSError, ImportError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 if the command failed, 130 if interrupted.
 
-    Raises SystemExit with 0 after --help and with 2 for arguments that are not understood.
+    Raises SystemExit with 0 after --help and --version, and with 2 for arguments that are not understood.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     name = next((word for word in words if not word.startswith("-")), None)
@@ -107,6 +108,12 @@ def build_parser(complete: Collection[str] | None = None) -> Parser:
         description="Continual learning with Memory Aware Synapses on fused kernels.",
         epilog=EPILOG,
         **shared,
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"mas-ext {version('mas_ext')}",
+        help="show the version and exit",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (add_options, text) in COMMANDS.items():
@@ -275,13 +282,26 @@ def add_info(parser: Parser) -> None:
 
 
 def do_info(arguments: argparse.Namespace) -> None:
-    """One fact per line."""
+    """What runs on this machine, in words."""
     from mas_ext.info import info
 
     facts = info()
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+    compiled = facts["backend"] == "native"
+    threads, instructions = facts["threads"], facts["cpu_instruction_set"]
+    cuda, built_for = facts["torch_cuda"], facts["cuda_architectures"]
+    lines = {
+        "kernels": "compiled" if compiled else "plain PyTorch, the reference: right, and slower",
+        "CPU": f"{threads} thread{'s' * (threads > 1)}"
+        + (f", instruction set {instructions}" if instructions else ""),
+        "GPU": facts["gpu"] or "none",
+        "CUDA kernels": f"built for {built_for}" if facts["cuda_kernels"] else "none",
+        "what hinders": "; ".join(facts["why_not"]) or "nothing",
+        "versions": f"mas_ext {facts['mas_ext']}, torch {facts['torch']} "
+        f"({f'CUDA {cuda}' if cuda else 'without CUDA'}), Python {facts['python']}",
+        "platform": facts["platform"],
+    }
+    for label, text in lines.items():
+        print(f"{label + ':':14}{text}")
 
 
 def add_bench(parser: Parser) -> None:

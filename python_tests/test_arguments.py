@@ -16,6 +16,9 @@ NAN, INF = float("nan"), float("inf")
 def test_the_nearest_name_or_all_of_them() -> None:
     assert hint("resnet19", ["mlp", "resnet18", "cnn"]) == "did you mean 'resnet18'?"
     assert hint("vgg", iter(["mlp", "cnn"])) == "choose from mlp, cnn"
+    assert hint("vgg", ["", "mlp"]) == "choose from mlp"
+    assert hint("", ["", "mlp"]) == "choose from mlp"
+    assert hint("vgg", []) == "and there is none to choose from"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,10 +72,65 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"\n    {name}\s", out)
 
 
-def test_info_prints_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"mas-ext {mas_ext.info()['mas_ext']}\n"
+
+
+FACTS: dict[str, Any] = {
+    "mas_ext": "0.1",
+    "backend": "native",
+    "why_not": [],
+    "cpu_instruction_set": "avx2",
+    "threads": 3,
+    "cuda_kernels": True,
+    "cuda_architectures": "90-real",
+    "gpu": "H1",
+    "torch": "2.10",
+    "torch_cuda": "12.8",
+    "python": "3.11",
+    "platform": "Linux",
+}
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        (
+            {},
+            "kernels:      compiled\nCPU:          3 threads, instruction set avx2\nGPU:          H1\n"
+            "CUDA kernels: built for 90-real\nwhat hinders: nothing\n"
+            "versions:     mas_ext 0.1, torch 2.10 (CUDA 12.8), Python 3.11\nplatform:     Linux\n",
+        ),
+        (
+            {
+                "backend": "reference",
+                "why_not": ["it is missing", "no GPU"],
+                "cpu_instruction_set": None,
+                "threads": 1,
+                "cuda_kernels": False,
+                "cuda_architectures": None,
+                "gpu": None,
+                "torch_cuda": None,
+            },
+            "kernels:      plain PyTorch, the reference: right, and slower\nCPU:          1 thread\n"
+            "GPU:          none\nCUDA kernels: none\nwhat hinders: it is missing; no GPU\n"
+            "versions:     mas_ext 0.1, torch 2.10 (without CUDA), Python 3.11\nplatform:     Linux\n",
+        ),
+    ],
+)
+def test_info_in_words(
+    facts: dict[str, Any],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert FACTS.keys() == mas_ext.info().keys()
+    monkeypatch.setattr(sys.modules["mas_ext.info"], "info", lambda: FACTS | facts)
     assert main(["info"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(mas_ext.info())
+    assert capsys.readouterr().out == expected
 
 
 def test_bench_passes_its_arguments_on(
