@@ -13,6 +13,7 @@ from zoo import Wired
 
 from mas_ext import estimate_importance
 from mas_ext.importance import ImportanceSum
+from mas_ext.importance.exact import driver
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,3 +151,56 @@ def test_what_remains_without_the_parameters_of_the_fallback_is_proven_for_all_b
     whole.clear()
     total.add(model, torch.randn(7, 4))
     assert whole.count(7) == 1
+
+
+class Inverted(nn.Module):
+    """An inverted bottleneck (MobileNet, EfficientNet-Lite), whose ReLU6 let no gradient through above 6."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        wide = 3 * inputs
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(inputs, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6()),
+            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
+            *(nn.BatchNorm2d(wide), nn.ReLU6()),
+            *(nn.Conv2d(wide, outputs, 1, bias=False), nn.BatchNorm2d(outputs)),
+        )
+        self.residual = inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return x + y if self.residual else y
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_saturated_units_are_no_obstacle(seed: int, scale: float) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU6()),
+        *(Inverted(4, 4, 1), Inverted(4, 6, 2), nn.BatchNorm2d(6), nn.ReLU6()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
+    ).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, std=scale)
+            nn.init.normal_(module.bias, std=scale)
+    model.eval()
+    x = scale * torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    assert_right(model, lambda m, batch: m(batch[0]), [(x[:2], None), (x, None)])
+
+
+def test_parameters_that_differ_from_their_samples_are_told_of_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(driver, "_NOISE", -1e20)  # nothing agrees
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    x = torch.randn(5, 2, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"0\.bias, 0\.weight, 2\.bias, 2\.weight: takes") as told:
+        omega = estimate_importance(model, [x])
+    assert len(told) == 1
+    for k in range(5):
+        grads = torch.autograd.grad(model(x[k : k + 1]).square().sum(), [*model.parameters()])
+        for total, g in zip(omega.values(), grads, strict=True):
+            total -= g.abs() / 5
+    assert all(total.abs().max() < 1e-12 for total in omega.values())

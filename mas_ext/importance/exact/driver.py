@@ -9,7 +9,7 @@ README.md walks through it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -291,15 +291,12 @@ class Exact:
         self._proofs[_signature(tape, batch)] = proof
         return run._replace(proof=proof)
 
-    def _give_up(
-        self, model: nn.Module, meetings: Sequence[Meeting], names: Iterable[str] | None = None
-    ) -> None:
+    def _give_up(self, model: nn.Module, meetings: Sequence[Meeting]) -> None:
         """Take calls without data for the same for all samples; parameters without one go to the fallback."""
         optional = {m.optional for m in meetings if m.optional is not None} - self._shared
         self._shared |= optional
         if not optional:
-            met = {name for meeting in meetings for name in meeting.names}
-            self._send_to_fallback(model, met if names is None else set(names))
+            self._send_to_fallback(model, {name for m in meetings for name in m.names})
 
     def _backward(self, run: Run, totals: Totals | None = None, sketched: bool = False) -> Totals:
         """The sums of a pass, added to `totals`; `sketched`: of a sharded model their sketches, with the graph
@@ -360,11 +357,14 @@ class Exact:
         self._send_to_fallback(model, run.tape.unhandled)
         precision = _precision(run)
         noise = _NOISE * precision.eps * max(norms.values())
+        off: set[str] = set()
         for name in expected.keys() - self.fallback:
             limit = precision.tolerance * norms[name] + noise
             if not float(errors[name].norm()) <= limit:  # NaN is a difference, too
-                where = [m for m in run.tape.meetings if name in m.names]
-                self._give_up(model, where, [name])
+                optional = {m.optional for m in run.tape.meetings if name in m.names} - {None}
+                off |= set() if optional - self._shared else {name}
+                self._shared |= optional
+        self._send_to_fallback(model, off)
 
     def _send_to_fallback(self, model: nn.Module, names: set[str], reason: str = _NO_RULE) -> None:
         """Leave parameters to the fallback, and say so once for each model."""
