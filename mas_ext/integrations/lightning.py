@@ -14,7 +14,8 @@ rank: not with FSDP or DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -22,11 +23,26 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from mas_ext.integrations.loading import check_batches, once, penalty_of, try_importance
-from mas_ext.optim.hooks import Handle, Mode, check_mode
+from mas_ext.distillation import Distance, Distillation
+from mas_ext.importance import batches as batch_of
+from mas_ext.integrations.loading import (
+    at_most,
+    check_batches,
+    check_remember,
+    loader_like,
+    once,
+    penalty_of,
+    remember,
+    replace_method,
+    try_importance,
+)
+from mas_ext.optim.hooks import Mode, check_mode
 from mas_ext.penalty import FusedMASPenalty
 
 Batches = Callable[[Trainer], Iterable[Any]]
+
+# What the teacher's tensors are called in a checkpoint begins with it.
+_TEACHER = "teacher."
 
 
 class MASCallback(Callback):
@@ -45,6 +61,18 @@ class MASCallback(Callback):
             default those of the training dataloader, each once.
         mode: "gradient", or "proximal" with an automatic or a manual step of SGD, Adam or AdamW.
         name: tells several of these callbacks apart in a checkpoint.
+        remember: for a module that was trained elsewhere: a data set whose items are the training's, or
+            batches, that stand for what it knows. The penalty is consolidated on it before the first step of
+            the first training, but not where it has tasks already, or training resumes. True, where there
+            are no such data: the outputs alone are held, by distillation.
+        max_samples: the most samples that importance is taken from, of each task and of `remember`: drawn at
+            random from a data set that has a length, else the first ones.
+        progress: show a progress bar while importance is measured.
+        distillation: weight of a term in the loss that holds the module's outputs on the new data near those
+            from before the training, see Distillation; it counts from the first training on where `remember`
+            is given, and from the second one on without it. With automatic optimisation alone. The output is
+            that of self(x) in training_step, x being the batch's first item, or else is computed once more.
+        temperature, distance: of the distillation.
         options: further arguments of FusedMASPenalty. Without a `forward` the module is called with the batch's
             first item.
     """
@@ -55,15 +83,26 @@ class MASCallback(Callback):
         batches: Batches | None = None,
         mode: Mode = "gradient",
         name: str = "",
+        *,
+        remember: Any = None,
+        max_samples: int | None = None,
+        progress: bool = False,
+        distillation: float = 0.0,
+        temperature: float = 2.0,
+        distance: Distance = "classes",
         **options: Any,
     ) -> None:
         check_mode(mode)
         check_batches(batches)
+        check_remember(remember, distillation, max_samples, temperature)
         self.batches, self.mode, self.name = batches, mode, name
+        self.remember, self.max_samples, self.progress = remember, max_samples, progress
+        self.distillation, self.temperature, self.distance = distillation, temperature, distance
         self.lam, self.options = lam, options
         self.penalty: FusedMASPenalty | None = None
         self._loaded: dict[str, Any] = {}
-        self._handles: list[Handle] = []
+        self._teacher: Distillation | None = None
+        self._undo: list[Callable[[], None]] = []
         # Whether importance is still to be tried, and whether training has ended and is to be consolidated.
         self._untried = self._ended = False
 
@@ -74,10 +113,11 @@ class MASCallback(Callback):
         return key
 
     def state_dict(self) -> dict[str, Any]:
-        """The penalty's state."""
+        """The penalty's state, and within a training the teacher's, if there is one."""
         if self._loaded or self.penalty is None:
             return self._loaded
-        return dict(self.penalty.state_dict())
+        teacher = {} if self._teacher is None else self._teacher.state_dict()
+        return {**self.penalty.state_dict(), **{_TEACHER + name: t for name, t in teacher.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a state until training starts, when the module has its precision."""
@@ -85,20 +125,66 @@ class MASCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the penalty of this module, with the state so far, also of another module."""
-        options = {"lam": self.lam, **self.options}
-        self.penalty = penalty_of(pl_module, self.penalty, trainer.world_size, options)
-        if self._loaded:
-            self.penalty.load_state_dict(self._loaded)
-            self._loaded = {}
         self._detach()  # from a training that ended in an error
+        options = {"lam": self.lam, **self.options}
+        penalty = self.penalty = penalty_of(pl_module, self.penalty, trainer.world_size, options)
+        taught = {
+            key.removeprefix(_TEACHER): t
+            for key, t in self._loaded.items()
+            if key.startswith(_TEACHER)
+        }
+        if self._loaded:
+            penalty.load_state_dict(
+                {key: t for key, t in self._loaded.items() if not key.startswith(_TEACHER)}
+            )
+            self._loaded = {}
         self._ended, self._untried = False, self.batches is None
         if self.batches is None:
             _loader(trainer)
         else:
             batches = self.batches
-            try_importance(self.penalty, lambda: batches(trainer))
+            try_importance(penalty, lambda: batches(trainer))
+        if self.remember is not None and self.remember is not True:
+            known = once(loader_like(self.remember, trainer.train_dataloader))
+            known = _as_seen(trainer, at_most(known, self.max_samples))
+            shown = self.progress and trainer.is_global_zero
+            remember(penalty, known, trainer.global_step > 0, shown)
+        if self.distillation and (penalty.num_tasks or self.remember is True):
+            self._distill(pl_module, taught)
         if self.mode == "proximal":
-            self._handles = [self.penalty.attach(o, "proximal") for o in trainer.optimizers]
+            self._undo += [penalty.attach(o, "proximal").remove for o in trainer.optimizers]
+
+    def _distill(self, module: LightningModule, taught: dict[str, torch.Tensor]) -> None:
+        """Have this training's losses get the term, from the teacher of its beginning."""
+        if not module.automatic_optimization:
+            raise ValueError(
+                f"distillation: got {self.distillation} with manual optimisation, expected an automatic one; "
+                "in a training_step that steps by itself, add mas_ext.Distillation to the loss"
+            )
+        forward = self.options.get("forward")
+        teacher = Distillation(module, self.temperature, forward, self.distance)
+        if taught:
+            teacher.load_state_dict(taught)
+        self._teacher = teacher
+        own, outputs = module.training_step, []
+
+        def note(_: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            outputs.append((inputs, output))
+
+        def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            outputs.clear()
+            result = own(batch, *args, **kwargs)
+            x = batch_of.first(batch)
+            seen = [] if forward else [y for inputs, y in outputs if inputs and inputs[0] is x]
+            outputs.clear()
+            loss = result["loss"] if isinstance(result, Mapping) else result
+            if loss is None:  # a step that is skipped
+                return result
+            term = self.distillation * teacher(batch, seen[-1] if seen else None)
+            return {**result, "loss": loss + term} if isinstance(result, Mapping) else loss + term
+
+        self._undo.append(module.register_forward_hook(note).remove)
+        self._undo.append(replace_method(module, "training_step", wraps(own)(training_step)))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -134,16 +220,18 @@ class MASCallback(Callback):
         home = pl_module.device
         try:
             pl_module.to(trainer.strategy.root_device)
-            self.penalty.consolidate(
-                _batches(trainer) if self.batches is None else self.batches(trainer)
-            )
+            if self.batches is None:
+                batches = _as_seen(trainer, at_most(once(_loader(trainer)), self.max_samples))
+            else:
+                batches = at_most(self.batches(trainer), self.max_samples)
+            self.penalty.consolidate(batches, progress=self.progress and trainer.is_global_zero)
         finally:
             pl_module.to(home)
 
     def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for undo in self._undo:
+            undo()
+        self._undo, self._teacher = [], None
 
 
 def _scale_left(trainer: Trainer, optimizer: Optimizer) -> torch.Tensor | None:
@@ -164,8 +252,8 @@ def _loader(trainer: Trainer) -> DataLoader[Any]:
     return loader
 
 
-def _batches(trainer: Trainer) -> Iterator[Any]:
-    """The training data as the module sees them, each sample once."""
-    for batch in once(_loader(trainer)):
+def _as_seen(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches as the module sees them."""
+    for batch in batches:
         converted = trainer.precision_plugin.convert_input(batch)
         yield trainer.strategy.batch_to_device(converted)

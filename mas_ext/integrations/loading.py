@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from mas_ext._arguments import check_count, check_factor, check_positive
+from mas_ext.importance import batches as batch_of
 from mas_ext.penalty import FusedMASPenalty
 
 
@@ -34,7 +36,7 @@ def try_importance(penalty: FusedMASPenalty, batches: Callable[[], Any]) -> None
 
     batches: gives what importance will be taken from. A stream, which reading would use up, is not tried.
     """
-    with _random_state_kept():
+    with random_state_kept():
         batch = _first_two(batches())
         if batch is not None:
             penalty.check(batch)
@@ -51,8 +53,18 @@ def _first_two(batches: Any) -> Any:
     return None if found is batches else next(found, None)
 
 
+def remember(penalty: FusedMASPenalty, batches: Any, begun: bool, progress: bool) -> None:
+    """Consolidate a penalty that holds nothing yet on what stands for what its model knows.
+
+    begun: whether training has begun, and goes on. Random state is put back.
+    """
+    if batches is not None and not begun and penalty.num_tasks == 0:
+        with random_state_kept():
+            penalty.consolidate(batches, progress=progress)
+
+
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
     """Python's, NumPy's and torch's: data sets may draw from any."""
     own, numpys = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -64,12 +76,44 @@ def _random_state_kept() -> Iterator[None]:
         np.random.set_state(numpys)
 
 
+def replace_method(owner: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Have an object call a function in place of one of its methods; returns what ends it."""
+    before = owner.__dict__.get(name)
+
+    def undo() -> None:
+        del owner.__dict__[name]
+        if before is not None:
+            owner.__dict__[name] = before
+
+    owner.__dict__[name] = function
+    return undo
+
+
 def check_batches(batches: Any) -> None:
     """Raise a TypeError for a `batches` that is data, which would fail when the training is over."""
     if batches is not None and not callable(batches):
         raise TypeError(
             f"batches: got {type(batches).__name__}, expected a function that gives batches, such as "
             "lambda _: loader"
+        )
+
+
+def check_remember(
+    data: Any, distillation: float, max_samples: int | None, temperature: float
+) -> None:
+    """Raise an error for arguments of the adapters that can't be used, or not together."""
+    check_factor(distillation, "distillation")
+    check_positive(temperature, "temperature")
+    if max_samples is not None:
+        check_count(max_samples, "max_samples")
+    if data is True and not distillation:
+        raise ValueError(
+            "remember: got True without distillation, which alone needs no data, expected data, or a "
+            "distillation above 0"
+        )
+    if not (data is True or data is None or hasattr(data, "__iter__") or hasattr(data, "__len__")):
+        raise TypeError(
+            f"remember: got {type(data).__name__}, expected a data set, batches, or True"
         )
 
 
@@ -93,9 +137,45 @@ def once(loader: Any) -> Any:
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     if size is None:
         return loader
+    return _loader(own_part(loader.dataset), loader, size)
+
+
+def at_most(batches: Any, samples: int | None) -> Any:
+    """The batches, with this rank's share of so many samples in all.
+
+    Of a map-style data set these are drawn at random, the same ones on every call, of anything else the first
+    ones.
+    """
+    if samples is None:
+        return batches
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    share = samples // ranks + (rank < samples % ranks)
+    map_style = isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset)
+    if not map_style or batches.batch_size is None:
+        return _first(batches, share)
+    drawn = torch.randperm(len(batches.dataset), generator=torch.Generator().manual_seed(0))
+    few = Subset(batches.dataset, sorted(drawn[:share].tolist()))
+    return _loader(few, batches, batches.batch_size)
+
+
+def _first(batches: Iterable[Any], samples: int) -> Iterator[Any]:
+    for batch in batches if samples else ():
+        size = batch_of.size(batch)
+        yield batch if size <= samples else batch_of.plain(batch_of.between(batch, 0, samples))
+        samples -= size
+        if samples <= 0:
+            return
+
+
+def loader_like(data: Any, like: Any) -> Any:
+    """A data set in a loader like another one; what is no data set as it is."""
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return _loader(data, like, getattr(like, "batch_size", None) or 8)
+    return data
+
+
+def _loader(dataset: Any, like: DataLoader[Any], size: int) -> DataLoader[Any]:
     return DataLoader(
-        own_part(loader.dataset),
-        batch_size=size,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
+        dataset, batch_size=size, collate_fn=like.collate_fn, num_workers=like.num_workers
     )

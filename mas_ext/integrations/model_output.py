@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,38 +57,25 @@ class ModelOutput:
                 a masked language model, or without ids; an encoder-decoder without decoder ids and labels.
         """
         bare = _bare(model)
-        inputs = {key: t for key, t in batch.items() if key not in ("labels", "label")}
-        decoder = _is_encoder_decoder(bare)
-        labels = batch.get("labels") if decoder else None
-        if decoder and not any(key in inputs for key in _DECODER_INPUTS):
-            if labels is None:
-                raise ValueError(
-                    f"batch: got {', '.join(batch)} for the encoder-decoder {_name(bare)}, expected "
-                    "decoder_input_ids or labels"
-                )
-            inputs["labels"] = labels  # which the model shifts
-        found = model(**inputs, **({"output_hidden_states": True} if self.of == "hidden" else {}))
-        output = self._part(found, bare)
+        text = _text(bare, batch)
+        hidden = {"output_hidden_states": True} if self.of == "hidden" else {}
+        output = self._part(model(**text.inputs, **hidden), bare)
         if output.dim() == 2 and "ForPreTraining" in _name(bare):  # one number at each position
             output = output[:, :, None]
         if output.dim() != 3:
             return output
 
-        prefix = "decoder_" if decoder else ""
-        ids, counts = inputs.get(f"{prefix}input_ids"), inputs.get(f"{prefix}attention_mask")
-        output, counts = _at_inputs(output, ids if labels is None else labels, counts, bare)
-        if labels is not None:
-            counts = counts * (labels != _NO_LABEL)
-        if self.of == "tokens" and (decoder or _writes_text(bare, ids, output.shape[-1])):
-            if labels is not None:
-                following = labels.clamp(min=0)
-            elif ids is not None:
-                following, output = ids[:, 1:], output[:, :-1]
+        output, counts = text.positions(output, bare)
+        if self.of == "tokens" and (text.decoder or _writes_text(bare, text.ids, output.shape[-1])):
+            if text.labels is not None:
+                following = text.labels.clamp(min=0)
+            elif text.ids is not None:
+                following, output = text.ids[:, 1:], output[:, :-1]
                 counts = counts[:, :-1] * counts[:, 1:]
             else:
                 raise ValueError(
-                    f"of: got 'tokens' for a batch of {_name(bare)} without {prefix}input_ids, expected them, "
-                    "or 'logits'"
+                    f"of: got 'tokens' for a batch of {_name(bare)} without {text.prefix}input_ids, expected "
+                    "them, or 'logits'"
                 )
             output = output.gather(-1, following.long()[..., None])
         if self.last is not None:
@@ -99,26 +86,93 @@ class ModelOutput:
 
     def _part(self, found: Any, bare: nn.Module) -> Tensor:
         """The hidden states or logits among what the model returned."""
-        if self.of == "hidden":
-            states = getattr(found, "hidden_states", None)
-            states = getattr(found, "decoder_hidden_states", None) if states is None else states
-            if states is None:
-                raise ValueError(
-                    f"of: got 'hidden' for {_name(bare)}, which returns no hidden states"
-                )
-            last: Tensor = states[-1]
-            return last
-        logits = getattr(found, "logits", None)
-        if isinstance(logits, Tensor):
-            return logits
-        spans = [getattr(found, key, None) for key in ("start_logits", "end_logits")]
-        tensors = [t for t in spans if isinstance(t, Tensor)]
-        if len(tensors) < len(spans):
+        if self.of != "hidden":
+            return _logits(found, bare)
+        states = getattr(found, "hidden_states", None)
+        states = getattr(found, "decoder_hidden_states", None) if states is None else states
+        if states is None:
+            raise ValueError(f"of: got 'hidden' for {_name(bare)}, which returns no hidden states")
+        last: Tensor = states[-1]
+        return last
+
+
+class LogitRows:
+    """A `forward` for Distillation: a Hugging Face model's logits, one row for each place that has classes.
+
+    Of a text, (positions that count, vocabulary): those that attention_mask leaves in; of an encoder-decoder
+    those of the decoder's text. Of a classifier of texts or images, (N, classes).
+    """
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The rows for a batch, a mapping of the model's inputs."""
+        bare = _bare(model)
+        return self.of(model(**_text(bare, batch).inputs), model, batch)
+
+    @staticmethod
+    def of(found: Any, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The rows of what the model has returned for a batch already, labels included."""
+        bare = _bare(model)
+        output = _logits(found, bare)
+        if output.dim() != 3:
+            return output
+        output, counts = _text(bare, batch).positions(output, bare)
+        return output[counts != 0]
+
+
+class _Text(NamedTuple):
+    """A batch as a model takes it, without labels that it does not need, and the text that its logits are of.
+
+    decoder: whether that is the decoder's. labels: of a decoder that makes its ids of them.
+    """
+
+    inputs: Mapping[str, Tensor]
+    decoder: bool
+    labels: Tensor | None
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the text's inputs begin with."""
+        return "decoder_" if self.decoder else ""
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The text's ids, where the batch has them."""
+        return self.inputs.get(f"{self.prefix}input_ids")
+
+    def positions(self, output: Tensor, bare: nn.Module) -> tuple[Tensor, Tensor]:
+        """The output at the text's positions, (N, positions, ...), and which of them count, (N, positions)."""
+        mask, labels = self.inputs.get(f"{self.prefix}attention_mask"), self.labels
+        output, counts = _at_inputs(output, self.ids if labels is None else labels, mask, bare)
+        return output, counts if labels is None else counts * (labels != _NO_LABEL)
+
+
+def _text(bare: nn.Module, batch: Mapping[str, Tensor]) -> _Text:
+    inputs = {key: t for key, t in batch.items() if key not in ("labels", "label")}
+    decoder = _is_encoder_decoder(bare)
+    labels = batch.get("labels") if decoder else None
+    if decoder and not any(key in inputs for key in _DECODER_INPUTS):
+        if labels is None:
             raise ValueError(
-                f"model: got {type(found).__name__} from {_name(bare)}, expected an output with logits; pass "
-                "forward= to say what importance is of"
+                f"batch: got {', '.join(batch)} for the encoder-decoder {_name(bare)}, expected "
+                "decoder_input_ids or labels"
             )
-        return torch.stack(tensors, -1)
+        inputs["labels"] = labels  # which the model shifts
+    return _Text(inputs, decoder, labels)
+
+
+def _logits(found: Any, bare: nn.Module) -> Tensor:
+    """The logits among what a model returned, start and end logits together."""
+    logits = getattr(found, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    spans = [getattr(found, key, None) for key in ("start_logits", "end_logits")]
+    tensors = [t for t in spans if isinstance(t, Tensor)]
+    if len(tensors) < len(spans):
+        raise ValueError(
+            f"model: got {type(found).__name__} from {_name(bare)}, expected an output with logits; pass "
+            "forward= to say what importance is of"
+        )
+    return torch.stack(tensors, -1)
 
 
 def _name(bare: nn.Module) -> str:

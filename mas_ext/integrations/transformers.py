@@ -2,7 +2,7 @@
 
     from mas_ext.integrations.transformers import MASCallback
 
-    mas = MASCallback(lam=1.0)
+    mas = MASCallback(lam=1.0, remember=texts)  # that stand for what the model knows
     Trainer(model, arguments, train_dataset=corpus_a, callbacks=[mas], ...).train()  # consolidates at its end
     Trainer(model, arguments, train_dataset=corpus_b, callbacks=[mas], ...).train()
 
@@ -13,29 +13,41 @@ Two places for the penalty, which differ where gradients are clipped (max_grad_n
 - `MASTrainerMixin`: in the loss. Clipping clips the sum, and the logged loss and gradient norm are the sum's.
 
 The penalty holds what is trained: with LoRA (peft) the updates s B A of the weights, or with
-adapters="parameters" the factors one by one.
+adapters="parameters" the factors one by one. With either one, distillation is a term of the loss.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from mas_ext._arguments import check_factor
+from mas_ext.distillation import Distance, Distillation
 from mas_ext.importance import Forward
-from mas_ext.integrations.loading import check_batches, once, penalty_of, try_importance
-from mas_ext.integrations.model_output import ModelOutput
+from mas_ext.integrations.loading import (
+    at_most,
+    check_batches,
+    check_remember,
+    once,
+    penalty_of,
+    remember,
+    replace_method,
+    try_importance,
+)
+from mas_ext.integrations.model_output import LogitRows, ModelOutput
 from mas_ext.optim.hooks import Handle, Mode, check_mode
+from mas_ext.parameters.names import bare_model
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.state import files as checkpoint
 
-FILE = "mas_penalty.safetensors"
+FILE, TEACHER = "mas_penalty.safetensors", "mas_teacher.safetensors"
 
 
 def attach(
@@ -49,6 +61,34 @@ def attach(
     return penalty.attach(optimizer, mode, eta)
 
 
+class LogitDistillation:
+    """weight times the distance of a Hugging Face model's logits from those that it has when this is made.
+
+    The mean of KL(q* || q) over the places that have classes (LogitRows), of softened probabilities; the mean
+    squared distance where a model predicts numbers, or several labels at once. Of every batch, the teacher's
+    logits are computed, and the model's taken from its output.
+
+    Args:
+        model: the model that is trained, as it is before.
+        weight: finite and >= 0.
+        temperature: see Distillation.
+    """
+
+    def __init__(self, model: nn.Module, weight: float = 1.0, temperature: float = 2.0) -> None:
+        self.weight = check_factor(weight, "distillation")
+        config = getattr(bare_model(model), "config", None)
+        problem = getattr(config, "problem_type", None)
+        labels = getattr(config, "num_labels", None)
+        squared = labels == 1 or problem in ("regression", "multi_label_classification")
+        distance: Distance = "squared" if squared else "classes"
+        self.distill = Distillation(model, temperature, LogitRows(), distance)
+
+    def __call__(self, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
+        """The term for a batch of which the model gave these outputs, 0-dim."""
+        rows = LogitRows.of(outputs, self.distill.model, inputs)
+        return self.weight * self.distill(inputs, rows)
+
+
 class MASCallback(TrainerCallback):
     """FusedMASPenalty in a Trainer: applied in every step, consolidated when training has ended.
 
@@ -57,8 +97,7 @@ class MASCallback(TrainerCallback):
     before the first step, but of data sets that can only be read in order.
 
     `penalty` exists from the first `train` on, or before it where it is set. Checkpoints have it in a file of
-    their own, which is read when training resumes from one in output_dir; for a checkpoint elsewhere, set
-    `penalty` to what FusedMASPenalty.load reads. `penalty.save` after `train` keeps what was consolidated.
+    their own, which is read when training resumes. `penalty.save` after `train` keeps what was consolidated.
 
     Args:
         lam: strength, see FusedMASPenalty.
@@ -66,6 +105,17 @@ class MASCallback(TrainerCallback):
             of them; by default all of them, each once.
         mode: "gradient" or "proximal", see FusedMASPenalty.attach.
         forward: see estimate_importance; batches are mappings of the model's inputs. By default ModelOutput().
+        remember: for a model that was trained elsewhere: a data set as the Trainer takes it, or a DataLoader,
+            that stands for what it knows. The penalty is consolidated on it before the first step of the first
+            training, but not where it has tasks already, or training resumes. True, where there are no data:
+            the outputs alone are held, by distillation.
+        max_samples: the most samples that importance is taken from, of each task and of `remember`: drawn at
+            random from a data set that has a length, else the first ones.
+        progress: show a progress bar while importance is measured.
+        distillation: weight of a term in the loss that holds the model's outputs on the new texts near those
+            from before the training, see LogitDistillation; it counts from the first training on where
+            `remember` is given, and from the second one on without it.
+        temperature: of the distillation, see Distillation.
         options: further arguments of FusedMASPenalty.
     """
 
@@ -75,40 +125,69 @@ class MASCallback(TrainerCallback):
         batches: Callable[[Any], Iterable[Any]] = once,
         mode: Mode = "gradient",
         forward: Forward | None = None,
+        *,
+        remember: Any = None,
+        max_samples: int | None = None,
+        progress: bool = False,
+        distillation: float = 0.0,
+        temperature: float = 2.0,
         **options: Any,
     ) -> None:
         check_mode(mode)
         check_batches(batches)
+        check_remember(remember, distillation, max_samples, temperature)
         self.batches, self.mode = batches, mode
+        self.remember, self.max_samples, self.progress = remember, max_samples, progress
+        self.distillation, self.temperature = distillation, temperature
         self.options = {"lam": lam, "forward": forward or ModelOutput(), **options}
         self.penalty: FusedMASPenalty | None = None
-        self._handle: Handle | None = None
+        self._teacher: LogitDistillation | None = None
+        self._undo: list[Callable[[], None]] = []
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any
     ) -> None:
         """Make the penalty of this model, with the state so far, also of another model."""
-        file = _file(args, state)
-        resumed = state.global_step > 0
-        if resumed and self.penalty is None and not file.exists():
-            raise FileNotFoundError(
-                f"{file}: not found, expected the penalty of the checkpoint that training resumes from; where "
-                "it is elsewhere, set MASCallback.penalty before"
-            )
-        self.penalty = penalty_of(model, self.penalty, args.world_size, self.options)
-        if resumed and file.exists():
-            tensors = checkpoint.load(file)
-            self.penalty.load_state_dict({n: t for n, t in tensors.items() if n != "settings"})
-        try_importance(self.penalty, lambda: self.batches(kwargs["train_dataloader"]))
-        _put_last(self)
         self._detach()  # from a training that ended in an error
-        self._handle = attach(self.penalty, optimizer, self.mode)
+        trainer, folder = _running()
+        first = state.is_world_process_zero
+        if folder is not None and self.penalty is None and not (folder / FILE).exists():
+            raise FileNotFoundError(
+                f"{folder / FILE}: not found, expected the penalty of the checkpoint that training resumes "
+                "from; where it is elsewhere, set MASCallback.penalty before"
+            )
+        penalty = self.penalty = penalty_of(model, self.penalty, args.world_size, self.options)
+        if folder is not None and (folder / FILE).exists():
+            penalty.load_state_dict(checkpoint.load(folder / FILE))
+        try_importance(penalty, lambda: self.batches(kwargs["train_dataloader"]))
+        if self.remember is not None and self.remember is not True:
+            known = self.remember
+            if hasattr(known, "__getitem__"):  # a data set, lists of texts among them
+                known = trainer.get_test_dataloader(known)
+            known = at_most(once(known), self.max_samples)
+            remember(penalty, known, folder is not None, self.progress and first)
+        if self.distillation and (penalty.num_tasks or self.remember is True):
+            self._distill(trainer, model, folder)
+        _put_last(self)
+        self._undo.append(attach(penalty, optimizer, self.mode).remove)
+
+    def _distill(self, trainer: Any, model: nn.Module, folder: Path | None) -> None:
+        """Have this training's losses get the term, from the teacher of its beginning."""
+        self._teacher = LogitDistillation(model, self.distillation, self.temperature)
+        if folder is not None:
+            self._teacher.distill.load_state_dict(checkpoint.load(folder / TEACHER))
+        # A Trainer has no other place that knows the loss and the outputs.
+        own = partial(_loss, trainer, trainer.compute_loss, None, self._teacher)
+        self._undo.append(replace_method(trainer, "compute_loss", own))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the penalty beside the checkpoint that is being written."""
+        """Write the penalty, and the teacher if there is one, beside the checkpoint that is being written."""
         assert self.penalty is not None
         if state.is_world_process_zero:
-            self.penalty.save(_file(args, state))
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            self.penalty.save(folder / FILE)
+            if self._teacher is not None:
+                checkpoint.save(self._teacher.distill.state_dict(), folder / TEACHER)
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, train_dataloader: Any, **kwargs: Any
@@ -116,12 +195,26 @@ class MASCallback(TrainerCallback):
         """Consolidate."""
         assert self.penalty is not None
         self._detach()
-        self.penalty.consolidate(self.batches(train_dataloader))
+        batches = at_most(self.batches(train_dataloader), self.max_samples)
+        self.penalty.consolidate(batches, progress=self.progress and state.is_world_process_zero)
 
     def _detach(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for undo in self._undo:
+            undo()
+        self._undo, self._teacher = [], None
+
+
+def _running() -> tuple[Any, Path | None]:
+    """The Trainer that is calling a callback now, and the checkpoint's folder that it resumes from, if any."""
+    # Callbacks are handed neither the one nor the other.
+    frame = sys._getframe(1)
+    while frame is not None:
+        local = frame.f_locals
+        if isinstance(local.get("self"), Trainer) and "resume_from_checkpoint" in local:
+            folder = local["resume_from_checkpoint"]
+            return local["self"], None if folder is None else Path(folder)
+        frame = frame.f_back  # type: ignore[assignment]
+    raise RuntimeError("MASCallback: got a call from elsewhere, expected one by a Trainer")
 
 
 def _put_last(callback: TrainerCallback) -> None:
@@ -136,19 +229,19 @@ def _put_last(callback: TrainerCallback) -> None:
         frame = frame.f_back  # type: ignore[assignment]
 
 
-def _file(args: Any, state: Any) -> Path:
-    return Path(os.path.join(args.output_dir, f"checkpoint-{state.global_step}", FILE))
-
-
 class MASTrainerMixin:
     """A FusedMASPenalty in a Trainer's loss: `class MASTrainer(MASTrainerMixin, Trainer)` with a `penalty`.
 
     It counts once per step, however many batches are accumulated in it, and whether their losses are means or
     parts of a sum over num_items_in_batch. Evaluation is of the task's loss alone. The caller consolidates:
     `trainer.penalty.consolidate(once(trainer.get_train_dataloader()))`, with `once` of integrations.loading.
+
+    `distillation`, a LogitDistillation that the caller makes before a training, is another term of the loss:
+    the mean over the batches of a step.
     """
 
     penalty: FusedMASPenalty | None = None
+    distillation: LogitDistillation | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse an order in which Trainer's loss is the one that is taken."""
@@ -170,12 +263,36 @@ class MASTrainerMixin:
         **kwargs: Any,
     ) -> Any:
         own: Any = super()
-        loss, outputs = own.compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+        return _loss(
+            *(self, own.compute_loss, self.penalty, self.distillation),
+            *(model, inputs, return_outputs, num_items_in_batch),
+            **kwargs,
         )
-        if self.penalty is not None and model.training:
-            loss = loss + self.penalty() / _added(self, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+
+
+def _loss(
+    trainer: Any,
+    compute_loss: Callable[..., Any],
+    penalty: FusedMASPenalty | None,
+    distillation: LogitDistillation | None,
+    model: nn.Module,
+    inputs: Any,
+    return_outputs: bool = False,
+    num_items_in_batch: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """What a Trainer's compute_loss gives, in training with the terms that there are, once a step."""
+    given = dict(inputs)  # the Trainer may take the labels out
+    loss, outputs = compute_loss(
+        model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+    )
+    if model.training:
+        added = _added(trainer, num_items_in_batch)
+        if penalty is not None:
+            loss = loss + penalty() / added
+        if distillation is not None:
+            loss = loss + distillation(given, outputs) / added
+    return (loss, outputs) if return_outputs else loss
 
 
 def _added(trainer: Any, num_items_in_batch: Any) -> int:

@@ -57,6 +57,7 @@ def transformers(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
     InOrder(model, still, train_dataset=corpus(0, 13), callbacks=[mas]).train()
     assert mas.penalty is not None
     omega = {n: w.clone() for n, w in mas.penalty.omega.items()}
+    mas.distillation = 0.5
     own = arguments(folder, 1, **ranks)
     InOrder(model, own, train_dataset=corpus(1, 12), callbacks=[mas]).train()
     return model, omega
@@ -73,7 +74,7 @@ def lightning(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
     def uneven(trainer: Trainer) -> Any:
         return once(DataLoader(TensorDataset(*written.task(current, 33)), batch_size=4))
 
-    module, callback = Module(), mas(batches=uneven)
+    module, callback = Module(), mas(batches=uneven, distillation=0.5)
     for current in range(2):
         data = TensorDataset(*written.task(current))
         # Rank r reads samples r, r + 2, ...: together as one process in batches of 8.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from contextlib import suppress
@@ -241,11 +242,182 @@ def test_several_loaders_need_a_word(tmp_path: Path) -> None:
 def test_two_processes(tmp_path: Path) -> None:
     """DDP: as one process with all the data, 33 samples to estimate from, which two can't share evenly."""
     found = both("lightning", tmp_path)
-    model, omega, _ = written.two_tasks(extra=33)
+    model, omega, _ = written.two_tasks(extra=33, distillation=0.5)
     for rank in found:
         written.close(rank["state"], {f"net.{n}": p for n, p in model.named_parameters()})
         written.close(rank["omega"], {f"net.{n}": w for n, w in omega.items()}, 1e-8)
     assert all(torch.equal(found[0]["omega"][n], w) for n, w in found[1]["omega"].items())
+
+
+# -- a module that was trained elsewhere, and distillation -----------------------------------------
+
+
+def as_distilled(weight: float, parts: int = 1, t: int = 1) -> torch.nn.Module:
+    """A task after another one is remembered, with the penalty and the term of distillation."""
+    model = written.network().double()
+    teacher = copy.deepcopy(model)
+    omega = written.importance(model, written.task(0)[0])
+    anchor = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=written.LR, momentum=0.5)
+    x, y = written.task(t)
+    size = 8 // parts
+    for start in [*range(0, len(x), 8)] * 2:
+        optimizer.zero_grad()
+        for i in range(start, start + 8, size):
+            a, b = x[i : i + size], y[i : i + size]
+            loss = F.cross_entropy(model(a), b) + weight * written.divergence(model, teacher, a)
+            (loss / parts).backward()
+        written.penalty(model, omega, anchor).backward()
+        optimizer.step()
+    return model
+
+
+class Returns(Module):
+    """What a training_step may return beside the loss, and how it may run the network."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.runs = kind, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return super().forward(x)
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        if self.kind == "not by self()":
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+        if self.kind == "others, too":
+            self(batch[0] + 1)
+        loss = super().training_step(batch, index)
+        if self.kind == "others, too":
+            self(batch[0] - 1)
+        return {"loss": loss, "more": 1} if self.kind == "dict" else loss
+
+
+@pytest.mark.parametrize("kind", ["tensor", "dict", "not by self()", "others, too"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_remembered_and_distilled_as_written(tmp_path: Path, kind: str, parts: int) -> None:
+    """The base's task is remembered once, before the first step; the output is computed once."""
+    module = Returns(kind)
+    callback = mas(remember=TensorDataset(*written.task(0)), distillation=0.6)
+    fit = trainer(tmp_path, callback, accumulate_grad_batches=parts)
+    fit.fit(module, loader(1, 8 // parts))
+    expected = dict(as_distilled(0.6, parts).named_parameters())
+    written.close(dict(module.net.named_parameters()), expected)
+    assert callback.penalty is not None
+    assert callback.penalty.num_tasks == 2
+    assert "training_step" not in vars(module)
+    assert not module._forward_hooks
+
+
+def test_the_output_is_computed_once(tmp_path: Path) -> None:
+    found = []
+    for weight in (0.0, 0.6):
+        module, callback = Returns("tensor"), mas(remember=loader(0), distillation=weight)
+        before = copy.deepcopy(module.net)
+        trainer(tmp_path, callback).fit(module, loader(1))
+        found.append(module.runs)
+        assert not all(
+            torch.equal(p, q)
+            for p, q in zip(before.parameters(), module.net.parameters(), strict=True)
+        )
+    assert found[0] == found[1]
+
+
+def test_without_data_outputs_alone_are_held(tmp_path: Path) -> None:
+    for remember, weight in ((None, 0.0), (True, 0.6)):
+        module = Module()
+        callback = MASCallback(0.0, remember=remember, distillation=0.6)
+        trainer(tmp_path, callback).fit(module, loader(1))
+        model = written.network().double()
+        teacher = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=written.LR, momentum=0.5)
+        for x, y in [*loader(1)] * 2:
+            optimizer.zero_grad()
+            (
+                F.cross_entropy(model(x), y) + weight * written.divergence(model, teacher, x)
+            ).backward()
+            optimizer.step()
+        written.close(dict(module.net.named_parameters()), dict(model.named_parameters()))
+
+
+def test_distillation_is_scaled_with_the_loss(tmp_path: Path) -> None:
+    """float16 with a GradScaler, beside float64: a term that is not scaled would be 1024 times too small."""
+    module = Module()
+    callback = MASCallback(written.LAM, remember=loader(0, dtype=torch.float32), distillation=20.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    data = loader(1, dtype=torch.float32)
+    trainer(tmp_path, callback, precision=None, plugins=[plugin]).fit(module, data)
+    expected = {n: p.float() for n, p in as_distilled(20.0).named_parameters()}
+    written.close(dict(module.net.named_parameters()), expected, 2e-2)
+
+
+def test_a_distance_of_ones_own_and_a_forward(tmp_path: Path) -> None:
+    """The squared distance of features, which the training_step does not give."""
+    module = Module()
+    callback = MASCallback(
+        *(0.0,),
+        remember=loader(0),
+        distillation=0.6,
+        distance="squared",
+        forward=lambda m, batch: m.net[1](m.net[0](batch[0])),
+    )
+    trainer(tmp_path, callback).fit(module, loader(1))
+    model = written.network().double()
+    teacher = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=written.LR, momentum=0.5)
+    for x, y in [*loader(1)] * 2:
+        optimizer.zero_grad()
+        features, target = (m[0](x).tanh() for m in (model, teacher))
+        term = (features - target.detach()).square().mean()
+        (F.cross_entropy(model(x), y) + 0.6 * term).backward()
+        optimizer.step()
+    written.close(dict(module.net.named_parameters()), dict(model.named_parameters()))
+
+
+def test_distillation_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """With the teacher of the training's beginning; one that has ended leaves none."""
+
+    def callback() -> MASCallback:
+        return mas(remember=loader(0), distillation=0.6)
+
+    stopped, first = Module(), callback()
+    saving = trainer(tmp_path, first, max_epochs=1)
+    saving.fit_loop.on_run_end = lambda: None  # it is stopped, not ended
+    saving.fit(stopped, loader(1))
+    saving.save_checkpoint(tmp_path / "stopped.ckpt")
+    assert any(key.startswith("teacher.") for key in first.state_dict())
+
+    module, second = Module().double(), callback()
+    with torch.no_grad():
+        for p in module.parameters():
+            p += 1
+    trainer(tmp_path, second).fit(module, loader(1), ckpt_path=tmp_path / "stopped.ckpt")
+    written.close(dict(module.net.named_parameters()), dict(as_distilled(0.6).named_parameters()))
+    assert second.penalty is not None
+    assert second.penalty.num_tasks == 2
+    assert not any(key.startswith("teacher.") for key in second.state_dict())
+
+
+def test_distillation_with_manual_optimisation_is_refused(tmp_path: Path) -> None:
+    callback = mas(remember=loader(0), distillation=0.6)
+    with pytest.raises(ValueError, match=r"distillation: got 0\.6 with manual optimisation"):
+        trainer(tmp_path, callback).fit(Module(manual=True), loader(1))
+
+
+def test_at_most_so_many_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = torch.randperm(written.SAMPLES, generator=torch.Generator().manual_seed(0))[:7]
+    module = Module()
+    base = copy.deepcopy(module.net).double()
+    callback = mas(remember=loader(0), max_samples=7, progress=True)
+    trainer(tmp_path, callback).fit(module, loader(1))
+    one = written.importance(base, written.task(0)[0][drawn])
+    two = written.importance(module.net, written.task(1)[0][drawn])
+    assert callback.penalty is not None
+    expected = {f"net.{n}": one[n] + two[n] for n in one}
+    written.close(callback.penalty.omega, expected, 1e-8)
+    assert "importance: 1batch" in capsys.readouterr().err
 
 
 # -- before the first step --------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,10 +20,19 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from integrations.ranks import both
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+)
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -30,9 +40,11 @@ from transformers import (
 
 import mas_ext
 from mas_ext import FusedMASPenalty
-from mas_ext.integrations.loading import once
+from mas_ext.integrations.loading import at_most, once
 from mas_ext.integrations.transformers import (
     FILE,
+    TEACHER,
+    LogitDistillation,
     MASCallback,
     MASTrainerMixin,
     ModelOutput,
@@ -124,6 +136,18 @@ def token_losses(model: nn.Module, rows: list[dict[str, Tensor]]) -> Tensor:
     return torch.cat(found)
 
 
+def divergence(model: nn.Module, teacher: nn.Module, rows: list[dict[str, Tensor]]) -> Tensor:
+    """The mean over positions that count of sum_c q*_c log(q*_c / q_c), q = softmax(logits / 2)."""
+    found = []
+    for row in rows:
+        count = int(row["attention_mask"].sum())
+        ids = row["input_ids"][None, :count]
+        q, target = ((m(ids).logits[0] / 2).softmax(-1) for m in (model, teacher))
+        target = target.detach()
+        found.append((target * (target / q).log()).sum(-1))
+    return torch.cat(found).mean()
+
+
 def importance(model: nn.Module, rows: list[dict[str, Tensor]]) -> Named:
     """1/N sum_k abs(d sum over positions that count of |logits|^2 / d theta)."""
     theta = dict(model.named_parameters())
@@ -152,9 +176,10 @@ def second_task(
     clipped: bool,
     mean_of_means: bool = False,
     texts: int = 14,
+    distillation: float = 0.0,
 ) -> None:
     """Two epochs: groups of `parts` batches of two texts a step, the last group a short one."""
-    rows = corpus(1, texts)
+    rows, teacher = corpus(1, texts), copy.deepcopy(model)
     for start in [*range(0, len(rows), 2 * parts)] * 2:
         group = rows[start : start + 2 * parts]
         model.zero_grad()
@@ -163,6 +188,10 @@ def second_task(
             torch.stack(means).mean().backward()
         else:
             token_losses(model, group).mean().backward()
+        if distillation:
+            parts_of = [group[i : i + 2] for i in range(0, len(group), 2)]
+            terms = [divergence(model, teacher, few) for few in parts_of]
+            (distillation * torch.stack(terms).mean()).backward()
         if clipped:
             pull(model, omega, anchor).backward()
         if clip:
@@ -262,6 +291,281 @@ def test_a_mixin_behind_the_trainer_is_refused() -> None:
         type("Wrong", (Trainer, MASTrainerMixin), {})
 
 
+# -- a base that was trained elsewhere -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["data set", "loader"])
+def test_what_the_base_knows_is_remembered_once(tmp_path: Path, kind: str) -> None:
+    """Before the first step, of the base's weights; later trainings add their own."""
+    texts: Any = corpus(0)
+    if kind == "loader":
+        texts = DataLoader(texts, batch_size=4, collate_fn=stacked)
+    model, told = network(), copy.deepcopy(network())
+    options = {"forward": ModelOutput("logits"), "omega_dtype": torch.float64}
+    mas = MASCallback(LAM, remember=texts, **options)
+    InOrder(model, arguments(tmp_path), train_dataset=corpus(1), callbacks=[mas]).train()
+    omega = importance(told, corpus(0))
+    anchor = {n: p.detach().clone() for n, p in told.named_parameters()}
+    second_task(told, omega, anchor, 3, 0.0, clipped=False)
+    close(model, told)
+    assert mas.penalty is not None
+    assert mas.penalty.num_tasks == 2
+    InOrder(model, arguments(tmp_path), train_dataset=corpus(2), callbacks=[mas]).train()
+    assert mas.penalty.num_tasks == 3
+
+
+def test_remembering_leaves_random_numbers(tmp_path: Path) -> None:
+    found = []
+    for own in ({}, {"remember": Noisy()}):
+        model = network()
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, seed=5),
+            train_dataset=Noisy(),
+            callbacks=[MASCallback(0.0, **own)],
+        )
+        trainer.train()
+        found.append(model)
+    close(*found, 0)
+
+
+def test_at_most_so_many_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same ones, drawn over the whole data set, of what is remembered and of every task."""
+    model = network()
+    drawn = torch.randperm(14, generator=torch.Generator().manual_seed(0))[:5]
+    assert sorted(drawn.tolist()) != [*range(5)]
+    options = {"forward": ModelOutput("logits"), "omega_dtype": torch.float64}
+    mas = MASCallback(LAM, remember=corpus(0), max_samples=5, progress=True, **options)
+    expected = importance(model, [corpus(0)[i] for i in drawn])
+    InOrder(model, arguments(tmp_path), train_dataset=corpus(1), callbacks=[mas]).train()
+    for n, w in importance(model, [corpus(1)[i] for i in drawn]).items():
+        expected[n] += w
+    assert mas.penalty is not None
+    for n, w in expected.items():
+        torch.testing.assert_close(mas.penalty.omega[n], w, rtol=1e-5, atol=1e-8, msg=n)
+    assert capsys.readouterr().err.count("importance: 100%") == 2
+
+
+@pytest.mark.parametrize("size", [4, 5, 8])
+def test_at_most_so_many_of_anything(size: int) -> None:
+    x = torch.arange(14.0)[:, None]
+    batches = [(part, [*range(len(part))]) for part in x.split(size)]
+    for count in (1, 5, 14, 20):
+        found = [*at_most(iter(batches), count)]
+        assert torch.equal(torch.cat([part for part, _ in found]), x[:count])
+        assert all(len(part) == len(numbers) for part, numbers in found)
+    assert at_most(batches, None) is batches
+    whole = DataLoader(TensorDataset(x), batch_size=size)
+    (few,) = torch.cat([part for (part,) in at_most(whole, 7)]).T
+    assert len({*few.tolist()}) == 7
+    assert torch.equal(few, torch.cat([part for (part,) in at_most(whole, 7)])[:, 0])
+
+
+def test_wrong_things_to_remember() -> None:
+    for options, error, words in (
+        ({"remember": True}, ValueError, "remember: got True without distillation"),
+        ({"remember": 5}, TypeError, "remember: got int, expected a data set, batches, or True"),
+        ({"distillation": -1.0}, ValueError, r"distillation: got -1\.0"),
+        ({"temperature": 0.0}, ValueError, r"temperature: got 0\.0"),
+        ({"max_samples": 0}, ValueError, "max_samples: got 0, expected a whole number from 1"),
+    ):
+        with pytest.raises(error, match=words):
+            MASCallback(**options)  # type: ignore[arg-type]
+
+
+# -- distillation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("items", [True, False])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("form", ["callback", "mixin"])
+def test_distillation_is_a_term_of_the_loss(
+    tmp_path: Path, form: str, parts: int, items: bool
+) -> None:
+    """The mean over a step's batches, beside the penalty, whether losses are summed or averaged."""
+    model, weight = network(), 0.7
+    options = {"forward": ModelOutput("logits"), "omega_dtype": torch.float64}
+    written, omega = copy.deepcopy(model), importance(model, corpus(0))
+    anchor = {n: p.detach().clone() for n, p in written.named_parameters()}
+    own = arguments(tmp_path, parts)
+    if form == "callback":
+        mas = MASCallback(LAM, remember=corpus(0), distillation=weight, **options)
+        trainer = InOrder(model, own, train_dataset=corpus(1), callbacks=[mas])
+    else:
+        trainer = Penalised(model, own, train_dataset=corpus(1))
+        trainer.penalty = FusedMASPenalty(model, LAM, **options)
+        trainer.penalty.consolidate([stacked(corpus(0))])
+        trainer.distillation = LogitDistillation(model, weight)
+    trainer.model_accepts_loss_kwargs = items
+    plain = trainer.evaluate(corpus(2))["eval_loss"]
+    trainer.train()
+    second_task(
+        *(written, omega, anchor, parts, 0.0),
+        clipped=False,
+        mean_of_means=not items,
+        distillation=weight,
+    )
+    close(model, written)
+    assert "compute_loss" not in vars(trainer)
+    # Evaluation is of the task alone.
+    found = trainer.evaluate(corpus(2))["eval_loss"]
+    batches = [corpus(2)[i : i + 8] for i in (0, 8)]
+    expected = sum(len(b) * float(token_losses(model, b).mean().detach()) for b in batches) / 14
+    assert found == pytest.approx(expected, rel=1e-5) != plain
+
+
+def test_without_data_the_outputs_alone_are_held(tmp_path: Path) -> None:
+    """remember=True: from the first training on; else distillation counts once there was a task."""
+    for remember in (None, True):
+        model, written = network(), network()
+        mas = MASCallback(0.0, remember=remember, distillation=2.0)
+        InOrder(model, arguments(tmp_path), train_dataset=corpus(1), callbacks=[mas]).train()
+        nothing = {n: torch.zeros_like(p) for n, p in written.named_parameters()}
+        weight = 2.0 if remember else 0.0
+        second_task(written, nothing, nothing, 3, 0.0, clipped=False, distillation=weight)
+        close(model, written)
+        # The teacher of the second training is the model after the first one.
+        InOrder(model, arguments(tmp_path), train_dataset=corpus(1), callbacks=[mas]).train()
+        second_task(written, nothing, nothing, 3, 0.0, clipped=False, distillation=2.0)
+        close(model, written)
+
+
+def test_the_teacher_of_lora_shares_the_base(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    moved = []
+    for weight in (0.0, 1000.0):
+        model = peft.get_peft_model(network(), config).double()
+        base = copy.deepcopy(model)
+        mas = MASCallback(0.0, remember=corpus(0), distillation=weight)
+        own = arguments(tmp_path, learning_rate=1e-3 if weight else LR)
+        InOrder(model, own, train_dataset=corpus(1), callbacks=[mas]).train()
+        moved.append(float(divergence(model, base, corpus(1)).detach()))
+        teacher = LogitDistillation(model).distill.teacher
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        assert all(any(p is q for q in teacher.parameters()) for p in frozen)
+    assert moved[1] < 0.1 * moved[0]
+
+
+def test_distillation_in_16_bits_is_that_in_float32(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    found = []
+    for bf16 in (False, True):
+        model = network().float()
+        mas = MASCallback(LAM, remember=corpus(0), distillation=5.0)
+        own = arguments(tmp_path, learning_rate=0.02, bf16=bf16)
+        InOrder(model, own, train_dataset=corpus(1), callbacks=[mas]).train()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    start = torch.cat([p.detach().flatten().float() for p in network().parameters()])
+    assert (found[1] - found[0]).norm() < 0.1 * (found[0] - start).norm()
+
+
+@pytest.mark.parametrize("form", ["smoothed", "own loss"])
+def test_distillation_where_the_trainer_takes_the_labels_out(tmp_path: Path, form: str) -> None:
+    """What the term adds does not depend on how the loss is computed."""
+    model = network()
+    own = arguments(tmp_path, label_smoothing_factor=0.1 if form == "smoothed" else 0.0)
+    function = {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.square().mean()}
+    trainer = Penalised(
+        *(model, own), train_dataset=corpus(1), **(function if form == "own loss" else {})
+    )
+    trainer.current_gradient_accumulation_steps, inputs = 1, stacked(corpus(1)[:2])
+    plain = trainer.compute_loss(model.train(), dict(inputs))
+    trainer.distillation = LogitDistillation(model, 3.0)
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1
+    moved = trainer.compute_loss(model, dict(inputs))
+    trainer.distillation, without = None, trainer.compute_loss
+    expected = without(model, dict(inputs)) + 3.0 * divergence(model, teacher, corpus(1)[:2])
+    torch.testing.assert_close(moved, expected, rtol=1e-6, atol=0)
+    assert plain != moved
+
+
+def t5() -> Any:
+    config = T5Config(
+        vocab_size=WORDS,
+        d_model=8,
+        d_kv=4,
+        d_ff=12,
+        num_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config).double()
+
+
+def pairs(t: int, rows: int = 6) -> list[dict[str, Tensor]]:
+    """Padded texts, and what is to be written for them."""
+    found = corpus(t, rows)
+    for row in found:
+        row["labels"] = row["labels"].flip(0)[:5]
+    return found
+
+
+def answers(model: Any, row: dict[str, Tensor]) -> Tensor:
+    """The logits of what is to be written, alone and without padding."""
+    count, kept = int(row["attention_mask"].sum()), row["labels"] != -100
+    ids, labels = row["input_ids"][None, :count], row["labels"][None]
+    shifted = torch.cat([torch.zeros(1, 1).long(), labels[:, :-1].clamp(min=0)], 1)
+    logits: Tensor = model(input_ids=ids, decoder_input_ids=shifted).logits[0, kept]
+    return logits
+
+
+def test_an_encoder_decoder(tmp_path: Path) -> None:
+    """T5: importance of the logits of the decoder's tokens, and distillation of all logits there."""
+    torch.manual_seed(0)
+    model, told = t5(), MASCallback(LAM, remember=pairs(0), omega_dtype=torch.float64)
+    base, theta = copy.deepcopy(model), dict(model.named_parameters())
+    own = arguments(tmp_path, learning_rate=0.0, num_train_epochs=1)
+    InOrder(model, own, train_dataset=pairs(1), callbacks=[told]).train()
+    expected = {n: torch.zeros_like(p) for n, p in theta.items()}
+    for t in (0, 1):
+        for row in pairs(t):
+            kept = row["labels"][row["labels"] != -100]
+            value = answers(base, row).gather(-1, kept[:, None]).square().sum()
+            grads = torch.autograd.grad(value, [*base.parameters()])
+            for total, g in zip(expected.values(), grads, strict=True):
+                total += g.abs() / 6
+    assert told.penalty is not None
+    for n, w in expected.items():
+        torch.testing.assert_close(told.penalty.omega[n], w, rtol=1e-5, atol=1e-8, msg=n)
+
+    distill, rows = LogitDistillation(model, 0.5), pairs(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    inputs = stacked(rows)
+    terms = []
+    for row in rows:
+        q, target = ((answers(m, row) / 2).softmax(-1) for m in (model, base))
+        terms.append((target * (target / q).log()).sum(-1))
+    got = distill(inputs, model.eval()(**inputs))
+    torch.testing.assert_close(got, 0.5 * torch.cat(terms).mean(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_distillation_of_classifiers_and_of_numbers(labels: int) -> None:
+    """One number is compared by its square: as one class among one, it could not differ."""
+    config = LlamaConfig(**{**network().config.to_dict(), "num_labels": labels, "pad_token_id": 0})
+    model = LlamaForSequenceClassification(config).double().eval()
+    distill, teacher = LogitDistillation(model), copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    inputs = {"input_ids": stacked(corpus(0, 4))["input_ids"]}
+    z, target = (m(**inputs).logits for m in (model, teacher))
+    if labels == 1:
+        expected = (z - target).square().mean()
+    else:
+        q, p = ((each / 2).softmax(-1) for each in (z, target))
+        expected = (p * (p / q).log()).sum(-1).mean()
+    assert expected > 1e-3
+    torch.testing.assert_close(distill(inputs, model(**inputs)), expected, rtol=1e-9, atol=0)
+
+
 def test_resumed_from_a_checkpoint(tmp_path: Path) -> None:
     """By new objects, inside the second task: as if it had not been stopped."""
     model = network()
@@ -282,21 +586,37 @@ def test_resumed_from_a_checkpoint(tmp_path: Path) -> None:
     torch.testing.assert_close(again.penalty.alpha, mas.penalty.alpha)
 
 
-def test_resumed_from_a_checkpoint_of_another_folder(tmp_path: Path) -> None:
-    """Where the penalty is, the Trainer does not tell: it is not begun anew without a word."""
-    model, mas = network(), MASCallback(LAM)
+@pytest.mark.parametrize("kind", [str, bool])
+def test_resumed_from_a_checkpoint_of_another_folder(tmp_path: Path, kind: type) -> None:
+    """The penalty, and the teacher, are found where the Trainer finds the rest; nothing is remembered twice."""
+    options = {"omega_dtype": torch.float64, "remember": corpus(2), "distillation": 0.5}
+    model, mas = network(), MASCallback(LAM, **options)
+    other = copy.deepcopy(model)
     saving = arguments(tmp_path / "a", save_strategy="steps", save_steps=4)
-    InOrder(model, saving, train_dataset=corpus(0), callbacks=[mas]).train()
-    checkpoint = tmp_path / "a" / "checkpoint-4"
+    InOrder(model, saving, train_dataset=corpus(1), callbacks=[mas]).train()
+    checkpoint, given = tmp_path / "a" / "checkpoint-4", kind is bool or None
+    if given is None:
+        given, checkpoint = str(checkpoint), checkpoint.rename(tmp_path / "checkpoint-4")
+        given = str(checkpoint)
+    else:
+        shutil.rmtree(tmp_path / "a" / "checkpoint-6")
 
-    again = MASCallback(LAM)
-    trainer = InOrder(model, arguments(tmp_path / "b"), train_dataset=corpus(0), callbacks=[again])
-    with pytest.raises(FileNotFoundError, match=r"b/checkpoint-4.*: not found, expected"):
-        trainer.train(resume_from_checkpoint=str(checkpoint))
+    again = MASCallback(LAM, **options)
+    into = arguments(tmp_path / ("a" if given is True else "b"))
+    trainer = InOrder(other, into, train_dataset=corpus(1), callbacks=[again])
+    trainer.train(resume_from_checkpoint=given)
+    close(other, model)
+    for each in (mas, again):
+        assert each.penalty is not None
+        assert each.penalty.num_tasks == 2
 
-    again.penalty = FusedMASPenalty.load(checkpoint / FILE, model, forward=ModelOutput())
-    trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert again.penalty.num_tasks == 1
+    for file, words in ((TEACHER, TEACHER), (FILE, "not found, expected the penalty")):
+        (checkpoint / file).unlink()
+        trainer = InOrder(
+            other, into, train_dataset=corpus(1), callbacks=[MASCallback(LAM, **options)]
+        )
+        with pytest.raises(FileNotFoundError, match=words):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_after_a_training_that_failed(tmp_path: Path) -> None:
@@ -376,7 +696,7 @@ def test_two_processes(tmp_path: Path) -> None:
     written = network()
     omega = importance(written, corpus(0, 13))
     anchor = {n: p.detach().clone() for n, p in written.named_parameters()}
-    second_task(written, omega, anchor, 2, 0.0, clipped=False, texts=12)
+    second_task(written, omega, anchor, 2, 0.0, clipped=False, texts=12, distillation=0.5)
     for rank in found:
         for n, p in written.named_parameters():
             torch.testing.assert_close(rank["state"][n], p.detach(), rtol=1e-5, atol=1e-6, msg=n)

@@ -43,6 +43,13 @@ def penalty(model: nn.Module, omega: Omega, anchor: Omega) -> Tensor:
     return LAM * torch.stack(terms).sum()
 
 
+def divergence(model: nn.Module, teacher: nn.Module, x: Tensor) -> Tensor:
+    """The mean over samples of sum_c q*_c log(q*_c / q_c), q = softmax(output / 2)."""
+    q, target = ((m(x) / 2).softmax(-1) for m in (model, teacher))
+    target = target.detach()
+    return (target * (target / q).log()).sum(-1).mean()
+
+
 def learn(
     model: nn.Module,
     step: Callable[[Tensor], None],
@@ -50,10 +57,14 @@ def learn(
     clip: float | None,
     omega: Omega,
     anchor: Omega,
+    distillation: float = 0.0,
 ) -> None:
-    """SGD on cross entropy + penalty; the gradient of their sum is clipped."""
+    """SGD on cross entropy + penalty + distillation; the gradient of their sum is clipped."""
+    teacher = copy.deepcopy(model)
     for x, y in batches:
         loss = F.cross_entropy(model(x), y)
+        if distillation:
+            loss = loss + distillation * divergence(model, teacher, x)
         if omega:
             loss = loss + penalty(model, omega, anchor)
         model.zero_grad()
@@ -64,7 +75,7 @@ def learn(
 
 
 def two_tasks(
-    batch: int = 8, clip: float | None = None, extra: int = SAMPLES
+    batch: int = 8, clip: float | None = None, extra: int = SAMPLES, distillation: float = 0.0
 ) -> tuple[nn.Module, Omega, Omega]:
     """The model after two tasks of two epochs, merged by "latest": theta, W of both and the last anchor."""
     model = copy.deepcopy(network()).double()
@@ -75,7 +86,8 @@ def two_tasks(
         optimizer.state.clear()
         x, y = task(t)
         batches = [*zip(x.split(batch), y.split(batch), strict=True)] * 2
-        learn(model, lambda _: optimizer.step(), batches, clip, omega, anchor)
+        weight = distillation if t else 0.0
+        learn(model, lambda _: optimizer.step(), batches, clip, omega, anchor, weight)
         new = importance(model, task(t, extra)[0])
         omega = {n: omega.get(n, 0) + w for n, w in new.items()}
         anchor = {n: p.detach().clone() for n, p in model.named_parameters()}
