@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -683,3 +686,21 @@ def test_an_optimizer_of_a_module(tmp_path: Path, kind: Any, mode: Any, manual: 
         pull = c if mode == "gradient" else c / (1 + c)
         expected = module.before[n] - pull * (module.before[n] - penalty.anchor[n])
         torch.testing.assert_close(p.detach(), expected, rtol=1e-9, atol=1e-12)
+
+
+# -- the example -----------------------------------------------------------------------------------
+
+
+def test_example() -> None:
+    """Digits are forgotten without, and kept by either one and by both."""
+    script = Path(__file__).parents[2] / "examples" / "lightning_distillation.py"
+    done = subprocess.run(
+        [sys.executable, script], check=True, capture_output=True, text=True, timeout=300
+    )
+    assert len(script.read_text().splitlines()) <= 60
+    found = [re.findall(r"([\d.]+) %", line) for line in done.stdout.splitlines()]
+    (plain, learned), *kept = ([float(number) for number in line] for line in found)
+    assert len(kept) == 3
+    assert plain < 92 < 97 < learned
+    assert all(old > 97 for old, _ in kept)
+    assert all(new > 95 for _, new in kept)

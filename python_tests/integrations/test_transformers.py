@@ -971,10 +971,15 @@ def test_accelerate_skips_a_step_under_a_scaler(kind: Any, fused: bool, mode: An
 
 
 def test_example() -> None:
-    """It runs, and a strong penalty keeps what was known better than none."""
-    script = Path(__file__).parents[2] / "examples" / "language.py"
-    command = [sys.executable, script, "--tiny", "--lam", "100"]
+    """It runs, and what was known is kept better by a strong penalty, and by distillation, than by nothing."""
+    script = Path(__file__).parents[2] / "examples" / "huggingface.py"
+    command = [sys.executable, script, "--tiny", "--lam", "100", "--distillation", "30"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-    before, plain, held = (float(line.split()[-1]) for line in done.stdout.splitlines())
+    lines = done.stdout.splitlines()
+    assert len(script.read_text().splitlines()) <= 60
+    before, plain, *held = (float(line.split()[-1]) for line in lines)
     assert before < plain
-    assert held < (before + plain) / 2
+    assert len(held) == 3
+    assert max(held) < (before + plain) / 2
+    learned = [float(line.split("learned")[1].split()[0]) for line in lines]
+    assert learned[1] < learned[3] < learned[0]  # distillation learns, too
