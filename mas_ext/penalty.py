@@ -778,7 +778,8 @@ class FusedMASPenalty(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a damaged file, wrong shapes, NaN, another format.
+            ValueError: a damaged file, wrong shapes, NaN, another format; a forward, an objective or an estimator
+                that the file was made with, and can't hold, is not given.
             KeyError: a parameter that the model lacks.
         """
         tensors = checkpoint.load(path)

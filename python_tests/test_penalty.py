@@ -557,6 +557,12 @@ def _widened(model: nn.Sequential) -> None:
         model[2].weight[:3], model[2].bias[:3] = old.weight, old.bias
 
 
+def _widened_and_trained(model: nn.Sequential) -> None:
+    """As where the penalty is first asked for behind an optimizer's step."""
+    _widened(model)
+    shift(model, 7)
+
+
 def _in_float32(model: nn.Sequential) -> None:
     model[2] = copy.deepcopy(model[2]).float()
     model.double()
@@ -566,6 +572,7 @@ def _in_float32(model: nn.Sequential) -> None:
     "change",
     [
         _widened,
+        _widened_and_trained,
         _in_float32,
         lambda m: m.load_state_dict(make_model().state_dict(), assign=True),
         lambda m: m.load_state_dict(make_model().state_dict()),

@@ -269,7 +269,16 @@ class Points(Dataset[Any]):
         return X[i], i
 
 
-@pytest.mark.parametrize("given", [Points(), TensorDataset(X, X)])
+class OfHuggingFace:
+    """As their library's own data sets: rows, and no class of torch's."""
+
+    __module__ = "datasets.arrow_dataset"
+
+    def __iter__(self) -> Any:
+        return iter([{"input_ids": [1, 2]}])
+
+
+@pytest.mark.parametrize("given", [Points(), TensorDataset(X, X), OfHuggingFace()])
 def test_a_data_set_is_no_batches(given: Any) -> None:
     model = nn.Linear(X.shape[1], 2)
     said = f"batches: got the data set {type(given).__name__}, .*DataLoader"
