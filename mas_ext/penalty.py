@@ -778,8 +778,8 @@ class FusedMASPenalty(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a damaged file, wrong shapes, NaN, another format; a forward, an objective or an estimator
-                that the file was made with, and can't hold, is not given.
+            ValueError: a damaged file, wrong shapes, NaN, another format; no forward, objective or estimator
+                where the file was made with one, which it can't hold.
             KeyError: a parameter that the model lacks.
         """
         tensors = checkpoint.load(path)
