@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from times import TIMES
-from torch import nn
+from torch import Tensor, nn
 
 from mas_ext import FusedMASPenalty
 from mas_ext.state import files as checkpoint
@@ -144,10 +144,15 @@ def test_a_name_as_long_as_names_may_be(tmp_path: Path, length: int) -> None:
 def test_parameters_with_long_names(tmp_path: Path, length: int) -> None:
     name = "layer_" * (length // 6)
     model = nn.ModuleDict({name: nn.Linear(3, 2)})
-    penalty = FusedMASPenalty(model, forward=lambda m, x: m[name](x))
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        output: Tensor = model[name](x)  # type: ignore[index]
+        return output
+
+    penalty = FusedMASPenalty(model, forward=forward)
     penalty.consolidate([torch.rand(4, 3)])
     penalty.save(tmp_path / "file")
-    loaded = FusedMASPenalty.load(tmp_path / "file", model)
+    loaded = FusedMASPenalty.load(tmp_path / "file", model, forward=forward)
     assert set(loaded.omega) == {f"{name}.weight", f"{name}.bias"}
     assert torch.equal(loaded.omega[f"{name}.weight"], penalty.omega[f"{name}.weight"])
 
