@@ -24,6 +24,7 @@ from benchmarks.files import (
     row,
 )
 from benchmarks.importance import OWN, first_batch
+from benchmarks.others import forms_table, gradients_table, omega_table
 from benchmarks.penalty import GRAPH
 from benchmarks.step import AVALANCHE, FUSED, FUSED_FORMS, PLAIN
 from experiments.tables import table
@@ -335,7 +336,8 @@ def tables() -> dict[str, str]:
         mark: write(found) if found else "Not measured yet."
         for mark, (write, found) in parts.items()
     }
-    return {**made, "lam": lam_table(load(LAM))}
+    by_others = {"forms": forms_table(), "gradients": gradients_table(), "omega": omega_table()}
+    return {**made, **by_others, "lam": lam_table(load(LAM))}
 
 
 def main() -> None:

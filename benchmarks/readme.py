@@ -1,4 +1,4 @@
-"""Writes the README's tables: runs the demo, and reads what the benchmarks measured.
+"""Writes the README's tables: runs the demo, and reads what benchmarks and experiments measured.
 
 python -m benchmarks.readme
 """
@@ -11,293 +11,119 @@ from benchmarks.files import (
     Result,
     dearest_first,
     fill,
-    load,
     load_all,
     machine,
     measured_on,
     row,
 )
 from benchmarks.importance import OWN, first_batch
-from benchmarks.penalty import GRAPH
-from experiments import Results
-from experiments.split_mnist import SplitMNIST
-from experiments.tables import number, table
+from experiments import EXPERIMENTS, Results
+from experiments.learned import matrix
+from experiments.on_pretrained import OnPretrained
+from experiments.tables import percent, table
 from mas_ext.comparison.demo import run_demo
-from mas_ext.metrics import mean_interval
 
-# The tables' lines, by the names in the results of the benchmarks.
-FORMS = {
-    "add_grad_": "`penalty.add_grad_()`: value and gradient",
-    "penalty() + backward": "`penalty()` in the loss, and its backward",
-    "proximal_": "proximal step",
-    "eager autograd": "eager autograd, as other libraries write it",
-    "official code, gradient only": "in-place loop of the MAS authors' code, gradient only",
-    "torch._foreach, gradient only": "torch._foreach, gradient only",
-    "torch._foreach": "torch._foreach, value and gradient",
-    "torch.compile, gradient only": "torch.compile, gradient only",
-    "torch.compile": "torch.compile, value and gradient",
+# Methods on a pretrained network: none, what holds parameters, what holds outputs, what keeps data.
+SHOWN = {
+    "finetune": "fine-tuning",
+    "mas": "MAS",
+    "ewc": "EWC",
+    "lwf": "distillation (LwF)",
+    "lwf-mas": "MAS and distillation",
+    "replay, 200": "replay of 20 images of each class",
 }
-GRADIENTS = {
-    "exact": "`estimate_importance(...)`",
-    "batch approximation": "batch approximation",
-    "forward + backward": "an ordinary forward and backward pass",
-    "loop, one by one": "loop, one sample at a time",
-    "vmap(grad), chunks": "`torch.func.vmap(grad)` in chunks",
-    "BackPACK BatchGrad": "BackPACK, `BatchGrad`",
-    "Opacus GradSampleModule": "Opacus, `GradSampleModule`",
-}
-# Networks that other packages take, too.
-COMPARED = ("mlp", "cnn", "transformer", "resnet18")
-SCENARIOS = {"split-mnist": "split MNIST", "split-cifar100": "split CIFAR-100"}
-SPLIT_MNIST = SplitMNIST()
+
+# Networks of the benchmarks that nobody uses.
+SYNTHETIC = ("cnn", "transformer")
 
 
-# -- the penalty -----------------------------------------------------------------------------------
-
-
-def benchmark_table() -> str:
-    """Milliseconds and multiples of add_grad_ by form and model, and what T tasks cost."""
-    first, second = load("penalty_resnet18_cpu"), load("penalty_mlp_cpu")
-    head = [
-        "one step's penalty, milliseconds (times `add_grad_`)",
-        *(f"{NAMES[r['model']]}, {r['parameters']:,} parameters" for r in (first, second)),
-        "the same, again and again",
-    ]
-    parts = first["cold"], second["cold"], first, second
-    rows = []
-    for name, words in FORMS.items():
-        *cold, again, again_too = (_cell(part, name) for part in parts)
-        rows.append([words, *cold, f"{again} / {again_too}"])
-    forms = first["cold"]["forms"]
-    own, eager = (row(first["cold"], name, 1) for name in ("add_grad_", "eager autograd"))
-    most, many = (
-        max((r for r in forms if r["name"] == each["name"]), key=lambda r: r["tasks"])
-        for each in (own, eager)
-    )
-    lines = [
-        table(head, rows),
-        "The first columns measure each call after other work has gone through the "
-        "caches; the last one calls it again and again, so that small models stay in the cache.",
-        f"ResNet-18, {most['tasks']} tasks instead of one: `add_grad_` takes "
-        f"{most['ratio']['median']:.2f} times as long (95 % interval "
-        f"{most['ratio']['low']:.2f} to {most['ratio']['high']:.2f}) and holds "
-        f"{most['held']:.1f} bytes a parameter; eager autograd takes "
-        f"{many['ratio']['median']:.0f} times `add_grad_` and {many['held']:.0f} bytes a "
-        f"parameter for {many['tasks']} tasks. `add_grad_` reaches {own['fraction']:.2f} of the machine's own "
-        "copy bandwidth, counting the fewest bytes that have to move.",
-        f"{measured_on(first)}; {first['dtype']}; medians of {first['repeats']} interleaved repeats. Intervals "
-        "and more in `benchmarks/results/`.",
-        "![time by form, and over the number of tasks](benchmarks/results/penalty_resnet18_cpu.png)",
-        _on_a_gpu(load("penalty_gpt2_cuda")),
-    ]
-    return "\n\n".join(lines)
-
-
-def _cell(part: Result, name: str) -> str:
-    found = row(part, name, 1)
-    return f"{1e3 * found['seconds']['median']:.3g} ({found['ratio']['median']:.2g})"
-
-
-def _on_a_gpu(result: Result) -> str:
-    """The GPU's times in a sentence, where calls follow each other."""
-
-    def ms(name: str, tasks: int, part: Result = result) -> float:
-        return float(1e3 * row(part, name, tasks)["seconds"]["median"])
-
-    most = max(each["tasks"] for each in result["forms"] if each["name"] == "eager autograd")
-    graph = f"add_grad_{GRAPH}"
-    return (
-        f"On a GPU, GPT-2 small with {result['parameters']:,} parameters: behind other launches "
-        f"`add_grad_` takes {ms('add_grad_', 1):.2f} ms "
-        f"({ms('add_grad_', 1, result['cold']):.2f} ms where the GPU waits for it), and "
-        f"{ms(graph, 1):.2f} ms in a CUDA graph, which is "
-        f"{row(result, graph, 1)['fraction']:.2f} of a plain copy's bandwidth; after {most} tasks "
-        f"{ms('add_grad_', most):.2f} ms. Eager autograd takes {ms('eager autograd', 1):.0f} ms, after "
-        f"{most} tasks {ms('eager autograd', most):.0f} ms, torch.compile "
-        f"{ms('torch.compile', 1):.1f} ms ({measured_on(result)}; {result['repeats']} repeats)."
-    )
-
-
-# -- importance ------------------------------------------------------------------------------------
-
-
-def importance_table() -> str:
-    """Passes by network; time and memory by form; what the batch approximation loses."""
-    measured, on_a_gpu = load_all("importance", "cpu"), load_all("importance", "cuda")
-    results = [r for r in measured if r["model"] in COMPARED]
-    rows = [
-        [
-            _batch(r),
-            *(_passes(row(r, name)) for name in (OWN, "loop, one by one")),
-            f"{first_batch(r):.1f}",
-            f"{100 * r['batch']['kept']:.0f} %",
-        ]
-        for r in dearest_first(measured)
-    ]
-    in_passes = table(
-        [
-            "in ordinary forward and backward passes of the batch",
-            "exact",
-            "loop over samples",
-            "first batch",
-            "kept by the batch approximation",
-        ],
-        rows,
-    )
-    head = ["milliseconds a batch (times the batch approximation; times a training pass's memory)"]
-    rows = [
-        [words, *(_gradient_cell(result, name) for result in results)]
-        for name, words in GRADIENTS.items()
-    ]
-    ranks = ", ".join(f"{r['batch']['rank_correlation']:.2f}" for r in results)
-    error = max(row(r, OWN)["error"] for r in measured)
-    repeats = " or ".join(map(str, sorted({r["repeats"] for r in measured})))
-    times = ", ".join(
-        f"{row(r, OWN)['to_training']['median']:.1f} for {_batch(r)}"
-        for r in dearest_first(on_a_gpu)
-    )
-    places = "; ".join(dict.fromkeys(map(measured_on, measured)))
-    lines = [
-        "On a GPU a batch takes as many ordinary forward and backward passes: "
-        f"{times} ({measured_on(on_a_gpu[0])}; {on_a_gpu[0]['repeats']} repeats). On a CPU, the dearest first:",
-        in_passes,
-        "Beside other ways to per-sample gradients:",
-        table([*head, *map(_batch, results)], rows),
-        "Of all importance, the batch approximation keeps what the first table says; its rank correlation with "
-        f"the exact one is {ranks} in the second table's order. The exact one is within {error:.0e} of a "
-        "float64 loop over single samples (relative L2).",
-        f"{places}; {results[0]['dtype']}; networks as initialised, inputs "
-        f"of random numbers; medians of {repeats} interleaved repeats; memory at its peak in two calls, the "
-        "first one's check included, above that of the model and the batch. Intervals and more in "
-        "`benchmarks/results/`.",
-        "![time and memory by form](benchmarks/results/importance_transformer_cpu.png)",
-    ]
-    return "\n\n".join(lines)
-
-
-def _passes(form: Result) -> str:
-    return f"{form['to_training']['median']:.2f}"
-
-
-def _batch(result: Result) -> str:
-    """The network, the pixels of its images and the number of samples."""
-    samples, *shape = result["shape"]
-    pixels = [" x ".join(map(str, shape[1:]))] if len(shape) == 3 else []
-    return ", ".join([NAMES[result["model"]], *pixels, f"{samples} samples"])
-
-
-def _gradient_cell(result: Result, name: str) -> str:
-    found = row(result, name)
-    if not found:
-        absent = result["skipped"].get(name, "").startswith(("ImportError", "ModuleNotFoundError"))
-        return "not measured" if absent else "can't"
-    memory = found["memory_to_training"]
-    return (
-        f"{_number(1e3 * found['seconds']['median'], 3)} ({_number(found['to_batch']['median'], 2)}; "
-        f"{'?' if memory is None else _number(memory, 2)})"
-    )
-
-
-def _number(x: float, digits: int) -> str:
-    """So many digits, and never a power of ten."""
-    return f"{x:,.0f}" if x >= 10 ** (digits - 1) else f"{x:.{digits}g}"
-
-
-# -- methods, omega, the demo ----------------------------------------------------------------------
-
-
-def methods_table() -> str:
-    """Task-incremental split MNIST: the methods as they are, the best first."""
-    path = ROOT / "experiments" / "results" / "split-mnist.json"
-    results = Results(path, SPLIT_MNIST.protocol())
-    rows = []
-    for variant in SPLIT_MNIST.variants:
-        founds = SPLIT_MNIST.finals(results, "task", variant)
-        if founds and not variant.options and not any("diverged" in found for found in founds):
-            words = SPLIT_MNIST.columns("task", variant, founds)
-            lam = number(SPLIT_MNIST.lam(results, "task", variant))
-            accuracy = sum(found["average_accuracy"] for found in founds) / len(founds)
-            rows.append((accuracy, (f"`{variant}`", *words.values(), lam, str(len(founds)))))
-    titles = ("method", *words, "lam", "seeds")
-    lines = [
-        table(titles, [row for _, row in sorted(rows, reverse=True)]),
-        "Split MNIST, five tasks of two digits, task-incremental; MLP 784-400-400, Adam 0.001, 4 epochs, "
-        "batches of 128; mean and 95 % interval. lam was chosen on a tenth of the training data, with another "
-        "seed. Published: Hsu et al. 2018, whose protocol this is. The other settings, forms and experiments: "
-        "[docs/RESULTS.md](docs/RESULTS.md).",
-        results.place(),
-    ]
-    return "\n\n".join(lines)
-
-
-def omega_table() -> str:
-    """Bytes, errors and accuracies by the dtype of omega."""
-    result = load("omega_cpu")
-    found = result["errors"]["relative_error"]
-    entries = list(found["float32"])
-    rows = []
-    for name, size in {"float32": 8, "bfloat16": 6, "uint8": 5}.items():
-        errors = (
-            ", ".join(_percent(found[name][n][kind]) for n in entries)
-            for kind in ("omega", "gradient")
-        )
-        accuracies = (_accuracy_cell(result[scenario], name) for scenario in SCENARIOS)
-        rows.append([name, str(size), *errors, *accuracies])
-    head = ["omega", "bytes a parameter", f"error of W after {', '.join(entries)} entries"]
-    head += ["of the gradient", *(f"accuracy, {name}" for name in SCENARIOS.values())]
-    seeds = " and ".join(str(len(result[s]["average_accuracy"]["uint8"])) for s in SCENARIOS)
-    lines = [
-        table(head, rows),
-        "Errors are relative to float64: the root mean square over W's elements, and the L2 norm over those "
-        "of the gradient, with importance that spans orders of magnitude. Accuracy is the average in per cent "
-        f"after the last task, and its difference to float32 with the same seeds ({seeds}), with a 95 % "
-        "interval.",
-        f"{measured_on(result['errors'])}. Protocol and every seed: `benchmarks/omega.py`, "
-        "`benchmarks/results/omega_cpu.json`.",
-    ]
-    return "\n\n".join(lines)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share >= 1e-4 else "< 0.01 %"
-
-
-def _accuracy_cell(result: Result, name: str) -> str:
-    by_dtype = result["average_accuracy"]
-    if name not in by_dtype:
-        return "not measured"
-    mean = sum(by_dtype[name]) / len(by_dtype[name])
-    if name == "float32":
-        return f"{mean:.2f}"
-    pairs = zip(by_dtype[name], by_dtype["float32"], strict=True)
-    difference, half = mean_interval([a - b for a, b in pairs])
-    return f"{mean:.2f} ({difference:+.2f} ± {half:.2f})"
-
-
-def demo_table() -> str:
-    """The demo's own table and picture."""
+def demo_picture() -> str:
+    """The demo's picture, and where it was made."""
     result = run_demo(out=ROOT / "docs" / "demo.png")
     where = machine()
     return (
-        f"```\n{result.table()}\n```\n\n![accuracy on every task over time](docs/demo.png)\n\n"
-        f"Learned in {result.seconds:.0f} s on {where['cpu']}, torch {where['torch']}, "
-        f"{where['date']}, seed 0."
+        "![five tasks of two digits each, one line per task: fine-tuning loses what it learned, MAS keeps "
+        f"it](docs/demo.png)\n\nFive tasks of two digits each, learned in {result.seconds:.0f} s on "
+        f"{where['cpu']}, torch {where['torch']}, {where['date']}, seed 0: `mas-ext demo`."
+    )
+
+
+def cost_table() -> str:
+    """By network how much longer a step is, and how many ordinary passes exact importance takes."""
+    steps = [
+        r for r in load_all("step", "cpu") if (r["optimizer"], r["dtype"]) == ("sgd", "float32")
+    ]
+    longer = [
+        [
+            f"{NAMES[r['model']]}, batch of {r['shape'][0]}",
+            _extra(r, "attach"),
+            _extra(r, "eager autograd"),
+        ]
+        for r in steps
+    ]
+    on_cpu, on_gpu = (
+        [r for r in dearest_first(load_all("importance", device)) if r["model"] not in SYNTHETIC]
+        for device in ("cpu", "cuda")
+    )
+    passes = [
+        [
+            f"{NAMES[r['model']]}, {r['shape'][0]} samples" + ", GPU" * (r in on_gpu),
+            *(f"{row(r, name)['to_training']['median']:.1f}" for name in (OWN, "loop, one by one")),
+            f"{first_batch(r):.0f}",
+        ]
+        for r in [*on_cpu, *on_gpu]
+    ]
+    places = dict.fromkeys(map(measured_on, [*steps, *on_cpu, *on_gpu]))
+    lines = [
+        table(
+            ["a step is longer by, %", "`penalty.attach`", "as other libraries write it"], longer
+        ),
+        table(
+            ["importance, in ordinary passes", "exact", "loop over samples", "first batch"], passes
+        ),
+        f"SGD, float32, medians with 95 % intervals; {'; '.join(places)}.",
+    ]
+    return "\n\n".join(lines)
+
+
+def _extra(result: Result, name: str) -> str:
+    extra = row(result, name, 1)["extra"]
+    low, middle, high = (100 * extra[key] for key in ("low", "median", "high"))
+    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+
+
+def kept_table() -> str:
+    """What is kept of a pretrained network's task, and learned of three others, by method."""
+    experiment = EXPERIMENTS["on-pretrained"]
+    assert isinstance(experiment, OnPretrained)
+    results = Results(
+        ROOT / "experiments" / "results" / "on-pretrained.json", experiment.protocol()
+    )
+    rows = []
+    for variant in experiment.variants:
+        if str(variant) in SHOWN:
+            ends = [matrix(found)[-1] for found in experiment.finals(results, "task", variant)]
+            kept, new = (
+                [float(x) for x in part]
+                for part in zip(*((e[0], e[1:].mean()) for e in ends), strict=True)
+            )
+            rows.append([SHOWN[str(variant)], percent(kept, 1), percent(new, 1)])
+    return "\n\n".join(
+        [
+            table(["held by", "old task kept, %", "new tasks, %"], rows),
+            f"Mean and 95 % interval over {experiment.seeds} seeds. {results.place()}",
+        ]
     )
 
 
 def measured_tables() -> dict[str, str]:
     """All but the demo's."""
-    return {
-        "benchmark": benchmark_table(),
-        "importance": importance_table(),
-        "methods": methods_table(),
-        "omega": omega_table(),
-    }
+    return {"cost": cost_table(), "kept": kept_table()}
 
 
 def main() -> None:
     """Replace what stands between the README's marks."""
-    fill(ROOT / "README.md", {"demo": demo_table(), **measured_tables()})
+    fill(ROOT / "README.md", {"demo": demo_picture(), **measured_tables()})
 
 
 if __name__ == "__main__":

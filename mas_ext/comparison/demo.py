@@ -141,11 +141,12 @@ def learn(
 
 
 def draw(accuracy: Mapping[str, Tensor], tasks: tuple[str, ...], out: Path) -> None:
-    """Draw how the accuracy on each task changed as later ones were learned, one panel per method."""
+    """Draw how the accuracy on each task changed as later ones were learned: a panel per method, two in a row."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no window
 
-    figure = Figure(figsize=(3.2 * len(accuracy), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(accuracy), sharey=True, squeeze=False)[0]
+    rows = (len(accuracy) + 1) // 2
+    figure = Figure(figsize=(6.4, 0.5 + 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flat
     for panel, (name, matrix) in zip(panels, accuracy.items(), strict=True):
         for k, task in enumerate(tasks):
             panel.plot(range(k, len(tasks)), 100 * matrix[k:, k], marker="o", label=task)
@@ -153,8 +154,9 @@ def draw(accuracy: Mapping[str, Tensor], tasks: tuple[str, ...], out: Path) -> N
         summary = f"average {100 * average:.1f} %, forgetting {100 * lost:.1f} %"
         panel.set_title(f"{name}\n{summary}", fontsize="medium")
         panel.set_xticks(range(len(tasks)), tasks)
-        panel.set_xlabel("after learning")
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy on each task in %")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", title="task")
+    figure.supxlabel("tasks learned, one after another")
+    figure.supylabel("accuracy on each task in %")
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(tasks), frameon=False)
     figure.savefig(out, dpi=150)
