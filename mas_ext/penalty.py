@@ -123,8 +123,8 @@ class FusedMASPenalty(nn.Module):
             parameters' anchors are, as without it, float32, or float64 beside float64 parameters.
         process_group: the ranks of torch.distributed that train this model together: importance is summed
             over them, in consolidate and adapt, which every one of them calls. "auto" is the group of a
-            DistributedDataParallel wrapper, or that which fully_shard shards over; on one of several ranks
-            another model needs a word: the group, or None for a model of this rank alone.
+            DistributedDataParallel wrapper, or the one that fully_shard shards over. For any other model on
+            one of several ranks, say which: the group, or None where this rank trains it alone.
         state_device: "cpu" keeps omega and anchor in the CPU's memory (pinned, for parameters on a GPU): each
             use brings them to the parameters' device block by block, through 64 MiB of buffers and a stream
             of its own, and consolidate works on the CPU. None: where the parameters are.
