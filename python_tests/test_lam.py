@@ -458,6 +458,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert [row.split("|")[2].strip() for row in rows if "| mas " in row] == ["auto"]
     assert tiny.command("run", "--resume", "--out", tmp_path / "run") == 0
     assert tiny.command("report", tmp_path / "run") == 0
-    refused = ["--methods", "mas,lwf", "--lam", "auto", "--out", tmp_path / "other"]
-    assert tiny.command(*words, *refused) == 1
-    assert not (tmp_path / "other").exists()
+    both = ["--methods", "mas,lwf", "--lam", "auto", "--out", tmp_path / "other"]
+    assert tiny.command(*words, *both) == 0  # LwF can't choose, and keeps its own
+    rows = (tmp_path / "other" / "table.md").read_text().splitlines()
+    assert [row.split("|")[2].strip() for row in rows if "| lwf" in row] == ["1"]
