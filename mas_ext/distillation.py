@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mas_ext._arguments import check_positive
 from mas_ext.importance import Forward
 from mas_ext.importance.evaluation import default_forward
-from mas_ext.parameters.names import bare_model
+from mas_ext.parameters.names import bare_model, is_sharded
 
 Distance = Literal["classes", "squared", "tokens"]
 Reduction = Literal["mean", "none"]
@@ -55,6 +55,7 @@ class Distillation:
 
     Raises:
         ValueError: an argument that is not one of the choices.
+        TypeError: a model that is sharded, as by fully_shard.
     """
 
     def __init__(
@@ -70,6 +71,12 @@ class Distillation:
         self.temperature = check_positive(temperature, "temperature")
         self.forward: Forward = forward or (_logits if distance == "tokens" else default_forward)
         bare = bare_model(model)
+        for name, p in bare.named_parameters():
+            if is_sharded(p):
+                raise TypeError(
+                    f"parameter {name!r}: got a DTensor, as by fully_shard, expected one that is whole: a "
+                    "teacher of a sharded model can't be copied"
+                )
         frozen = {name: p for name, p in bare.named_parameters() if not p.requires_grad}
         self.teacher = frozen_copy(bare, frozen.values())
         self._shared = [_Shared(name, p, p._version) for name, p in frozen.items()]

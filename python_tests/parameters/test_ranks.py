@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import distribute_module, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from mas_ext import FusedMASPenalty, estimate_importance
+from mas_ext import Distillation, FusedMASPenalty, estimate_importance
 
 FORMS = ["loss", "add_grad", "gradient", "proximal"]
 
@@ -109,6 +109,8 @@ def refused(rank: int, ranks: int) -> None:
     sharded = distribute_module(network(), init_device_mesh("cpu", (ranks,)))
     with pytest.raises(TypeError, match=r"parameter '0\.weight': got a DTensor"):
         FusedMASPenalty(sharded)
+    with pytest.raises(TypeError, match=r"parameter '0\.weight': got a DTensor, as by fully_shard"):
+        Distillation(sharded)
 
     partly = DistributedDataParallel(network(), find_unused_parameters=True)
     loose = FusedMASPenalty(partly)
