@@ -141,7 +141,7 @@ def learn(
 
 
 def draw(accuracy: Mapping[str, Tensor], tasks: tuple[str, ...], out: Path) -> None:
-    """Draw how the accuracy on each task changed as later ones were learned: a panel per method, two in a row."""
+    """Draw how the accuracy on each task changed as later ones were learned, one panel per method."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no window
 
     rows = (len(accuracy) + 1) // 2
