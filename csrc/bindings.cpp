@@ -228,16 +228,17 @@ void bind(py::module_ m, const char* name) {
     step<On>(theta, grad, moments, py::none(), state, rule, proximal, scale, overflow, where);
   });
 
-  sub.def("adamw", [](handle theta, handle grad, const Moments& moments, const py::object& steps,
-                      const py::tuple& state, double lr, double beta1, double beta2, double eps,
-                      double decay, bool proximal, handle scale, handle overflow, Where where) {
-    if (moments.size() != 2 && moments.size() != 3) {
-      throw std::invalid_argument("moments: expected two, or three with amsgrad");
-    }
-    if (steps.is_none()) throw std::invalid_argument("steps: expected one a tensor");
-    const mas::AdamW rule = {lr, beta1, beta2, eps, decay, moments.size() == 3};
-    step<On>(theta, grad, moments, steps, state, rule, proximal, scale, overflow, where);
-  });
+  sub.def("adamw",
+          [](handle theta, handle grad, const Moments& moments, const py::object& steps,
+             const py::tuple& state, double lr, double beta1, double beta2, double eps,
+             double decay, double l2, bool proximal, handle scale, handle overflow, Where where) {
+            if (moments.size() != 2 && moments.size() != 3) {
+              throw std::invalid_argument("moments: expected two, or three with amsgrad");
+            }
+            if (steps.is_none()) throw std::invalid_argument("steps: expected one a tensor");
+            const mas::AdamW rule = {lr, beta1, beta2, eps, decay, l2, moments.size() == 3};
+            step<On>(theta, grad, moments, steps, state, rule, proximal, scale, overflow, where);
+          });
 
   sub.def("accumulate", [](handle omega, handle grad, double weight, Where where) {
     Call<On> call("omega", omega);

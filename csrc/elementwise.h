@@ -261,6 +261,7 @@ struct AdamWStep {
   C share2;
   C correction;
   C eps;
+  C l2;
 };
 
 template <class C>
@@ -272,13 +273,16 @@ MAS_FN AdamWStep<C> step_of(const AdamW& rule, const float* step) {
           static_cast<C>(rule.beta2),
           static_cast<C>(1.0 - rule.beta2),
           static_cast<C>(1.0 / (1.0 - std::pow(rule.beta2, steps))),
-          static_cast<C>(rule.eps)};
+          static_cast<C>(rule.eps),
+          static_cast<C>(rule.l2)};
 }
 
 template <int M, class C>
 MAS_FN Stepped<C> step_element(const AdamWStep<C>& step, C theta, C gradient, Moments<C>& m) {
-  m.first = m.first + step.share1 * (gradient - m.first);
-  m.second = step.beta2 * m.second + step.share2 * gradient * gradient;
+  // Without l2 the gradient stays as it is also where theta is not finite.
+  const C g = step.l2 == C(0) ? gradient : gradient + step.l2 * theta;
+  m.first = m.first + step.share1 * (g - m.first);
+  m.second = step.beta2 * m.second + step.share2 * g * g;
   C square = m.second;
   if constexpr (M == 3) {
     m.third = m.third > square ? m.third : square;

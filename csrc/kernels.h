@@ -111,15 +111,16 @@ struct Sgd {
   bool first;
 };
 
-// torch.optim.AdamW: theta *= 1 - lr decay; m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2)
-// g^2; theta -= lr m_hat / (sqrt(v_hat) + eps). Its moments are m, v and, with amsgrad, the largest
-// v. Adds 1 to *step first.
+// torch.optim.Adam and AdamW: g += l2 theta; theta *= 1 - lr decay; m += (1 - beta1) (g - m);
+// v = beta2 v + (1 - beta2) g^2; theta -= lr m_hat / (sqrt(v_hat) + eps). Its moments are m, v and,
+// with amsgrad, the largest v. Adds 1 to *step first.
 struct AdamW {
   double lr;
   double beta1;
   double beta2;
   double eps;
   double decay;
+  double l2;
   bool amsgrad;
 };
 

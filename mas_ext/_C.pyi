@@ -77,6 +77,7 @@ class cpu:
         beta2: float,
         eps: float,
         decay: float,
+        l2: float,
         proximal: bool,
         scale: Tensor | None,
         overflow: Tensor | None,

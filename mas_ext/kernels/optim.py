@@ -1,4 +1,4 @@
-"""The steps of SGD and AdamW with the penalty inside, as a gradient before or a proximal step after.
+"""The steps of SGD, Adam and AdamW with the penalty inside, as a gradient before or a proximal step after.
 
 Of float32 parameters SGD moves 28 bytes each with momentum and 20 without, AdamW 36, and 44 with amsgrad.
 """
@@ -117,7 +117,7 @@ def sgd_(
 @operator(
     "(Tensor(a!)[] theta, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
     f"Tensor(d!)[] max_exp_avg_sq, Tensor(e!)[] step, {STATE}, float lr, float beta1, float beta2, "
-    f"float eps, float weight_decay, {_AMP}) -> ()"
+    f"float eps, float weight_decay, float l2, {_AMP}) -> ()"
 )
 def adamw_(
     theta: Sequence[Tensor],
@@ -132,12 +132,14 @@ def adamw_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    l2: float,
     proximal: bool,
     scale: Tensor | None,
     overflow: Tensor | None,
 ) -> None:
     """One step of torch.optim.AdamW with the penalty's gradient, or its proximal step after it, as sgd_.
 
+    With `l2` in place of `weight_decay` it is a step of torch.optim.Adam: l2 theta is added to the gradient.
     `step`: float32 scalars, which grow by 1. max_exp_avg_sq is empty without amsgrad. The proximal step's
     length is lr / (sqrt(v_hat) + eps).
     """
@@ -145,13 +147,15 @@ def adamw_(
         moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         if max_exp_avg_sq:
             moments["max_exp_avg_sq"] = max_exp_avg_sq
-        numbers = (lr, beta1, beta2, eps, weight_decay)
+        numbers = (lr, beta1, beta2, eps, weight_decay, l2)
         _launch("adamw", theta, grad, moments, step, state, *numbers, proximal, scale, overflow)
         torch.autograd.graph.increment_version(step)
         return
     for i, (x, g) in enumerate(zip(theta, grad, strict=True)):
         dtype = compute_dtype(x.dtype)
         gradient = _gradient(x, i, g, state, proximal, scale)
+        if l2:
+            gradient = gradient + l2 * x.to(dtype)
         steps = step[i].double() + 1
         mean, square = exp_avg[i].to(dtype), exp_avg_sq[i].to(dtype)
         mean = mean + (1 - beta1) * (gradient - mean)

@@ -1,4 +1,4 @@
-"""torch's SGD and AdamW with the penalty inside: a step is one pass over memory, for all parameters of a group.
+"""torch's SGD, Adam and AdamW with the penalty inside: a step is one pass over memory for all of a group.
 
 What an attached penalty adds to a step of these is omega and anchor read once, 8 bytes per float32 parameter
 instead of 20, and no gradient is written on the way.
@@ -291,8 +291,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         return _Launch(kernel, new, bucket.missing)
 
 
-class AdamW(FusedOptimizer, torch.optim.AdamW):
-    """torch.optim.AdamW with the penalty in its step, in one pass; same arguments, state, results to rounding.
+class Adam(FusedOptimizer, torch.optim.Adam):
+    """torch.optim.Adam with the penalty in its step, in one pass; same arguments, state, results to rounding.
 
     The penalty's gradient is added to g (mode "gradient"), or each step ends with the proximal one of length
     lr / (sqrt(v_hat) + eps) (mode "proximal"). 36 bytes per float32 parameter, 28 without a penalty, 8 more
@@ -316,7 +316,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: float = 0.0,
         amsgrad: bool = False,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, fused=True)
@@ -338,6 +338,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         kept = [new.get(p) or self.state[p] for p in parameters]
         scale, overflow = self._amp(parameters[0].device)
         beta1, beta2 = group["betas"]
+        decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
         exp_avg, exp_avg_sq, *largest = ([own[key] for own in kept] for key in keys)
         kernel = partial(
             adamw_,
@@ -352,7 +353,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
             beta1=float(beta1),
             beta2=float(beta2),
             eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
+            weight_decay=decay if decoupled else 0.0,
+            l2=0.0 if decoupled else decay,
             proximal=self._mode == "proximal",
             scale=scale,
             overflow=overflow,
@@ -360,4 +362,31 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         return _Launch(kernel, new, bucket.missing)
 
 
-STEP_SIZES.update({SGD: sgd_steps, AdamW: adam_steps})
+class AdamW(Adam, torch.optim.AdamW):
+    """torch.optim.AdamW with the penalty in its step, in one pass; same arguments, state, results to rounding.
+
+    As `Adam`, but for a weight decay that is not part of the gradient: theta is multiplied by
+    1 - lr weight_decay.
+
+    Args:
+        params, betas, eps, weight_decay, amsgrad: as torch's.
+        lr: a number, or a tensor on the CPU.
+
+    Raises:
+        ValueError: foreach, maximize or differentiable, in a group of parameters; there or in a step, before
+            anything changes, a number out of its range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
+
+
+STEP_SIZES.update({SGD: sgd_steps, Adam: adam_steps, AdamW: adam_steps})

@@ -121,7 +121,7 @@ def calls() -> dict[str, list[Any]]:
             *(False, True, scalar, scalar.clone()),
         ],
         "adamw": [
-            *(theta, like(), moments, steps, state, 0.1, 0.9, 0.99, 1e-8, 0.0, False),
+            *(theta, like(), moments, steps, state, 0.1, 0.9, 0.99, 1e-8, 0.0, 0.0, False),
             *(scalar, scalar.clone()),
         ],
         "accumulate": [like(), theta, 0.5],

@@ -948,7 +948,7 @@ def operator_calls(case: Case, compiled: bool) -> dict[str, tuple[Any, ...]]:
         "adamw_": (
             *(theta, like, *([torch.rand_like(t) for t in theta] for _ in range(3))),
             *([torch.ones(()) for _ in theta], *state),
-            *(0.1, 0.9, 0.99, 1e-8, 0.01, False, one, None),
+            *(0.1, 0.9, 0.99, 1e-8, 0.01, 0.02, False, one, None),
         ),
         "accumulate_": (like, theta, 0.5, compiled),
         "merge_": (*state, theta, like, 1.0, 0.5, "mean", 1),

@@ -66,11 +66,12 @@ def run_adamw(
     backend: Backend,
     scale: Tensor | None = None,
     overflow: Tensor | None = None,
+    l2: float = 0.0,
 ) -> None:
     largest = moments[2] if len(moments) == 3 else []
     adamw_(
         *(case.theta, grad, *moments[:2], largest, step, case.state(backend.native)),
-        *(0.125, 0.75, 0.5, 0.25, 0.5, proximal, scale, overflow),
+        *(0.125, 0.75, 0.5, 0.25, 0.5, l2, proximal, scale, overflow),
     )
 
 
@@ -172,6 +173,7 @@ def test_anchors_of_16_bits_give_the_bits_of_float32(
 @each_rows
 @pytest.mark.parametrize("proximal", [False, True])
 @pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("l2", [0.0, 0.375])
 def test_adamw(
     backend: Backend,
     dtype: torch.dtype,
@@ -179,6 +181,7 @@ def test_adamw(
     rows: int,
     proximal: bool,
     amsgrad: bool,
+    l2: float,
 ) -> None:
     whole = make(dtype, omega_dtype, rows, device=backend.device)
     case = partly_held(whole)
@@ -190,7 +193,8 @@ def test_adamw(
     before = [flat_array(t) for t in case.theta]
     old = [[flat_array(t) for t in m] for m in moments]
     g = slopes(case, whole, grad, 4.0, proximal)
-    run_adamw(case, grad, moments, step, proximal, backend, scale)
+    g = [slope + l2 * x for slope, x in zip(g, before, strict=True)]
+    run_adamw(case, grad, moments, step, proximal, backend, scale, l2=l2)
     for i, x in enumerate(before):
         count, size = i % 4 + 1, np.abs(g[i]) + np.abs(x) + 8
         mean = 0.75 * old[0][i] + 0.25 * g[i]
@@ -298,7 +302,7 @@ for threads in (1, 2):
     state = State([0], w[None], g[None].clone(), alpha, alpha[0], True)
     for proximal in (False, True):
         sgd_([x], [g], [m], state, 0.1, 0.9, 0.1, 0.01, 0.5, False, False, proximal, None, None)
-        adamw_([x], [g], [m], [v], [], [step], state, 0.1, 0.9, 0.99, 1e-8, 0.01, proximal, None, None)
+        adamw_([x], [g], [m], [v], [], [step], state, 0.1, 0.9, 0.99, 1e-8, 0.01, 0.0, proximal, None, None)
     bits = [t.numpy().tobytes() for t in (x, m, v)]
     digest.update(bits[0])
     assert threads == 1 or bits == first
@@ -355,6 +359,7 @@ def test_bad_calls_are_refused_before_anything_is_written(
         "beta2": 0.9,
         "eps": 1e-8,
         "weight_decay": 0.0,
+        "l2": 0.0,
         "proximal": False,
         "scale": None,
         "overflow": None,

@@ -14,7 +14,7 @@ from mas_ext import FusedMASPenalty, optim
 from mas_ext.optim import fused
 
 NAN, INF = float("nan"), float("inf")
-FUSED: list[Any] = [optim.SGD, optim.AdamW]
+FUSED: list[Any] = [optim.SGD, optim.Adam, optim.AdamW]
 OTHERS: list[Any] = [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW]
 each_mode = pytest.mark.parametrize("mode", ["gradient", "proximal", None])
 each_fused = pytest.mark.parametrize("kind", FUSED)
