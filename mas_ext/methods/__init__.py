@@ -134,17 +134,21 @@ def create(name: str, /, **given: Any) -> Method:
 
 
 def takes(name: str, option: str, value: Any) -> bool:
-    """Whether the method called `name` has this option, and its type this value.
+    """Whether the method called `name` has this option, and says that its type has this value.
 
     Raises:
         ValueError: an unknown name.
     """
-    return option in options(name) and _fits(value, _kind(_find(name), option))
+    kind = _kind(_find(name), option) if option in options(name) else Any
+    return kind is not Any and _fits(value, kind)
 
 
 def _kind(make: Callable[..., Method], option: str) -> Any:
     """The type of an option; Any where nothing says it."""
-    return get_type_hints(make.func if isinstance(make, partial) else make).get(option, Any)
+    try:
+        return get_type_hints(make.func if isinstance(make, partial) else make).get(option, Any)
+    except (NameError, TypeError):  # names of another place; an instance that can be called
+        return Any
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -184,3 +184,21 @@ def test_methods_of_an_installed_package(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert isinstance(methods.create("mas"), methods.MAS)
     finally:
         methods._installed.cache_clear()
+
+
+class Made:
+    """It is called like a function."""
+
+    def __call__(self, part: float = 1.0) -> methods.Method:
+        return Own()
+
+
+def test_types_that_cannot_be_told_are_no_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(part: Hidden | None = None) -> methods.Method:  # type: ignore[name-defined]  # noqa: F821
+        return Own()
+
+    monkeypatch.setattr(methods, "_OWN", {})
+    for name, method in (("made", made), ("called", Made())):
+        methods.register(name, method)
+        assert type(methods.create(name, part=3)) is Own
+        assert not methods.takes(name, "part", "auto")
