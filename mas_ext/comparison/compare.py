@@ -46,7 +46,7 @@ def compare(
         seeds: how many times everything is learned, with the seeds 0, 1, ...
         lam: strength of all methods that have one. Of several, each method takes the best on validation data,
             with seeds that are not counted; "auto": chosen for every task after the first, from its data alone,
-            by all methods that can; none: each method's own.
+            by all methods that can; an empty list: each method's own.
         out: a new directory.
         resume: go on with the comparison in `out`.
         options: of training, as those of Trainer, such as setting="class", epochs=10 or a task_loss; and, as
@@ -72,7 +72,7 @@ def compare(
         model=make_model,
         methods=tables_of(methods),
         lam=OPTIONS["lam"].read("lam", lam),
-        seeds=seeds,
+        seeds=OPTIONS["seeds"].read("seeds", seeds),
         settings=settings_of(scenario, {n: options.pop(n) for n in [*options] if n in of_training}),
         **{name: OPTIONS[name].read(name, value) for name, value in options.items()},
     )

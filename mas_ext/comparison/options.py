@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -10,9 +11,11 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -50,16 +53,16 @@ class Option(NamedTuple):
     word: str | None = None
 
     def read(self, name: str, value: Any) -> Any:
-        """The checked value: lists become tuples, and a float may be given as an int.
+        """The checked value: lists become tuples, a float may be given as an int, numbers as NumPy's.
 
         Raises:
             ValueError: the value is of another kind.
         """
-        if self.word is not None and value == self.word:
+        if isinstance(value, str) and value == self.word:
             return value
         if not self.many:
             return self._one(name, value)
-        values = value if isinstance(value, (list, tuple)) else [value]
+        values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
         return tuple(self._one(name, each) for each in values)
 
     def parse(self, name: str, text: str) -> Any:
@@ -76,8 +79,9 @@ class Option(NamedTuple):
             return word
 
     def _one(self, name: str, value: Any) -> Any:
-        if self.kind is float and type(value) is int:
-            value = float(value)
+        number = {int: Integral, float: Real}.get(self.kind)
+        if number is not None and isinstance(value, number) and not isinstance(value, bool):
+            value = self.kind(value)
         if type(value) is not self.kind:
             expected = {
                 str: "a word",
@@ -227,6 +231,12 @@ class Config:
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name}: got {count}, expected at least 1")
+        for name in ("data", "tasks", "order"):
+            if getattr(self, name) is not None and not isinstance(self.scenario, str):
+                raise ValueError(
+                    f"{name}: got {_told(getattr(self, name))!r} for {_told(self.scenario)}, expected it only "
+                    "with a scenario by name"
+                )
         if self.hidden is not None and (self.model != "mlp" or min(self.hidden, default=0) < 1):
             raise ValueError(
                 f"hidden: got {list(self.hidden)} for {_told(self.model)}, expected widths of an mlp's layers"
@@ -276,7 +286,10 @@ class Config:
         for name in OPTIONS:
             value = getattr(self.settings if name in HOW else self, name)
             told = name != "keep" or value != Settings.keep or self.automatic
-            if (value not in (None, (), F.cross_entropy) or name == "lam") and told:
+            usual = (
+                value is None or value is F.cross_entropy or (type(value) is tuple and not value)
+            )
+            if (not usual or name == "lam") and told:
                 found[name] = _told(value)
         if "task_loss" in found and is_cross_entropy(self.settings.loss_function):
             found.setdefault("score", "accuracy")
@@ -297,7 +310,7 @@ class Config:
     def lams(self, method: str) -> tuple[Lam, ...]:
         """The strengths that a method is tried with: its own, else `lam`, else its default.
 
-        Empty for a method without lam.
+        Empty for a method without lam, and for one without a default that is given none.
         """
         known = options(method)
         if "lam" not in known:
@@ -305,7 +318,8 @@ class Config:
         own = self.methods[method].get("lam")
         if own is None:
             can = self.lam != "auto" or takes(method, "lam", "auto")
-            return (_read_lams("lam", self.lam) if can else ()) or (known["lam"],)
+            usual = () if known["lam"] is inspect.Parameter.empty else (known["lam"],)
+            return (_read_lams("lam", self.lam) if can else ()) or usual
         return _read_lams(f"methods.{method}.lam", own)
 
     @property
@@ -383,6 +397,7 @@ def tables_of(value: Any) -> dict[str, dict[str, Any]]:
                 raise ValueError(
                     f"methods.{name}: got {given!r}, expected a table of options: [methods.{name}]"
                 )
+        OPTIONS["methods"].read("methods", [*value])
         return {name: dict(given) for name, given in value.items()}
     names = OPTIONS["methods"].read("methods", value)
     if len(set(names)) < len(names):
@@ -393,7 +408,7 @@ def tables_of(value: Any) -> dict[str, dict[str, Any]]:
 def _spelled_out(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options given; a merge with its anchor, as one without is of before they were two choices."""
     anchor = {"anchor": options(method)["anchor"]} if "merge" in given else {}
-    return {**anchor, **given}
+    return {**anchor, **{option: _told(value) for option, value in given.items()}}
 
 
 def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -431,17 +446,30 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _told(value: Any) -> Any:
-    """A value as a file has it; a function, or a scenario without a name, is told by what it is called."""
+    """A value as a file has it; a function, or a scenario without a name, is told by what it is called.
+
+    What a file can't have, as None or a tensor among a method's options, is told in words.
+    """
     if isinstance(value, Scenario):
         return value.name or "a Scenario"
     if callable(value):
         return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, Mapping):
+        return {str(name): _told(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_told(each) for each in value]
+    if isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else str(value)
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_toml(name)} = {_toml(each)}' for name, each in value.items())}}}"
     if isinstance(value, str):
         # JSON escapes as TOML does, but for this character, which TOML wants escaped.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

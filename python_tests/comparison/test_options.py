@@ -1,13 +1,17 @@
 """Configurations: what is read, what is refused and how, and that a file gives back what was written."""
 
 import math
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from mas_ext import methods
 from mas_ext.comparison.options import HOW, OPTIONS, WHAT, Config, differences, merged, read_toml
 from mas_ext.training.settings import Settings
 
@@ -44,6 +48,32 @@ EVERYTHING: dict[str, Any] = {
 
 
 AUTO = {"methods": {"mas": {}, "lwf": {"lam": 1.0}}, "lam": "auto"}
+
+
+class Plain(methods.Method):
+    """Its lam has a default, and no type."""
+
+    def __init__(self, lam=2.0) -> None:  # type: ignore[no-untyped-def]
+        self.lam = lam
+
+
+@dataclass(eq=False)
+class Needs(methods.Method):
+    """Its lam has a type, and no default."""
+
+    lam: float
+
+
+@dataclass(eq=False)
+class Anything(methods.Method):
+    """Its option may be anything."""
+
+    given: Any
+
+
+@pytest.fixture(autouse=True)
+def _own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "_OWN", {})
 
 
 def test_every_field_has_a_key() -> None:
@@ -253,3 +283,68 @@ def test_data_for_validation_where_lam_is_chosen() -> None:
     own = Config(settings=Settings(validation=0.3, lr=0.5))
     assert own.training(1, "choose") == own.training(1, "final")
     assert own.training(1, "choose") == Settings(seed=1, validation=0.3, lr=0.5)
+
+
+def test_options_of_any_type_are_kept_in_a_file(tmp_path: Path) -> None:
+    class Kind(Enum):
+        ONE = 1
+
+    given = {
+        "a": {"b c": [1, {"d": None}], "e": {}},
+        "pair": (0.1, np.float64(0.25)),
+        "count": np.int64(3),
+        "on": True,
+        "weights": torch.ones(2),
+        "of": Kind.ONE,
+        "loss": F.mse_loss,
+        "nothing": None,
+    }
+    told = {
+        "a": {"b c": [1, {"d": "None"}], "e": {}},
+        "pair": [0.1, 0.25],
+        "count": 3,
+        "on": True,
+        "weights": "tensor([1., 1.])",
+        "of": "Kind.ONE",
+        "loss": "torch.nn.functional.mse_loss",
+        "nothing": "None",
+    }
+    methods.register("any", Anything)
+    found = Config(methods={"any": {"given": given}, "mas": {"lam": (0.5, 2.0)}})
+    assert found.values()["methods"] == {"any": {"given": told}, "mas": {"lam": [0.5, 2.0]}}
+    path = tmp_path / "config.toml"
+    path.write_text(found.toml(), encoding="utf-8")
+    assert differences(read_toml(path), found.values()) == []
+
+
+def test_numbers_of_numpy() -> None:
+    found = Config.read({"lam": np.array([1.0, 2.0]), "lr": np.float32(0.5), "seeds": np.int64(2)})
+    assert (found.lam, found.settings.lr, found.seeds) == ((1.0, 2.0), 0.5, 2)
+    assert type(found.lam[0]) is type(found.settings.lr) is float
+    assert type(found.seeds) is int
+    for value in (np.bool_(True), np.float64(1.5)):
+        with pytest.raises(ValueError, match=r"seeds: got .*, expected a whole number"):
+            Config.read({"seeds": value})
+    own = Config(settings=Settings(lr=np.float64(0.5)))
+    assert own.values()["lr"] == 0.5
+    assert "lr = 0.5" in own.toml().splitlines()
+
+
+def test_auto_is_for_methods_that_say_so_alone() -> None:
+    methods.register("plain", Plain)
+    methods.register("made", lambda lam=3.0: Plain(lam))
+    methods.register("needs", Needs)
+    found = Config.read({"methods": {"plain": {}, "made": {}, "needs": {"lam": 4.0}}})
+    assert [found.lams(name) for name in found.methods] == [(2.0,), (3.0,), (4.0,)]
+    assert not found.automatic
+    with pytest.raises(ValueError, match=r"methods.needs: .* required positional argument: 'lam'"):
+        Config.read({"methods": ["needs"]})
+
+
+@pytest.mark.parametrize(("name", "value"), [("tasks", 2), ("order", (1, 0)), ("data", "here")])
+def test_what_is_for_scenarios_by_name(name: str, value: Any) -> None:
+    def own(seed: int) -> Any:
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=rf"{name}: got .* for .*own, expected it only with a"):
+        Config(scenario=own, **{name: value})
