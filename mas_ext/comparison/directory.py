@@ -65,7 +65,7 @@ class Directory:
     """The directory of one run, and the store of its cells {method, seed, lam, purpose}."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()
 
     def values(self) -> dict[str, Any]:
         """What is compared in this directory, by the keys of a configuration and the names of now.

@@ -29,6 +29,7 @@ from mas_ext.methods.quadratic import Lam
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 from mas_ext.scenarios.datasets import import_extra
+from mas_ext.state import files as checkpoint
 from mas_ext.state.replacing import remove_leftovers, write
 from mas_ext.trainer import Trainer
 from mas_ext.training.run import Epoch, Learning, Result
@@ -120,6 +121,12 @@ def rehearse(config: Config, scenario: Scenario) -> None:
             for task in scenario.tasks
         )
     )
+    one, other = ({*config.network(scenario, 0).parameters()} for _ in range(2))
+    if any(parameter.requires_grad for parameter in one & other):
+        raise ValueError(
+            "model: got the same parameters twice, expected new ones from every call; copy.deepcopy of a "
+            "pretrained network makes some"
+        )
     settings = replace(config.settings, validation=0.0, patience=None)
     for name in config.methods:
         for lam in config.lams(name) or (None,):
@@ -129,6 +136,7 @@ def rehearse(config: Config, scenario: Scenario) -> None:
                     run = Learning(model, method, settings, few, torch.device(config.device))
                     run.begin_task()
                     run.check_loss()
+                    checkpoint.pack(run.state_dict())
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name}: {error}") from error
 

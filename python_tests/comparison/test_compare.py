@@ -172,6 +172,52 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(tmp_path: Pat
         compare(clusters, network, ["halve"], out=out)
     with pytest.raises(ValueError, match=r"methods: got .*Halved.*, expected a word"):
         compare(clusters, network, [Halved], out=out)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"methods: got .*Halved.*, expected a word"):
+        compare(clusters, network, {Halved: {}}, out=out)  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"seeds: got \[0, 1\], expected a whole number"):
+        compare(clusters, network, seeds=[0, 1], out=out)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="method: got 'math:pi', float, expected a function"):
         compare(clusters, network, ["math:pi"], out=out)
     assert not out.exists()
+
+
+def test_a_network_that_another_training_has_is_refused(tmp_path: Path) -> None:
+    once, out = network([3]), tmp_path / "run"
+    with pytest.raises(ValueError, match="model: got the same parameters twice, expected new ones"):
+        compare(clusters, lambda shape: once, ["finetune"], 1, out=out)
+    body = once.backbone
+    with pytest.raises(ValueError, match="model: got the same parameters twice"):
+        compare(clusters, lambda shape: models.MultiHead(body, 8), ["finetune"], 1, out=out)
+    assert not out.exists()
+    for parameter in body.parameters():
+        parameter.requires_grad_(False)
+    compare(clusters, lambda shape: models.MultiHead(body, 8), ["finetune"], 1, out=out, epochs=1)
+
+
+@dataclass(eq=False)
+class Unsaved(Method):
+    """What it keeps is of any type."""
+
+    kept: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept}
+
+
+def test_a_state_that_cannot_be_saved_is_refused_before_training(tmp_path: Path) -> None:
+    methods.register("unsaved", Unsaved)
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"unsaved: state, .*: got set, which can't be saved"):
+        compare(clusters, network, {"unsaved": {"kept": {1}}}, 1, out=out)
+    assert not out.exists()
+    compare(clusters, network, {"unsaved": {"kept": {"a": [1]}}}, 1, out=out, epochs=1)
+
+
+def test_a_relative_path_stays_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = compare(clusters, network, ["finetune"], 1, out="run", epochs=1)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert "| finetune" in str(found)
