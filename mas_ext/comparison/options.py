@@ -406,9 +406,14 @@ def tables_of(value: Any) -> dict[str, dict[str, Any]]:
 
 
 def _spelled_out(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options given; a merge with its anchor, as one without is of before they were two choices."""
-    anchor = {"anchor": options(method)["anchor"]} if "merge" in given else {}
-    return {**anchor, **{option: _told(value) for option, value in given.items()}}
+    """The options given, but for None where that is as good as nothing; a merge with its anchor.
+
+    A merge without one is of before they were two choices.
+    """
+    usual = {**options(method), "lam": None}
+    anchor = {"anchor": usual["anchor"]} if "merge" in given else {}
+    told = {n: _told(v) for n, v in given.items() if v is not None or usual[n] is not None}
+    return {**anchor, **told}
 
 
 def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -315,6 +315,11 @@ def test_options_of_any_type_are_kept_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(found.toml(), encoding="utf-8")
     assert differences(read_toml(path), found.values()) == []
+    as_it_is = Config(methods={"lwf": {"distance": None}, "mas": {"lam": None, "mode": None}})
+    assert as_it_is.values()["methods"] == {"lwf": {}, "mas": {}}
+    assert Config(methods={"any": {"given": None}}).values()["methods"] == {
+        "any": {"given": "None"}
+    }
 
 
 def test_numbers_of_numpy() -> None:
