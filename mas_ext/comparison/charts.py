@@ -160,7 +160,7 @@ def accuracy_chart(findings: Findings) -> Any:
                 panel.vlines(x, y - error, y + error, color=how["color"], linewidth=0.6, alpha=0.6)
             panel.plot(x, y, **how)
     for panel, title in zip(panels, titles, strict=True):
-        panel.set_title(title, fontsize="medium")
+        panel.set_title(title, fontsize="medium", parse_math=False)  # a name may have dollars
         _over_tasks(panel, count)
     panels[0].set_ylim(_limits(100 * torch.stack(within)))
     figure.supxlabel("tasks learned", fontsize="medium")

@@ -219,7 +219,7 @@ def from_datasets(
         ValueError: not as many names as pairs, no data, targets of another kind or of two, or test labels that
             do not occur in training.
     """
-    names = [str(t) for t in range(len(pairs))] if names is None else names
+    names = [str(name) for name in (range(len(pairs)) if names is None else names)]
     if len(names) != len(pairs):
         raise ValueError(
             f"names: got {len(names)}, expected one for each of the {len(pairs)} tasks"

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,11 @@ def test_accuracy(tmp_path: Path) -> None:
 def test_the_mean_of_what_diverged_ends(found: Findings) -> None:
     mas = curves(charts.accuracy_chart(found).axes[0])["mas"].get_ydata()
     np.testing.assert_allclose(mas, [100 * (0.9 + 0.7 + 0.6) / 3, np.nan])
+
+
+def test_names_of_tasks_are_no_formulas(found: Findings) -> None:
+    priced = replace(found, tasks=["from $\\frac$ up", "2"])
+    assert b"from $\\frac$ up</text>" in charts.pictures(priced, "svg")["accuracy"]
 
 
 def test_matrices(found: Findings) -> None:

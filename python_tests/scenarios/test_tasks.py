@@ -265,6 +265,8 @@ def test_any_data_sets_are_tasks() -> None:
 
 def test_data_sets_that_are_no_tasks() -> None:
     good = (numbered([0, 1]), numbered([1]))
+    years = from_datasets([good, good], names=[2010, 2020])  # type: ignore[list-item]
+    assert [task.name for task in years.tasks] == ["2010", "2020"]
     with pytest.raises(ValueError, match="names: got 2, expected one for each of the 1 tasks"):
         from_datasets([good], names=["one", "two"])
     with pytest.raises(ValueError, match="tasks: got none, expected at least one"):
