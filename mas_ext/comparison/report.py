@@ -88,9 +88,9 @@ def csv_files(found: Findings) -> Iterator[tuple[str, str]]:
         if begun:
             mean, _ = over_seeds(learned, lambda each: each.accuracy)
             name = learned[0].folder.name.rpartition("-seed")[0]
-            yield f"accuracy/{name}.csv", csv_text(matrix(found, mean.tolist()))
+            yield f"accuracy/{name}.csv", csv_text(matrix(found.tasks, mean.tolist()))
         for each in begun:
-            accuracy = matrix(found, each.accuracy.tolist())
+            accuracy = matrix(found.tasks_of(each), each.accuracy.tolist())
             yield f"accuracy/{each.folder.name}.csv", csv_text(accuracy)
     counted = confusion_counts(found)
     if len(counted) > 1:

@@ -106,7 +106,8 @@ class Findings:
 
     folder: where. values: what was compared, by the keys of a configuration, and as a file has them.
     starts: see `directory.environment`, one entry each.
-    grid: by method with several lam. tasks: their names, empty as long as none is known.
+    grid: by method with several lam. tasks: their names, empty as long as none is known, and where they differ
+        from seed to seed, as in a random order.
     learned: by method, in order of seeds.
     """
 
@@ -153,7 +154,8 @@ class Findings:
             learned[name] = [replace(each, found=lost) for each in learned[name]]
         every = [each.found or {} for seeds in learned.values() for each in seeds]
         names = [found["tasks"] for found in every if "tasks" in found]
-        return cls(folder, values, starts, grid, [*names, [""] * count][0], learned)
+        same = [each[0] if len(set(each)) == 1 else "" for each in zip(*names, strict=False)]
+        return cls(folder, values, starts, grid, same or [""] * count, learned)
 
     def __str__(self) -> str:
         """The table of a run that is finished."""
@@ -170,6 +172,10 @@ class Findings:
             return self.grid[method].lam
         known = (each.lam for each in self.learned[method])
         return next((lam for lam in known if lam is not None), None)
+
+    def tasks_of(self, learned: Learned) -> list[str]:
+        """The names of the tasks as they were learned, which may be in an order of their own."""
+        return list((learned.found or {}).get("tasks", self.tasks))
 
     def finished(self, method: str) -> list[Found]:
         """What was found with the seeds that count."""
@@ -269,7 +275,7 @@ Place = tuple[int, int | None]  # the number of a task, and a class of it
 
 
 def confusion_shares(findings: Findings) -> tuple[list[Place], dict[str, Tensor]]:
-    """By method, of each class the share of its test samples in % that is taken for each; mean over seeds.
+    """By method, of each class the share of its test samples in % that is taken for each; mean over its seeds.
 
     Returns:
         The classes in the order of rows and columns, by task, and the shares (classes, classes): NaN where a
@@ -294,7 +300,7 @@ def confusion_shares(findings: Findings) -> tuple[list[Place], dict[str, Tensor]
             for task, true, other, predicted, samples in each:
                 matrix[number[task, true], number[other, predicted]] += samples
         if of:
-            mean = (100 * counts / counts.sum(2, keepdim=True)).mean(0)
+            mean = (100 * counts / counts.sum(2, keepdim=True)).nanmean(0)
             found[method] = mean.masked_fill(apart, math.nan)
     return places, found
 

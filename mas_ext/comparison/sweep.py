@@ -196,6 +196,11 @@ class Sweep:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         scenario, path = self.make_scenario(seed), folder / files.CHECKPOINT
+        if len(scenario.tasks) != len(self.epochs):
+            raise ValueError(
+                f"scenario: got {len(scenario.tasks)} tasks with seed {seed}, expected {len(self.epochs)} as "
+                "with seed 0"
+            )
         name = str(folder.relative_to(self.directory.path))
         with ExitStack() as stack:
             writers = [

@@ -80,9 +80,9 @@ def numbers(findings: Findings) -> list[list[str]]:
     return table
 
 
-def matrix(findings: Findings, accuracy: Sequence[Sequence[float]]) -> list[list[str]]:
-    """accuracy[t, k] in % with the tasks' names: a row after each, a column of each; empty for NaN."""
-    names = _names(findings)
+def matrix(tasks: Sequence[str], accuracy: Sequence[Sequence[float]]) -> list[list[str]]:
+    """accuracy[t, k] in % with the names of tasks: a row after each, a column of each; empty for NaN."""
+    names = _names(tasks)
     rows = [
         [f"after {name}", *(_number(100 * x) for x in row)]
         for name, row in zip(names, accuracy, strict=True)
@@ -95,13 +95,11 @@ def confusion_counts(findings: Findings) -> list[list[str]]:
 
     Task and class that were predicted; the class is empty for an output without one.
     """
-    names, titles = (
-        _names(findings),
-        ("task", "class", "predicted task", "predicted class", "samples"),
-    )
+    titles = ("task", "class", "predicted task", "predicted class", "samples")
     rows = [["method", "seed", *titles]]
     for method, learned in findings.learned.items():
         for each in learned:
+            names = _names(findings.tasks_of(each))
             for task, true, other, predicted, samples in each.confusion():
                 shown = "" if predicted is None else str(predicted)
                 cells = (names[task], str(true), names[other], shown, str(samples))
@@ -193,9 +191,9 @@ def _undecided(findings: Findings) -> list[str]:
     ]
 
 
-def _names(findings: Findings) -> list[str]:
-    """The tasks' names, which are not known before a training is finished."""
-    return [name or f"task {k}" for k, name in enumerate(findings.tasks, 1)]
+def _names(tasks: Sequence[str]) -> list[str]:
+    """The names, or numbers from 1 on where there are none."""
+    return [name or f"task {k}" for k, name in enumerate(tasks, 1)]
 
 
 def _score(findings: Findings) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from mas_ext.comparison.compare import compare
 from mas_ext.comparison.directory import Directory
 from mas_ext.comparison.options import FIRST_WEIGHTS
 from mas_ext.comparison.report import report
-from mas_ext.comparison.results import Findings
+from mas_ext.comparison.results import Findings, confusion_shares
 from mas_ext.methods.method import Method, Training
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
 
@@ -221,3 +222,40 @@ def test_a_relative_path_stays_where_it_was(
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     assert "| finetune" in str(found)
+
+
+def test_an_order_that_depends_on_the_seed(tmp_path: Path) -> None:
+    def turned(seed: int) -> Scenario:
+        return clusters(seed).reordered([seed, 1 - seed])
+
+    run = tmp_path / "run"
+    found = compare(turned, network, ["finetune"], 2, out=run, epochs=1)
+    assert found.tasks == ["", ""]
+    report(run, formats=["csv"])
+    titles = {
+        name: (run / "accuracy" / f"finetune{name}.csv").read_text().splitlines()[0]
+        for name in ("", "-seed0", "-seed1")
+    }
+    assert titles == {
+        "": "accuracy in %,task 1,task 2",
+        "-seed0": "accuracy in %,one,two",
+        "-seed1": "accuracy in %,two,one",
+    }
+    _, *rows = csv.reader((run / "confusion.csv").read_text().splitlines())
+    assert {(row[2], row[3]) for row in rows} == {
+        ("one", "0"),
+        ("one", "1"),
+        ("two", "2"),
+        ("two", "3"),
+    }
+    places, shares = confusion_shares(found)
+    assert [place[1] for place in places] == [0, 1, 2, 3] * 2
+    assert shares["finetune"].nansum(1).tolist() == pytest.approx([100.0] * 8)
+
+
+def test_as_many_tasks_with_every_seed(tmp_path: Path) -> None:
+    def growing(seed: int) -> Scenario:
+        return Scenario(clusters(seed).tasks[: 1 + seed])
+
+    with pytest.raises(ValueError, match="scenario: got 2 tasks with seed 1, expected 1 as with"):
+        compare(growing, network, ["finetune"], 2, out=tmp_path / "run", epochs=1)
