@@ -259,3 +259,46 @@ def test_as_many_tasks_with_every_seed(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="scenario: got 2 tasks with seed 1, expected 1 as with"):
         compare(growing, network, ["finetune"], 2, out=tmp_path / "run", epochs=1)
+
+
+def test_what_a_list_of_lam_is_not_for_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare(clusters, network, ["mas", "halved"], 1, out=tmp_path / "a", epochs=1)
+    assert "no lam" not in capsys.readouterr().err
+    compare(clusters, network, ["mas", "halved"], 1, 0.1, out=tmp_path / "b", epochs=1)
+    assert "no lam, so the list is not for them: halved" in capsys.readouterr().err
+
+
+@dataclass(eq=False)
+class Small(Method):
+    """Only of some use with a small lam."""
+
+    lam: float = 0.1
+
+    def begin_task(self, training: Training) -> None:
+        if self.lam > 1:
+            raise ValueError(f"lam: got {self.lam}, expected at most 1")
+
+
+def test_every_lam_is_tried_before_training(tmp_path: Path) -> None:
+    methods.register("small", Small)
+    with pytest.raises(ValueError, match=r"small: lam: got 2.0, expected at most 1"):
+        compare(clusters, network, ["small"], 1, [0.5, 2.0], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_joint_training_that_diverges_is_none_to_compare_with(tmp_path: Path) -> None:
+    def lost(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target) * float("nan")
+
+    found = compare(
+        clusters,
+        network,
+        ["joint", "finetune"],
+        1,
+        out=tmp_path / "run",
+        task_loss=lost,
+        setting="domain",
+    )
+    assert [found.diverged(name) for name in ("joint", "finetune")] == [1, 1]
