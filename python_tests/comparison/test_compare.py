@@ -302,3 +302,9 @@ def test_joint_training_that_diverges_is_none_to_compare_with(tmp_path: Path) ->
         setting="domain",
     )
     assert [found.diverged(name) for name in ("joint", "finetune")] == [1, 1]
+
+
+def test_random_numbers_of_the_caller_stay_as_they_were(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    compare(clusters, network, ["finetune", "replay"], 1, out=tmp_path / "run", epochs=1)
+    assert torch.equal(torch.get_rng_state(), before)

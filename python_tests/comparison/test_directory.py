@@ -271,3 +271,13 @@ def test_cells(tmp_path: Path) -> None:
         assert json.loads((tmp_path / folder / "result.json").read_text()) == expected
         assert directory[cell] == expected
         assert cell in directory
+
+
+def test_a_run_from_before_lam_was_chosen_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('scenario = "split-digits"\n[methods.mas]\n')
+    directory = Directory(tmp_path)
+    assert directory.values()["lam"] == []
+    assert directory.config().lams("mas") == (1.0,)
+    directory.check(Config.read({"methods": ["mas"], "lam": [], "lr": 0.001}), resume=True)
+    with pytest.raises(ValueError, match=r"is another run: lam was \[\] and is auto"):
+        directory.check(Config.read({"methods": ["mas"], "lr": 0.001}), resume=True)
