@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from oracles import naive_training as naive
 from torch import Tensor, nn
 
 from mas_ext import Trainer
 from mas_ext.models import MultiHead
-from mas_ext.scenarios import Scenario, Tensors
+from mas_ext.scenarios import Scenario, Tensors, from_datasets
 from mas_ext.state import files
 from mas_ext.trainer import Result
 
@@ -131,3 +132,22 @@ def test_a_checkpoint_from_before_there_was_any(tmp_path: Path) -> None:
     files.save(files.pack(state), tmp_path / "run")
     rest = tiny.trainer("mas", checkpoint=tmp_path / "run").fit(tiny.scenario())
     assert_same(rest, tiny.trainer("mas").fit(tiny.scenario()).confusion)
+
+
+def test_outputs_at_every_place_are_not_counted() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, None].expand(-1, 2, -1)
+
+    x, y = torch.eye(2), torch.arange(2)
+    scenario = from_datasets([(Tensors(x, y), Tensors(x, y))])
+    trainer = Trainer(
+        MultiHead(nn.Sequential(nn.Linear(2, 2), Twice()), 2),
+        "finetune",
+        epochs=1,
+        task_loss=lambda output, target: F.cross_entropy(output.mean(1), target),
+        score=lambda output, target: output.mean(1).argmax(1) == target,
+    )
+    result = trainer.fit(scenario)
+    assert result.confusion == {}
+    assert result.accuracy[0, 0] in (0.0, 0.5, 1.0)
