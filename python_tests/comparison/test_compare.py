@@ -308,3 +308,12 @@ def test_random_numbers_of_the_caller_stay_as_they_were(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     compare(clusters, network, ["finetune", "replay"], 1, out=tmp_path / "run", epochs=1)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_too_few_samples_to_choose_lam_on(tmp_path: Path) -> None:
+    x, y, out = torch.randn(8, 3), torch.arange(8) % 2, tmp_path / "run"
+    few = from_datasets([(Tensors(x, y), Tensors(x, y))])
+    for lam in ("auto", [0.1, 1.0]):
+        with pytest.raises(ValueError, match=r"validation: got 0.1 of the 8 samples of task '0'"):
+            compare(few, network, ["mas"], 1, lam, out=out)  # type: ignore[arg-type]
+    compare(few, network, ["mas"], 1, 1.0, out=out, epochs=1)
