@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mas_ext.comparison.directory import Directory
 from mas_ext.comparison.options import FIRST_WEIGHTS
 from mas_ext.comparison.report import report
 from mas_ext.comparison.results import Findings, confusion_shares
+from mas_ext.comparison.tables import notes
 from mas_ext.methods.method import Method, Training
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
 
@@ -317,3 +318,13 @@ def test_too_few_samples_to_choose_lam_on(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"validation: got 0.1 of the 8 samples of task '0'"):
             compare(few, network, ["mas"], 1, lam, out=out)  # type: ignore[arg-type]
     compare(few, network, ["mas"], 1, 1.0, out=out, epochs=1)
+
+
+def test_a_method_that_diverged_with_a_seed_is_not_weighed_by_the_others(tmp_path: Path) -> None:
+    names = ["finetune", "halved", "replay"]
+    found = compare(clusters, network, names, 3, out=tmp_path / "run", epochs=1)
+    assert "halved" in next(note for note in notes(found) if "overlap" in note)
+    *others, last = found.learned["halved"]
+    lost = replace(last, found={"diverged": "why"})
+    found = replace(found, learned={**found.learned, "halved": [*others, lost]})
+    assert "halved" not in next(note for note in notes(found) if "overlap" in note)
