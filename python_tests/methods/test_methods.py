@@ -202,3 +202,10 @@ def test_types_that_cannot_be_told_are_no_types(monkeypatch: pytest.MonkeyPatch)
         methods.register(name, method)
         assert type(methods.create(name, part=3)) is Own
         assert not methods.takes(name, "part", "auto")
+
+
+def test_what_is_registered_goes_before_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "_OWN", {})
+    monkeypatch.setattr(methods, "_installed", lambda: {"own": nothing})
+    methods.register("own", Own)
+    assert type(methods.create("own")) is Own
