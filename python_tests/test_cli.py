@@ -204,7 +204,7 @@ def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = (out / "table.md").read_text()
     assert printed == f"{table}\nall that was found: {out}\n"
     assert table.startswith("| method ")
-    assert "no lam, so the list is not for them: finetune" in err
+    assert "no lam, so what was given is not for them: finetune" in err
     assert "finetune seed 0: task 2/2, accuracy " in err
     written = Config.read(read_toml(out / "config.toml"))
     assert (written.tasks, written.hidden, written.lam) == (2, (16,), (1.0, 10.0))
@@ -217,7 +217,10 @@ def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out == printed
     for other, message in (
         (["--resume", "--epochs", "2"], f"resume: '{out}' is another run: epochs was 1 and is 2"),
-        ([], f"out: got '{out}', which is a run already; --resume goes on with it"),
+        (
+            [],
+            f"out: got '{out}', which is a run already; --resume, in Python resume=True, goes on with it",
+        ),
         (["--config", str(tmp_path / "no.toml")], "[Errno 2] No such file or directory"),
         (["--scenario", "split-digit"], "got 'split-digit', did you mean 'split-digits'?"),
         (["--methods", "finetun"], "method: got 'finetun', did you mean 'finetune'?"),

@@ -88,7 +88,7 @@ def run(
     ):
         without = [name for name in config.methods if "lam" not in options(name)]
         if config.lam not in ((), "auto") and without:
-            progress.say(f"no lam, so the list is not for them: {', '.join(without)}")
+            progress.say(f"no lam, so what was given is not for them: {', '.join(without)}")
         sweep = Sweep(config, directory, make_scenario, epochs, journal, progress, writers)
         fill(directory, sweep.shown(sweep.plan()), sweep.measure)
         text = summary(Findings.read(directory.path))

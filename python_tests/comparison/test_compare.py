@@ -128,7 +128,10 @@ def test_going_on(tmp_path: Path) -> None:
             == again.finished(name)[0]["average_accuracy"]
         )
     assert len(again.starts) == 2
-    with pytest.raises(FileExistsError, match="which is a run already; --resume goes on with it"):
+    with pytest.raises(
+        FileExistsError,
+        match="which is a run already; --resume, in Python resume=True, goes on with it",
+    ):
         compare(clusters, network, ["finetune", "halved"], 1, out=run, epochs=1)
     with pytest.raises(ValueError, match="is another run: seeds was 1 and is 2"):
         compare(clusters, network, ["finetune", "halved"], 2, out=run, epochs=1, resume=True)
@@ -268,7 +271,7 @@ def test_what_a_list_of_lam_is_not_for_is_told(
     compare(clusters, network, ["mas", "halved"], 1, out=tmp_path / "a", epochs=1)
     assert "no lam" not in capsys.readouterr().err
     compare(clusters, network, ["mas", "halved"], 1, 0.1, out=tmp_path / "b", epochs=1)
-    assert "no lam, so the list is not for them: halved" in capsys.readouterr().err
+    assert "no lam, so what was given is not for them: halved" in capsys.readouterr().err
 
 
 @dataclass(eq=False)

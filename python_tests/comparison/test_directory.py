@@ -126,7 +126,10 @@ def test_begin(tmp_path: Path) -> None:
 
     directory.check(config, resume=True)
     directory.check(Config.read({"seeds": 2, "data": "elsewhere"}), resume=True)
-    with pytest.raises(FileExistsError, match="which is a run already; --resume goes on with it"):
+    with pytest.raises(
+        FileExistsError,
+        match="which is a run already; --resume, in Python resume=True, goes on with it",
+    ):
         directory.check(config, resume=False)
     with pytest.raises(ValueError, match="run' is another run: seeds was 2 and is 1"):
         directory.check(Config(), resume=True)

@@ -316,7 +316,7 @@ def test_refused_before_anything_is_written(
 
 def test_directories_that_cannot_be_used(choice: Path, tmp_path: Path) -> None:
     before = (choice / "environment.json").read_bytes()
-    with pytest.raises(FileExistsError, match="--resume goes on with it"):
+    with pytest.raises(FileExistsError, match="resume=True, goes on with it"):
         run(Config.read(CHOICE), choice)
     with pytest.raises(ValueError, match="is another run: seeds was 2 and is 3"):
         run(Config.read({**CHOICE, "seeds": 3}), choice, resume=True)
