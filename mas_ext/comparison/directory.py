@@ -112,7 +112,8 @@ class Directory:
                 raise ValueError(f"resume: {str(out)!r} is another run: {'; '.join(found)}")
         elif (out / CONFIG).exists():
             raise FileExistsError(
-                f"out: got {str(out)!r}, which is a run already; --resume, in Python resume=True, goes on with it"
+                f"out: got {str(out)!r}, which is a run already; --resume, in Python resume=True, goes on with "
+                "it"
             )
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(f"out: got {str(out)!r}, which exists; expected a new directory")
