@@ -117,9 +117,8 @@ def create(name: str, /, **given: Any) -> Method:
     known = options(name)
     for option in given:
         if option not in known:
-            raise ValueError(
-                f"{option}: method {name!r} has no such option, expected one of {', '.join(known) or 'none'}"
-            )
+            expected = f"one of {', '.join(known)}" if known else "none"
+            raise ValueError(f"{option}: method {name!r} has no such option, expected {expected}")
     make = _find(name)
     for option, value in given.items():
         kind = _kind(make, option)
