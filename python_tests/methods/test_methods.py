@@ -131,7 +131,9 @@ def test_methods_by_name() -> None:
         methods.create("mas-alfa")
     with pytest.raises(ValueError, match="method: got 'xyz', choose from finetune, joint, mas"):
         methods.options("xyz")
-    with pytest.raises(ValueError, match="lam: method 'finetune' has no such option, expected none"):
+    with pytest.raises(
+        ValueError, match="lam: method 'finetune' has no such option, expected none"
+    ):
         methods.create("finetune", lam=1.0)
 
 
