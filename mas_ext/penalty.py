@@ -328,9 +328,9 @@ class FusedMASPenalty(nn.Module):
 
         A closure, as in step(closure), computes gradients in the step: the penalty's come after it.
 
-        With mas_ext.optim.SGD and AdamW it is part of the step itself, unless the state is on the CPU or eta is
-        given. Under a GradScaler a skipped step applies nothing, and the penalty's gradient is scaled as the
-        others are. Optimizers with fused=True have both on the device, where they are read.
+        With the optimizers of mas_ext.optim it is part of the step itself, unless the state is on the CPU or
+        eta is given. Under a GradScaler a skipped step applies nothing, and the penalty's gradient is scaled as
+        the others are. Optimizers with fused=True have both on the device, where they are read.
 
         Args:
             optimizer: any torch optimizer but LBFGS, also as Fabric, Lightning or accelerate wrap it; only its

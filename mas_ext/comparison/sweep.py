@@ -313,8 +313,8 @@ def train(
         tasks (their names); average_accuracy, forgetting, backward_transfer, forward_transfer (None but in the
         domain-incremental setting) and intransigence (None without `joint`), see `mas_ext.metrics`;
         validation_accuracy (average accuracy on validation data, None without them); chosen_lam (by task, of
-        lam "auto"; None for another); step_seconds,
-        border_seconds, held_bytes and accuracy, see Result. Or diverged, and why.
+        lam "auto"; None for another); step_seconds, border_seconds, held_bytes and accuracy, see Result. Or
+        diverged, and why.
     """
     try:
         result = Trainer(model, method, **trainer, **vars(settings)).fit(scenario)

@@ -63,12 +63,12 @@ METHODS: dict[str, Callable[..., Method]] = {
     "replay": ExperienceReplay,
 }
 
-
+# Those that users registered.
 _OWN: dict[str, Callable[..., Method]] = {}
 
 
 def register(name: str, method: Callable[..., Method]) -> None:
-    """Let `Trainer`, `mas_ext.comparison` and a run's file know a method of one's own by a name.
+    """Let `Trainer`, `mas_ext.compare` and a run's file know a method of one's own by a name.
 
         mas_ext.methods.register("mine", Mine)
 

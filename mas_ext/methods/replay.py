@@ -19,8 +19,8 @@ class ExperienceReplay(Method):
     """Task loss of a batch + that of as many samples of earlier tasks (Robins 1995; Chaudhry et al. 2019).
 
     Samples of earlier tasks are drawn anew for each step, all equally likely, and go through the network with
-    the batch. Each counts for the head that it was learned with; the loss of n_t of them from
-    task t is sum_t n_t / n loss_t, n = sum_t n_t.
+    the batch. Of n samples, n_t of them of task t, the loss is sum_t n_t / n loss_t, with loss_t that of the
+    head which learned task t.
 
     Args:
         samples: how many are kept of a task: at random, and as many of every class where targets are classes.
