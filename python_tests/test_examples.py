@@ -79,6 +79,8 @@ def test_a_loop_in_production_goes_on_where_it_was_stopped(
             module.main(tmp_path / "stopped.pt", steps=120)
         assert module.main(tmp_path / "stopped.pt", steps=120) == whole
     ends = [torch.load(tmp_path / f"{name}.pt") for name in ("whole", "stopped")]
+    for name, tensor in ends[0]["model"].items():
+        assert torch.equal(tensor, ends[0]["averaged"][f"module.{name}"])
     for part in ("model", "penalty"):
         for name, tensor in ends[0][part].items():
             same = torch.equal(tensor, ends[1][part][name]) if torch.is_tensor(tensor) else True

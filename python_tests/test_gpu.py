@@ -103,6 +103,7 @@ FORMS: dict[str, tuple[Callable[[Held, Any], None], str, Callable[[Any], Any], s
     "attach, proximal": (alone, "sgd_momentum", torchs("sgd_momentum"), "proximal"),
     "optim.SGD": (alone, "sgd_momentum", ours("sgd_momentum"), "gradient"),
     "optim.SGD, proximal": (alone, "sgd_momentum", ours("sgd_momentum"), "proximal"),
+    "optim.Adam": (alone, "adam_decay", ours("adam_decay"), "gradient"),
     "optim.AdamW": (alone, "adamw", ours("adamw"), "gradient"),
     "optim.AdamW, proximal": (alone, "adamw", ours("adamw"), "proximal"),
 }
@@ -349,7 +350,7 @@ def test_every_method_learns_what_it_learns_on_the_cpu(name: str, setting: str) 
     naive_training.assert_close(found[1], found[0])
 
 
-@pytest.mark.parametrize("optimizer", [optim.SGD, optim.AdamW, SGD])
+@pytest.mark.parametrize("optimizer", [optim.SGD, optim.Adam, optim.AdamW, SGD])
 def test_a_penalty_goes_to_a_file_and_to_the_cpu(optimizer: Any, tmp_path: Path) -> None:
     case, other = held(device="cuda"), held(seed=4)
     case.penalty.attach(optimizer(case.model.parameters(), lr=0.1))

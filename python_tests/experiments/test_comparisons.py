@@ -81,6 +81,51 @@ def test_stored_results_of_data_sets_are_those_of_the_protocol() -> None:
     assert all(cell in results for cell in experiment.plan(results))
 
 
+def test_which_data_importance_comes_from() -> None:
+    """Old samples, new ones, or noise of each pixel's own mean and deviation; labels are of the old task."""
+    experiment: Any = replace(EXPERIMENTS["importance-data"].quick(), samples=300)
+    known, new = experiment._tasks(0)
+    old = known.tasks[0]
+    seen = {
+        name: experiment._seen({"data": name, "seed": 0}, known, new) for name in ("old", "new")
+    }
+    for name, task in (("old", old), ("new", new)):
+        images = {x.numpy().tobytes() for x in task.train.x}
+        assert all(x.numpy().tobytes() in images for x in seen[name].x)
+        assert len(seen[name]) == 300
+    noise = experiment._seen({"data": "noise", "seed": 0}, known, new).x
+    assert (
+        len({x.numpy().tobytes() for x in noise} - {x.numpy().tobytes() for x in seen["old"].x})
+        == 300
+    )
+    x = seen["old"].x
+    bound = 4 * x.std(0) / 300**0.5
+    assert bool(((noise.mean(0) - x.mean(0)).abs() <= bound).all())
+    assert bool(((noise.std(0) - x.std(0)).abs() <= bound).all())
+    assert set(seen["new"].y.tolist()) == set(old.classes)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_importance_data(tmp_path: Path) -> None:
+    """The table has the old and the new task after both, by data, statistics and lam."""
+    experiment: Any = replace(EXPERIMENTS["importance-data"].quick(), lams=(100.0,))
+    page = reproduce(experiment, "importance-data", tmp_path)
+    results = Results(tmp_path / "importance-data.json", experiment.protocol())
+    ends = {}
+    for cell, found in results.where():
+        ends[cell["data"], cell["statistics"]] = [100 * x for x in found["accuracy"][-1]]
+    assert len(ends) == 6
+    for (data, _), name in (
+        ((None, True), "no penalty"),
+        (("old", True), "images of the old task"),
+    ):
+        old, learned = ends[data, True]
+        line = f"| {name} | as they were | {'100' if data else ''} | {old:.1f} | {learned:.1f} |"
+        assert line in page.text
+    assert ends["old", True][0] > ends[None, True][0] + 5
+    assert ends["old", True] == ends["old", False]  # an MLP has no statistics
+
+
 def test_datasets(tmp_path: Path) -> None:
     """Every task has its column: accuracy after the last one, and its change since the task was new."""
     experiment = small("datasets")

@@ -115,7 +115,8 @@ def with_group(case: Case, group: int, name: str, value: Any) -> Callable[[], No
 @pytest.mark.parametrize("group", [0, 2])
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
-    [(optim.SGD, *c) for c in COMMON + OF_SGD] + [(optim.AdamW, *c) for c in COMMON + OF_ADAM],
+    [(optim.SGD, *c) for c in COMMON + OF_SGD]
+    + [(k, *c) for k in FUSED[1:] for c in COMMON + OF_ADAM],
 )
 def test_a_number_out_of_range(kind: Any, name: str, value: Any, group: int, mode: Any) -> None:
     case, twin = Case(kind, mode), Case(kind, mode)
