@@ -27,16 +27,19 @@ from mas_ext.kernels.warning import warn
 from mas_ext.optim.fused import FusedOptimizer
 from mas_ext.optim.hooks import Handle, Mode, register_hook, unwrapped
 from mas_ext.parameters.adapters import AdaptedWeight, measured
-from mas_ext.parameters.fsdp import optimizer_view, whole_tensor
+from mas_ext.parameters.agreement import Agreement
+from mas_ext.parameters.fsdp import group_of, optimizer_view, whole_tensor
 from mas_ext.parameters.names import (
     ModelView,
     check_patterns,
     check_strength,
     frozen,
+    is_sharded,
     parts_of_equal_size,
     strength_of,
 )
 from mas_ext.parameters.ranks import Ranks, SampleSums, Together, refuse_unused
+from mas_ext.parameters.sketch import fingerprint
 from mas_ext.parameters.tracked_model import TrackedModel, alone
 from mas_ext.state import files as checkpoint
 from mas_ext.state.buffers import Group, Memory
@@ -563,23 +566,32 @@ class FusedMASPenalty(nn.Module):
                     "batches, importance= and samples observed by observe(batch)"
                 )
 
-        def find(view: ModelView) -> Mapping[str, Tensor]:
+        def find(view: ModelView, call: Agreement) -> Mapping[str, Tensor]:
             if importance is not None and batches is None and not self._pending.samples:
                 sharding = self._tracked.sharding
                 if sharding is not None:
-                    return sharding.own(importance)
+                    return sharding.within(call).own(importance)
                 return {name: whole_tensor(t) for name, t in importance.items()}
             if sweeps > 1 and batches is not None:
-                return self._in_sweeps(view, batches, sweeps, progress)
-            return self._mean(view, batches, progress, refuse_others)
+                return self._in_sweeps(view, call, batches, sweeps, progress)
+            return self._mean(view, call, batches, progress, refuse_others)
 
-        check_count(sweeps, "sweeps")
-        if sweeps > 1 and iter(batches or ()) is batches:
-            raise ValueError(
-                f"batches: got {type(batches).__name__}, which can be read once, for {sweeps} sweeps, expected "
-                "a list or a DataLoader"
+        with self.together("consolidate") as call:
+            check_count(sweeps, "sweeps")
+            if sweeps > 1 and iter(batches or ()) is batches:
+                raise ValueError(
+                    f"batches: got {type(batches).__name__}, which can be read once, for {sweeps} sweeps, "
+                    "expected a list or a DataLoader"
+                )
+            self._add(
+                call, find, weight, lambda: {"sweeps": sweeps, **_described(importance, batches)}
             )
-        self._add(find, weight, ends_task=True)
+
+    def together(self, call: str) -> Agreement:
+        """A call of this name that all ranks of process_group make together; alone, this rank's own."""
+        if self._tracked.sharding is None and group_of(self.model) is not None:
+            self._tracked.view(())  # refuses what was sharded after this was made
+        return self._ranks.together(call, self.model)
 
     def _merged(self, importance: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What consolidate merges of a task's importance: all of it."""
@@ -634,10 +646,11 @@ class FusedMASPenalty(nn.Module):
         consolidate.
         """
 
-        def find(view: ModelView) -> Mapping[str, Tensor]:
-            return self._mean(view, batches)
+        def find(view: ModelView, call: Agreement) -> Mapping[str, Tensor]:
+            return self._mean(view, call, batches)
 
-        self._add(find, weight, ends_task=False)
+        with self.together("adapt") as call:
+            self._add(call, find, weight)
 
     def set_weight(self, t: int, w: float) -> None:
         """Change the weight of entry t; store "per_task" only."""
@@ -732,15 +745,24 @@ class FusedMASPenalty(nn.Module):
         (tasks, *shape), and in the metadata "mas_ext" as JSON the format's version, the settings, lam, scale
         and alpha.
         """
-        tensors, state = self.state_dict(), self._state
-        numbers = {"format": FORMAT, "lam": state.lam, "scale": state.scale, "alpha": state.alpha}
-        about = {**numbers, **self._settings()}
-        if self._tracked.sharding is None:
-            checkpoint.save(tensors, path, about)
-        else:
-            self._tracked.sharding.on_first_rank(
-                tensors, lambda found: checkpoint.save(found, path, about)
-            )
+
+        def write(found: dict[str, Tensor]) -> None:
+            state = self._state
+            numbers = {
+                "format": FORMAT,
+                "lam": state.lam,
+                "scale": state.scale,
+                "alpha": state.alpha,
+            }
+            checkpoint.save(found, path, {**numbers, **self._settings()})
+
+        sharding = self._tracked.sharding
+        if sharding is None:
+            write(self.state_dict())
+            return
+        with self.together("save") as call:
+            call.refuse_different(self._common)
+            sharding.on_first_rank(self.state_dict(), write, call)
 
     def _settings(self) -> dict[str, Any]:
         """The arguments that made this, with names in place of callables."""
@@ -776,53 +798,58 @@ class FusedMASPenalty(nn.Module):
     ) -> FusedMASPenalty:
         """A penalty from a file that `save` wrote, for a model with the same parameters.
 
+        All ranks of the process group call it together, and read the same.
+
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: a damaged file, wrong shapes, NaN, another format; no forward, objective or estimator
                 where the file was made with one, which it can't hold.
             KeyError: a parameter that the model lacks.
         """
-        tensors = checkpoint.load(path)
-        check_format(tensors)
-        settings = _decoded(tensors.pop("settings", None))
-        names = settings["exclude"]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"exclude: got {names!r} in the file, expected a list of patterns")
-        if not isinstance(settings["strength"], dict):
-            raise ValueError(
-                f"strength: got {settings['strength']!r} in the file, expected factors by pattern"
+        with Ranks(process_group).together("load", model) as call:
+            tensors = checkpoint.load(path)
+            check_format(tensors)
+            settings = _decoded(tensors.pop("settings", None))
+            names = settings["exclude"]
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"exclude: got {names!r} in the file, expected a list of patterns")
+            if not isinstance(settings["strength"], dict):
+                raise ValueError(
+                    f"strength: got {settings['strength']!r} in the file, expected factors by pattern"
+                )
+            for key in ("importance", "objective", "forward"):
+                if not isinstance(settings[key], (str, type(None))):
+                    raise ValueError(f"{key}: got {settings[key]!r} in the file, expected a name")
+            for key in ("omega_dtype", "anchor_dtype"):
+                settings[key] = getattr(torch, str(settings[key]), settings[key])
+            saved, named = settings.pop("objective"), settings.pop("forward")
+            if settings["importance"] is None:
+                if importance is None:
+                    raise ValueError("importance: got none, expected the estimator that was used")
+                settings["importance"] = importance
+            elif importance is not None:
+                raise ValueError(
+                    f"importance: got {type(importance).__name__}, expected none, as the file was made with "
+                    f"{settings['importance']!r}"
+                )
+            elif saved is None and objective is None:
+                raise ValueError(
+                    "objective: got none, expected the callable that the file can't hold"
+                )
+            elif named not in (None, _name_of(default_forward)) and forward is None:
+                raise ValueError(
+                    f"forward: got none, expected {named}, with which the file was made and which it can't hold"
+                )
+            penalty = cls(
+                model,
+                objective=objective or saved,
+                forward=forward,
+                backend=backend,
+                process_group=process_group,
+                state_device=state_device,
+                **settings,
             )
-        for key in ("importance", "objective", "forward"):
-            if not isinstance(settings[key], (str, type(None))):
-                raise ValueError(f"{key}: got {settings[key]!r} in the file, expected a name")
-        for key in ("omega_dtype", "anchor_dtype"):
-            settings[key] = getattr(torch, str(settings[key]), settings[key])
-        saved, named = settings.pop("objective"), settings.pop("forward")
-        if settings["importance"] is None:
-            if importance is None:
-                raise ValueError("importance: got none, expected the estimator that was used")
-            settings["importance"] = importance
-        elif importance is not None:
-            raise ValueError(
-                f"importance: got {type(importance).__name__}, expected none, as the file was made with "
-                f"{settings['importance']!r}"
-            )
-        elif saved is None and objective is None:
-            raise ValueError("objective: got none, expected the callable that the file can't hold")
-        elif named not in (None, _name_of(default_forward)) and forward is None:
-            raise ValueError(
-                f"forward: got none, expected {named}, with which the file was made and which it can't hold"
-            )
-        penalty = cls(
-            model,
-            objective=objective or saved,
-            forward=forward,
-            backend=backend,
-            process_group=process_group,
-            state_device=state_device,
-            **settings,
-        )
-        penalty._load(tensors)
+            penalty._load(tensors, call)
         return penalty
 
     def _save_to_state_dict(
@@ -842,7 +869,7 @@ class FusedMASPenalty(nn.Module):
         missing, _, _ = args[-3:]
         found = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
         if "config" in found:
-            self._load(found)
+            self.load_state_dict(found)
         else:
             missing.append(prefix + "config")
 
@@ -851,6 +878,8 @@ class FusedMASPenalty(nn.Module):
     ) -> Any:
         """Take over a state_dict(), lam included; nothing changes on an error.
 
+        All ranks of the process group call it together, with the same.
+
         Where it comes from a penalty with another exclude, strength, importance, objective, forward, alpha_sum
         or gamma, a warning says so: what is consolidated from now on follows this penalty's own.
 
@@ -858,11 +887,13 @@ class FusedMASPenalty(nn.Module):
             KeyError: a parameter that the model lacks or `exclude` leaves out, or incomplete state.
             ValueError: wrong shapes, NaN, another merge rule, store or format.
         """
-        self._load(state_dict)
+        with self.together("load_state_dict") as call:
+            self._load(state_dict, call)
         return nn.modules.module._IncompatibleKeys([], [])
 
-    def _load(self, found: Mapping[str, Tensor]) -> None:
+    def _load(self, found: Mapping[str, Tensor], call: Agreement) -> None:
         found = dict(found)
+        call.refuse_different(lambda: {"state": sorted(found)})
         settings = _decoded(found.pop("settings")) if "settings" in found else {}
         view = self._tracked.view(self._state.memory.names)
         for name in view.found:
@@ -872,16 +903,19 @@ class FusedMASPenalty(nn.Module):
         if self._tracked.sharding is None:
             found = {key: whole_tensor(t) for key, t in found.items()}
         else:
-            found = self._tracked.sharding.own_state(found)
+            found = self._tracked.sharding.within(call).own_state(found)
         pending = self._pending.empty()
         observed = {key: t for key, t in found.items() if key.startswith("pending")}
         pending.load_tensors(observed, theta)
         state = copy.copy(self._state)
         state.load_tensors({k: t for k, t in found.items() if k not in observed}, theta)
         self._refuse_other_adapters(state.memory)
+        call.refuse_different(lambda: self._common(state))
         self._warn_of_other(settings)
-        self._held = _Held(state, pending, {})
         self._tracked.bind(state.memory.groups, view)
+        with call.uninterrupted():
+            call.settle()
+            self._held = _Held(state, pending, {})
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -944,18 +978,20 @@ class FusedMASPenalty(nn.Module):
     def _mean(
         self,
         view: ModelView,
+        call: Agreement,
         batches: Iterable[Any] | None,
         progress: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> dict[str, Tensor]:
         """The mean over all ranks' samples: of each one's batches, or of what it observed."""
-        total = self._checked(self._sum(view, batches, progress, check), view)
+        total = self._checked(self._sum(view, call, batches, progress, check), view, call)
         # What was observed is still there if a check fails.
         return total.mean() if total.sums is self._pending.sums else total.into_mean()
 
     def _sum(
         self,
         view: ModelView,
+        call: Agreement,
         batches: Iterable[Any] | None,
         progress: bool,
         check: Callable[[], None] = lambda: None,
@@ -967,17 +1003,17 @@ class FusedMASPenalty(nn.Module):
             total = self._pending.with_totals(observed)
             if batches is not None:
                 total = self._pending.empty()
-            with total.running(view):
-                check()
+            check()
+            with total.running(view, call):
                 if batches is not None:
                     gather(total, view, batches, progress=progress)
             return total.totals
 
-        summed = self._ranks.sum(collect, view.model, view.parameters())
+        summed = self._ranks.sum(collect, view.model, view.parameters(), call)
         return self._pending.with_totals(summed)
 
     def _in_sweeps(
-        self, view: ModelView, batches: Iterable[Any], sweeps: int, progress: bool
+        self, view: ModelView, call: Agreement, batches: Iterable[Any], sweeps: int, progress: bool
     ) -> dict[str, Tensor]:
         """The mean over all ranks' samples, one part of the parameters after another."""
         trained = {n: p for n, p in view.parameters().items() if p.requires_grad}
@@ -985,20 +1021,22 @@ class FusedMASPenalty(nn.Module):
         found, objective = {}, 0.0
         for part in parts_of_equal_size(trained, sweeps):
             with frozen(p for name, p in trained.items() if name not in part):
-                total = self._sum(view, batches, progress)
+                total = self._sum(view, call, batches, progress)
             objective = total.objective_sum / max(total.samples, 1)
             mean = total.into_mean()
             for name in [*mean]:
                 t = mean.pop(name)
                 found[name] = t.bfloat16() if narrow else t
-        return self._checked(self._pending.with_totals(SampleSums(found, 1, objective)), view).sums
+        total = self._pending.with_totals(SampleSums(found, 1, objective))
+        return self._checked(total, view, call).sums
 
-    def _checked(self, total: ImportanceSum, view: ModelView) -> ImportanceSum:
+    def _checked(self, total: ImportanceSum, view: ModelView, call: Agreement) -> ImportanceSum:
         """The total, unless it is at the level of rounding: an error where it would be divided by its sum."""
+        sharding = self._tracked.sharding
         try:
             if total.sums:
                 total.refuse_rounding_noise(
-                    self._tracked.own_parameters(view), self._tracked.sharding
+                    self._tracked.own_parameters(view), sharding and sharding.within(call)
                 )
         except Vanished as error:
             # Divided by its sum it would hold all parameters at random; otherwise it holds none.
@@ -1008,20 +1046,31 @@ class FusedMASPenalty(nn.Module):
         return total
 
     def _add(
-        self, find: Callable[[ModelView], Mapping[str, Tensor]], weight: float, ends_task: bool
+        self,
+        call: Agreement,
+        find: Callable[[ModelView, Agreement], Mapping[str, Tensor]],
+        weight: float,
+        ending: Callable[[], Mapping[str, object]] | None = None,
     ) -> None:
-        """Merge the importance that is found, while no other thread runs the model."""
+        """Merge the importance that is found, while no other thread runs the model.
+
+        ending: tells what else the call was given, where it ends a task; None where it does not.
+        """
         with alone(self.model):
             adapted, known = self._adapted(), self._state.memory.names
             with measured(adapted) as weights:
                 view = self._tracked.view(known)
                 self._follow(view)
+                given = {"weight": weight, "ends a task": ending is not None}
+                call.refuse_different(
+                    lambda: {**given, **(ending or dict)(), **self._common(), **_kinds(view)}
+                )
                 names = {view.name_of(p): name for name, p in weights.items()}
-                omega = {names.get(name, name): t for name, t in find(view).items()}
+                omega = {names.get(name, name): t for name, t in find(view, call).items()}
                 _refuse_factors(omega, adapted, view)
                 self._warn_of_replaced(view)
                 self._warn_of_hidden(omega, view)
-                if ends_task:
+                if ending is not None:
                     omega = dict(self._merged(omega))
                 for name in omega:
                     factor = strength_of(name, self._strength)
@@ -1029,11 +1078,22 @@ class FusedMASPenalty(nn.Module):
                         omega[name] = factor * omega[name]
                 theta = {names.get(n, n): p for n, p in self._tracked.own_parameters(view).items()}
                 state, sharding = copy.copy(self._state), self._tracked.sharding
-                state.add_task(theta, omega, weight, ends_task, sharding, adapted)
-                pending = self._pending.empty() if ends_task else self._pending
-                self._held = self._held._replace(state=state, pending=pending)
+                sharding = sharding and sharding.within(call)
+                state.add_task(theta, omega, weight, ending is not None, sharding, adapted)
+                pending = self._pending.empty() if ending is not None else self._pending
             self._tracked.bind(state.memory.groups, self._tracked.view(known) if adapted else view)
+            with call.uninterrupted():
+                call.settle()
+                self._held = self._held._replace(state=state, pending=pending)
             self._tracked.remember_factors(adapted)
+
+    def _common(self, state: Consolidation | None = None) -> dict[str, object]:
+        """What all ranks have in common; with another state than this one's, if it is given."""
+        state = state or self._state
+        # Sums may differ in rounding between kinds of devices.
+        tasks = [(float(f"{total:.3g}"), weight) for total, weight in state.memory.entries]
+        names = sorted(state.memory.names)
+        return {**self._settings(), "lam": state.lam, "tasks": tasks, "consolidated": names}
 
     def _quadratic(self) -> dict[str, tuple[Tensor, Tensor]]:
         self.bound()
@@ -1046,6 +1106,33 @@ class FusedMASPenalty(nn.Module):
         moved = {name: t.to(fn(t.new_empty(0)).device) for name, t in totals.sums.items()}
         self._pending.totals = totals._replace(sums=moved)
         return self
+
+
+def _described(
+    importance: Mapping[str, Tensor] | None, batches: Iterable[Any] | None
+) -> dict[str, object]:
+    """Where importance comes from, and what tells it from other importance where it is given."""
+    found: dict[str, object] = {"batches": "none" if batches is None else "some"}
+    if importance is None:
+        return found
+    for name, t in importance.items():
+        if not isinstance(t, Tensor):
+            found[f"importance of {name!r}"] = t
+        elif is_sharded(t):  # each rank has another part of it
+            found[f"importance of {name!r}"] = (t.dtype, tuple(t.shape), t.placements)
+        else:
+            found[f"importance of {name!r}"] = (t.dtype, tuple(t.shape), fingerprint(t))
+    return found
+
+
+def _kinds(view: ModelView) -> dict[str, object]:
+    """What parameters and buffers a model has."""
+    found: dict[str, object] = {
+        f"parameter {name!r}": (p.dtype, tuple(p.shape), "trained" if p.requires_grad else "frozen")
+        for name, p in view.found.items()
+    }
+    buffers = view.model.named_buffers()
+    return found | {f"buffer {name!r}": (b.dtype, tuple(b.shape)) for name, b in buffers}
 
 
 _NOT_PROXIMAL = (

@@ -33,6 +33,7 @@ from mas_ext.importance.model_state import Habits, ModelState
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.dtypes import DTYPES, compute_dtype
+from mas_ext.parameters.agreement import Agreement
 from mas_ext.parameters.fsdp import Sharding, optimizer_view
 from mas_ext.parameters.lockstep import Lockstep
 from mas_ext.parameters.names import ModelView, check_supported
@@ -131,11 +132,15 @@ class ImportanceSum:
         return estimator.uninterrupted() if isinstance(estimator, Exact) else nullcontext()
 
     @contextmanager
-    def running(self, view: ModelView) -> Iterator[None]:
+    def running(self, view: ModelView, agreement: Agreement | None = None) -> Iterator[None]:
         """Batches of a model are added inside.
 
         Of a model under fully_shard each rank adds its own, as many as it has, and all ranks are inside
         together. The sums are then this rank's shards of those over all ranks; the samples are its own.
+
+        Args:
+            view: the model.
+            agreement: the call of all ranks that this is a part of, if it is one.
 
         Raises:
             RuntimeError: another rank failed.
@@ -146,22 +151,25 @@ class ImportanceSum:
             if sharding is None:
                 yield
                 return
-            before = self.totals
-            self._lockstep = lockstep = Lockstep(view, theta, sharding)
-            try:
-                with lockstep.installed():
-                    yield
-                    self._finish(lockstep, view)
-            except Exception as error:
-                self.totals = before
-                lockstep.fail(error)
-                raise
-            finally:
-                self._lockstep = None
-            sums = lockstep.sums
-            for name, total in before.sums.items():
-                sums[name] = sums[name].add_(total) if name in sums else total.clone()
-            self.totals = self.totals._replace(sums=sums)
+            before, device = self.totals, next(iter(theta.values())).device
+            own = Agreement("importance", sharding.group, device)
+            with own if agreement is None else nullcontext(agreement) as call, call.uninterrupted():
+                try:
+                    self._lockstep = lockstep = Lockstep(view, theta, sharding, call)
+                    with lockstep.installed():
+                        yield
+                        self._finish(lockstep, view)
+                    sums = {} if lockstep.sample is None else lockstep.sums
+                    for name, total in before.sums.items():
+                        sums[name] = sums[name].add_(total) if name in sums else total.clone()
+                    if agreement is None:
+                        call.settle()
+                    self.totals = self.totals._replace(sums=sums)
+                except BaseException:
+                    self.totals = before
+                    raise
+                finally:
+                    self._lockstep = None
 
     def _finish(self, lockstep: Lockstep, view: ModelView) -> None:
         """Have this rank take part in what other ranks still have to run."""

@@ -6,14 +6,17 @@ and torch may be built without it.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mas_ext.parameters.agreement import Agreement
 from mas_ext.parameters.names import Binding, ModelView, check_whole, is_sharded
 
 if TYPE_CHECKING:
@@ -213,6 +216,7 @@ class Sharding:
                     "for all"
                 )
         self.group: ProcessGroup = first[1].mesh.get_group()
+        self._agreement: Agreement | None = None
         self._ranks: int = first[1].mesh.size()
         self._device = torch.device(first[1].mesh.device_type)
 
@@ -230,6 +234,15 @@ class Sharding:
         found = Sharding(theta)
         refuse_outer(model, theta)
         return found
+
+    def within(self, agreement: Agreement) -> Sharding:
+        """This sharding in a call of all ranks: they agree before numbers are exchanged."""
+        found = copy.copy(self)
+        found._agreement = agreement
+        return found
+
+    def _exchanging(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._agreement is None else self._agreement.exchanging()
 
     def follow(self, theta: Mapping[str, Tensor], consolidated: Collection[str]) -> None:
         """Take over how the parameters are sharded now.
@@ -260,8 +273,8 @@ class Sharding:
             ValueError: a tensor of another shape.
         """
         found: dict[str, Tensor] = {}
-        for name, t in named.items():
-            shard = self._shards.get(name)
+        for name in sorted(named):  # in the same order on all ranks
+            t, shard = named[name], self._shards.get(name)
             if shard is None or not isinstance(t, Tensor):
                 found[name] = t
             elif tuple(t.shape) != shard.shape:
@@ -269,8 +282,13 @@ class Sharding:
                     f"importance of {name!r}: got shape {tuple(t.shape)}, expected {shard.shape}"
                 )
             else:
-                found[name] = shard.own(t)
+                found[name] = self._piece(shard, t)
         return found
+
+    def _piece(self, shard: _Shard, t: Tensor) -> Tensor:
+        """This rank's piece; of a tensor that lies on the ranks, in an exchange with them."""
+        with self._exchanging() if is_sharded(t) else nullcontext():
+            return shard.own(t)
 
     @staticmethod
     def local(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -291,7 +309,8 @@ class Sharding:
 
     def _reduced(self, numbers: Tensor, by: Any) -> Tensor:
         total = numbers.to(self._device, copy=True)
-        dist.all_reduce(total, by, self.group)
+        with self._exchanging():
+            dist.all_reduce(total, by, self.group)
         return total.to(numbers.device)
 
     def join(self, name: str, own: Tensor) -> Tensor:
@@ -306,7 +325,8 @@ class Sharding:
 
     def share(self, remainders: Tensor) -> None:
         """Give every rank an equal share of the sum over the ranks, in place."""
-        dist.all_reduce(remainders, group=self.group)
+        with self._exchanging():
+            dist.all_reduce(remainders, group=self.group)
         remainders /= self._ranks
 
     # -- a state: omega.NAME and anchor.NAME of shape (rows, *shape), remainder.NAME, and others -------
@@ -337,7 +357,8 @@ class Sharding:
         """
         _refuse_observed(state)
         found = dict(state)
-        for key, t in state.items():
+        for key in sorted(state):  # in the same order on all ranks
+            t = state[key]
             kind, _, name = key.partition(".")
             if kind == "remainder":
                 found[key] = t / self._ranks
@@ -350,35 +371,29 @@ class Sharding:
                         f"state, {kind} of {name!r}: got shape {tuple(t.shape)}, expected "
                         f"{shard.shape}"
                     )
-                found[key] = shard.own(t)
+                found[key] = self._piece(shard, t)
         return found
 
-    def on_first_rank(self, state: Mapping[str, Tensor], write: Callable[[Named], None]) -> None:
-        """Call `write` with the whole tensors on the first rank; an error there is raised on all ranks."""
+    def on_first_rank(
+        self, state: Mapping[str, Tensor], write: Callable[[Named], None], agreement: Agreement
+    ) -> None:
+        """Call `write` with the whole tensors on the first rank."""
         first = dist.get_rank(self.group) == 0
         whole_state = {}
         for key, t in state.items():
-            t = whole_tensor(t).cpu()
+            with agreement.exchanging():
+                t = whole_tensor(t)
             if first:
-                whole_state[key] = t
-        failure = None
+                whole_state[key] = t.cpu()
         if first:
-            try:
-                write(whole_state)
-            except Exception as error:
-                failure = error
-        said = [None if failure is None else f"{type(failure).__name__}: {failure}"]
-        dist.broadcast_object_list(said, dist.get_global_rank(self.group, 0), self.group)
-        if failure is not None:
-            raise failure
-        if said[0] is not None:
-            raise RuntimeError(f"save: the first rank failed with {said[0]}")
+            write(whole_state)
+        agreement.settle()
 
 
 def _refuse_observed(state: Mapping[str, Tensor]) -> None:
-    samples = int(state.get("pending_samples", 0))
-    if samples:
+    # Not by their number: a rank may have had none of them.
+    if any(key.startswith("pending.") for key in state):
         raise RuntimeError(
-            f"state: got {samples} observed samples, expected consolidate() before the state of a sharded "
+            "state: got importance of observed samples, expected consolidate() before the state of a sharded "
             "model is saved or loaded"
         )

@@ -9,17 +9,19 @@ more whole parameters, or sums like them, than FSDP itself in a training step.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from mas_ext.kernels.dtypes import compute_dtype
+from mas_ext.parameters.agreement import Agreement, quiet
 from mas_ext.parameters.fsdp import (
     Named,
     Sharding,
@@ -30,12 +32,10 @@ from mas_ext.parameters.fsdp import (
     resharded,
 )
 from mas_ext.parameters.names import ModelView
+from mas_ext.parameters.sketch import SKETCH, sketch
 
 # From a unit's whole parameters by name to their sums in this pass; absent: 0.
 Take = Callable[[Mapping[str, Tensor]], Named]
-
-# Numbers in a sketch, and how many of a tensor's are sketched at once.
-_SKETCH, _CHUNK = 64, 1 << 20
 
 
 class _Next(Enum):
@@ -63,6 +63,11 @@ class _Unit:
         """Whether FSDP has made the whole parameters, whose memory it takes and frees from then on."""
         return all(hasattr(p, "_unsharded_param") for p in self.group.fsdp_params)
 
+    def gather(self) -> None:
+        """Take part in gathering its parameters, unless they are whole."""
+        self.group.unshard()
+        self.group.wait_for_unshard()
+
     def whole(self) -> Named:
         """Its whole parameters by name, with numbers only while a pass is inside."""
         return {name: p.unsharded_param for name, p in self._named.items()}
@@ -78,11 +83,18 @@ class Lockstep:
         view: the model.
         theta: its sharded parameters by name, of those that sums are found of.
         sharding: how these are sharded.
+        agreement: the call of all ranks that passes are made in.
     """
 
-    def __init__(self, view: ModelView, theta: Mapping[str, Tensor], sharding: Sharding) -> None:
+    def __init__(
+        self,
+        view: ModelView,
+        theta: Mapping[str, Tensor],
+        sharding: Sharding,
+        agreement: Agreement,
+    ) -> None:
         refuse_outer(view.model, view.found)
-        self._model, self._sharding = view.model, sharding
+        self._model, self._sharding, self._agreement = view.model, sharding, agreement
         self._states = fsdp_states(view.model)
         names = {id(p): name for name, p in theta.items()}
         groups = [group for state in self._states for group in param_groups(state)]
@@ -95,14 +107,20 @@ class Lockstep:
         self.sample: Any = None
         self._begun = self._reduces = False
         self._counts = True
-        # What every rank raises once one of them has failed.
-        self._failed: RuntimeError | None = None
         self._graph: Tensor | None = None
         # The units in the order in which passes enter them; before the first one, that of the modules.
         self._entered: list[_Unit] = []
         self._order = self._units
         self._take: Take | None = None
         self._into: Named | None = None
+        # What a pass backward does in units where ranks exchange something: in this one so far, and all that it
+        # does, as the last one did or as the forward pass tells.
+        self._course: list[Callable[[], object]] = []
+        self._whole_course: list[Callable[[], object]] = []
+        # Whether a pass backward runs.
+        self._inside = False
+        # What went wrong where a unit's sums were taken.
+        self._error: BaseException | None = None
 
     # -- beginning and end ---------------------------------------------------------------------------
 
@@ -112,11 +130,14 @@ class Lockstep:
             return
         self._begun = True
         ranks, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
-        first, lacking = self._agree(0 if sample is None else ranks - rank, sample is None)
+        # What can't be sent fails before the agreement.
+        sent = None if sample is None else pickle.dumps(sample)
+        mine = 0 if sample is None else ranks - rank
+        first, lacking = self._agreement.largest(mine, sample is None)
         self.sample = sample
         if first and lacking:
-            said = self._said(sample, ranks - first)
-            self.sample = said if sample is None else sample
+            said = self._agreement.said_by(ranks - first, sent)
+            self.sample = pickle.loads(said) if sample is None else sample
 
     def prepare(self, stand_in: Callable[[], Tensor]) -> None:
         """Know how the stand-in runs; where the model never ran, have FSDP make the whole parameters."""
@@ -127,12 +148,6 @@ class Lockstep:
     def finish(self) -> None:
         """Run stand-ins until no rank needs them."""
         self._take_part(_Next.NOTHING)
-
-    def fail(self, error: Exception) -> None:
-        """Tell the other ranks, which raise a RuntimeError."""
-        if self._failed is None:
-            self._begun = True
-            self._agree(failure=f"{type(error).__name__}: {error}")
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -153,6 +168,8 @@ class Lockstep:
         for unit in self._units:
             own = vars(unit.group)
             changes.append((own, "pre_forward", self._entering(unit)))
+            changes.append((own, "post_forward", self._passing(unit)))
+            changes.append((own, "pre_backward", self._approaching(unit)))
             changes.append((own, "post_backward", self._leaving(unit)))
         before = [(owner, key, owner[key]) for owner, key, _ in changes if key in owner]
         try:
@@ -179,7 +196,7 @@ class Lockstep:
 
     def sketches(self) -> Named:
         """Sketches of 0 by name."""
-        zero = torch.zeros(_SKETCH, dtype=torch.float64, device=self.device)
+        zero = torch.zeros(SKETCH, dtype=torch.float64, device=self.device)
         return {name: zero.clone() for name in self.sums}
 
     def forward(self, run: Callable[[], Tensor]) -> Tensor:
@@ -224,18 +241,18 @@ class Lockstep:
     def _forward(self, run: Callable[[], Tensor]) -> Tensor:
         # As FSDP leaves it, the root stays whole for the backward pass.
         self._reset()
-        self._entered = []
+        self._entered, self._course = [], []
         for unit in self._units:
             unit.calls = 0
         try:
             output = run()
-        except Exception:  # other ranks are still inside
+        except BaseException:  # other ranks are still inside
             for unit in self._order[len(self._entered) :]:
-                unit.group.unshard()
-                unit.group.wait_for_unshard()
+                unit.gather()
                 unit.group.reshard()
             raise
         self._order = self._entered
+        self._whole_course = self._whole_course or self._course[::-1]
         return output
 
     def _backward(
@@ -246,30 +263,53 @@ class Lockstep:
         into: Named | None = None,
         retain: bool = True,
     ) -> None:
-        self._take, self._into = take, into
+        self._take, self._into, self._error = take, into, None
+        self._course, self._inside = [], True
         for unit in self._units:
             unit.left = max(1, unit.calls)
         leaves = [*self.theta().values(), *inputs]
         try:
-            torch.autograd.backward(root, retain_graph=retain, inputs=leaves)
+            try:
+                torch.autograd.backward(root, retain_graph=retain, inputs=leaves)
+            except BaseException:
+                self._run_on()
+                raise
             for unit in self._units:
                 if unit.left > 0:
                     self._deliver(unit)
         finally:
             self._take = self._into = None
+            self._inside = False
             self._reset()
+        self._whole_course = self._course
+        if self._error is not None:
+            raise self._error
+
+    def _run_on(self) -> None:
+        """After an error, do with other ranks what their passes still do, with nothing to add to sums."""
+        self._take = self._into = None
+        for event in self._whole_course[len(self._course) :]:
+            event()
+        for unit in self._units:
+            if unit.left > 0:
+                self._deliver(unit)
 
     @torch.no_grad()
     def _deliver(self, unit: _Unit) -> None:
         """Take the sums of a unit's parameters."""
         unit.left = 0
         theta = unit.whole()
-        found = {} if self._take is None else self._take(theta)
+        found: Named = {}
+        try:
+            if self._take is not None and self._error is None:
+                found = self._take(theta)
+            if self._into is not None:
+                for name in [*found]:
+                    self._into[name] += sketch(found.pop(name))
+        except BaseException as error:  # other ranks add up their sums now
+            self._error, found = error, {}
         for p in theta.values():
             p.grad = None
-        if self._into is not None:
-            for name in [*found]:
-                self._into[name] += _sketch(found.pop(name))
         if self._reduces:
             for name in theta:
                 total = found.pop(name, None) if self._counts else None
@@ -281,14 +321,36 @@ class Lockstep:
         def pre_forward(*args: Any) -> Any:
             unit.calls += 1
             self._entered.append(unit)
+            # Also in a pass backward, where a checkpointed part runs again.
+            self._course.append(unit.gather if self._inside else unit.group.post_backward)
             return original(*args)
 
         return pre_forward
+
+    def _passing(self, unit: _Unit) -> Callable[..., Any]:
+        original = unit.group.post_forward
+
+        def post_forward(*args: Any) -> Any:
+            if not self._inside:
+                self._course.append(partial(unit.group.pre_backward, True))
+            return original(*args)
+
+        return post_forward
+
+    def _approaching(self, unit: _Unit) -> Callable[..., Any]:
+        original = unit.group.pre_backward
+
+        def pre_backward(*args: Any) -> Any:
+            self._course.append(partial(original, *args))
+            return original(*args)
+
+        return pre_backward
 
     def _leaving(self, unit: _Unit) -> Callable[..., Any]:
         original = unit.group.post_backward
 
         def post_backward(*args: Any) -> None:
+            self._course.append(unit.group.post_backward)
             unit.left -= 1
             if unit.left == 0:
                 self._deliver(unit)
@@ -307,10 +369,12 @@ class Lockstep:
         for state in self._states:
             idle = type(state._training_state).IDLE
             state._training_state, state._state_ctx.iter_forward_root = idle, None
+            state._state_ctx.post_backward_final_callback_queued = False
+            getattr(state._comm_ctx, "post_forward_order", []).clear()  # none before the first pass
             for group in param_groups(state):
                 group._training_state = idle
                 group._post_forward_indices.clear()
-        with _quiet():
+        with quiet():
             resharded(self._model)
 
     # -- agreement -----------------------------------------------------------------------------------
@@ -322,7 +386,7 @@ class Lockstep:
     def _take_part(self, wish: _Next, reduces: bool = False) -> None:
         """Run stand-ins until all ranks do what this one wishes."""
         while True:
-            forward, backward, lacking, reducing = self._agree(
+            forward, backward, lacking, reducing = self._agreement.largest(
                 wish is _Next.FORWARD,
                 wish is _Next.BACKWARD,
                 wish is _Next.NOTHING and self._graph is None,
@@ -342,57 +406,12 @@ class Lockstep:
                 assert self._graph is not None
                 self._backward(self._graph)
 
-    def _agree(self, *numbers: int, failure: str | None = None) -> list[int]:
-        """The largest number of any rank in each place; a RuntimeError if another one failed."""
-        if self._failed is not None:  # what raised this was caught
-            raise self._failed
-        rank = dist.get_rank(self._group)
-        mine = [*map(int, numbers), 0, 0, 0, 0][:4]
-        with _quiet():
-            flags = torch.tensor([*mine, 0 if failure is None else rank + 1], device=self.device)
-            dist.all_reduce(flags, dist.ReduceOp.MAX, self._group)
-        *found, failed = flags.tolist()
-        if failed:
-            text = self._said(failure, failed - 1)
-            self._failed = RuntimeError(f"importance: rank {failed - 1} failed with {text}")
-            if failure is None:
-                raise self._failed
-        return found[: len(numbers)]
-
-    def _said(self, what: Any, rank: int) -> Any:
-        """What one rank says to all."""
-        said = [what]
-        with _quiet():
-            dist.broadcast_object_list(said, dist.get_global_rank(self._group, rank), self._group)
-        return said[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Torch functions and operators inside are seen by no mode."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes():
-        yield
-
 
 def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, its torch functions and operators seen by no mode."""
 
-    def quiet(*args: Any, **kwargs: Any) -> Any:
-        with _quiet():
+    def unseen(*args: Any, **kwargs: Any) -> Any:
+        with quiet():
             return function(*args, **kwargs)
 
-    return quiet
-
-
-def _sketch(t: Tensor) -> Tensor:
-    """Sums of a tensor's elements with random signs: linear, and about as long as the tensor is."""
-    found = torch.zeros(_SKETCH, dtype=torch.float64, device=t.device)
-    generator = torch.Generator(t.device)
-    for number, chunk in enumerate(t.flatten().split(_CHUNK)):
-        generator.manual_seed(number)
-        size = -(-len(chunk) // _SKETCH) * _SKETCH
-        signed = torch.randint(0, 2, (size,), generator=generator, device=t.device).double()
-        signed.mul_(2).sub_(1)[: len(chunk)].mul_(chunk)
-        signed[len(chunk) :] = 0
-        found += signed.view(-1, _SKETCH).sum(0)
-    return found
+    return unseen

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mas_ext.kernels.dtypes import compute_dtype
+from mas_ext.parameters.agreement import Agreement
 from mas_ext.parameters.fsdp import group_of
+from mas_ext.parameters.restoring import restoring
 
 if TYPE_CHECKING:  # torch may be built without it
     from torch.distributed import ProcessGroup
@@ -95,18 +97,28 @@ class Ranks:
                 f"sharded over ranks {expected}, expected 'auto'"
             )
 
+    def together(self, call: str, model: nn.Module) -> Agreement:
+        """A call that the ranks make together."""
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        return Agreement(call, self.group(model), device)
+
     def sum(
-        self, collect: Callable[[], SampleSums], model: nn.Module, theta: Mapping[str, Tensor]
+        self,
+        collect: Callable[[], SampleSums],
+        model: nn.Module,
+        theta: Mapping[str, Tensor],
+        agreement: Agreement,
     ) -> SampleSums:
         """Sum what `collect` returns over the ranks: the same bits on every one of them.
 
-        A rank may have no samples. An error on one rank is an error on all; none is left waiting. Meanwhile the
-        model has the first rank's buffers, as in DDP's passes: each rank has seen other batches.
+        A rank may have no samples. Meanwhile the model has the first rank's buffers, as in DDP's passes: each
+        rank has seen other batches.
 
         Args:
             collect: gathers this rank's importance.
-            model: the model.
+            model: the model, with the same buffers on all ranks.
             theta: its parameters by name, which stand for importance 0 on a rank without samples.
+            agreement: the call of all ranks that this is a part of.
 
         Raises:
             RuntimeError: another rank failed.
@@ -115,78 +127,70 @@ class Ranks:
         group = self.group(model)
         if group is None:
             return collect()
-        own, failure = SampleSums({}, 0, 0.0), None
-        try:
-            with _first_rank_buffers(model, group):
-                own = collect()
-        except Exception as error:
-            failure = error
+        with _first_rank_buffers(model, group, agreement):
+            own = collect()
         sharded = group_of(model) is not None
         like = own.sums if own.samples and not sharded else theta
-        reports: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(reports, _report(own, failure, like), group)
-        if failure is not None:
-            raise failure
-        _refuse_failures(reports)
+        reports = agreement.gather(_report(own, like))
+        _refuse_different(reports)
         samples = sum(r.samples for r in reports)
         objective = math.fsum(r.objective_sum for r in reports)
         if sharded:  # the sums are shards of those over all ranks
             return SampleSums(own.sums, samples, objective)
         names = next(([*r.kinds] for r in reports if r.samples), [])
         mine = {n: own.sums[n] if own.samples else _zeros(theta[n]) for n in names}
-        return SampleSums(_reduced(mine, group), samples, objective)
+        return SampleSums(_reduced(mine, group, agreement), samples, objective)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # a process group can't be copied
 
 
 @contextmanager
-def _first_rank_buffers(model: nn.Module, group: ProcessGroup) -> Iterator[None]:
+def _first_rank_buffers(
+    model: nn.Module, group: ProcessGroup, agreement: Agreement
+) -> Iterator[None]:
     """Replace this rank's running statistics and other buffers by the first rank's for a while."""
     kinds: dict[torch.device, list[Tensor]] = {}
     for buffer in model.buffers():
         kinds.setdefault(buffer.device, []).append(buffer)
     before = [(b, b.clone()) for b in model.buffers()]
-    for buffers in kinds.values():
-        # As bytes, whatever the dtypes: in one message.
-        flat = torch.cat([b.reshape(-1).view(torch.uint8) for b in buffers])
-        dist.broadcast(flat, dist.get_global_rank(group, 0), group)
-        parts = flat.split([b.numel() * b.itemsize for b in buffers])
-        for b, part in zip(buffers, parts, strict=True):
-            b.copy_(part.clone().view(b.dtype).view(b.shape))
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for b, own in before:
             b.copy_(own)
+
+    with restoring(restore):
+        for buffers in kinds.values():
+            # As bytes, whatever the dtypes: in one message.
+            flat = torch.cat([b.reshape(-1).view(torch.uint8) for b in buffers])
+            with agreement.exchanging():
+                dist.broadcast(flat, dist.get_global_rank(group, 0), group)
+            parts = flat.split([b.numel() * b.itemsize for b in buffers])
+            for b, part in zip(buffers, parts, strict=True):
+                b.copy_(part.clone().view(b.dtype).view(b.shape))
+        yield
 
 
 class _Report(NamedTuple):
     """What a rank tells the others before the sums are added up."""
 
-    error: str | None
     samples: int
     objective_sum: float
     # Shape and dtype of the importance by name; without samples, of every parameter.
     kinds: dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def _report(own: SampleSums, failure: Exception | None, like: Mapping[str, Tensor]) -> _Report:
-    if failure is not None:
-        return _Report(f"{type(failure).__name__}: {failure}", 0, 0.0, {})
+def _report(own: SampleSums, like: Mapping[str, Tensor]) -> _Report:
     kinds = {name: (tuple(t.shape), compute_dtype(t.dtype)) for name, t in like.items()}
-    return _Report(None, own.samples, own.objective_sum, kinds)
+    return _Report(own.samples, own.objective_sum, kinds)
 
 
 def _zeros(p: Tensor) -> Tensor:
     return torch.zeros_like(p, dtype=compute_dtype(p.dtype), requires_grad=False)
 
 
-def _refuse_failures(reports: list[_Report]) -> None:
+def _refuse_different(reports: list[_Report]) -> None:
     """Raise the same error on every rank, or none."""
-    for rank, report in enumerate(reports):
-        if report.error is not None:
-            raise RuntimeError(f"importance: rank {rank} failed with {report.error}")
     first = next((rank for rank, report in enumerate(reports) if report.samples), 0)
     expected = reports[first].kinds
     for rank, report in enumerate(reports):
@@ -200,7 +204,9 @@ def _refuse_failures(reports: list[_Report]) -> None:
             )
 
 
-def _reduced(sums: dict[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
+def _reduced(
+    sums: dict[str, Tensor], group: ProcessGroup, agreement: Agreement
+) -> dict[str, Tensor]:
     """The sums over the ranks, in one reduction for each device and dtype."""
     kinds: dict[Any, list[str]] = {}
     for name, t in sums.items():
@@ -208,7 +214,8 @@ def _reduced(sums: dict[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for names in kinds.values():
         flat = torch.cat([sums[name].reshape(-1) for name in names])
-        dist.all_reduce(flat, group=group)
+        with agreement.exchanging():
+            dist.all_reduce(flat, group=group)
         parts = flat.split([sums[name].numel() for name in names])
         total.update((n, p.view(sums[n].shape)) for n, p in zip(names, parts, strict=True))
     return {name: total[name] for name in sums}

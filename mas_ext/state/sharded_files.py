@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mas_ext.parameters.agreement import Agreement
 from mas_ext.parameters.fsdp import optimizer_view
 from mas_ext.parameters.names import is_sharded
 
@@ -18,6 +19,8 @@ class StateOwner(Protocol):
 
     @property
     def model(self) -> nn.Module: ...
+
+    def together(self, call: str) -> Agreement: ...
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
 
@@ -42,19 +45,21 @@ def load_distributed(
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = FileSystemReader(checkpoint_id)
-    theta = optimizer_view(penalty.model).parameters()
-    state: dict[str, Any] = {}
-    saved = reader.read_metadata().state_dict_metadata
-    for name, entry in saved.items():
-        if name.startswith(f"{key}."):
-            like = theta.get(name.removeprefix(f"{key}.").partition(".")[2])
-            state[name] = _empty(entry, like)
-    if not state:
-        raise KeyError(
-            f"key: got {key!r}, expected one of {sorted({n.split('.')[0] for n in saved})}"
-        )
-    load(state, storage_reader=reader)
+    with penalty.together("load_distributed") as agreement:
+        reader = FileSystemReader(checkpoint_id)
+        theta = optimizer_view(penalty.model).parameters()
+        state: dict[str, Any] = {}
+        saved = reader.read_metadata().state_dict_metadata
+        for name, entry in saved.items():
+            if name.startswith(f"{key}."):
+                like = theta.get(name.removeprefix(f"{key}.").partition(".")[2])
+                state[name] = _empty(entry, like)
+        if not state:
+            raise KeyError(
+                f"key: got {key!r}, expected one of {sorted({n.split('.')[0] for n in saved})}"
+            )
+        agreement.settle()
+    load(state, storage_reader=reader)  # which has an agreement of its own
     penalty.load_state_dict({name.removeprefix(f"{key}."): t for name, t in state.items()})
 
 

@@ -188,7 +188,11 @@ def states(rank: int, ranks: int, folder: Path, source: int) -> None:
     plain = FusedMASPenalty(network(), omega_dtype=torch.float64, process_group=None, **rule)
     plain.load_state_dict(penalty.state_dict())
     check(plain, rule)
-    wrong = (FileNotFoundError, "nowhere") if rank == 0 else (RuntimeError, "the first rank failed")
+    wrong = (
+        (FileNotFoundError, "nowhere")
+        if rank == 0
+        else (RuntimeError, "save: rank 0 failed with FileNotFoundError")
+    )
     with pytest.raises(wrong[0], match=wrong[1]):
         penalty.save(folder / "nowhere" / "file")
     with pytest.raises(KeyError, match=r"got 'model', expected one of \['remembered'\]"):

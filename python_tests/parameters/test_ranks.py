@@ -82,7 +82,10 @@ def refused(rank: int, ranks: int) -> None:
     with pytest.raises(ValueError, match="no samples"):
         penalty.consolidate()
     model.module[4].bias.requires_grad_(rank == 0)
-    with pytest.raises(ValueError, match=r"'4\.bias': got another .* on rank 1 than on rank 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"parameter '4\.bias': got .*'frozen'.* on rank 1, expected .*'trained'.* as on rank 0",
+    ):
         penalty.adapt([x])
     model.module[4].bias.requires_grad_(True)
     assert penalty.num_tasks == 0
