@@ -31,9 +31,10 @@ tests: emulated
 	  python_tests/kernels/test_low_rank.py python_tests/kernels/test_hostile.py
 	OMP_NUM_THREADS=1 MAS_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest -n auto --dist loadfile
 
-# With 40 times as many sequences and kills.
+# With 40 times as many sequences, kills and interruptions.
 long: .venv/dev.stamp
-	OMP_NUM_THREADS=1 MAS_EXT_TIMES=40 $(BIN)/pytest -n auto --dist loadfile python_tests/state python_tests/comparison
+	OMP_NUM_THREADS=1 MAS_EXT_TIMES=40 $(BIN)/pytest -n auto --dist loadfile python_tests/state python_tests/comparison \
+	  python_tests/parameters/test_agreement.py
 
 # The adapters, against the libraries that they are for.
 test-integrations: .venv-integrations/stamp
