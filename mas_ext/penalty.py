@@ -388,17 +388,18 @@ class FusedMASPenalty(nn.Module):
     @_disable_dynamo
     def _fit(self) -> None:
         """Have the state follow parameters that were moved, cast, widened, renamed, removed or brought back."""
-        view = self._tracked.view(self._state.memory.names)
-        self._follow(view)
-        memory = self._state.memory
-        self._warn_of_replaced(view)
-        self._tracked.bind(memory.groups, view)
-        back = not memory.absent.keys().isdisjoint(view.places)
-        if back or self._tracked.find(memory.groups) is None:
-            state = copy.copy(self._state)
-            state.fit(self._tracked.own_parameters(view))
-            self._held = self._held._replace(state=state)
-            self._tracked.bind(state.memory.groups, view)
+        with alone(self.model):
+            view = self._tracked.view(self._state.memory.names)
+            self._follow(view)
+            memory = self._state.memory
+            self._warn_of_replaced(view)
+            self._tracked.bind(memory.groups, view)
+            back = not memory.absent.keys().isdisjoint(view.places)
+            if back or self._tracked.find(memory.groups) is None:
+                state = copy.copy(self._state)
+                state.fit(self._tracked.own_parameters(view))
+                self._held = self._held._replace(state=state)
+                self._tracked.bind(state.memory.groups, view)
 
     def _follow(self, view: ModelView) -> None:
         """Have what is known follow parameters whose names are gone."""
@@ -498,10 +499,11 @@ class FusedMASPenalty(nn.Module):
             if moved:
                 told = ", ".join(f"{old!r} is {new!r}" for old, new in [*moved.items()][:4])
                 warn(f"adapted weights under other names: {told}", RuntimeWarning)
-            state = copy.copy(self._state)
-            state.follow_updates(adapted, changed)
-            self._held = self._held._replace(state=state)
-            self._tracked.remember_factors(adapted)
+            with alone(self.model):
+                state = copy.copy(self._state)
+                state.follow_updates(adapted, changed)
+                self._held = self._held._replace(state=state)
+                self._tracked.remember_factors(adapted)
         return self._state.bound_updates(adapted)
 
     def _warn_of_trained(self, names: Collection[str]) -> None:
@@ -634,10 +636,9 @@ class FusedMASPenalty(nn.Module):
                 f"forward= where it needs one ({type(error).__name__}: {error})"
             ) from error
         finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    if not torch.equal(buffer, before):
-                        buffer.copy_(before)
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.detach().copy_(before)
 
     def adapt(self, batches: Iterable[Any], weight: float = 1.0) -> None:
         """Unlabelled data met in deployment: one more weighted entry.
@@ -654,28 +655,31 @@ class FusedMASPenalty(nn.Module):
 
     def set_weight(self, t: int, w: float) -> None:
         """Change the weight of entry t; store "per_task" only."""
-        self._state.set_weight(self._task(t), w)
+        with alone(self.model):
+            self._state.set_weight(self._task(t), w)
 
     def drop(self, t: int) -> None:
         """Forget entry t; store "per_task" only."""
-        state = copy.copy(self._state)
-        state.drop(self._task(t))
-        self._refit(self._held._replace(state=state))
+        with alone(self.model):
+            state = copy.copy(self._state)
+            state.drop(self._task(t))
+            self._refit(self._held._replace(state=state))
 
     def rename(self, old: str, new: str) -> None:
         """Let what was consolidated of parameter `old` count for parameter `new` from now on.
 
         A parameter that is itself under another name is followed without it, as when its layer is wrapped.
         """
-        if old not in self._state.memory.names and self._held.followed.get(old) == new:
-            return
-        state = copy.copy(self._state)
-        state.rename(old, new)
-        self._tracked.forget(new)
-        if self._tracked.sharding is not None:
-            self._tracked.sharding.rename(old, new)
-        pending = self._held.renamed({} if new in self._pending.sums else {old: new})
-        self._refit(self._held._replace(state=state, pending=pending))
+        with alone(self.model):
+            if old not in self._state.memory.names and self._held.followed.get(old) == new:
+                return
+            state = copy.copy(self._state)
+            state.rename(old, new)
+            self._tracked.forget(new)
+            if self._tracked.sharding is not None:
+                self._tracked.sharding.rename(old, new)
+            pending = self._held.renamed({} if new in self._pending.sums else {old: new})
+            self._refit(self._held._replace(state=state, pending=pending))
 
     def _refit(self, held: _Held) -> None:
         """Hold something else from now on, once it fits the parameters that are there."""
@@ -702,7 +706,8 @@ class FusedMASPenalty(nn.Module):
 
     @lam.setter
     def lam(self, lam: float) -> None:
-        self._state.set_lam(lam)
+        with alone(self.model):
+            self._state.set_lam(lam)
 
     @property
     def omega(self) -> dict[str, Tensor]:
@@ -758,7 +763,8 @@ class FusedMASPenalty(nn.Module):
 
         sharding = self._tracked.sharding
         if sharding is None:
-            write(self.state_dict())
+            with alone(self.model):
+                write(self.state_dict())
             return
         with self.together("save") as call:
             call.refuse_different(self._common)
@@ -855,11 +861,12 @@ class FusedMASPenalty(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        view = optimizer_view(self.model, self.exclude)
-        self._follow(view)
-        if not self._tracked.was_sharded_since(view):  # else a new penalty takes what is held
-            self.bound()  # in the shapes that parameters have now
-        found = {**self._state.tensors(), **self._pending.tensors()}
+        with alone(self.model):
+            view = optimizer_view(self.model, self.exclude)
+            self._follow(view)
+            if not self._tracked.was_sharded_since(view):  # else a new penalty takes what is held
+                self.bound()  # in the shapes that parameters have now
+            found = {**self._state.tensors(), **self._pending.tensors()}
         found["settings"] = checkpoint.encode(self._settings())
         if self._tracked.sharding is not None:
             found = self._tracked.sharding.join_state(found)
@@ -887,7 +894,7 @@ class FusedMASPenalty(nn.Module):
             KeyError: a parameter that the model lacks or `exclude` leaves out, or incomplete state.
             ValueError: wrong shapes, NaN, another merge rule, store or format.
         """
-        with self.together("load_state_dict") as call:
+        with alone(self.model), self.together("load_state_dict") as call:
             self._load(state_dict, call)
         return nn.modules.module._IncompatibleKeys([], [])
 
@@ -896,9 +903,6 @@ class FusedMASPenalty(nn.Module):
         call.refuse_different(lambda: {"state": sorted(found)})
         settings = _decoded(found.pop("settings")) if "settings" in found else {}
         view = self._tracked.view(self._state.memory.names)
-        for name in view.found:
-            if name not in view.places and f"omega.{name}" in found:
-                raise KeyError(f"state: got {name!r}, which exclude={self.exclude} leaves out here")
         theta = self._tracked.own_parameters(view)
         if self._tracked.sharding is None:
             found = {key: whole_tensor(t) for key, t in found.items()}

@@ -172,15 +172,13 @@ class TaskFree:
             if name in kept.values and kept.values[name].shape == t.shape
         ]
 
-        @torch.no_grad()
         def put_back() -> None:
             for t, _, own in changed:
-                t.copy_(own)
+                t.detach().copy_(own)
 
         with restoring(put_back):
-            with torch.no_grad():
-                for t, old, _ in changed:
-                    t.copy_(old)
+            for t, old, _ in changed:
+                t.detach().copy_(old)
             self.penalty.consolidate(kept.buffer)
         reason = (
             f"the loss rose to {now.curve.highest:.3g} after a plateau at {kept.mean:.3g}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from mas_ext import FusedMASPenalty, estimate_importance
+from mas_ext.state.quadratic import Consolidation
 
 X = torch.rand(8, 4, generator=torch.Generator().manual_seed(0))
 
@@ -62,3 +64,61 @@ def test_samples_observed_by_several_threads_all_count() -> None:
     for name, w in other.omega.items():
         torch.testing.assert_close(penalty.omega[name], w)
     assert all(module.training for module in model.modules())
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+
+
+def renamed(penalty: FusedMASPenalty) -> None:
+    penalty.rename("2.0.bias", "other")
+
+
+CHANGES: dict[str, Callable[[FusedMASPenalty], Any]] = {
+    "lam": lambda p: setattr(p, "lam", 7.0),
+    "weight": lambda p: p.set_weight(0, 5.0),
+    "drop": lambda p: p.drop(0),
+    "rename": renamed,
+    "observe": lambda p: p.observe(2 * X),
+    "follow": lambda p: p(),
+    "load": lambda p: p.load_state_dict(p.state_dict()),
+    "adapt": lambda p: p.adapt([3 * X]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_from_another_thread_while_a_task_is_merged_is_not_lost(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits, and is made of what is held then."""
+    penalty = FusedMASPenalty(network(), store="per_task", importance="batch")
+    twin = FusedMASPenalty(network(), store="per_task", importance="batch")
+    real, threads = Consolidation.add_task, list[threading.Thread]()
+
+    def add_task(self: Consolidation, *args: Any) -> None:
+        if not threads and len(self.memory.entries) == 2:
+            threads.append(threading.Thread(target=CHANGES[name], args=(penalty,)))
+            threads[0].start()
+            threads[0].join(0.2)
+        real(self, *args)
+
+    for each in (penalty, twin):
+        for k in (1, 2, 3):
+            if k == 3:
+                each.model[2] = nn.Sequential(each.model[2])  # type: ignore[index,operator]
+            with monkeypatch.context() as patch:
+                if each is penalty:
+                    patch.setattr(Consolidation, "add_task", add_task)
+                each.consolidate([k * X])
+        for thread in threads if each is penalty else []:
+            thread.join()
+    CHANGES[name](twin)
+    assert len(threads) == 1
+    state, right = penalty.state_dict(), twin.state_dict()
+    assert state.keys() == right.keys()
+    for key, t in right.items():
+        torch.testing.assert_close(state[key], t)
+    (group,) = penalty._state.memory.groups
+    assert group.state.alpha.tolist() == penalty.alpha.tolist()

@@ -6,8 +6,8 @@ import copy
 import operator
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -37,12 +37,12 @@ G = TypeVar("G", bound=ParameterGroup)
 _locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
-@contextmanager
-def alone(model: nn.Module) -> Iterator[None]:
-    """Have other threads that would run the model, in other modes, wait until the end."""
-    # Of a dictionary, setdefault is one step for all threads.
-    with _locks.setdefault(model, threading.RLock()):
-        yield
+def alone(model: nn.Module) -> AbstractContextManager[Any]:
+    """Have other threads that would run the model, or change what a penalty holds of it, wait until the end."""
+    # Of a dictionary, setdefault is one step for all threads; and of the lock itself so are taking it and
+    # giving it back, which an interruption of a generator would tear apart.
+    lock: AbstractContextManager[Any] = _locks.setdefault(model, threading.RLock())
+    return lock
 
 
 class TrackedModel:
@@ -93,7 +93,6 @@ class TrackedModel:
         found = ((name, view.name_of(p)) for name, p in before.items())
         return {name: now for name, now in found if now is not None}
 
-    @torch.no_grad()
     def replaced(self, groups: Sequence[ParameterGroup], view: ModelView) -> list[str]:
         """The names of bound parameters whose module is another one now, with other values in what both have.
 
@@ -177,11 +176,13 @@ class TrackedModel:
         """This rank's parts of parameters, or of tensors like them."""
         return tensors if self.sharding is None else local_parts(tensors)
 
-    @torch.no_grad()
     def own_parameters(self, view: ModelView) -> dict[str, Tensor]:
         """This rank's parts of the parameters by name."""
-        theta = view.parameters()
-        return dict(zip(theta, self.local([*theta.values()]), strict=True))
+        theta: dict[str, Tensor] = {**view.parameters()}
+        if self.sharding is not None:
+            own = local_parts(theta.values())
+            theta = {name: t.detach() for name, t in zip(theta, own, strict=True)}
+        return theta
 
     def join(self, name: str, own: Tensor) -> Tensor:
         """The tensor like a parameter, from this rank's part of it."""
@@ -241,5 +242,5 @@ def _same_where_both(old: Tensor, new: Tensor) -> bool:
     if old.dim() != new.dim() or old.is_meta or new.is_meta:
         return False
     both = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
-    here, there = (t[both].to(new.device, torch.float64) for t in (old, new))
+    here, there = (t.detach()[both].to(new.device, torch.float64) for t in (old, new))
     return bool((here - there).norm() <= 0.5 * here.norm())

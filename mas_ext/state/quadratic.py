@@ -481,7 +481,9 @@ class Consolidation:
         rows = self._rows(entries)
         for name, p in parts.items():
             if name not in theta and name not in config["absent"]:
-                raise KeyError(f"state: got {name!r}, which the model has no parameter for")
+                raise KeyError(
+                    f"state: got {name!r}, which the model has no parameter for, or which is excluded"
+                )
             shape = (rows, *(theta[name].shape if name in theta else p.omega.shape[1:]))
             _check_part(name, p, shape)
         updates = unpack_updates(config["updates"], found)

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from backends import EMULATED
+from times import TIMES
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from mas_ext.kernels.dtypes import DTYPES, OMEGA_DTYPES, compute_dtype
 from mas_ext.kernels.flat_state import State
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -89,52 +91,80 @@ OTHERS: list[Callable[[Tensor], Any]] = [
     lambda t: t + 100,
     lambda t: t.new_empty([]).expand(2**62),
     lambda t: t.new_empty([]).expand(2**31, 2**31),
+    lambda t: t.new_empty([]).expand(2**40, 2**40),
+    lambda t: t.new_empty([]).expand(2**63 - 1),
+    lambda t: t.new_empty(2**40, 0),
+    lambda t: t.new_empty(0, *t.shape),
+    lambda t: t[..., :0] if t.dim() else t,
+    lambda t: t.clone().uniform_(-1e38, 1e38) if t.is_floating_point() else t,
+    lambda t: t * float("nan") if t.is_floating_point() else t,
     lambda t: t.flatten()[:1].expand(2**40, *t.shape[1:]) if t.dim() else t,
 ]
 NUMBERS = [-1, 0, 1, 3, 2**31, 2**62, 2**63, -(2**63), 1.5, float("nan"), None, "x"]
 
 
-def calls() -> dict[str, list[Any]]:
+def calls(
+    dtype: torch.dtype = torch.float32, omega_dtype: torch.dtype = torch.float32, rows: int = 1
+) -> dict[str, list[Any]]:
     """A right call of each entry, without its last argument."""
     torch.manual_seed(0)
-    theta = [torch.randn(5), torch.randn(3, 4), torch.randn(())]
+    wide = compute_dtype(dtype)
+    theta = [torch.randn(s, dtype=dtype) for s in ((5,), (3, 4), ())]
 
-    def like() -> list[Tensor]:
-        return [torch.rand_like(t) for t in theta]
+    def like(kind: torch.dtype = dtype) -> list[Tensor]:
+        return [torch.rand(t.shape).to(kind) for t in theta]
 
-    omega = torch.rand(1, 64)
-    one = torch.ones(1, dtype=torch.float64)
-    state = State([0, 16, 32], omega, omega.clone(), one, one[0].clone(), True)
-    scratch, value = torch.empty(3, dtype=torch.float64), torch.empty(())
+    def matrices(*sizes: tuple[int, int], kind: torch.dtype = dtype) -> list[Tensor]:
+        return [torch.randn(size).to(kind) for size in sizes]
+
+    def state(rows: int) -> State:
+        omega = (2 * torch.rand(rows, 64)).to(omega_dtype)
+        alpha, r = torch.ones(rows, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+        return State([0, 16, 32], omega, torch.rand(rows, 64, dtype=wide), alpha, r, True)
+
+    one, held = torch.ones((), dtype=torch.float64), state(rows)
+    scratch, value = torch.empty(3, dtype=torch.float64), torch.empty((), dtype=wide)
     scalar = torch.ones(())
-    rows = torch.arange(-1, 9, dtype=torch.int32).view(2, 5) % 6
+    table = torch.arange(-1, 9, dtype=torch.int32).view(2, 5) % 6
     moments = [("exp_avg", like()), ("exp_avg_sq", like())]
     steps = [torch.ones(()) for _ in theta]
-    left, right = [torch.randn(5, 2), torch.randn(50, 3)], [torch.randn(2, 7), torch.randn(3, 4)]
-    factors = [left, right, [torch.rand_like(t) for t in left], [torch.rand_like(t) for t in right]]
-    anchor = [[torch.randn(50, 1)], [torch.randn(1, 4)], [0, 1], [0.5]]
+    left, right = matrices((5, 2), (50, 3)), matrices((2, 7), (3, 4))
+    factors = [left, right, matrices((5, 2), (50, 3)), matrices((2, 7), (3, 4))]
+    anchor = [matrices((50, 1)), matrices((1, 4)), [0, 1], [0.5]]
+    weights = [(2 * torch.rand(size)).to(omega_dtype) for size in ((5, 7), (50, 4))]
     return {
-        "penalty": [theta, like(), 2, state, one[0].clone(), scratch, value],
-        "proximal": [theta, like(), state, 0.1, 1.0, 1e-8],
+        "penalty": [theta, like(), 2, held, one, scratch, value],
+        "proximal": [theta, like(), held, 0.1, 1.0, 1e-8],
         "sgd": [
-            *(theta, like(), [("momentum_buffer", like())], state, 0.1, 0.9, 0.0, 0.0, 1.0, False),
+            *(theta, like(), [("momentum_buffer", like())], held, 0.1, 0.9, 0.0, 0.0, 1.0, False),
             *(False, True, scalar, scalar.clone()),
         ],
         "adamw": [
-            *(theta, like(), moments, steps, state, 0.1, 0.9, 0.99, 1e-8, 0.0, 0.0, False),
+            *(theta, like(), moments, steps, held, 0.1, 0.9, 0.99, 1e-8, 0.0, 0.0, False),
             *(scalar, scalar.clone()),
         ],
-        "accumulate": [like(), theta, 0.5],
-        "merge": [state, theta, like(), 1.0, 0.5, 0, 1, scratch, scratch.clone()],
+        "accumulate": [like(wide), theta, 0.5],
+        "merge": [state(1), theta, like(wide), 1.0, 0.5, 0, 1, scratch, scratch.clone()],
         "low_rank": [
-            *(*factors, 2, [torch.rand(5, 7), torch.rand(50, 4)], [1.0, 2.0], [1, 1], [1.0, 0.5]),
-            *(*anchor, one[0].clone(), scratch.clone(), value.clone()),
+            *(*factors, 2, weights, [1.0, 2.0], [1, 1], [1.0, 0.5]),
+            *(*anchor, one.clone(), scratch.clone(), value.clone()),
         ],
         "per_sample": [
-            *(torch.rand(1, 2, 2, 3), torch.rand(4, 5, 2), torch.rand(4, 6, 3), rows, (0, -1)),
-            *(torch.zeros(24), 2, False),
+            torch.rand(1, 2, 2, 3, dtype=wide),
+            *(torch.rand(4, 5, 2).to(dtype), torch.rand(4, 6, 3).to(dtype), table, (0, -1)),
+            *(torch.zeros(24, dtype=wide), 2, False),
         ],
     }
+
+
+# Of parameters, of omega, and the number of rows.
+FORMS = [
+    (dtype, omega, rows)
+    for dtype in DTYPES
+    for omega in OMEGA_DTYPES
+    for rows in (1, 2)
+    if omega != torch.float64 or dtype == torch.float64
+]
 
 
 def changed(value: Any, draw: random.Random) -> Any:
@@ -153,27 +183,29 @@ def changed(value: Any, draw: random.Random) -> Any:
     return draw.choice(NUMBERS)
 
 
-def is_numbers(value: Any) -> bool:
-    """Whether it is a number, or a list of some."""
+def is_converted(value: Any) -> bool:
+    """Whether it is no tensor, list of tensors or state: numbers, and what is named."""
     if isinstance(value, list):
-        return not any(isinstance(item, (Tensor, tuple)) for item in value)
-    return not isinstance(value, (Tensor, tuple))
+        return not all(isinstance(item, Tensor) for item in value)
+    return not isinstance(value, (Tensor, State))
 
 
 def attack(entry: str, extension: str, count: int, seed: int) -> tuple[int, int]:
     """How many of so many calls were refused, and how many ran."""
     draw, refused, ran = random.Random(seed), 0, 0
     run = getattr(getattr(EMULATED, extension), entry)
+    # A stream is an address, which nothing can check.
+    where = [1, 1, 1, 2, 0, -1, 100_000] if extension == "cpu" else [0]
     for _ in range(count):
-        arguments = calls()[entry]
+        arguments = calls(*draw.choice(FORMS))[entry]
         places = draw.sample(range(len(arguments)), draw.choice([1, 1, 2]))
-        # A wrong number comes alone: its error shows all arguments, and torch can't show a freed tensor.
-        numbers = [i for i in places if is_numbers(arguments[i])]
-        for i in numbers[:1] or places:
+        # What pybind11 converts is wrong alone: its error shows all arguments, and torch can't show a freed tensor.
+        converted = [i for i in places if is_converted(arguments[i])]
+        for i in converted[:1] or places:
             with suppress(RuntimeError, TypeError, IndexError, AttributeError):  # no such tensor
                 arguments[i] = changed(arguments[i], draw)
         try:
-            run(*arguments, 1)
+            run(*arguments, draw.choice(where))
             ran += 1
         except (ValueError, TypeError, RuntimeError, OverflowError, EMULATED.OtherStrides):
             refused += 1
@@ -183,12 +215,24 @@ def attack(entry: str, extension: str, count: int, seed: int) -> tuple[int, int]
 @pytest.mark.parametrize("extension", ["cpu", "cuda"])
 @pytest.mark.parametrize("entry", sorted(calls()))
 def test_hostile_calls_end_in_an_error(entry: str, extension: str) -> None:
-    refused, ran = attack(entry, extension, 400, seed=1)
-    assert refused > 150
+    refused, ran = attack(entry, extension, 400 * TIMES, seed=1)
+    assert refused > 100
     assert ran > 10  # what stands for a tensor may be one
 
 
-def test_a_right_call_runs() -> None:
-    for entry, arguments in calls().items():
+@pytest.mark.parametrize("entry", ["chunks", "layout_key"])
+def test_hostile_lists_of_which_only_the_layout_is_read(entry: str) -> None:
+    draw, run = random.Random(1), getattr(EMULATED, entry)
+    for _ in range(400 * TIMES):
+        tensors: Any = calls(*draw.choice(FORMS))["penalty"][0]
+        with suppress(RuntimeError, TypeError, IndexError, AttributeError):  # no such tensor
+            tensors = changed(tensors, draw)
+        with suppress(ValueError, TypeError):
+            run(tensors)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_right_call_runs(form: Any) -> None:
+    for entry, arguments in calls(*form).items():
         for extension in ("cpu", "cuda"):
             getattr(getattr(EMULATED, extension), entry)(*arguments, 1)
