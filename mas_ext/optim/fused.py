@@ -7,7 +7,7 @@ instead of 20, and no gradient is written on the way.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from mas_ext.optim.hooks import (
 )
 from mas_ext.optim.step_size import (
     STEP_SIZES,
+    Step,
     StepSizes,
     adam_steps,
     check_numbers,
@@ -70,11 +71,31 @@ class _Bucket:
 
 
 class _Launch(NamedTuple):
-    """A step of a bucket that is ready to be made, and what parameters get by it that have none before."""
+    """A step of a bucket that is ready to be made, and what parameters get by it that have none before.
+
+    beside: what the optimizer keeps of the parameters, by name.
+    """
 
     kernel: Callable[[], None]
+    bucket: _Bucket
     state: dict[Tensor, dict[str, Tensor]]
-    grads: list[tuple[Tensor, Tensor]]
+    beside: Mapping[str, Sequence[Any]]
+
+    def check(self) -> None:
+        """Raise a ValueError for tensors that the kernel would refuse, once other ones had made their step."""
+        for name, tensors in {"grad": self.bucket.grads, **self.beside}.items():
+            for p, t in zip(self.bucket.parameters, tensors, strict=True):
+                expected = (torch.float32, p.device, ()) if name == "step" else _kind(p)
+                if _kind(t) != expected:
+                    raise ValueError(
+                        f"{name}: got {_kind(t)} beside a parameter, expected {expected}"
+                    )
+
+
+def _kind(t: Any) -> Any:
+    """dtype, device and shape of a dense tensor; of anything else its type."""
+    dense = isinstance(t, Tensor) and t.layout == torch.strided
+    return (t.dtype, t.device, tuple(t.shape)) if dense else type(t)
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -119,21 +140,33 @@ class FusedOptimizer(torch.optim.Optimizer):
             own = {id(p) for group in self.param_groups for p in group["params"]}
             self._penalty.add_update_grad_to(own, getattr(self, "grad_scale", None))
         plan = [
-            (group, [self._prepared(group, b) for b in self._buckets(group, places)])
+            [self._prepared(group, bucket) for bucket in self._buckets(group, places)]
             for group in self.param_groups
         ]
-        for group, launches in plan:
+        rest = [self._without_gradient(group, places) for group in self.param_groups]
+        if sum(len(launches) for launches in plan) > 1:  # what one kernel refuses has changed nothing
+            for launches in plan:
+                for launch in launches:
+                    launch.check()
+        for launches, steps in zip(plan, rest, strict=True):
             for launch in launches:
                 launch.kernel()
                 self.state.update(launch.state)
-                for p, grad in launch.grads:
+                for p, grad in launch.bucket.missing:
                     p.grad = grad
-            if self._penalty is not None and self._mode == "proximal":
-                rest = [p for p in group["params"] if p.grad is None and id(p) in places]
-                if rest:
-                    steps = self._step_sizes({**group, "params": rest}, self.state)
-                    take_proximal_steps(self._penalty, self, steps)
+            if steps:
+                assert self._penalty is not None
+                take_proximal_steps(self._penalty, self, steps)
         return loss
+
+    def _without_gradient(
+        self, group: dict[str, Any], places: Mapping[int, tuple[Group, int]]
+    ) -> list[Step]:
+        """The proximal steps of parameters that have no gradient, and so no step of another kind."""
+        if self._mode != "proximal":
+            return []
+        rest = [p for p in group["params"] if p.grad is None and id(p) in places]
+        return list(self._step_sizes({**group, "params": rest}, self.state)) if rest else []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -263,19 +296,22 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         first = self._first(group, parameters[0])
         if first and overflow is not None and bool(overflow):
             # A buffer holds nothing before a step that was made.
-            return _Launch(lambda: None, {}, [])
+            return _Launch(lambda: None, _Bucket(), {}, {})
         new = {}
         if first:
             new = {
                 p: {**self.state.get(p, {}), "momentum_buffer": torch.empty_like(p)}
                 for p in parameters
             }
-        kept = [new.get(p) or self.state[p] for p in parameters] if group["momentum"] else []
+        beside = {}
+        if group["momentum"]:
+            kept = [new.get(p) or self.state[p] for p in parameters]
+            beside = {"momentum_buffer": [own["momentum_buffer"] for own in kept]}
         kernel = partial(
             sgd_,
             parameters,
             bucket.grads,
-            [own["momentum_buffer"] for own in kept],
+            beside.get("momentum_buffer", []),
             bucket.state,
             lr=float(group["lr"]),
             momentum=float(group["momentum"]),
@@ -288,7 +324,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             scale=scale,
             overflow=overflow,
         )
-        return _Launch(kernel, new, bucket.missing)
+        return _Launch(kernel, bucket, new, beside)
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -339,15 +375,15 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         scale, overflow = self._amp(parameters[0].device)
         beta1, beta2 = group["betas"]
         decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
-        exp_avg, exp_avg_sq, *largest = ([own[key] for own in kept] for key in keys)
+        beside = {key: [own[key] for own in kept] for key in ("step", *keys)}
         kernel = partial(
             adamw_,
             parameters,
             bucket.grads,
-            exp_avg,
-            exp_avg_sq,
-            largest[0] if largest else [],
-            [own["step"] for own in kept],
+            beside["exp_avg"],
+            beside["exp_avg_sq"],
+            beside.get("max_exp_avg_sq", []),
+            beside["step"],
             bucket.state,
             lr=float(group["lr"]),
             beta1=float(beta1),
@@ -359,7 +395,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             scale=scale,
             overflow=overflow,
         )
-        return _Launch(kernel, new, bucket.missing)
+        return _Launch(kernel, bucket, new, beside)
 
 
 class AdamW(Adam, torch.optim.AdamW):

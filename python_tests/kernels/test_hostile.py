@@ -103,58 +103,83 @@ OTHERS: list[Callable[[Tensor], Any]] = [
 NUMBERS = [-1, 0, 1, 3, 2**31, 2**62, 2**63, -(2**63), 1.5, float("nan"), None, "x"]
 
 
-def calls(
-    dtype: torch.dtype = torch.float32, omega_dtype: torch.dtype = torch.float32, rows: int = 1
-) -> dict[str, list[Any]]:
-    """A right call of each entry, without its last argument."""
-    torch.manual_seed(0)
-    wide = compute_dtype(dtype)
-    theta = [torch.randn(s, dtype=dtype) for s in ((5,), (3, 4), ())]
+class Right:
+    """A right call of each entry, without its last argument, for parameters and omega of some dtypes."""
 
-    def like(kind: torch.dtype = dtype) -> list[Tensor]:
-        return [torch.rand(t.shape).to(kind) for t in theta]
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        omega_dtype: torch.dtype = torch.float32,
+        rows: int = 1,
+    ) -> None:
+        torch.manual_seed(0)
+        self.dtype, self.wide, self.omega_dtype = dtype, compute_dtype(dtype), omega_dtype
+        self.theta = [torch.randn(s, dtype=dtype) for s in ((5,), (3, 4), ())]
+        self.state, self.one = self.state_of(rows), torch.ones((), dtype=torch.float64)
+        self.scratch, self.value = torch.empty(3).double(), torch.empty((), dtype=self.wide)
+        self.scalar = torch.ones(())
 
-    def matrices(*sizes: tuple[int, int], kind: torch.dtype = dtype) -> list[Tensor]:
-        return [torch.randn(size).to(kind) for size in sizes]
+    def like(self, kind: torch.dtype | None = None) -> list[Tensor]:
+        return [torch.rand(t.shape).to(kind or self.dtype) for t in self.theta]
 
-    def state(rows: int) -> State:
-        omega = (2 * torch.rand(rows, 64)).to(omega_dtype)
-        alpha, r = torch.ones(rows, dtype=torch.float64), torch.ones((), dtype=torch.float64)
-        return State([0, 16, 32], omega, torch.rand(rows, 64, dtype=wide), alpha, r, True)
+    def matrices(self, *sizes: tuple[int, int]) -> list[Tensor]:
+        return [torch.randn(size).to(self.dtype) for size in sizes]
 
-    one, held = torch.ones((), dtype=torch.float64), state(rows)
-    scratch, value = torch.empty(3, dtype=torch.float64), torch.empty((), dtype=wide)
-    scalar = torch.ones(())
-    table = torch.arange(-1, 9, dtype=torch.int32).view(2, 5) % 6
-    moments = [("exp_avg", like()), ("exp_avg_sq", like())]
-    steps = [torch.ones(()) for _ in theta]
-    left, right = matrices((5, 2), (50, 3)), matrices((2, 7), (3, 4))
-    factors = [left, right, matrices((5, 2), (50, 3)), matrices((2, 7), (3, 4))]
-    anchor = [matrices((50, 1)), matrices((1, 4)), [0, 1], [0.5]]
-    weights = [(2 * torch.rand(size)).to(omega_dtype) for size in ((5, 7), (50, 4))]
-    return {
-        "penalty": [theta, like(), 2, held, one, scratch, value],
-        "proximal": [theta, like(), held, 0.1, 1.0, 1e-8],
-        "sgd": [
-            *(theta, like(), [("momentum_buffer", like())], held, 0.1, 0.9, 0.0, 0.0, 1.0, False),
-            *(False, True, scalar, scalar.clone()),
-        ],
-        "adamw": [
-            *(theta, like(), moments, steps, held, 0.1, 0.9, 0.99, 1e-8, 0.0, 0.0, False),
-            *(scalar, scalar.clone()),
-        ],
-        "accumulate": [like(wide), theta, 0.5],
-        "merge": [state(1), theta, like(wide), 1.0, 0.5, 0, 1, scratch, scratch.clone()],
-        "low_rank": [
-            *(*factors, 2, weights, [1.0, 2.0], [1, 1], [1.0, 0.5]),
-            *(*anchor, one.clone(), scratch.clone(), value.clone()),
-        ],
-        "per_sample": [
-            torch.rand(1, 2, 2, 3, dtype=wide),
-            *(torch.rand(4, 5, 2).to(dtype), torch.rand(4, 6, 3).to(dtype), table, (0, -1)),
-            *(torch.zeros(24, dtype=wide), 2, False),
-        ],
-    }
+    def state_of(self, rows: int) -> State:
+        omega = (2 * torch.rand(rows, 64)).to(self.omega_dtype)
+        alpha, r = torch.ones(rows).double(), torch.ones(()).double()
+        return State([0, 16, 32], omega, torch.rand(rows, 64, dtype=self.wide), alpha, r, True)
+
+    def penalty(self) -> list[Any]:
+        return [self.theta, self.like(), 2, self.state, self.one, self.scratch, self.value]
+
+    def proximal(self) -> list[Any]:
+        return [self.theta, self.like(), self.state, 0.1, 1.0, 1e-8]
+
+    def sgd(self) -> list[Any]:
+        moments, numbers = [("momentum_buffer", self.like())], [0.1, 0.9, 0.0, 0.0, 1.0]
+        amp = [self.scalar, self.scalar.clone()]
+        return [
+            *(self.theta, self.like(), moments, self.state),
+            *(*numbers, False, False, True, *amp),
+        ]
+
+    def adamw(self) -> list[Any]:
+        moments = [("exp_avg", self.like()), ("exp_avg_sq", self.like())]
+        steps, numbers = [torch.ones(()) for _ in self.theta], [0.1, 0.9, 0.99, 1e-8, 0.0, 0.0]
+        amp = [self.scalar, self.scalar.clone()]
+        return [self.theta, self.like(), moments, steps, self.state, *numbers, False, *amp]
+
+    def accumulate(self) -> list[Any]:
+        return [self.like(self.wide), self.theta, 0.5]
+
+    def merge(self) -> list[Any]:
+        numbers = [1.0, 0.5, 0, 1, self.scratch, self.scratch.clone()]
+        return [self.state_of(1), self.theta, self.like(self.wide), *numbers]
+
+    def low_rank(self) -> list[Any]:
+        sizes: Any = [((5, 2), (50, 3)), ((2, 7), (3, 4))]
+        weights = [(2 * torch.rand(size)).to(self.omega_dtype) for size in ((5, 7), (50, 4))]
+        anchor = [self.matrices((50, 1)), self.matrices((1, 4)), [0, 1], [0.5]]
+        return [
+            *(self.matrices(*each) for each in 2 * sizes),
+            *(2, weights, [1.0, 2.0], [1, 1], [1.0, 0.5], *anchor),
+            *(self.one, self.scratch, self.value),
+        ]
+
+    def per_sample(self) -> list[Any]:
+        grad, x = torch.rand(4, 5, 2).to(self.dtype), torch.rand(4, 6, 3).to(self.dtype)
+        table = torch.arange(-1, 9, dtype=torch.int32).view(2, 5) % 6
+        omega, partial = torch.rand(1, 2, 2, 3).to(self.wide), torch.zeros(24, dtype=self.wide)
+        return [omega, grad, x, table, (0, -1), partial, 2, False]
+
+
+ENTRIES = "accumulate adamw low_rank merge penalty per_sample proximal sgd".split()
+
+
+def test_every_entry_is_attacked() -> None:
+    entries = {name for name in dir(EMULATED.cpu) if not name.startswith("_")}
+    assert entries == set(ENTRIES)
 
 
 # Of parameters, of omega, and the number of rows.
@@ -197,7 +222,7 @@ def attack(entry: str, extension: str, count: int, seed: int) -> tuple[int, int]
     # A stream is an address, which nothing can check.
     where = [1, 1, 1, 2, 0, -1, 100_000] if extension == "cpu" else [0]
     for _ in range(count):
-        arguments = calls(*draw.choice(FORMS))[entry]
+        arguments = getattr(Right(*draw.choice(FORMS)), entry)()
         places = draw.sample(range(len(arguments)), draw.choice([1, 1, 2]))
         # What pybind11 converts is wrong alone: its error shows all arguments, and torch can't show a freed tensor.
         converted = [i for i in places if is_converted(arguments[i])]
@@ -213,7 +238,7 @@ def attack(entry: str, extension: str, count: int, seed: int) -> tuple[int, int]
 
 
 @pytest.mark.parametrize("extension", ["cpu", "cuda"])
-@pytest.mark.parametrize("entry", sorted(calls()))
+@pytest.mark.parametrize("entry", ENTRIES)
 def test_hostile_calls_end_in_an_error(entry: str, extension: str) -> None:
     refused, ran = attack(entry, extension, 400 * TIMES, seed=1)
     assert refused > 100
@@ -224,7 +249,7 @@ def test_hostile_calls_end_in_an_error(entry: str, extension: str) -> None:
 def test_hostile_lists_of_which_only_the_layout_is_read(entry: str) -> None:
     draw, run = random.Random(1), getattr(EMULATED, entry)
     for _ in range(400 * TIMES):
-        tensors: Any = calls(*draw.choice(FORMS))["penalty"][0]
+        tensors: Any = Right(*draw.choice(FORMS)).theta
         with suppress(RuntimeError, TypeError, IndexError, AttributeError):  # no such tensor
             tensors = changed(tensors, draw)
         with suppress(ValueError, TypeError):
@@ -233,6 +258,6 @@ def test_hostile_lists_of_which_only_the_layout_is_read(entry: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_right_call_runs(form: Any) -> None:
-    for entry, arguments in calls(*form).items():
+    for entry in ENTRIES:
         for extension in ("cpu", "cuda"):
-            getattr(getattr(EMULATED, extension), entry)(*arguments, 1)
+            getattr(getattr(EMULATED, extension), entry)(*getattr(Right(*form), entry)(), 1)

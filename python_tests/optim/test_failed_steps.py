@@ -165,6 +165,52 @@ def test_a_sparse_gradient_in_the_last_group(kind: Any, mode: Any) -> None:
     fails_without_a_trace(case, twin, failing, RuntimeError, "sparse gradient")
 
 
+# What may stand for a tensor that the optimizer keeps, or for a gradient.
+SPOILED: dict[str, Callable[[Tensor], Any]] = {
+    "shape": lambda t: t[None],
+    "size": lambda t: torch.zeros(1000, dtype=t.dtype),
+    "dtype": lambda t: t.to(torch.bfloat16),
+    "number": lambda t: 7.0,
+    "None": lambda t: None,
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(optim.SGD, "momentum_buffer")]
+    + [(k, n) for k in FUSED[1:] for n in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")],
+)
+def test_what_it_keeps_of_a_parameter_in_the_last_group_is_spoiled(
+    kind: Any, name: str, how: str
+) -> None:
+    """Groups before it have not made their step then."""
+    options = {"amsgrad": True} if name == "max_exp_avg_sq" else {}
+    case, twin = Case(kind, "proximal", **options), Case(kind, "proximal", **options)
+    for each in (case, twin):
+        each.step()
+        each.backward()
+    own = case.optimizer.state[case.model[1].weight]
+    before, own[name] = own[name], SPOILED[how](own[name])
+    held = case.held()
+    if (name, how) == ("momentum_buffer", "None"):
+        return  # torch's sign of a first step
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=name):
+        case.optimizer.step()
+    assert equal(case.held(), held)
+    own[name] = before
+    for each in (case, twin):
+        each.optimizer.step()
+    assert equal(case.held(), twin.held())
+
+
+@pytest.mark.parametrize("kind", [optim.SGD])
+def test_a_step_length_that_is_none_of_a_group_without_gradients(kind: Any) -> None:
+    case, twin = Case(kind, "proximal"), Case(kind, "proximal")
+    step = with_group(case, 2, "momentum", 1.0)
+    fails_without_a_trace(case, twin, step, ValueError, "momentum: got")
+
+
 @pytest.mark.parametrize("failure", [MemoryError, KeyboardInterrupt])
 @each_mode
 @each_fused

@@ -464,6 +464,8 @@ class Sequences(RuleBasedStateMachine):
         ]
         if what == 1 and self.penalty._state.rule.signed:
             return
+        if what in (8, 9) and not any(p.requires_grad for p in theta.values()):
+            return  # nothing is measured
         self.follow(theta)
         self.penalty.state_dict()
         before = snapshot(self.penalty)
