@@ -40,6 +40,14 @@ def resolve(argument: str, name: str, known: Mapping[str, Any]) -> Any:
     return found
 
 
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise a ValueError for an argument of this name that is none of the choices, by value and type."""
+    choices = list(choices)
+    # The type goes first: an array would be compared element by element.
+    if not any(type(value) is type(each) and value == each for each in choices):
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
 def check_share(share: float, name: str) -> None:
     """Raise a ValueError for an argument of this name that is not from 0 to 1."""
     if not 0 <= _number(share) <= 1:
@@ -69,7 +77,9 @@ def check_count(count: Any, name: str, least: int = 1) -> None:
 
 
 def _number(x: Any) -> float:
-    """x as a float; NaN for what is none."""
+    """x as a float; NaN for what is none, as words and truth values."""
+    if isinstance(x, (str, bytes, bool)):
+        return float("nan")
     try:
         return float(x)
     except (TypeError, ValueError, OverflowError, RuntimeError):

@@ -9,13 +9,14 @@ import copy
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from mas_ext._arguments import check_count, check_factor
+from mas_ext._arguments import check_choice, check_count, check_factor
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.importance import ESTIMATORS, EstimatorName, Forward, ImportanceSum, gather
 from mas_ext.importance.evaluation import default_forward
@@ -177,18 +178,16 @@ class FusedMASPenalty(nn.Module):
     ) -> None:
         super().__init__()
         check_patterns(model, exclude)
-        if adapters not in get_args(Adapters):
-            raise ValueError(f"adapters: got {adapters!r}, expected one of {get_args(Adapters)}")
+        check_choice("adapters", adapters, get_args(Adapters))
         if isinstance(importance, ImportanceSum):
             if importance.exclude != tuple(exclude):
                 raise ValueError(
                     f"exclude: got {tuple(exclude)}, expected {importance.exclude} as in importance"
                 )
             pending = importance.empty()
-        elif importance in ESTIMATORS:
-            pending = ImportanceSum(importance, objective, forward, exclude, backend=backend)
         else:
-            raise ValueError(f"importance: got {importance!r}, expected one of {tuple(ESTIMATORS)}")
+            check_choice("importance", importance, ESTIMATORS)
+            pending = ImportanceSum(importance, objective, forward, exclude, backend=backend)
         rule = MergeRule(
             *(merge, anchor, store, alpha_sum, gamma),
             *(omega_dtype, backend, state_device, anchor_dtype),
@@ -580,6 +579,10 @@ class FusedMASPenalty(nn.Module):
 
         with self.together("consolidate") as call:
             check_count(sweeps, "sweeps")
+            if not isinstance(importance, (Mapping, type(None))):
+                raise TypeError(
+                    f"importance: got {type(importance).__name__}, expected tensors by parameter name"
+                )
             if sweeps > 1 and iter(batches or ()) is batches:
                 raise ValueError(
                     f"batches: got {type(batches).__name__}, which can be read once, for {sweeps} sweeps, "
@@ -670,6 +673,9 @@ class FusedMASPenalty(nn.Module):
 
         A parameter that is itself under another name is followed without it, as when its layer is wrapped.
         """
+        for argument, name in (("old", old), ("new", new)):
+            if not isinstance(name, str):
+                raise TypeError(f"{argument}: got {name!r}, expected a parameter's name")
         with alone(self.model):
             if old not in self._state.memory.names and self._held.followed.get(old) == new:
                 return
@@ -895,6 +901,10 @@ class FusedMASPenalty(nn.Module):
             ValueError: wrong shapes, NaN, another merge rule, store or format.
         """
         with alone(self.model), self.together("load_state_dict") as call:
+            if not isinstance(state_dict, Mapping):
+                raise TypeError(
+                    f"state: got {type(state_dict).__name__}, expected what state_dict() gave"
+                )
             self._load(state_dict, call)
         return nn.modules.module._IncompatibleKeys([], [])
 
@@ -975,6 +985,8 @@ class FusedMASPenalty(nn.Module):
     def _task(self, t: int) -> int:
         if self._state.rule.store != "per_task":
             raise RuntimeError('t: entries can be changed with store="per_task" only')
+        if not isinstance(t, Integral) or isinstance(t, bool):
+            raise TypeError(f"t: got {t!r}, expected the number of an entry")
         if not 0 <= t < self.num_tasks:
             raise IndexError(f"t: got {t}, expected a number from 0 to {self.num_tasks - 1}")
         return t

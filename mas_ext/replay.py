@@ -40,6 +40,7 @@ class Replay:
         self, samples: int, labels: Callable[[Any], Tensor] | None = None, seed: int = 0
     ) -> None:
         check_count(samples, "samples")
+        check_count(seed, "seed", least=0)
         self.samples, self.labels = samples, labels
         self._generator = torch.Generator().manual_seed(seed)
         self._kept: list[Any] = []

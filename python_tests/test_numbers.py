@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from snapshots import equal, snapshot
 from torch import Tensor, nn
 
-from mas_ext import FusedMASPenalty
+from mas_ext import (
+    Distillation,
+    FusedMASPenalty,
+    Replay,
+    TaskFree,
+    estimate_fisher,
+    estimate_importance,
+    optim,
+)
 from mas_ext.kernels.flat_state import State
 from mas_ext.kernels.penalty import add_grad_
 from mas_ext.kernels.proximal import proximal_
 from mas_ext.state.merge_rules import Store
+from mas_ext.training.settings import Settings
 
 X = torch.rand(8, 4, generator=torch.Generator().manual_seed(0))
 NAN, INF = float("nan"), float("inf")
@@ -241,3 +251,96 @@ def test_any_alpha_means_the_same_to_both_backends(alpha: float, rows: int) -> N
         proximal_([theta], [], state, 0.5, 1.0, 0.0)
         found.append([value.item(), *grad.tolist(), *theta.tolist()])
     assert str(found[0]) == str(found[1])
+
+
+# What is no number from 0 up, no whole number, and no word, of any kind.
+NO_NUMBER: list[Any] = [NAN, INF, -INF, -1, "x", "1", True, None, 10**400, 1j, [1.0], {}]
+NO_NUMBER += [np.float32(NAN), np.int64(-1), np.array([0.5, 0.5]), torch.tensor(NAN), torch.ones(2)]
+NO_COUNT = [v for v in NO_NUMBER if type(v) is not int or v < 1e9]
+NO_COUNT += [1.5, 1e38, np.float64(0.5), torch.tensor(0.5), np.array(0.5)]
+NO_WORD = [*NO_COUNT, 0, 7]
+Given = tuple[list[Any], Callable[[FusedMASPenalty, Any], Any]]
+SOME = [NAN, -1, 7, True, 1j]
+
+
+def but_none(values: list[Any]) -> list[Any]:
+    return [v for v in values if v is not None]
+
+
+GIVEN: dict[str, Given] = {
+    "lam": (NO_NUMBER, lambda p, v: setattr(p, "lam", v)),
+    "weight": (NO_NUMBER, lambda p, v: p.consolidate([X], weight=v)),
+    "weight in adapt": (NO_NUMBER, lambda p, v: p.adapt([X], weight=v)),
+    "weight in set_weight": (NO_NUMBER, lambda p, v: p.set_weight(0, v)),
+    "eta": (NO_NUMBER[:-2], lambda p, v: p.proximal_(parameters(p), v)),
+    "eta in attach": (
+        but_none(NO_NUMBER),
+        lambda p, v: p.attach(torch.optim.RMSprop(parameters(p)), "proximal", v),
+    ),
+    "strength": (NO_NUMBER, lambda p, v: FusedMASPenalty(p.model, strength={"*": v})),
+    "gamma": (NO_NUMBER, lambda p, v: FusedMASPenalty(p.model, gamma=v)),
+    "sweeps": (NO_COUNT, lambda p, v: p.consolidate([X], sweeps=v)),
+    "t": (NO_COUNT, lambda p, v: p.drop(v)),
+    "t in set_weight": (NO_COUNT, lambda p, v: p.set_weight(v, 1.0)),
+    "max_samples": (
+        but_none(NO_COUNT),
+        lambda p, v: estimate_importance(p.model, [X], max_samples=v),
+    ),
+    "max_outputs": (NO_COUNT, lambda p, v: estimate_importance(p.model, [X], max_outputs=v)),
+    "seed": (NO_COUNT, lambda p, v: estimate_fisher(p.model, [X], "sampled", seed=v)),
+    "seed in Replay": (NO_COUNT, lambda p, v: Replay(3, seed=v)),
+    "samples": (NO_COUNT, lambda p, v: Replay(v)),
+    "window": (NO_COUNT, lambda p, v: TaskFree(p, window=v)),
+    "samples in TaskFree": (NO_COUNT, lambda p, v: TaskFree(p, samples=v)),
+    "tolerance": (NO_NUMBER, lambda p, v: TaskFree(p, tolerance=v)),
+    "temperature": (NO_NUMBER, lambda p, v: Distillation(p.model, temperature=v)),
+    "backend": (NO_WORD, lambda p, v: estimate_importance(p.model, [X], backend=v)),
+    "method": (NO_WORD, lambda p, v: estimate_importance(p.model, [X], method=v)),
+    "merge": (NO_WORD, lambda p, v: FusedMASPenalty(p.model, merge=v)),
+    "omega_dtype": (NO_WORD, lambda p, v: FusedMASPenalty(p.model, omega_dtype=v)),
+    "importance": (NO_WORD, lambda p, v: FusedMASPenalty(p.model, importance=v)),
+    "exclude": (SOME, lambda p, v: FusedMASPenalty(p.model, exclude=v)),
+    "forward": (but_none(NO_WORD), lambda p, v: FusedMASPenalty(p.model, forward=v)),
+    "importance in consolidate": (SOME, lambda p, v: p.consolidate(importance=v)),
+    "batches": (SOME, lambda p, v: p.consolidate(v)),
+    "new": (SOME, lambda p, v: p.rename("0.bias", v)),
+    "state": (SOME, lambda p, v: p.load_state_dict(v)),
+    "optimizer": ([*SOME, None], lambda p, v: p.attach(v)),
+}
+for kind in (optim.SGD, optim.Adam, optim.AdamW):
+    for number in (
+        "lr",
+        "weight_decay",
+        *(("momentum",) if kind is optim.SGD else ("eps", "betas")),
+    ):
+        GIVEN[f"{number} in {kind.__name__}"] = (
+            NO_NUMBER,
+            lambda p, v, kind=kind, number=number: kind(parameters(p), **{number: v}),  # type: ignore[misc]
+        )
+for setting, values in {
+    **dict.fromkeys(("lr", "validation", "keep"), NO_NUMBER),
+    "clip": [v for v in but_none(NO_NUMBER) if str(v) != "inf"],
+    **dict.fromkeys(("batch_size", "epochs", "workers", "seed", "importance_epochs"), NO_COUNT),
+    "patience": but_none(NO_COUNT),
+    **dict.fromkeys(("setting", "optimizer"), but_none(NO_WORD)),
+    "balanced": [v for v in NO_WORD if v is not True],
+}.items():
+    GIVEN[f"{setting} in Settings"] = (
+        values,
+        lambda p, v, setting=setting: Settings(**{setting: v}),  # type: ignore[misc]
+    )
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_an_argument_can_not_be_is_named(name: str) -> None:
+    """Before anything changes, whatever it is."""
+    penalty = penalised(store="per_task")
+    values, call = GIVEN[name]
+    argument, before = name.partition(" ")[0], snapshot(penalty)
+    for value in values:
+        with pytest.raises(
+            (ValueError, TypeError, IndexError),
+            match=rf"^{argument}.*: got .*(expected|choose from)",
+        ):
+            call(penalty, value)
+        assert equal(snapshot(penalty), before), value

@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from mas_ext._arguments import check_choice, check_count
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance import objectives
@@ -87,8 +88,13 @@ class ImportanceSum:
         labels: LabelSource | None = None,
         mode: RunMode = evaluating,
     ) -> None:
-        if method not in ESTIMATORS:
-            raise ValueError(f"method: got {method!r}, expected one of {tuple(ESTIMATORS)}")
+        check_choice("method", method, ESTIMATORS)
+        check_choice("backend", backend, get_args(Backend))
+        check_count(max_outputs, "max_outputs")
+        if forward is not None and not callable(forward):
+            raise TypeError(
+                f"forward: got {forward!r}, expected a function (model, batch) -> output"
+            )
         objectives.check_objective(objective)
         self.method, self.objective, self.forward = method, objective, forward or default_forward
         self.exclude, self.max_outputs, self.backend = tuple(exclude), max_outputs, backend
@@ -346,13 +352,15 @@ def gather(
 ) -> None:
     """Add batches to a sum, at most max_samples samples in all."""
     batch_of.refuse_no_batch(batches)
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(f"batches: got {type(batches).__name__}, expected an iterable of batches")
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError(
             f"batches: got a single {type(batches).__name__}, expected an iterable of batches; "
             "wrap it in a list"
         )
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"max_samples: got {max_samples}, expected at least 1")
+    if max_samples is not None:
+        check_count(max_samples, "max_samples")
     view = model if isinstance(model, ModelView) else ModelView(model, total.exclude)
     start = total.samples
     # A loader draws its order while it is read.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from mas_ext._arguments import check_positive
+from mas_ext._arguments import check_count, check_positive
 from mas_ext.failures import Diverged
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance.accumulator import ImportanceSum, LabelSource, estimate
@@ -173,6 +173,7 @@ class FisherSum(ImportanceSum):
             raise ValueError(f"method: got {method!r}, expected one of {tuple(estimators)}")
         if at_most is not None:
             check_positive(at_most, "at_most")
+        check_count(seed, "seed", least=0)
         values = {"all": _of_all, "normal": _of_normal, "reversed": _of_reversed}
         super().__init__(
             method,

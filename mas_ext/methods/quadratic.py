@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mas_ext._arguments import check_count
 from mas_ext.importance import ImportanceSum
 from mas_ext.methods.method import Method, Training
 from mas_ext.models import MultiHead
@@ -87,8 +88,8 @@ class Estimated(Quadratic):
         self, lam: Lam, mode: Mode | None = None, max_samples: int | None = None, **penalty: Any
     ) -> None:
         super().__init__(lam, mode, **penalty)
-        if max_samples is not None and max_samples < 1:
-            raise ValueError(f"max_samples: got {max_samples}, expected at least 1")
+        if max_samples is not None:
+            check_count(max_samples, "max_samples")
         self.max_samples = max_samples
         self._head: int | None = None
 

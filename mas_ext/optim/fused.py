@@ -144,7 +144,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         rest = [self._without_gradient(group, places) for group in self.param_groups]
-        if sum(len(launches) for launches in plan) > 1:  # what one kernel refuses has changed nothing
+        if (
+            sum(len(launches) for launches in plan) > 1
+        ):  # what one kernel refuses has changed nothing
             for launches in plan:
                 for launch in launches:
                     launch.check()
@@ -252,6 +254,8 @@ def _check_own_numbers(group: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"{name}: got a tensor on {x.device}, expected a number or a tensor on the CPU"
             )
+        if isinstance(x, Tensor) and x.numel() != 1:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected one number")
     check_numbers({n: float(x) if isinstance(x, Tensor) else x for n, x in group.items()})
 
 
@@ -285,6 +289,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         weight_decay: float = 0,
         nesterov: bool = False,
     ) -> None:
+        numbers = {"lr": lr, "momentum": momentum, "dampening": dampening}
+        _check_own_numbers({**numbers, "weight_decay": weight_decay})
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, fused=True)
 
     def _first(self, group: dict[str, Any], p: Tensor) -> bool:
@@ -355,6 +361,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         weight_decay: float = 0.0,
         amsgrad: bool = False,
     ) -> None:
+        _check_own_numbers({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, fused=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -173,7 +173,7 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
         own = getattr(found, "__dict__", {}) if callable(getattr(found, "zero_grad", None)) else {}
         held = (own.get(key) for key in ("optimizer", "_optimizer"))
         found = next((o for o in held if hasattr(o, "step") and o not in wrappers), None)
-    inner = wrappers[-1]
+    inner = wrappers[-1] if wrappers else None
     if not isinstance(inner, torch.optim.Optimizer):
         hint = ": attach to its .optimizer" if hasattr(optimizer, "optimizer") else ""
         raise TypeError(

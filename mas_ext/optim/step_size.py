@@ -34,7 +34,10 @@ def check_numbers(group: Mapping[str, Any]) -> None:
     for name in ("lr", "momentum", "weight_decay", "eps"):
         if not isinstance(group.get(name), Tensor):
             check_factor(group.get(name, 0.0), name)
-    for k, beta in enumerate(group.get("betas", ())):
+    betas = group.get("betas", (0.0, 0.0))
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas: got {betas!r}, expected two numbers")
+    for k, beta in enumerate(betas):
         if not isinstance(beta, Tensor) and not check_factor(beta, f"betas[{k}]") < 1:
             raise ValueError(f"betas[{k}]: got {beta!r}, expected a number below 1")
     dampening = group.get("dampening", 0.0)

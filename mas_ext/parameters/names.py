@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
@@ -137,6 +137,8 @@ def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(exclude, str):
         raise TypeError(f"exclude: got the string {exclude!r}, expected a sequence of patterns")
+    if not isinstance(exclude, (Sequence, Set)) or not all(isinstance(e, str) for e in exclude):
+        raise TypeError(f"exclude: got {exclude!r}, expected a sequence of patterns")
     _refuse_unmatched("exclude", exclude, [name for name, _ in _walk(model)])
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from mas_ext._arguments import check_share
+from mas_ext._arguments import check_choice, check_share
 from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.dtypes import OMEGA_DTYPES
 
@@ -53,14 +53,14 @@ class MergeRule:
     anchor_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("merge", self.merge, get_args(Merge))
-        _check_choice("anchor", self.anchor, get_args(Anchor))
-        _check_choice("store", self.store, get_args(Store))
-        _check_choice("alpha_sum", self.alpha_sum, get_args(AlphaSum))
-        _check_choice("backend", self.backend, get_args(Backend))
-        _check_choice("state_device", self.state_device, (None, "cpu"))
-        _check_choice("omega_dtype", self.omega_dtype, OMEGA_DTYPES)
-        _check_choice("anchor_dtype", self.anchor_dtype, (None, torch.bfloat16, torch.float16))
+        check_choice("merge", self.merge, get_args(Merge))
+        check_choice("anchor", self.anchor, get_args(Anchor))
+        check_choice("store", self.store, get_args(Store))
+        check_choice("alpha_sum", self.alpha_sum, get_args(AlphaSum))
+        check_choice("backend", self.backend, get_args(Backend))
+        check_choice("state_device", self.state_device, (None, "cpu"))
+        check_choice("omega_dtype", self.omega_dtype, OMEGA_DTYPES)
+        check_choice("anchor_dtype", self.anchor_dtype, (None, torch.bfloat16, torch.float16))
         if self.anchor_dtype is not None and self.anchor != "latest":
             raise ValueError(
                 f"anchor_dtype: got {self.anchor_dtype} with anchor {self.anchor!r}, expected None: a mean of "
@@ -125,8 +125,3 @@ def separate_anchor(settings: Mapping[str, Any]) -> dict[str, Any]:
         found["anchor"] = "own" if merge in ("sum", "consistent") else "latest"
         found["merge"] = "sum" if merge == "latest" else merge
     return found
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
-from mas_ext._arguments import check_share, resolve
+from mas_ext._arguments import check_choice, check_count, check_positive, check_share, resolve
 from mas_ext.methods.method import SETTINGS, Setting, TaskLoss, is_cross_entropy
 
 # (output, target) -> one number per sample, (n,), or their mean, 0-dim; larger is better.
@@ -158,12 +158,12 @@ class Settings:
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, choices in (("setting", SETTINGS), ("amp", (None, *AMP_DTYPES))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {choices}")
+        check_choice("setting", self.setting, SETTINGS)
+        check_choice("amp", self.amp, (None, *AMP_DTYPES))
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             value = getattr(self, name)
-            if not callable(value) and value not in known and (name, value) != ("schedule", None):
+            by_name = isinstance(value, str) and value in known
+            if not by_name and not callable(value) and (name, value) != ("schedule", None):
                 expected = f"one of {', '.join(known)} or a callable"
                 raise ValueError(f"{name}: got {value!r}, expected {expected}")
         for name, function in (("task_loss", self.loss_function), ("score", self.score_function)):
@@ -172,23 +172,28 @@ class Settings:
         counts = {"batch_size": 1, "importance_epochs": 0, "seed": 0, "workers": 0}
         for name, least in counts.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: got {value}, expected an integer of at least {least}")
-        for name, value in (("lr", self.lr), ("clip", self.clip)):
-            if (name, value) != ("clip", None) and not (value and value > 0):
-                raise ValueError(f"{name}: got {value}, expected more than 0")
+            if type(value) is not int or not least <= value < 2**62:
+                raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
+        for name in ("balanced", "deterministic"):
+            check_choice(name, getattr(self, name), (True, False))
+        check_positive(self.lr, "lr")
+        if self.clip is not None and str(self.clip) != "inf":
+            check_positive(self.clip, "clip")
         check_share(self.keep, "keep")
-        if not 0 <= self.validation < 1:
-            raise ValueError(f"validation: got {self.validation}, expected from 0 to less than 1")
+        check_share(self.validation, "validation")
+        if self.validation == 1:
+            raise ValueError(f"validation: got {self.validation}, expected less than 1")
         epochs = self.epochs if isinstance(self.epochs, Sequence) else [self.epochs]
-        if not epochs or not all(isinstance(n, int) and n >= 0 for n in epochs):
+        if not epochs or not all(type(n) is int and n >= 0 for n in epochs):
             raise ValueError(
-                f"epochs: got {self.epochs}, expected integers of at least 0 for every task"
+                f"epochs: got {self.epochs!r}, expected integers of at least 0 for every task"
             )
-        if self.patience is not None and (self.patience < 1 or not self.validation):
+        if self.patience is not None:
+            check_count(self.patience, "patience")
+        if self.patience is not None and not self.validation:
             raise ValueError(
-                f"patience: got {self.patience} with validation={self.validation}, expected at least 1 "
-                "with some validation data"
+                f"patience: got {self.patience} with validation={self.validation}, expected some validation "
+                "data"
             )
         if self.patience is not None and self.importance_epochs:
             raise ValueError(

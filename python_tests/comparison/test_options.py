@@ -161,7 +161,7 @@ def test_no_toml(tmp_path: Path) -> None:
         ({"lr": "fast"}, "lr: got 'fast', expected a number"),
         ({"lr": True}, "lr: got True, expected a number"),
         ({"lr": [1.0]}, r"lr: got \[1.0\], expected a number"),
-        ({"lr": -1}, "lr: got -1.0, expected more than 0"),
+        ({"lr": -1}, "lr: got -1.0, expected a finite number above 0"),
         ({"epochs": 1.5}, "epochs: got 1.5, expected a whole number"),
         ({"epochs": []}, "epochs: got .*, expected integers of at least 0 for every task"),
         ({"balanced": 1}, "balanced: got 1, expected true or false"),

@@ -190,8 +190,13 @@ class Sequences(RuleBasedStateMachine):
         if form[1] == "own":
             options["anchor_dtype"] = None
         self.options = {
-            **{"merge": form[0], "anchor": form[1], "store": form[2], "gamma": GAMMA},
-            **{"backend": "native" if native else "reference", "exclude": exclude, **options},
+            "merge": form[0],
+            "anchor": form[1],
+            "store": form[2],
+            "gamma": GAMMA,
+            "backend": "native" if native else "reference",
+            "exclude": exclude,
+            **options,
         }
         self.penalty = FusedMASPenalty(self.model, 0.7, **self.options)
         self.oracle, self.store = Oracle(form[0], form[1] == "latest"), form[2]
