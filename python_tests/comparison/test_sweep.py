@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from times import TIMES
 
 from mas_ext import cli, models
 from mas_ext.comparison.directory import read_confusion
@@ -541,6 +543,76 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert len(json.loads((out / "environment.json").read_text())) == 2
     for path, time in finished.items():
         assert path.stat().st_mtime_ns == time
+
+
+# For each number that it reads, a process that goes on with the run and kills itself at so many events: steps,
+# and what it does to files. 0: never.
+MANY_LIVES = """
+import os, shutil, signal, sys
+from pathlib import Path
+import torch
+from mas_ext.comparison.options import Config, read_toml
+from mas_ext.comparison.sweep import run
+from mas_ext.training.run import Learning
+
+torch.set_num_threads(1)
+config, left = Config.read(read_toml(sys.argv[1])), 0
+config.make_scenario(0)  # what is imported on the way need not be in every life
+torch.optim.SGD([torch.zeros(1)])
+
+def counted(real):
+    def call(*args, **named):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **named)
+    return call
+
+Learning._step = counted(Learning._step)
+for module, names in ((os, "replace fsync open"), (Path, "mkdir replace"), (shutil, "rmtree")):
+    for name in names.split():
+        setattr(module, name, counted(getattr(module, name)))
+print("ready", flush=True)
+for line in sys.stdin:
+    out, left = line.split()[0], int(line.split()[1])
+    child = os.fork()
+    if child == 0:
+        sys.stderr = open(os.devnull, "w")
+        run(config, out, resume=os.path.exists(out))
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+# Enough to be killed in any of the files; `make long` kills 500 times.
+KILLS = 3 + 13 * (TIMES - 1)
+
+
+def test_a_run_killed_many_times_loses_nothing_and_does_nothing_twice(
+    choice: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text(Config.read(CHOICE).toml())
+    draw, kills, runs = random.Random(0), 0, 0
+    command = [sys.executable, "-c", MANY_LIVES, str(tmp_path / "config.toml")]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        while kills < KILLS:
+            out, status = tmp_path / f"run{runs}", "9"
+            while status != "0":
+                events = draw.randint(1, 80) if kills < KILLS else 0
+                process.stdin.write(f"{out} {events}\n")
+                process.stdin.flush()
+                status = process.stdout.readline().strip()
+                assert status in ("0", "9")
+                kills += status == "9"
+            assert_same(out, choice)
+            runs += 1
+        process.stdin.close()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == [
+        "config.toml",
+        *sorted(f"run{k}" for k in range(runs)),
+    ]
 
 
 def test_ctrl_c_keeps_the_last_step(choice: Path, tmp_path: Path) -> None:

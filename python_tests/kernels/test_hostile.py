@@ -224,7 +224,7 @@ def attack(entry: str, extension: str, count: int, seed: int) -> tuple[int, int]
     for _ in range(count):
         arguments = getattr(Right(*draw.choice(FORMS)), entry)()
         places = draw.sample(range(len(arguments)), draw.choice([1, 1, 2]))
-        # What pybind11 converts is wrong alone: its error shows all arguments, and a freed tensor can't be shown.
+        # What pybind11 converts is wrong alone: its error shows all arguments, but can't show a freed tensor.
         converted = [i for i in places if is_converted(arguments[i])]
         for i in converted[:1] or places:
             with suppress(RuntimeError, TypeError, IndexError, AttributeError):  # no such tensor
