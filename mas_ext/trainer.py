@@ -97,12 +97,12 @@ class Trainer:
         with _reproducible(self.settings, self.device), _ctrl_c(self.checkpoint) as stop:
             run = Learning(self.model, self.method, self.settings, scenario, self.device)
             if self.checkpoint is not None and self.checkpoint.exists():
-                found = files.unpack(files.load(self.checkpoint))
                 try:
-                    run.load_state_dict(found)
-                except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+                    run.load_state_dict(files.unpack(files.load(self.checkpoint)))
+                except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+                    told = str(error) if isinstance(error, ValueError) else repr(error)
                     raise ValueError(
-                        f"checkpoint: got {self.checkpoint} with what a run can't go on from ({error!r}), "
+                        f"checkpoint: got {self.checkpoint} with what this run can't go on from ({told}), "
                         "expected what it saved"
                     ) from error
             while run.at.task < len(scenario.tasks):
