@@ -1,4 +1,4 @@
-"""A checkpoint that says anything else than a run saved, with a checksum that fits, is a ValueError, or right."""
+"""A checkpoint that says what no run saved, with a checksum that fits, is refused by name, or right."""
 
 from __future__ import annotations
 
