@@ -184,7 +184,7 @@ class Journal:
         self._file.truncate(whole)
         try:
             self._known = {_position(json.loads(line)) for line in content[:whole].splitlines()}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             self._file.close()
             raise ValueError(f"{path}: got a damaged line, expected JSON ({error!r})") from error
 
@@ -230,7 +230,7 @@ def read_json(path: Path, kind: type) -> Any:
     """Read what `write_json` wrote; a ValueError that names the file unless it is JSON of this kind."""
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: got a damaged file, expected JSON ({error})") from error
     if not isinstance(found, kind):
         raise ValueError(f"{path}: got {type(found).__name__}, expected {kind.__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,37 @@ SCORES = {
 # The number of seeds from which their mean is shown with its interval, and no longer they themselves.
 FEWEST = 4
 KEYS = ("tasks", *SCORES, "step_seconds", "held_bytes")
+
+# What the files have at least, see `_check`.
+_VALUES = {"scenario": str, "setting": str, "seeds": int, "methods": {None: {}}}
+_TRIED = {"candidates": [{"lam": float, "mean": (float, None)}], "chosen": (float, None)}
+_OVER = {
+    "method": str,
+    "seed": int,
+    "task": int,
+    "lam": (float, str, None),
+    "accuracy": [(float, None)],
+    "step_seconds": (float, None),
+    "held_bytes": (float, None),
+}
+_RESULT = {
+    "tasks": [str],
+    **dict.fromkeys(SCORES, (float, None)),
+    "step_seconds": [float],
+    "held_bytes": [float],
+}
+# What reading a file that is not as it was written may raise: OverflowError for numbers beyond floats.
+_DAMAGED = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+    csv.Error,
+)
+_MOST_SEEDS = 10_000  # each of which is looked for
 
 
 class Choice(NamedTuple):
@@ -86,7 +118,10 @@ class Learned:
         if not (self.folder / files.CONFUSION).exists():
             return []
         with _reading(self.folder / files.CONFUSION) as path:
-            return files.read_confusion(path)
+            lines, tasks = files.read_confusion(path), range(len(self.accuracy))
+            if any(line.task not in tasks or line.predicted_task not in tasks for line in lines):
+                raise ValueError(f"{path}: got a task that is none of the {len(tasks)}")
+            return lines
 
     def layers(self) -> Layers:
         """Importance by layer, read from the checkpoint; empty for a method without importance.
@@ -135,13 +170,21 @@ class Findings:
         # What trains need not be here: nothing is computed.
         values = directory.values()
         with _reading(folder / files.CONFIG):
-            seeds, methods = range(values["seeds"]), list(values["methods"].keys())
+            _check(values, _VALUES)
+            seeds, methods = range(values["seeds"]), list(values["methods"])
+            if not methods or not 0 < values["seeds"] <= _MOST_SEEDS:
+                raise ValueError(
+                    f"{folder / files.CONFIG}: got {len(methods)} methods and {values['seeds']} seeds, "
+                    f"expected some of both and at most {_MOST_SEEDS} seeds"
+                )
         with _reading(folder / files.ENVIRONMENT) as path:
-            starts = [dict(start) for start in json.loads(path.read_bytes())]
+            starts = json.loads(path.read_bytes())
+            _check(starts, [{}])
         grid = {}
         if (folder / files.LAM).exists():
             with _reading(folder / files.LAM) as path:
                 for name, tried in json.loads(path.read_bytes()).items():
+                    _check(tried, _TRIED)
                     means = {each["lam"]: each["mean"] for each in tried["candidates"]}
                     grid[name] = Choice(tried["chosen"], means)
         over, count = _over(folder / files.METRICS)
@@ -202,6 +245,8 @@ def _over(path: Path) -> tuple[dict[tuple[str, int, int], Any], int]:
         # Without a last line that was not finished when the run was killed.
         whole = content[: content.rfind(b"\n") + 1].splitlines()
         lines = [line for line in map(json.loads, whole) if line["epoch"] is None]
+        for line in lines:
+            _check(line, _OVER)
         count = max((len(line["accuracy"]) for line in lines), default=0)
         final = (line for line in lines if line["purpose"] == "final")
         return {(line["method"], line["seed"], line["task"]): line for line in final}, count
@@ -224,9 +269,41 @@ def _learned(
     if cell in directory:
         with _reading(folder / files.RESULT):
             found = dict(directory[cell])
-            if "diverged" not in found:
+            if "diverged" in found:
+                _check(found, {"diverged": str})
+            else:
+                _check(found, _RESULT)
                 found = {key: found[key] for key in KEYS}
+                lengths = {len(found[key]) for key in ("tasks", "step_seconds", "held_bytes")}
+                # Without metrics.jsonl, as many as it says.
+                if lengths != {count or max(1, *lengths)}:
+                    raise ValueError(f"got {sorted(lengths)} tasks, expected {count or 'some'}")
     return Learned(method, seed, lam, folder, accuracy, seconds, held, found)
+
+
+def _check(value: Any, shape: Any) -> None:
+    """Raise a ValueError unless a value from JSON or TOML has this shape.
+
+    shape: str or int for these, float for a finite number, None for null; a tuple for one of its shapes; a list
+        for a list of its shape; a dictionary for one with its keys, or with any for the key None.
+    """
+    if not _fits(value, shape):
+        raise ValueError(f"got {str(value)[:80]}, expected what a run writes")
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    if isinstance(shape, tuple):
+        return any(_fits(value, each) for each in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(each, shape[0]) for each in value)
+    if isinstance(shape, dict):
+        keys = value if None in shape else shape
+        return isinstance(value, dict) and all(
+            key in value and _fits(value[key], shape.get(key, shape.get(None))) for key in keys
+        )
+    if shape is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return value is None if shape is None else type(value) is shape
 
 
 @contextmanager
@@ -234,7 +311,7 @@ def _reading(path: Path) -> Iterator[Path]:
     """Whatever is wrong with the content of a file is an error that names it."""
     try:
         yield path
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGED as error:
         told = str(error) if str(path) in str(error) else f"{path}: got a damaged file ({error!r})"
         raise ValueError(told) from error
 
