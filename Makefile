@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml $(CONSTRAINT
 # Ninja would ask make for leave to start jobs, which make gives to makes alone.
 unexport MAKEFLAGS
 
-.PHONY: demo test tests long test-integrations bench reproduce docs lint format emulated clean
+.PHONY: demo test tests long fuzz test-integrations bench reproduce docs lint format emulated clean
 
 demo: .venv/demo.stamp
 	$(BIN)/mas-ext demo
@@ -35,6 +35,14 @@ tests: emulated
 long: .venv/dev.stamp
 	OMP_NUM_THREADS=1 MAS_EXT_TIMES=40 $(BIN)/pytest -n auto --dist loadfile python_tests/state python_tests/comparison \
 	  python_tests/parameters/test_agreement.py
+
+# Coverage-guided, each reader of files for so long. What it finds is in build/fuzz.
+FUZZ_SECONDS ?= 3600
+fuzz: .venv/fuzz.stamp
+	for reader in $(notdir $(wildcard python_tests/fuzz/corpus/*)); do \
+	  PYTHONPATH=python_tests OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m fuzz $$reader -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+	done
 
 # The adapters, against the libraries that they are for.
 test-integrations: .venv-integrations/stamp
@@ -89,6 +97,10 @@ $(BIN)/pip:
 	MAS_EXT_REQUIRE_NATIVE=1 SKBUILD_CMAKE_DEFINE=MAS_EXT_WARNINGS_AS_ERRORS=ON \
 	  $(PIP) install --editable ".[dev]"
 	touch .venv/demo.stamp $@
+
+.venv/fuzz.stamp: .venv/dev.stamp
+	$(PIP) install atheris
+	touch $@
 
 # An environment of its own, of several GB: torchvision, which Avalanche needs, comes with CUDA's torch alone.
 # It is built in a folder of its own, too, so that both can be made at the same time.
