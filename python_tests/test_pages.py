@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from mas_ext.comparison.options import OPTIONS
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 # Those of other libraries are run where these are, by integrations/test_pages.py.
@@ -38,6 +40,11 @@ def test_the_page_of_environment_variables_has_all_of_them() -> None:
         for files in (code, [DOCS / "how-to" / "environment.md"])
     )
     assert told == read
+
+
+def test_the_page_of_mas_ext_run_has_all_options() -> None:
+    page = (DOCS / "how-to" / "run.md").read_text("utf-8")
+    assert set(re.findall(r"`--([a-z-]+)`", page)) == {name.replace("_", "-") for name in OPTIONS}
 
 
 def data() -> TensorDataset:
