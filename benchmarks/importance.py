@@ -367,7 +367,7 @@ def main() -> None:
     options = parser(__doc__, IMPORTANCE, 15)
     options.add_argument("--samples", type=int, help="in the batch")
     result, path = measure(options, run, table, "importance_{model}_{device}")
-    pictures.importance(result, path.with_suffix(".png"))
+    pictures.importance(result, path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -322,7 +322,7 @@ def main() -> None:
     options.add_argument("--dtype", default="float32", choices=FLOATS)
     options.add_argument("--tasks", type=int, nargs="+", metavar="T", default=[1, 10, 100])
     result, path = measure(options, run, table, "penalty_{model}_{device}")
-    pictures.penalty(result, path.with_suffix(".png"))
+    pictures.penalty(result, path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -91,10 +91,10 @@ def penalty_tables(found: Sequence[Result]) -> str:
         table([*head, "limited by"], rows),
         f"Copies of as many bytes in the same run, GB/s read and written: {speeds}.",
         machines(found),
-        "![bytes counted against bytes a second](performance/roofline.png)",
+        "![bytes counted against bytes a second](performance/roofline.svg)",
     ]
     if any(r["device"] == "cuda" for r in found):
-        parts.append("![the same on a GPU](performance/roofline_gpu.png)")
+        parts.append("![the same on a GPU](performance/roofline_gpu.svg)")
     return "\n\n".join(parts)
 
 
@@ -146,7 +146,7 @@ def step_tables(found: Sequence[Result]) -> str:
             "Forms: % by which a step is longer than without a penalty, after one task (95 % interval). Bytes "
             "alone: the same if `attach`'s bytes moved at the speed of a plain copy.",
             machines(found),
-            "![longer steps by form and network](performance/steps.png)",
+            "![longer steps by form and network](performance/steps.svg)",
         ]
     )
 
@@ -229,7 +229,7 @@ def tasks_table(found: Sequence[Result]) -> str:
     return "\n\n".join(
         [
             table([*head, "eager autograd: % longer", "bytes a parameter"], rows),
-            "![time and memory over the number of tasks](performance/tasks.png)",
+            "![time and memory over the number of tasks](performance/tasks.svg)",
         ]
     )
 
@@ -293,7 +293,7 @@ def lam_table(result: Result) -> str:
             f"{result['batch']}, task-incremental; importance of all training data.",
             "\n".join(f"- {sentence}" for sentence in sentences),
             f"{measured_on(result)}.",
-            "![accuracy over lam](performance/lam.png)",
+            "![accuracy over lam](performance/lam.svg)",
         ]
     )
 
@@ -343,13 +343,13 @@ def tables() -> dict[str, str]:
 def main() -> None:
     """Draw, and replace what stands between the page's marks."""
     PICTURES.mkdir(exist_ok=True)
-    for device, name in (("cpu", "roofline.png"), ("cuda", "roofline_gpu.png")):
+    for device, name in (("cpu", "roofline.svg"), ("cuda", "roofline_gpu.svg")):
         if penalties := load_all("penalty", device):
             pictures.roofline(penalties, PICTURES / name)
     if steps := load_all("step", "cpu"):  # a GPU has other batches, too
-        pictures.steps(steps, FORMS, PICTURES / "steps.png")
-        pictures.tasks(steps, PICTURES / "tasks.png")
-    pictures.lam(load(LAM), PICTURES / "lam.png")
+        pictures.steps(steps, FORMS, PICTURES / "steps.svg")
+        pictures.tasks(steps, PICTURES / "tasks.svg")
+    pictures.lam(load(LAM), PICTURES / "lam.svg")
     fill(PAGE, tables())
     print(f"written: {PAGE}")
 

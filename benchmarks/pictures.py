@@ -12,9 +12,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from benchmarks.files import Result, batch, named
+from mas_ext.comparison.charts import WIDTH, saved
 
 matplotlib.use("Agg")
 
@@ -71,7 +72,7 @@ def penalty(result: Result, path: Path) -> None:
     _light(right)
     title = f"{result['dtype']}, {_place(result)}, cold caches"
     figure.suptitle(f"{result['model']}, {result['parameters']:,} parameters, {title}", fontsize=11)
-    _write(figure, path, 150)
+    _write(figure, path)
 
 
 def importance(result: Result, path: Path) -> None:
@@ -91,7 +92,7 @@ def importance(result: Result, path: Path) -> None:
         "this library in blue",
         fontsize=11,
     )
-    _write(figure, path, 150)
+    _write(figure, path)
 
 
 def _milliseconds(row: Result) -> dict[str, float]:
@@ -126,20 +127,21 @@ def _bars(
 
 def roofline(results: Sequence[Result], path: Path) -> None:
     """Bytes of a call against bytes a second; the roof is a plain copy in the same run."""
-    figure, panels = plt.subplots(1, 2, figsize=(11.5, 4.6), layout="constrained")
+    figure, panels = plt.subplots(2, 1, figsize=(WIDTH, 7.4), layout="constrained")
     titles = ("each call after other work has gone through the caches", "called again and again")
     for axes, part, title in zip(panels, ("cold", None), titles, strict=True):
         for result in results:
             measured = result if part is None else result[part]
             _roof(axes, measured, result["parameters"], named(result))
         axes.set_xscale("log")
-        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-        axes.margins(x=0.25)
+        axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # above all markers there is room for names
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("megabytes that a call has to move, at the least")
         _light(axes)
-    panels[0].set_ylabel("GB/s")
-    _legend(figure, panels[0], 5)
+    figure.supylabel("GB/s", fontsize=10)
+    _legend(figure, panels[0], 2)
     _write(figure, path)
 
 
@@ -149,8 +151,9 @@ def _roof(axes: Axes, measured: Result, parameters: int, name: str) -> None:
     megabytes = [row["moved"] * parameters / 1e6 for row in rows]
     ends = [0.8 * min(megabytes), 1.25 * max(megabytes)]
     axes.plot(ends, [roof, roof], color="#333333", linewidth=2, label="fastest plain copy")
-    behind: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 9}
-    axes.annotate(name, (ends[1], roof), (5, 0), **behind)
+    middle = (ends[0] * ends[1]) ** 0.5
+    above: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8}
+    axes.text(middle, 0.98, name, transform=axes.get_xaxis_transform(), **above)
     for row, x in zip(rows, megabytes, strict=True):
         form = row["name"].removesuffix(", graph")
         look: dict[str, Any] = {"marker": "o", "color": COLORS[form], "linestyle": "none"}
@@ -165,28 +168,30 @@ def steps(results: Sequence[Result], forms: Sequence[str], path: Path) -> None:
         {(r["optimizer"], r["dtype"]) for r in results},
         key=lambda kind: (kind[1] != "float32", kind[0] != "sgd"),
     )
-    names = [*dict.fromkeys(map(named, results))]
-    height = 0.7 * len(names) + 1.0
-    rows = (len(kinds) + 1) // 2
+    shown = [[r for r in results if (r["optimizer"], r["dtype"]) == kind] for kind in kinds]
+    heights = [len(each) for each in shown]
     figure, panels = plt.subplots(
-        rows, 2, figsize=(11.5, rows * height), sharey=True, squeeze=False, layout="constrained"
+        len(kinds),
+        1,
+        figsize=(WIDTH, 1.1 * len(kinds) + 0.55 * sum(heights)),
+        height_ratios=heights,
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for axes in panels.flat[len(kinds) :]:
-        axes.set_visible(False)
-    for axes, kind in zip(panels.flat, kinds, strict=False):
-        for result in results:
-            if (result["optimizer"], result["dtype"]) == kind:
-                _longer(axes, result, len(names) - names.index(named(result)), forms)
-        axes.axvline(0, color="#333333", linewidth=1)
-        for y in range(1, len(names)):
+    for axes, kind, found in zip(panels.flat, kinds, shown, strict=True):
+        for y, result in enumerate(found):
+            _longer(axes, result, y, forms)
             axes.axhline(y + 0.5, color="#dddddd", linewidth=1)
+        axes.axvline(0, color="#333333", linewidth=1)
         axes.set_xscale("symlog", linthresh=10)
         _percent(axes.xaxis)
-        axes.set_yticks([len(names) - i for i in range(len(names))], names)
+        axes.set_yticks(range(len(found)), map(named, found))
+        axes.set_ylim(len(found) - 0.5, -0.5)
         axes.set_title(f"{kind[0]}, {kind[1]}", fontsize=10)
-        axes.set_xlabel("% by which a step is longer (linear up to 10)")
         _light(axes, "x")
-    _legend(figure, panels[0][0], 6)
+    figure.supxlabel("% by which a step is longer (linear up to 10)", fontsize=10)
+    _legend(figure, panels[0][0], 2)
     _write(figure, path)
 
 
@@ -203,7 +208,7 @@ def _longer(axes: Axes, result: Result, y: float, forms: Sequence[str]) -> None:
     first = min(row["tasks"] for row in result["forms"] if row["tasks"])
     for row in result["forms"]:
         if row["name"] in forms and row["tasks"] == first:
-            place = y + 0.12 * (len(forms) / 2 - forms.index(row["name"]))
+            place = y + 0.12 * (forms.index(row["name"]) - len(forms) / 2)
             low, middle, high = (100 * row["extra"][key] for key in ("low", "median", "high"))
             color = COLORS[row["name"]]
             axes.plot([low, high], [place, place], color=color, linewidth=1.4)
@@ -212,7 +217,7 @@ def _longer(axes: Axes, result: Result, y: float, forms: Sequence[str]) -> None:
 
 def tasks(results: Sequence[Result], path: Path) -> None:
     """Extra time and memory over the number of tasks, SGD in float32."""
-    figure, panels = plt.subplots(1, 2, figsize=(11.5, 4.4), layout="constrained")
+    figure, panels = plt.subplots(2, 1, figsize=(WIDTH, 8.2), layout="constrained")
     shown = [r for r in results if (r["optimizer"], r["dtype"]) == ("sgd", "float32")]
     values = (
         lambda row, result: 100 * row["extra"]["median"],
@@ -239,19 +244,23 @@ def tasks(results: Sequence[Result], path: Path) -> None:
     _percent(panels[0].yaxis)
     for axis in (panels[0].xaxis, panels[1].xaxis, panels[1].yaxis):
         axis.set_major_formatter("{x:g}")
-    _legend(figure, panels[0], 3)
+    _legend(figure, panels[0], 2)
     _write(figure, path)
 
 
 def lam(result: Result, path: Path) -> None:
     """Every run as a point and their means as lines; runs that diverged as crosses at the bottom."""
     figure, panels = plt.subplots(
-        1, len(result["rates"]), figsize=(11, 4), sharey=True, squeeze=False, layout="constrained"
+        len(result["rates"]),
+        1,
+        figsize=(WIDTH, 3 * len(result["rates"])),
+        sharey=True,
+        layout="constrained",
     )
-    for axes, (optimizer, rate) in zip(panels[0], result["rates"].items(), strict=True):
+    for axes, (optimizer, rate) in zip(panels, result["rates"].items(), strict=True):
         _accuracies(axes, [r for r in result["runs"] if r["optimizer"] == optimizer])
         axes.set_title(f"{optimizer}, learning rate {rate:g}", fontsize=10)
-    panels[0][0].set_ylabel("average accuracy after the last task, %")
+    figure.supylabel("average accuracy after the last task, %", fontsize=10)
     figure.suptitle(
         f"split MNIST, 5 tasks, MLP 784-{'-'.join(map(str, result['hidden']))}", fontsize=11
     )
@@ -296,6 +305,6 @@ def _legend(figure: Figure, axes: Axes, columns: int) -> None:
     )
 
 
-def _write(figure: Figure, path: Path, dpi: int = 130) -> None:
-    figure.savefig(path, dpi=dpi)
+def _write(figure: Figure, path: Path) -> None:
+    path.write_bytes(saved(figure, "svg"))
     plt.close(figure)

@@ -204,8 +204,8 @@ class Adaptivity(Experiment):
                     rows.append({"importance from": name, **means, "seeds": str(len(found))})
             if rows:
                 text += [f"**{part}**", titled(rows), self._differences(results, part)]
-        text += [results.place(), "![kept of the part and of the rest](adaptivity.png)"]
-        return Page("\n\n".join(text), {"adaptivity.png": self._picture(results)})
+        text += [results.place(), "![kept of the part and of the rest](adaptivity.svg)"]
+        return Page("\n\n".join(text), {"adaptivity.svg": self._picture(results)})
 
     def _differences(self, results: Results, part: str) -> str:
         """Accuracies with importance from a source minus those from training data, paired by seed."""
@@ -227,7 +227,7 @@ class Adaptivity(Experiment):
 
     def _picture(self, results: Results) -> Any:
         """By part: accuracy lost on it against that on the rest, one point per strength."""
-        figure, panels = canvas(len(PARTS), 3, 3.4)
+        figure, panels = canvas(len(PARTS), 1, 2.6)
         for panel, part in zip(panels, PARTS, strict=True):
             for i, source in enumerate(SOURCES):
                 points = []

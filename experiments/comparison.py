@@ -141,12 +141,12 @@ class Comparison(Tuned):
         span = str(most) if least == most else f"{least} to {most}"
         text += [
             f"Mean and 95 % interval over {span} of {self.seeds} seeds. {results.place()}",
-            f"![average accuracy by method]({self.name}.png)",
-            f"![validation accuracy over lam]({self.name}-lam.png)",
+            f"![average accuracy by method]({self.name}.svg)",
+            f"![validation accuracy over lam]({self.name}-lam.svg)",
         ]
         figures = {
-            f"{self.name}.png": self._accuracies(results),
-            f"{self.name}-lam.png": self._lams(results),
+            f"{self.name}.svg": self._accuracies(results),
+            f"{self.name}-lam.svg": self._lams(results),
         }
         return Page("\n\n".join(text), figures)
 
@@ -183,7 +183,7 @@ class Comparison(Tuned):
     def _accuracies(self, results: Results) -> Any:
         """A panel per setting: a point per seed, crosses for what was published."""
         count = len(self.settings)
-        figure, panels = canvas(count, count, 4.5, sharey=True)
+        figure, panels = canvas(count, 1, 3.6, sharey=True)
         known = [v for v in self.variants if any(self.finals(results, s, v) for s in self.settings)]
         for panel, setting in zip(panels, self.settings, strict=True):
             for y, variant in enumerate(known):
@@ -203,7 +203,7 @@ class Comparison(Tuned):
     def _lams(self, results: Results) -> Any:
         """A panel per setting: validation accuracy over lam."""
         count = len(self.settings)
-        figure, panels = canvas(count, count, 3.2)
+        figure, panels = canvas(count, 1, 2.6)
         names = [v.method for v in self.variants if v.lam_of == v.method and not v.options]
         for panel, setting in zip(panels, self.settings, strict=True):
             for i, name in enumerate(names):

@@ -120,13 +120,13 @@ class Consistency(Experiment):
 
     def show(self, results: Results) -> Page:
         """Tables and pictures of the toy and of the real tasks."""
-        text = [self._toy_table(results), "![errors over lam](consistency-toy.png)"]
-        figures = {"consistency-toy.png": self._toy_picture(results)}
+        text = [self._toy_table(results), "![errors over lam](consistency-toy.svg)"]
+        figures = {"consistency-toy.svg": self._toy_picture(results)}
         for name in self.protocols:
             if results.where(protocol=name):
                 text += [f"**{name}**", self._table(results, name)]
-        text += ["![forgetting by position](consistency.png)", results.place()]
-        return Page("\n\n".join(text), {**figures, "consistency.png": self._positions(results)})
+        text += ["![forgetting by position](consistency.svg)", results.place()]
+        return Page("\n\n".join(text), {**figures, "consistency.svg": self._positions(results)})
 
     def _toy(self, results: Results, order: str, method: str, lam: float) -> Tensor | None:
         """Error over variance of the tasks with small and with large outputs, and of the third: (seeds, 3)."""
@@ -149,7 +149,7 @@ class Consistency(Experiment):
         return table(titles, rows)
 
     def _toy_picture(self, results: Results) -> Any:
-        figure, panels = canvas(len(ORDERS), 2, 3.6, sharey=True)
+        figure, panels = canvas(len(ORDERS), 1, 2.8, sharey=True)
         kinds = ("outputs of scale 1", "outputs of scale 10", "third task")
         for panel, order in zip(panels, ORDERS, strict=True):
             for j, method in enumerate(METHODS):
@@ -220,7 +220,7 @@ class Consistency(Experiment):
         ]
 
     def _positions(self, results: Results) -> Any:
-        figure, panels = canvas(len(self.protocols), 2, 3.4)
+        figure, panels = canvas(len(self.protocols), 1, 2.8)
         for panel, name in zip(panels, self.protocols, strict=True):
             lam = self.strengths[0]
             for i, method in enumerate(METHODS):

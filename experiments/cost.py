@@ -100,7 +100,7 @@ class Cost(Experiment):
         at = [t for t in (1, 2, 10, 25, 50) if t < self.tasks] + [self.tasks]
         tens = [(t, min(t + 9, self.tasks)) for t in range(1, self.tasks + 1, 10)]
         rows = []
-        figure, panels = canvas(2, 2, 4.0)
+        figure, panels = canvas(2, 1, 3.2)
         for i, method in enumerate(METHODS):
             curves = self.curves(results, method)
             if curves:
@@ -115,5 +115,5 @@ class Cost(Experiment):
             panel.set(yscale="log", xlabel="tasks", ylabel=words)
         legend(figure, panels[0])
         titles = ("method", *(f"MB, {t}" for t in at), *(f"ms a step, {a} to {b}" for a, b in tens))
-        text = [table(titles, rows), results.place(), "![memory and time over tasks](cost.png)"]
-        return Page("\n\n".join(text), {"cost.png": figure})
+        text = [table(titles, rows), results.place(), "![memory and time over tasks](cost.svg)"]
+        return Page("\n\n".join(text), {"cost.svg": figure})

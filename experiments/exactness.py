@@ -187,8 +187,8 @@ class Exactness(Tuned):
                 text += [self._likeness([each["estimators"] for each in found.values()])]
         text += ["**Learning**", self._learning(results)]
         text += ["**At every strength**, average accuracy, %", self._by_strength(results)]
-        text += [results.place(), "![likeness over the size of batches](exactness.png)"]
-        return Page("\n\n".join(text), {"exactness.png": self._over_sizes(results)})
+        text += [results.place(), "![likeness over the size of batches](exactness.svg)"]
+        return Page("\n\n".join(text), {"exactness.svg": self._over_sizes(results)})
 
     def _likeness(self, found: Sequence[Found]) -> str:
         rows = []
@@ -243,7 +243,7 @@ class Exactness(Tuned):
         return results.by_seed(part="learning", importance=name, purpose="final", lam=lam)
 
     def _over_sizes(self, results: Results) -> Any:
-        figure, panels = canvas(2, 2, 3.0)
+        figure, panels = canvas(2, 1, 2.6)
         labels = {
             "rank_correlation": "rank correlation with exact",
             "kept": "share of all importance",

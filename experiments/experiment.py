@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from experiments.manifest import check_data
 from mas_ext.comparison.cells import Cell, Found, fill
+from mas_ext.comparison.charts import saved
 from mas_ext.comparison.directory import defined, environment
 from mas_ext.state.replacing import remove_leftovers, write
 
@@ -187,8 +188,8 @@ def reproduce(experiment: Experiment, name: str, out: Path) -> Page:
 
 
 def draw(experiment: Experiment, results: Results, folder: Path) -> Page:
-    """What was found, with the figures written into a folder as PNGs."""
+    """What was found, with the figures written into a folder as SVG."""
     page = experiment.show(results)
     for name, figure in page.figures.items():
-        figure.savefig(folder / name, dpi=110)
+        (folder / name).write_bytes(saved(figure, "svg"))
     return page

@@ -230,7 +230,7 @@ class Facts(InOwnLoop):
         titles = ["method", *titles, "mAP when new, %", "forgetting, % points", "lam", "seeds"]
         text = [table(titles, rows), *self._adapted(results), results.place()]
         figure = course(by_method, "task", "mAP in %")
-        return Page("\n\n".join([*text, "![mAP by task](facts.png)"]), {"facts.png": figure})
+        return Page("\n\n".join([*text, "![mAP by task](facts.svg)"]), {"facts.svg": figure})
 
     def _adapted(self, results: Results) -> list[str]:
         """A table for each part: before, by source of importance, and the part's minus all, paired by seed."""

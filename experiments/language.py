@@ -188,9 +188,9 @@ class Language(Experiment):
         text = [
             titled(rows),
             f"Perplexity, mean and 95 % interval over the seeds. {results.place()}",
-            "![perplexity of what was known over that of what is learned, for every lam](language.png)",
+            "![perplexity of what was known over that of what is learned, for every lam](language.svg)",
         ]
-        return Page("\n\n".join(text), {"language.png": self.picture(results)})
+        return Page("\n\n".join(text), {"language.svg": self.picture(results)})
 
     def picture(self, results: Results) -> Any:
         """Perplexity of what was known over that of what is learned: a curve over lam for each method."""

@@ -165,7 +165,7 @@ def course(by_method: Mapping[str, Sequence[Tensor]], task: str, quantity: str) 
 
     Left the mean over the tasks so far, right each task after the last one.
     """
-    figure, panels = canvas(2, 2, 3.6)
+    figure, panels = canvas(2, 1, 3.0)
     for i, (name, seeds) in enumerate(by_method.items()):
         mean = 100 * torch.stack(list(seeds)).mean(0)
         ticks = range(1, len(mean) + 1)

@@ -184,9 +184,9 @@ class OfficialDemo(Experiment):
         text = [
             table(titles, rows),
             f"Mean and 95 % interval over {seeds} of {self.seeds} seeds. {results.place()}",
-            "![accuracy by task](official-demo.png)",
+            "![accuracy by task](official-demo.svg)",
         ]
-        return Page("\n\n".join(text), {"official-demo.png": self._by_task(results)})
+        return Page("\n\n".join(text), {"official-demo.svg": self._by_task(results)})
 
     def matrices(self, results: Results, variant: Variant) -> list[Tensor]:
         """accuracy[t, k] of every seed that did not diverge."""

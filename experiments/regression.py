@@ -171,11 +171,11 @@ class Regression(InOwnLoop):
             shown = (*map(percent, columns), number(lam), str(len(errors)))
             rows.append((f"`{name}`", *shown))
         titles = ("method", "error, %", "error when new, %", "forgetting, %", "lam", "seeds")
-        text = [table(titles, rows), results.place(), "![errors by arm](regression.png)"]
+        text = [table(titles, rows), results.place(), "![errors by arm](regression.svg)"]
         figure = course(by_method, "arm", "squared error in % of the variance")
         for panel in figure.axes:
             panel.set_yscale("log")
-        return Page("\n\n".join(text), {"regression.png": figure})
+        return Page("\n\n".join(text), {"regression.svg": figure})
 
 
 def _square(rows: Sequence[Sequence[float]]) -> Tensor:

@@ -259,8 +259,8 @@ class TaskFreeStreams(Experiment):
                 merged.append({"merge": merge, **scores})
         if merged:
             text += ["**Three tasks four times each, then a new one**", titled(merged)]
-        text += [results.place(), "![the loss of the streams](task-free.png)"]
-        return Page("\n\n".join(text), {"task-free.png": self._picture(results)})
+        text += [results.place(), "![the loss of the streams](task-free.svg)"]
+        return Page("\n\n".join(text), {"task-free.svg": self._picture(results)})
 
     def _found(
         self, results: Results, stream: str, change: str, method: str, **values: Any

@@ -23,7 +23,7 @@ from mas_ext.scenarios.datasets import import_extra
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 MARKERS = "osD^vP<>Xp*hd8H1234+x"
 LINES = ("-", "--", ":")
-WIDTH = 8.0  # inches
+WIDTH = 5.5  # inches: letters are large enough on a page of 400 pixels
 
 Kind = Literal["png", "pdf", "svg"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -59,16 +59,17 @@ def pictures(findings: Findings, kind: Kind = "png") -> dict[str, bytes]:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    matplotlib = import_extra("matplotlib")
-    drawn = {}
-    for name, draw in CHARTS.items():
-        with matplotlib.rc_context(SAVING):
-            figure = draw(findings)
-            if figure is not None:
-                file = io.BytesIO()
-                figure.savefig(file, dpi=150, format=kind, metadata=UNDATED[kind])
-                drawn[name] = file.getvalue()
-    return drawn
+    import_extra("matplotlib")
+    drawn = {name: draw(findings) for name, draw in CHARTS.items()}
+    return {name: saved(figure, kind) for name, figure in drawn.items() if figure is not None}
+
+
+def saved(figure: Any, kind: Kind) -> bytes:
+    """A figure as a file of this kind."""
+    file = io.BytesIO()
+    with import_extra("matplotlib").rc_context(SAVING):
+        figure.savefig(file, dpi=220, format=kind, metadata=UNDATED[kind])
+    return file.getvalue()
 
 
 def canvas(
@@ -91,12 +92,12 @@ def canvas(
     return figure, panels[:count]
 
 
-def legend(figure: Any, panel: Any, columns: int = 5) -> None:
+def legend(figure: Any, panel: Any, columns: int = 4) -> None:
     """The legend of a panel's lines, above all panels."""
     handles, labels = panel.get_legend_handles_labels()
     longest = max((len(label) for label in labels if ":" in label), default=0)  # module:Class
     if longest > 24:
-        columns = max(1, 80 // (longest + 6))
+        columns = max(1, 55 // (longest + 6))
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
 
 
@@ -142,7 +143,7 @@ def accuracy_chart(findings: Findings) -> Any:
         for k, name in enumerate(findings.tasks, 1)
     ]
     titles.append("mean of the tasks so far")
-    figure, panels = canvas(count + 1, 3, 2.3, sharex=True, sharey=True)
+    figure, panels = canvas(count + 1, 2, 2.3, sharex=True, sharey=True)
     within: list[Any] = []
     for i, (method, seeds) in enumerate(methods.items()):
         each = torch.stack([torch.hstack([s.accuracy, s.average[:, None]]) for s in seeds])
@@ -179,7 +180,7 @@ def matrices_chart(findings: Findings) -> Any:
     low, high = _limits(values)
     if bool((values.nan_to_num() >= 0).all()):  # else they are scores, which may be negative
         low, high = max(low, 0.0), min(high, 100.0)
-    figure, panels = canvas(len(found), 3, 2.3, grid=False)
+    figure, panels = canvas(len(found), 2, 2.3, grid=False)
     for panel, (method, matrix) in zip(panels, found.items(), strict=True):
         image = panel.imshow(matrix.numpy(), cmap="cividis", vmin=low, vmax=high)
         _entitle(panel, method)
@@ -211,7 +212,7 @@ def confusion_chart(findings: Findings) -> Any:
         of_task = {task: [i for i, t in enumerate(tasks) if t == task] for task in tasks}
         by, ticks = "class, by number of its task", [sum(p) / len(p) for p in of_task.values()]
         names = [str(task + 1) for task in of_task]
-    figure, panels = canvas(len(found), 3, 2.5, grid=False)
+    figure, panels = canvas(len(found), 2, 2.5, grid=False)
     norm = import_extra("matplotlib.colors").PowerNorm(0.5, 0, 100)
     for panel, (method, taken) in zip(panels, found.items(), strict=True):
         image = panel.imshow(taken.numpy(), cmap="cividis", norm=norm)
@@ -258,7 +259,7 @@ def cost_chart(findings: Findings) -> Any:
     methods, count = begun(findings), len(findings.tasks)
     if not methods:
         return None
-    figure, panels = canvas(2, 2, 3.2)
+    figure, panels = canvas(2, 1, 2.6)
     for i, (method, seeds) in enumerate(methods.items()):
         seconds, held = (
             over_seeds(seeds, attrgetter(k))[0] for k in ("step_seconds", "held_bytes")
@@ -282,7 +283,7 @@ def importance_chart(findings: Findings) -> Any:
         return None
     layers = list(dict.fromkeys(layer for each in found.values() for layer in each))
     height = min(max(0.35, 0.13 * len(found) + 0.15) * len(layers), 12.0)
-    figure, panels = canvas(2, 2, 0.8 + height, grid=False, sharey=True)
+    figure, panels = canvas(2, 1, 0.8 + height, grid=False, sharey=True)
     for i, (method, each) in enumerate(found.items()):
         y = [layers.index(layer) + 0.8 * ((i + 0.5) / len(found) - 0.5) for layer in each]
         how = {**style(findings, method), "linestyle": ""}

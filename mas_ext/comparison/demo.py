@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mas_ext import metrics
+from mas_ext.comparison.charts import WIDTH
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import Method
@@ -145,13 +146,13 @@ def draw(accuracy: Mapping[str, Tensor], tasks: tuple[str, ...], out: Path) -> N
     from matplotlib.figure import Figure  # not pyplot: no global state, no window
 
     rows = (len(accuracy) + 1) // 2
-    figure = Figure(figsize=(6.4, 0.5 + 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.5 + 2.5 * rows), layout="constrained")
     panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flat
     for panel, (name, matrix) in zip(panels, accuracy.items(), strict=True):
         for k, task in enumerate(tasks):
             panel.plot(range(k, len(tasks)), 100 * matrix[k:, k], marker="o", label=task)
         average, lost = metrics.average_accuracy(matrix), metrics.forgetting(matrix)
-        summary = f"average {100 * average:.1f} %, forgetting {100 * lost:.1f} %"
+        summary = f"average {100 * average:.1f} %\nforgetting {100 * lost:.1f} %"
         panel.set_title(f"{name}\n{summary}", fontsize="medium")
         panel.set_xticks(range(len(tasks)), tasks)
         panel.grid(alpha=0.3)
@@ -159,4 +160,4 @@ def draw(accuracy: Mapping[str, Tensor], tasks: tuple[str, ...], out: Path) -> N
     figure.supylabel("accuracy on each task in %")
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(tasks), frameon=False)
-    figure.savefig(out, dpi=150)
+    figure.savefig(out, dpi=180)

@@ -74,7 +74,7 @@ def test_pages_say_what_the_results_say(tmp_path: Path) -> None:
 def test_pictures_are_there() -> None:
     text = performance.PAGE.read_text(encoding="utf-8")
     shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert "performance/lam.png" in shown
+    assert "performance/lam.svg" in shown
     for path in shown:
         assert (performance.PAGE.parent / path).read_bytes().startswith(b"\x89PNG"), path
 
@@ -148,10 +148,10 @@ def test_strengths() -> None:
 
 def test_pictures_can_be_drawn(tmp_path: Path) -> None:
     found = [steps(0.11), {**steps(0.12), "model": "gpt2"}, {**steps(0.11), "dtype": "bfloat16"}]
-    pictures.steps(found, performance.FORMS, tmp_path / "steps.png")
-    pictures.tasks(found, tmp_path / "tasks.png")
-    pictures.roofline(load_all("penalty"), tmp_path / "roofline.png")
-    pictures.lam(LAM, tmp_path / "lam.png")
+    pictures.steps(found, performance.FORMS, tmp_path / "steps.svg")
+    pictures.tasks(found, tmp_path / "tasks.svg")
+    pictures.roofline(load_all("penalty"), tmp_path / "roofline.svg")
+    pictures.lam(LAM, tmp_path / "lam.svg")
     pictures.penalty(load("penalty_mlp_cpu"), tmp_path / "penalty.png")
     pictures.importance(load("importance_mlp_cpu"), tmp_path / "importance.png")
     assert len(list(tmp_path.glob("*.png"))) == 6

@@ -39,7 +39,7 @@ def test_pictures(found: Findings) -> None:
     ]  # fmt: skip
     for picture in pictures.values():
         pixels = matplotlib.image.imread(io.BytesIO(picture), format="png")
-        assert pixels.shape[1] == 1200
+        assert pixels.shape[1] == 1210
         assert len(np.unique(pixels)) > 10
 
 

@@ -144,8 +144,8 @@ def test_every_lam_is_measured_with_one_seed_before_two(tmp_path: Path) -> None:
     assert row.startswith("| MAS of s B A | 0.1 | 11.50 ± ")
     assert row.endswith(" | 4.00 ± 0.00 | 9.00 ± 0.00 | 2 |")
     assert "| before |  | 10.00 | 4.00 | 9.00 |  |" in page.text
-    assert "](language.png)" in page.text
-    lines = {line.get_label(): line for line in page.figures["language.png"].axes[0].lines}
+    assert "](language.svg)" in page.text
+    lines = {line.get_label(): line for line in page.figures["language.svg"].axes[0].lines}
     assert list(lines) == ["before", "fine-tuning", *few]
     y = lines["MAS of s B A"].get_ydata()
     assert y == pytest.approx([6.0] * 3)

@@ -71,5 +71,5 @@ def test_the_page_is_written_from_results(tmp_path: Path, monkeypatch: pytest.Mo
     assert "| images of the old task | as they were | 0.01 |" in other.read_text(encoding="utf-8")
     assert "| old |" not in other.read_text(encoding="utf-8")
     for name in ("cost", "regression"):
-        assert f"](results/{name}.png)" in committed
-        assert (tmp_path / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"](results/{name}.svg)" in committed
+        assert (tmp_path / "results" / f"{name}.svg").read_bytes().startswith(b"<?xml")
