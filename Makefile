@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml $(CONSTRAINT
 # Ninja would ask make for leave to start jobs, which make gives to makes alone.
 unexport MAKEFLAGS
 
-.PHONY: demo test tests long fuzz test-integrations bench reproduce docs lint format emulated clean
+.PHONY: demo test tests long fuzz mutants test-integrations bench reproduce docs lint format emulated clean
 
 demo: .venv/demo.stamp
 	$(BIN)/mas-ext demo
@@ -44,6 +44,10 @@ fuzz: .venv/fuzz.stamp
 	  PYTHONPATH=python_tests OMP_NUM_THREADS=1 \
 	    $(BIN)/python -m fuzz $$reader -max_total_time=$(FUZZ_SECONDS) || exit 1; \
 	done
+
+# Which small changes of the code no test notices.
+mutants: emulated
+	$(BIN)/python python_tests/mutants.py
 
 # The adapters, against the libraries that they are for.
 test-integrations: .venv-integrations/stamp
