@@ -80,8 +80,7 @@ MAS_FN T store(compute_t<T> x) {
   if constexpr (std::is_same_v<T, bfloat16>) {
     const auto u = bit_cast<std::uint32_t>(x);
     const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const std::uint32_t nan = (u >> 16) | 0x40u;
-    return {static_cast<std::uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+    return {static_cast<std::uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
   } else if constexpr (std::is_same_v<T, float16>) {
     const auto u = bit_cast<std::uint32_t>(x);
     const std::uint32_t a = u & 0x7fffffffu;
