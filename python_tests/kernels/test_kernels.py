@@ -353,6 +353,21 @@ def test_merge(
         np.testing.assert_allclose(got_anchor, expected, rtol=fine, atol=4 * fine)
 
 
+@pytest.mark.parametrize("distance", [1e-25, 1e25])
+def test_squares_of_float32_are_taken_in_float64(backend: Backend, distance: float) -> None:
+    """They are no numbers of float32; in the value alpha brings them back."""
+    case = make(torch.float32, shapes=[(100,)], device=backend.device)
+    case.theta[0].fill_(distance)
+    case.anchor.zero_()
+    case.omega.fill_(1)
+    case.remainder.zero_()
+    case.alpha.fill_(1 / distance**2)
+    assert float(penalty(case.theta, case.state(backend.native))) == pytest.approx(100, rel=1e-6)
+    importance = [torch.ones_like(case.theta[0])]
+    added = merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, "mean", 0)
+    assert float(added[0]) == pytest.approx(100 * distance**2 / 2, rel=1e-6, abs=0)
+
+
 def test_merge_never_goes_below_zero(backend: Backend) -> None:
     case = make(torch.float32, shapes=[(100,)], device=backend.device)
     importance = [torch.full_like(case.theta[0], -1e9)]
