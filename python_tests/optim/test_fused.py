@@ -393,3 +393,9 @@ def test_a_step_makes_no_temporary_of_parameter_size(
     before = model.weight.detach().clone()
     assert largest_allocation(stepping.step) < 4 * 300 * 200 / 100
     assert not torch.equal(model.weight, before)
+
+
+@each_optimizer
+def test_a_scaler_leaves_the_scale_and_the_overflow_to_the_step(optimizer: Any) -> None:
+    """It would wait for the GPU to read them."""
+    assert optimizer([nn.Parameter(torch.ones(2))])._step_supports_amp_scaling

@@ -665,6 +665,38 @@ def test_a_wrapper_that_hides_the_optimizer_is_refused() -> None:
         case.penalty.attach(Hiding(SGD(case.model.parameters(), lr=0.1)))
 
 
+def test_a_wrapper_with_an_inherited_step_is_refused() -> None:
+    """It lacks what torch's constructor gives, although its class has a step that calls hooks."""
+
+    class Inheriting(SGD):
+        def __init__(self, optimizer: Any) -> None:
+            self.base = optimizer
+
+    case = held()
+    inner = SGD(case.model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="got Inheriting, whose step calls no hooks"):
+        case.penalty.attach(Inheriting(inner))
+
+
+def test_a_wrapper_of_itself_is_refused() -> None:
+    case = held()
+    wrapper = Duck(SGD(case.model.parameters(), lr=0.1))
+    wrapper.optimizer = wrapper
+    with pytest.raises(TypeError, match="got Duck, expected a torch"):
+        case.penalty.attach(wrapper)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_betas_may_be_tensors(mode: Any) -> None:
+    paths = []
+    for betas in ((0.9, 0.99), torch.tensor([0.9, 0.99], dtype=torch.float64).unbind()):
+        case = held()
+        optimizer = Adam(case.model.parameters(), lr=0.1, betas=betas, foreach=False)  # type: ignore[arg-type]
+        case.penalty.attach(optimizer, mode)
+        paths.append(train(case, [optimizer], case.loss, 3)[-1])
+    np.testing.assert_allclose(paths[1], paths[0], rtol=1e-12)
+
+
 @pytest.mark.parametrize("mode", ["gradient", "proximal"])
 def test_a_step_that_calls_its_parents_pulls_once(mode: Any) -> None:
     """torch calls the hooks of both; so it does in a step after one that failed."""
