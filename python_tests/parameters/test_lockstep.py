@@ -71,6 +71,15 @@ class Difficult(Plain):
         return torch.einsum("bi,i->bi", self.end(y).mean(1), self.end_odd)
 
 
+class Hooked(Plain):
+    """The user's hooks are part of the model, also where a unit is gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].register_forward_pre_hook(lambda module, args: (args[0].sin(),))
+        self.blocks[1].register_forward_hook(lambda module, args, output: output.tanh())
+
+
 class OfTwo(Plain):
     """Takes no single sample."""
 
@@ -119,6 +128,7 @@ CASES = {
     "batch": Case(Plain, partial(estimate_importance, method="batch")),
     "local": Case(Plain, partial(estimate_importance, method="local")),
     "difficult": Case(Difficult, estimate_importance),
+    "hooked": Case(Hooked, estimate_importance),
     "of two": Case(OfTwo, estimate_importance),
     "fisher": Case(Difficult, estimate_fisher),
     "fisher of all": Case(Plain, partial(estimate_fisher, labels="all")),

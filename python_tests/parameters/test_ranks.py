@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch.distributed.tensor import distribute_module, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from mas_ext import Distillation, FusedMASPenalty, estimate_importance
+from mas_ext.parameters import ranks as module
 
 FORMS = ["loss", "add_grad", "gradient", "proximal"]
 
@@ -168,6 +170,23 @@ def test_several_processes_train_as_one(ranks: int, tmp_path: Path) -> None:
                     for other in found[1:]:
                         assert torch.equal(other[form][t][what][i], value), (form, t, what)
                     torch.testing.assert_close(value, expected[what][t][i], rtol=1e-9, atol=1e-12)
+
+
+def test_a_group_of_other_ranks_than_a_model_is_sharded_over_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many of them, too."""
+    groups: dict[Any, list[int]] = {"shards": [0, 1], "same": [1, 0], "other": [0, 2]}
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: groups[group.name])
+    shards, same, other = (SimpleNamespace(name=name) for name in groups)
+    monkeypatch.setattr(module, "group_of", lambda model: shards)
+    for given in ("auto", same):
+        assert module.Ranks(given).group(nn.Linear(1, 1)) is shards
+    for given, got in ((other, r"ranks \[0, 2\]"), (None, "None")):
+        with pytest.raises(
+            ValueError, match=f"got {got} for a model .* over ranks .0, 1., expected"
+        ):
+            module.Ranks(given).group(nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.cuda)])
