@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mas_ext.parameters.adapters import adapted_weights
 from mas_ext.training.lam import choose_lam, read_pull
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+NAN, INF = float("nan"), float("inf")
 RULES = [("sum", 1.0), ("consistent", 1.0), ("decay", 0.5)]
 
 
@@ -400,6 +402,58 @@ def test_products_are_not_held_by_parameter() -> None:
         ValueError, match=r"state: got 'first\.weight', whose low-rank update is held"
     ):
         FusedMASPenalty(model, adapters="parameters").load_state_dict(penalty.state_dict())
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "rows": ("left.first.weight.default", lambda t: t[1:]),
+    "rank": ("right.first.weight.default", lambda t: t[1:]),
+    "columns": ("right.first.weight.default", lambda t: t[:, 1:]),
+    "dimensions": ("left.first.weight.default", lambda t: t[:, 0]),
+    "infinite": ("left.first.weight.default", lambda t: t / 0),
+    "integers": ("right.first.weight.default", lambda t: t.long()),
+    "rows of omega": ("omega.first.weight", lambda t: t[1:]),
+    "columns of omega": ("omega.first.weight", lambda t: t[:, 1:]),
+    "integers in omega": ("omega.first.weight", lambda t: t.long()),
+    "negative": ("omega.first.weight", lambda t: t - 1 - t.max()),
+    "sample": ("sample.first.weight", lambda t: t[1:]),
+    "longer sample": ("sample.first.weight", lambda t: torch.cat([t, t])),
+    "dtype of the sample": ("sample.first.weight", lambda t: t.float()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_updates_are_refused_by_name(damage: str) -> None:
+    model = make()
+    penalty, _ = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    value, state = float(penalty().detach()), penalty.state_dict()
+    key, change = DAMAGE[damage]
+    state[f"update.{key}"] = change(state[f"update.{key}"])
+    kind, _, name = key.partition(".")
+    with pytest.raises(ValueError, match=rf"state, .*{kind}.*{name}.*: got .*, expected"):
+        penalty.load_state_dict(state)
+    assert float(penalty().detach()) == value
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"unit": -1.0}, {"unit": INF}, {"unit": "x"}, {"unit": None}, {"more": 1}),
+        *({"shape": [-6, 5]}, {"shape": [6.0, 5.0]}, {"shape": 30}),
+        *({"scales": {"default": NAN}}, {"scales": ["default"]}),
+    ],
+)
+def test_a_wrong_description_of_updates_is_refused(change: dict[str, Any]) -> None:
+    model = make()
+    penalty, _ = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    state = penalty.state_dict()
+    config = json.loads(bytes(state["config"].tolist()))
+    about = config["updates"]["first.weight"]
+    config["updates"]["first.weight"] = {k: v for k, v in (about | change).items() if v is not None}
+    state["config"] = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="'config' with wrong updates"):
+        penalty.load_state_dict(state)
 
 
 @pytest.mark.parametrize(("zero", "other"), [("up", "down"), ("down", "up")])

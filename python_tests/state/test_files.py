@@ -464,6 +464,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "omega_negative": (lambda t: t["omega.weight"].view(-1)[3:4].fill_(-1e-9), "weight"),
     "anchor_inf": (lambda t: t["anchor.weight"].view(-1)[3:4].fill_(INF), "weight"),
     "remainder_nan": (lambda t: t["remainder.bias"].fill_(NAN), "bias"),
+    "remainder_negative": (lambda t: t["remainder.bias"].fill_(-1e-9), "bias"),
     "pending_nan": (lambda t: t["pending.weight"].view(-1)[3:4].fill_(NAN), "weight"),
     "pending_negative": (lambda t: t["pending.weight"].view(-1)[3:4].fill_(-1.0), "weight"),
     "pending_objective_nan": (lambda t: t["pending_objective"].fill_(NAN), "pending"),

@@ -121,6 +121,20 @@ def test_consistent_equalises_total_importance() -> None:
     assert sum(state.alpha) == pytest.approx(2.0 * 6, rel=1e-12)
 
 
+def test_importance_of_16_bits_is_multiplied_in_32() -> None:
+    state = Consolidation(MergeRule("sum", store="per_task", omega_dtype=torch.bfloat16), 1.0)
+    state.add_task({"w": torch.zeros(())}, {"w": torch.tensor(1.0)}, weight=1 + 2.0**-12)
+    assert float(state.quadratic()["w"][0]) == 1 + 2.0**-12
+
+
+def test_importance_is_added_up_in_64_bits() -> None:
+    """2^24 + 1 is no number of float32."""
+    state = Consolidation(MergeRule("consistent"), 1.0)
+    importance = torch.tensor([2.0**24, 1.0])
+    state.add_task({"w": torch.zeros(2)}, {"w": importance})
+    assert state.memory.entries[0].total == 2**24 + 1
+
+
 @pytest.mark.filterwarnings("ignore:consolidate. task:RuntimeWarning")
 def test_consistent_does_not_depend_on_the_order_of_tasks() -> None:
     torch.manual_seed(3)
@@ -269,6 +283,7 @@ def test_a_weight_counts_at_once_and_in_place(rule: MergeRule) -> None:
 def test_tasks_without_weight_pull_nothing(rule: MergeRule) -> None:
     state, _ = consolidated(rule, 2, weights=[0.0, 0.0])
     assert state.alpha == [0.0, 0.0]
+    assert state.scale == (0.0 if rule.merge == "consistent" else 0.7)
     value, gradient = measured(state, random())
     assert value == 0
     assert not gradient.any()

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,17 @@ def test_a_folder_swept_before_it_was_locked_is_made_again(
     assert len(swept) == 1
     assert content(tmp_path / "file") == "new"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_is_held_until_the_end_also_by_an_error(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        with suppress(ArithmeticError), replacing.alone_in(tmp_path):
+            second = replacing.alone_in(tmp_path)
+            with pytest.raises(FileExistsError, match="another process works in"):
+                second.__enter__()
+            raise ArithmeticError
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_other_files_of_the_folder_stay(tmp_path: Path) -> None:
