@@ -151,13 +151,43 @@ class Call {
 
 using Moments = std::vector<std::pair<std::string, py::object>>;
 
-// A step of an optimizer.
-template <class On, class Rule>
+// Optimizers' numbers, row by row, each row for as many tensors as its count says.
+struct Rules {
+  const std::vector<double>& numbers;
+  const std::vector<std::int64_t>& counts;
+};
+
+mas::Sgd rule_of(const mas::Sgd* /*kind*/, const double* x) {
+  return {x[0], x[1], x[2], x[3], x[4], x[5] != 0, x[6] != 0};
+}
+
+mas::AdamW rule_of(const mas::AdamW* /*kind*/, const double* x) {
+  return {x[0], x[1], x[2], x[3], x[4], x[5]};
+}
+
+// A step of an optimizer whose rule has `width` numbers.
+template <class Rule, std::size_t width, class On>
 void step(py::handle theta, py::handle grad, const Moments& moments, py::handle step_list,
-          const py::tuple& fields, const Rule& rule, bool proximal, py::handle scale,
+          const py::tuple& fields, const Rules& rules, bool proximal, py::handle scale,
           py::handle overflow, typename On::Where where) {
-  Call<On, mas::OptimizerSegment> call("theta", theta, fields[0]);
+  Call<On, mas::OptimizerSegment<Rule>> call("theta", theta, fields[0]);
   const mas::State state = call.partial_state(fields);
+  if (rules.numbers.size() != width * rules.counts.size()) {
+    mas::refuse("rules: got {} numbers, expected {} for each of {} counts", rules.numbers.size(),
+                width, rules.counts.size());
+  }
+  std::size_t next = 0;
+  for (std::size_t r = 0; r < rules.counts.size(); ++r) {
+    const std::int64_t count = rules.counts[r];
+    if (count < 0 || static_cast<std::size_t>(count) > call.size() - next) {
+      mas::refuse("counts: got {} tensors more, expected from 0 to {}", count, call.size() - next);
+    }
+    const Rule rule = rule_of(static_cast<const Rule*>(nullptr), &rules.numbers[width * r]);
+    for (std::int64_t i = 0; i < count; ++i) call.segments[next++].rule = rule;
+  }
+  if (next != call.size()) {
+    mas::refuse("counts: got {} tensors in all, expected {}", next, call.size());
+  }
   call.beside("grad", grad, call.dtype());
   for (std::size_t m = 0; m < moments.size(); ++m) {
     const Views& found = call.like(moments[m].first.c_str(), moments[m].second, call.dtype());
@@ -175,7 +205,7 @@ void step(py::handle theta, py::handle grad, const Moments& moments, py::handle 
   }
   const mas::OptimizerStep<Rule> args = {call.list(),
                                          state,
-                                         rule,
+                                         static_cast<std::int64_t>(moments.size()),
                                          proximal,
                                          mas::read_number("scale", scale, call.device()),
                                          mas::read_number("overflow", overflow, call.device())};
@@ -218,27 +248,24 @@ void bind(py::module_ m, const char* name) {
   });
 
   sub.def("sgd", [](handle theta, handle grad, const Moments& moments, const py::tuple& state,
-                    double lr, double momentum, double dampening, double decay, double eta,
-                    bool nesterov, bool first, bool proximal, handle scale, handle overflow,
-                    Where where) {
-    if (moments.size() != (momentum == 0 ? 0U : 1U)) {
-      throw std::invalid_argument("moments: expected one with momentum, none without");
-    }
-    const mas::Sgd rule = {lr, momentum, dampening, decay, eta, nesterov, first};
-    step<On>(theta, grad, moments, py::none(), state, rule, proximal, scale, overflow, where);
+                    const std::vector<double>& rules, const std::vector<std::int64_t>& counts,
+                    bool proximal, handle scale, handle overflow, Where where) {
+    if (moments.size() > 1) throw std::invalid_argument("moments: expected at most one");
+    step<mas::Sgd, 7, On>(theta, grad, moments, py::none(), state, {rules, counts}, proximal, scale,
+                          overflow, where);
   });
 
-  sub.def("adamw",
-          [](handle theta, handle grad, const Moments& moments, const py::object& steps,
-             const py::tuple& state, double lr, double beta1, double beta2, double eps,
-             double decay, double l2, bool proximal, handle scale, handle overflow, Where where) {
-            if (moments.size() != 2 && moments.size() != 3) {
-              throw std::invalid_argument("moments: expected two, or three with amsgrad");
-            }
-            if (steps.is_none()) throw std::invalid_argument("steps: expected one a tensor");
-            const mas::AdamW rule = {lr, beta1, beta2, eps, decay, l2, moments.size() == 3};
-            step<On>(theta, grad, moments, steps, state, rule, proximal, scale, overflow, where);
-          });
+  sub.def("adamw", [](handle theta, handle grad, const Moments& moments, const py::object& steps,
+                      const py::tuple& state, const std::vector<double>& rules,
+                      const std::vector<std::int64_t>& counts, bool proximal, handle scale,
+                      handle overflow, Where where) {
+    if (moments.size() != 2 && moments.size() != 3) {
+      throw std::invalid_argument("moments: expected two, or three with amsgrad");
+    }
+    if (steps.is_none()) throw std::invalid_argument("steps: expected one a tensor");
+    step<mas::AdamW, 6, On>(theta, grad, moments, steps, state, {rules, counts}, proximal, scale,
+                            overflow, where);
+  });
 
   sub.def("accumulate", [](handle omega, handle grad, double weight, Where where) {
     Call<On> call("omega", omega);

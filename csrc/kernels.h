@@ -30,13 +30,15 @@ struct Segment {
   std::int64_t first_chunk;
 };
 
-// One parameter under an optimizer: theta, its gradient, and as many moments as the rule has, all
-// of one dtype. The offset is -1 where there is no penalty on it.
+// One parameter under an optimizer: theta, its gradient, and its moments, all of one dtype. The
+// offset is -1 where there is no penalty on it.
 constexpr int kMoments = 3;
 
+template <class Rule>
 struct OptimizerSegment : Segment {
   void* moments[kMoments];
   float* step;  // AdamW: how many steps it has made
+  Rule rule;
 };
 
 template <class S>
@@ -88,9 +90,9 @@ struct Proximal {
 // Without a penalty the state has no rows.
 template <class Rule>
 struct OptimizerStep {
-  ListOf<OptimizerSegment> segments;
+  ListOf<OptimizerSegment<Rule>> segments;
   State state;
-  Rule rule;
+  std::int64_t moments;  // how many each segment has
   bool proximal;
   // What a GradScaler says: gradients are `scale` times too large (null: 1), and nothing happens
   // where *overflow is not 0 (null: 0).
@@ -99,7 +101,7 @@ struct OptimizerStep {
 };
 
 // torch.optim.SGD: g += decay theta; b = momentum b + (1 - dampening) g, or g at the first step;
-// theta -= lr b, or lr (g + momentum b) with Nesterov. Its moment is b, none with momentum 0.
+// theta -= lr b, or lr (g + momentum b) with Nesterov. Its moment is b; without it momentum is 0.
 // eta: what a gradient is multiplied by in the long run.
 struct Sgd {
   double lr;
@@ -121,7 +123,6 @@ struct AdamW {
   double eps;
   double decay;
   double l2;
-  bool amsgrad;
 };
 
 // omega += weight * abs(gradient); omega is float64 for a float64 gradient, else float32.

@@ -40,17 +40,17 @@ void with_penalty(const State& state, std::int64_t offset, F f) {
 }
 
 template <class T, int M, class Rule>
-void optimize_chunk(ChunkOf<OptimizerSegment> chunk, const OptimizerStep<Rule>& args) {
+void optimize_chunk(ChunkOf<OptimizerSegment<Rule>> chunk, const OptimizerStep<Rule>& args) {
   using C = compute_t<T>;
-  const OptimizerSegment& segment = chunk.segment;
+  const OptimizerSegment<Rule>& segment = chunk.segment;
   const bool penalized = segment.offset >= 0;
   State state = args.state;
   if (!penalized) state.rows = 0;
   const std::int64_t offset = penalized ? segment.offset + chunk.begin : 0;
-  const auto step = step_of<C>(args.rule, segment.step);
+  const auto step = step_of<C>(segment.rule, segment.step);
   const C unscale = static_cast<C>(unscale_of(args));
   const double largest = largest_alpha(state.alpha, state.rows);
-  const C strength = finite_factor<C>(2.0 * eta_of(args.rule) * largest);
+  const C strength = finite_factor<C>(2.0 * eta_of(segment.rule) * largest);
 
   C value[kTile];  // the gradient, then the parameter
   C divisor[kTile];
@@ -107,13 +107,13 @@ void optimize(const OptimizerStep<Rule>& args, int threads) {
 void run(const OptimizerStep<AdamW>& args, int threads) {
   if (overflowed(args)) return;
   for (std::int64_t i = 0; i < args.segments.count; ++i) *args.segments.data[i].step += 1.0F;
-  const auto step = args.rule.amsgrad ? optimize<3, AdamW> : optimize<2, AdamW>;
+  const auto step = args.moments == 3 ? optimize<3, AdamW> : optimize<2, AdamW>;
   step(args, threads);
 }
 
 void run(const OptimizerStep<Sgd>& args, int threads) {
   if (overflowed(args)) return;
-  const auto step = args.rule.momentum == 0.0 ? optimize<0, Sgd> : optimize<1, Sgd>;
+  const auto step = args.moments == 0 ? optimize<0, Sgd> : optimize<1, Sgd>;
   step(args, threads);
 }
 

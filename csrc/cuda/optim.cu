@@ -5,12 +5,12 @@ namespace mas::cuda {
 namespace {
 
 template <class T, class O, class A, int M, class Rule>
-__global__ void optimize_chunks(const TableOf<OptimizerSegment> __grid_constant__ table,
+__global__ void optimize_chunks(const TableOf<OptimizerSegment<Rule>> __grid_constant__ table,
                                 OptimizerStep<Rule> args) {
   using C = compute_t<T>;
   if (overflowed(args)) return;
   const auto chunk = own_chunk(table);
-  const OptimizerSegment& segment = chunk.segment;
+  const OptimizerSegment<Rule>& segment = chunk.segment;
   const bool penalized = segment.offset >= 0;
   State state = args.state;
   if (!penalized) state.rows = 0;
@@ -20,9 +20,9 @@ __global__ void optimize_chunks(const TableOf<OptimizerSegment> __grid_constant_
   const O* omega = static_cast<const O*>(state.omega) + offset;
   const A* anchor = static_cast<const A*>(state.anchor) + offset;
   const double largest = largest_alpha(state.alpha, state.rows);
-  const auto step = step_of<C>(args.rule, segment.step);
+  const auto step = step_of<C>(segment.rule, segment.step);
   const C unscale = static_cast<C>(unscale_of(args));
-  const C strength = finite_factor<C>(2.0 * eta_of(args.rule) * largest);
+  const C strength = finite_factor<C>(2.0 * eta_of(segment.rule) * largest);
 
   T* moments[kMoments] = {};
   bool packs = aligned(theta, grad, omega, anchor) && rows_aligned(state, omega, anchor);
@@ -69,7 +69,7 @@ __global__ void optimize_chunks(const TableOf<OptimizerSegment> __grid_constant_
   });
 }
 
-__global__ void count_steps(const TableOf<OptimizerSegment> __grid_constant__ table,
+__global__ void count_steps(const TableOf<OptimizerSegment<AdamW>> __grid_constant__ table,
                             OptimizerStep<AdamW> args) {
   if (overflowed(args)) return;
   for (std::int64_t i = threadIdx.x; i < table.count; i += kThreads) {
@@ -91,12 +91,12 @@ void run(const OptimizerStep<AdamW>& args, void* stream) {
   for_each_table(args.segments, [&](const auto& table, std::int64_t, std::int64_t) {
     launch(count_steps, 1, stream, table, args);
   });
-  const auto step = args.rule.amsgrad ? optimize<3, AdamW> : optimize<2, AdamW>;
+  const auto step = args.moments == 3 ? optimize<3, AdamW> : optimize<2, AdamW>;
   step(args, stream);
 }
 
 void run(const OptimizerStep<Sgd>& args, void* stream) {
-  const auto step = args.rule.momentum == 0.0 ? optimize<0, Sgd> : optimize<1, Sgd>;
+  const auto step = args.moments == 0 ? optimize<0, Sgd> : optimize<1, Sgd>;
   step(args, stream);
 }
 

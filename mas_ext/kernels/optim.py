@@ -5,8 +5,9 @@ Of float32 parameters SGD moves 28 bytes each with momentum and 20 without, Adam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,42 @@ from mas_ext.kernels.penalty import gradients
 from mas_ext.kernels.proximal import approach
 from mas_ext.kernels.registry import operator
 
+_RULES = "float[] rules, int[] counts"
 _AMP = "bool proximal, Tensor? scale, Tensor? overflow"
+
+
+class SGDRule(NamedTuple):
+    """What some tensors have in common in torch.optim.SGD.
+
+    eta: the length of a proximal step. first: whether buffers are empty yet.
+    """
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    eta: float
+    nesterov: bool
+    first: bool
+
+
+class AdamWRule(NamedTuple):
+    """What some tensors have in common in torch.optim.AdamW, or with l2 in place of weight_decay in Adam."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    l2: float
+
+
+R = TypeVar("R", SGDRule, AdamWRule)
+
+
+def numbers(rules: Iterable[Iterable[float]]) -> list[float]:
+    """The numbers of rules, one after another, as the kernels take them."""
+    return [float(x) for rule in rules for x in rule]
 
 
 # -- in plain PyTorch ------------------------------------------------------------------------------
@@ -42,6 +78,13 @@ def _approach(
 ) -> Tensor:
     """Where the proximal step of tensor i leads from x, if there is one."""
     return approach(x, i, state, eta, divisor) if proximal and state.offsets[i] >= 0 else x
+
+
+def _rule_of_each(kind: type[R], rules: Sequence[float], counts: Sequence[int]) -> Iterator[R]:
+    """The rule of each tensor."""
+    size = len(kind._fields)
+    for i, count in enumerate(counts):
+        yield from repeat(kind._make(rules[i * size : (i + 1) * size]), count)
 
 
 def _put(t: Tensor, new: Tensor, overflow: Tensor | None) -> None:
@@ -71,53 +114,50 @@ def _launch(
 
 
 @operator(
-    f"(Tensor(a!)[] theta, Tensor[] grad, Tensor(b!)[] momentum_buffer, {STATE}, float lr, "
-    "float momentum, float dampening, float weight_decay, float eta, bool nesterov, bool first, "
-    f"{_AMP}) -> ()"
+    f"(Tensor(a!)[] theta, Tensor[] grad, Tensor(b!)[] momentum_buffer, {STATE}, {_RULES}, {_AMP}) -> ()"
 )
 def sgd_(
     theta: Sequence[Tensor],
     grad: Sequence[Tensor],
     momentum_buffer: Sequence[Tensor],
     state: State,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    eta: float,
-    nesterov: bool,
-    first: bool,
+    rules: Sequence[float],
+    counts: Sequence[int],
     proximal: bool,
     scale: Tensor | None,
     overflow: Tensor | None,
 ) -> None:
     """One step of torch.optim.SGD with the penalty's gradient, or its proximal step of length eta after it.
 
-    A tensor with an offset of -1 is stepped without the penalty. Without momentum there are no buffers;
-    `first`: they are empty yet. Gradients are `scale` times too large, and nothing happens where `overflow`
-    is not 0: float32 scalars, or None.
+    A tensor with an offset of -1 is stepped without the penalty. Without momentum there are no buffers.
+    Gradients are `scale` times too large, and nothing happens where `overflow` is not 0: float32 scalars, or
+    None.
+
+    Args:
+        rules: the numbers of an SGDRule, one rule after another.
+        counts: for how many tensors each of them is.
     """
     if state.native:
-        moments = {"momentum_buffer": momentum_buffer} if momentum else {}
-        numbers = (lr, momentum, dampening, weight_decay, eta, nesterov, first)
-        _launch("sgd", theta, grad, moments, state, *numbers, proximal, scale, overflow)
+        moments = {"momentum_buffer": momentum_buffer} if momentum_buffer else {}
+        _launch("sgd", theta, grad, moments, state, rules, counts, proximal, scale, overflow)
         return
-    for i, (x, g) in enumerate(zip(theta, grad, strict=True)):
+    each = _rule_of_each(SGDRule, rules, counts)
+    for i, (x, g, rule) in enumerate(zip(theta, grad, each, strict=True)):
         dtype = compute_dtype(x.dtype)
-        direction = _gradient(x, i, g, state, proximal, scale) + weight_decay * x.to(dtype)
-        if momentum:
+        direction = _gradient(x, i, g, state, proximal, scale) + rule.weight_decay * x.to(dtype)
+        if momentum_buffer:
             old = momentum_buffer[i].to(dtype)
-            buffer = direction if first else momentum * old + (1 - dampening) * direction
-            direction = direction + momentum * buffer if nesterov else buffer
+            later = rule.momentum * old + (1 - rule.dampening) * direction
+            buffer = direction if rule.first else later
+            direction = direction + rule.momentum * buffer if rule.nesterov else buffer
             _put(momentum_buffer[i], buffer, overflow)
-        moved = x.to(dtype) - lr * direction
-        _put(x, _approach(moved, i, state, proximal, eta), overflow)
+        moved = x.to(dtype) - rule.lr * direction
+        _put(x, _approach(moved, i, state, proximal, rule.eta), overflow)
 
 
 @operator(
     "(Tensor(a!)[] theta, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-    f"Tensor(d!)[] max_exp_avg_sq, Tensor(e!)[] step, {STATE}, float lr, float beta1, float beta2, "
-    f"float eps, float weight_decay, float l2, {_AMP}) -> ()"
+    f"Tensor(d!)[] max_exp_avg_sq, Tensor(e!)[] step, {STATE}, {_RULES}, {_AMP}) -> ()"
 )
 def adamw_(
     theta: Sequence[Tensor],
@@ -127,12 +167,8 @@ def adamw_(
     max_exp_avg_sq: Sequence[Tensor],
     step: Sequence[Tensor],
     state: State,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    l2: float,
+    rules: Sequence[float],
+    counts: Sequence[int],
     proximal: bool,
     scale: Tensor | None,
     overflow: Tensor | None,
@@ -140,33 +176,40 @@ def adamw_(
     """One step of torch.optim.AdamW with the penalty's gradient, or its proximal step after it, as sgd_.
 
     With `l2` in place of `weight_decay` it is a step of torch.optim.Adam: l2 theta is added to the gradient.
-    `step`: float32 scalars, which grow by 1. max_exp_avg_sq is empty without amsgrad. The proximal step's
-    length is lr / (sqrt(v_hat) + eps).
+    The proximal step's length is lr / (sqrt(v_hat) + eps).
+
+    Args:
+        max_exp_avg_sq: empty without amsgrad.
+        step: float32 scalars, which grow by 1.
+        rules: the numbers of an AdamWRule, one rule after another.
+        counts: for how many tensors each of them is.
     """
     if state.native:
         moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         if max_exp_avg_sq:
             moments["max_exp_avg_sq"] = max_exp_avg_sq
-        numbers = (lr, beta1, beta2, eps, weight_decay, l2)
-        _launch("adamw", theta, grad, moments, step, state, *numbers, proximal, scale, overflow)
+        _launch(
+            "adamw", theta, grad, moments, step, state, rules, counts, proximal, scale, overflow
+        )
         torch.autograd.graph.increment_version(step)
         return
-    for i, (x, g) in enumerate(zip(theta, grad, strict=True)):
+    each = _rule_of_each(AdamWRule, rules, counts)
+    for i, (x, g, rule) in enumerate(zip(theta, grad, each, strict=True)):
         dtype = compute_dtype(x.dtype)
         gradient = _gradient(x, i, g, state, proximal, scale)
-        if l2:
-            gradient = gradient + l2 * x.to(dtype)
+        if rule.l2:
+            gradient = gradient + rule.l2 * x.to(dtype)
         steps = step[i].double() + 1
         mean, square = exp_avg[i].to(dtype), exp_avg_sq[i].to(dtype)
-        mean = mean + (1 - beta1) * (gradient - mean)
-        square = beta2 * square + (1 - beta2) * gradient * gradient
+        mean = mean + (1 - rule.beta1) * (gradient - mean)
+        square = rule.beta2 * square + (1 - rule.beta2) * gradient * gradient
         for moment, new in ((exp_avg[i], mean), (exp_avg_sq[i], square)):
             _put(moment, new, overflow)
         if max_exp_avg_sq:
             square = torch.maximum(max_exp_avg_sq[i].to(dtype), square)
             _put(max_exp_avg_sq[i], square, overflow)
-        divisor = (square * (1 / (1 - beta2**steps)).to(dtype)).sqrt() + eps
-        rate = (lr / (1 - beta1**steps)).to(dtype)
-        moved = x.to(dtype) * (1 - lr * weight_decay) - rate * mean / divisor
-        _put(x, _approach(moved, i, state, proximal, lr, divisor), overflow)
+        divisor = (square * (1 / (1 - rule.beta2**steps)).to(dtype)).sqrt() + rule.eps
+        rate = (rule.lr / (1 - rule.beta1**steps)).to(dtype)
+        moved = x.to(dtype) * (1 - rule.lr * rule.weight_decay) - rate * mean / divisor
+        _put(x, _approach(moved, i, state, proximal, rule.lr, divisor), overflow)
         _put(step[i], step[i] + 1, overflow)

@@ -1,4 +1,4 @@
-"""torch's SGD, Adam and AdamW with the penalty inside: a step is one pass over memory for all of a group.
+"""torch's SGD, Adam and AdamW with the penalty inside: a step is one pass over memory, whatever the groups.
 
 What an attached penalty adds to a step of these is omega and anchor read once, 8 bytes per float32 parameter
 instead of 20, and no gradient is written on the way.
@@ -6,7 +6,6 @@ instead of 20, and no gradient is written on the way.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,7 @@ from torch.optim.optimizer import ParamsT
 
 from mas_ext.kernels import backends
 from mas_ext.kernels.flat_state import State
-from mas_ext.kernels.optim import adamw_, sgd_
+from mas_ext.kernels.optim import AdamWRule, SGDRule, adamw_, numbers, sgd_
 from mas_ext.optim.hooks import (
     Handle,
     Mode,
@@ -48,12 +47,27 @@ class _Bucket:
     """Parameters of one device and dtype that one call steps, with the offsets of their state in its group.
 
     An offset of -1 is a parameter without a penalty; a bucket of only such parameters has no group.
+
+    moments: the names of what the step keeps of each parameter. fresh: parameters that have none of it yet.
+    rules: the numbers of the step, each for as many parameters as its count says.
     """
 
+    moments: Sequence[str]
     group: Group | None = None
     parameters: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    fresh: list[Tensor] = field(default_factory=list)
+    rules: list[tuple[float, ...]] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+    def follow(self, rule: tuple[float, ...]) -> None:
+        """Have the next parameter follow a rule."""
+        if self.rules and self.rules[-1] is rule:
+            self.counts[-1] += 1
+        else:
+            self.rules.append(rule)
+            self.counts.append(1)
 
     @property
     def missing(self) -> list[tuple[Tensor, Tensor]]:
@@ -139,26 +153,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._penalty is not None and self._mode == "gradient":
             own = {id(p) for group in self.param_groups for p in group["params"]}
             self._penalty.add_update_grad_to(own, getattr(self, "grad_scale", None))
-        plan = [
-            [self._prepared(group, bucket) for bucket in self._buckets(group, places)]
-            for group in self.param_groups
-        ]
+        launches = [self._prepared(bucket) for bucket in self._buckets(places)]
         rest = [self._without_gradient(group, places) for group in self.param_groups]
-        if (
-            sum(len(launches) for launches in plan) > 1
-        ):  # what one kernel refuses has changed nothing
-            for launches in plan:
-                for launch in launches:
-                    launch.check()
-        for launches, steps in zip(plan, rest, strict=True):
+        if len(launches) > 1:  # what one kernel refuses has changed nothing
             for launch in launches:
-                launch.kernel()
-                self.state.update(launch.state)
-                for p, grad in launch.bucket.missing:
-                    p.grad = grad
-            if steps:
-                assert self._penalty is not None
-                take_proximal_steps(self._penalty, self, steps)
+                launch.check()
+        for launch in launches:
+            launch.kernel()
+            self.state.update(launch.state)
+            for p, grad in launch.bucket.missing:
+                p.grad = grad
+        for steps in filter(None, rest):
+            assert self._penalty is not None
+            take_proximal_steps(self._penalty, self, steps)
         return loss
 
     def _without_gradient(
@@ -210,26 +217,32 @@ class FusedOptimizer(torch.optim.Optimizer):
             if p.requires_grad
         }
 
-    def _buckets(
-        self, group: dict[str, Any], places: Mapping[int, tuple[Group, int]]
-    ) -> Iterable[_Bucket]:
-        buckets: defaultdict[Any, _Bucket] = defaultdict(_Bucket)
-        for p in group["params"]:
-            state_group, offset = places.get(id(p), (None, -1))
-            grad = p.grad
-            if grad is None:
-                if state_group is None or self._mode == "proximal":
-                    continue
-                grad = torch.zeros_like(p)
-            if grad.is_sparse:
-                raise RuntimeError(
-                    f"parameters: got a sparse gradient of shape {tuple(p.shape)}, expected dense ones"
-                )
-            bucket = buckets[p.device, p.dtype, self._first(group, p)]
-            bucket.group = bucket.group or state_group
-            bucket.parameters.append(p)
-            bucket.grads.append(grad)
-            bucket.offsets.append(offset)
+    def _buckets(self, places: Mapping[int, tuple[Group, int]]) -> Iterable[_Bucket]:
+        buckets: dict[Any, _Bucket] = {}
+        for group in self.param_groups:
+            moments = self._moments(group)
+            rules = self._rule(group, fresh=False), self._rule(group, fresh=True)
+            for p in group["params"]:
+                state_group, offset = places.get(id(p), (None, -1))
+                grad = p.grad
+                if grad is None:
+                    if state_group is None or self._mode == "proximal":
+                        continue
+                    grad = torch.zeros_like(p)
+                if grad.is_sparse:
+                    raise RuntimeError(
+                        f"parameters: got a sparse gradient of shape {tuple(p.shape)}, expected dense ones"
+                    )
+                key = p.device, p.dtype, moments
+                bucket = buckets.get(key) or buckets.setdefault(key, _Bucket(moments))
+                bucket.group = bucket.group or state_group
+                bucket.parameters.append(p)
+                bucket.grads.append(grad)
+                bucket.offsets.append(offset)
+                fresh = bool(moments) and self.state.get(p, {}).get(moments[0]) is None
+                if fresh:
+                    bucket.fresh.append(p)
+                bucket.follow(rules[fresh])
         return buckets.values()
 
     def _amp(self, device: torch.device) -> Iterator[Tensor | None]:
@@ -238,11 +251,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             t = getattr(self, key, None)
             yield None if t is None else t.to(device, torch.float32)
 
-    def _first(self, group: dict[str, Any], p: Tensor) -> bool:
-        """Whether a parameter's first step is another one than those that follow."""
-        return False
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The names of what a step keeps of each of a group's parameters, beside how many there were."""
+        raise NotImplementedError
 
-    def _prepared(self, group: dict[str, Any], bucket: _Bucket) -> _Launch:
+    def _rule(self, group: dict[str, Any], fresh: bool) -> tuple[float, ...]:
+        """The numbers of a group's step; fresh: of parameters that have no moments yet."""
+        raise NotImplementedError
+
+    def _prepared(self, bucket: _Bucket) -> _Launch:
         """The step of a bucket, with everything checked and allocated that it needs."""
         raise NotImplementedError
 
@@ -293,40 +310,41 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         _check_own_numbers({**numbers, "weight_decay": weight_decay})
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, fused=True)
 
-    def _first(self, group: dict[str, Any], p: Tensor) -> bool:
-        return group["momentum"] != 0 and self.state.get(p, {}).get("momentum_buffer") is None
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _prepared(self, group: dict[str, Any], bucket: _Bucket) -> _Launch:
-        parameters, proximal = bucket.parameters, self._mode == "proximal"
+    def _rule(self, group: dict[str, Any], fresh: bool) -> SGDRule:
+        return SGDRule(
+            float(group["lr"]),
+            float(group["momentum"]),
+            float(group["dampening"]),
+            float(group["weight_decay"]),
+            float(sgd_eta(group)) if self._mode == "proximal" else 0.0,
+            group["nesterov"],
+            fresh,
+        )
+
+    def _prepared(self, bucket: _Bucket) -> _Launch:
+        parameters = bucket.parameters
         scale, overflow = self._amp(parameters[0].device)
-        first = self._first(group, parameters[0])
-        if first and overflow is not None and bool(overflow):
+        if bucket.fresh and overflow is not None and bool(overflow):
             # A buffer holds nothing before a step that was made.
-            return _Launch(lambda: None, _Bucket(), {}, {})
-        new = {}
-        if first:
-            new = {
-                p: {**self.state.get(p, {}), "momentum_buffer": torch.empty_like(p)}
-                for p in parameters
-            }
-        beside = {}
-        if group["momentum"]:
-            kept = [new.get(p) or self.state[p] for p in parameters]
-            beside = {"momentum_buffer": [own["momentum_buffer"] for own in kept]}
+            return _Launch(lambda: None, _Bucket(()), {}, {})
+        new = {
+            p: {**self.state.get(p, {}), "momentum_buffer": torch.empty_like(p)}
+            for p in bucket.fresh
+        }
+        kept = [new.get(p) or self.state[p] for p in parameters] if bucket.moments else []
+        beside = {key: [own[key] for own in kept] for key in bucket.moments}
         kernel = partial(
             sgd_,
             parameters,
             bucket.grads,
             beside.get("momentum_buffer", []),
             bucket.state,
-            lr=float(group["lr"]),
-            momentum=float(group["momentum"]),
-            dampening=float(group["dampening"]),
-            weight_decay=float(group["weight_decay"]),
-            eta=float(sgd_eta(group)) if proximal else 0.0,
-            nesterov=group["nesterov"],
-            first=first,
-            proximal=proximal,
+            numbers(bucket.rules),
+            bucket.counts,
+            proximal=self._mode == "proximal",
             scale=scale,
             overflow=overflow,
         )
@@ -370,19 +388,33 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             if "step" in own:
                 own["step"] = own["step"].to(p.device, torch.float32)
 
-    def _prepared(self, group: dict[str, Any], bucket: _Bucket) -> _Launch:
-        keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"])
+
+    def _rule(self, group: dict[str, Any], fresh: bool) -> AdamWRule:
+        decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
+        beta1, beta2 = group["betas"]
+        return AdamWRule(
+            float(group["lr"]),
+            float(beta1),
+            float(beta2),
+            float(group["eps"]),
+            decay if decoupled else 0.0,
+            0.0 if decoupled else decay,
+        )
+
+    def _prepared(self, bucket: _Bucket) -> _Launch:
         parameters = bucket.parameters
         new = {
-            p: {"step": torch.zeros((), device=p.device), **{k: torch.zeros_like(p) for k in keys}}
-            for p in parameters
-            if not self.state.get(p)
+            p: {
+                "step": torch.zeros((), device=p.device),
+                **{key: torch.zeros_like(p) for key in bucket.moments},
+            }
+            for p in bucket.fresh
         }
         kept = [new.get(p) or self.state[p] for p in parameters]
         scale, overflow = self._amp(parameters[0].device)
-        beta1, beta2 = group["betas"]
-        decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
-        beside = {key: [own[key] for own in kept] for key in ("step", *keys)}
+        beside = {key: [own[key] for own in kept] for key in ("step", *bucket.moments)}
         kernel = partial(
             adamw_,
             parameters,
@@ -392,12 +424,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             beside.get("max_exp_avg_sq", []),
             beside["step"],
             bucket.state,
-            lr=float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=float(group["eps"]),
-            weight_decay=decay if decoupled else 0.0,
-            l2=0.0 if decoupled else decay,
+            numbers(bucket.rules),
+            bucket.counts,
             proximal=self._mode == "proximal",
             scale=scale,
             overflow=overflow,

@@ -137,18 +137,15 @@ class Right:
         return [self.theta, self.like(), self.state, 0.1, 1.0, 1e-8]
 
     def sgd(self) -> list[Any]:
-        moments, numbers = [("momentum_buffer", self.like())], [0.1, 0.9, 0.0, 0.0, 1.0]
+        moments, rules = [("momentum_buffer", self.like())], [0.1, 0.9, 0.0, 0.0, 1.0, 0.0, 0.0]
         amp = [self.scalar, self.scalar.clone()]
-        return [
-            *(self.theta, self.like(), moments, self.state),
-            *(*numbers, False, False, True, *amp),
-        ]
+        return [self.theta, self.like(), moments, self.state, 2 * rules, [1, 2], True, *amp]
 
     def adamw(self) -> list[Any]:
         moments = [("exp_avg", self.like()), ("exp_avg_sq", self.like())]
-        steps, numbers = [torch.ones(()) for _ in self.theta], [0.1, 0.9, 0.99, 1e-8, 0.0, 0.0]
-        amp = [self.scalar, self.scalar.clone()]
-        return [self.theta, self.like(), moments, steps, self.state, *numbers, False, *amp]
+        steps, rules = [torch.ones(()) for _ in self.theta], [0.1, 0.9, 0.99, 1e-8, 0.0, 0.0]
+        like, amp = self.like(), [self.scalar, self.scalar.clone()]
+        return [self.theta, like, moments, steps, self.state, 2 * rules, [2, 1], False, *amp]
 
     def accumulate(self) -> list[Any]:
         return [self.like(self.wide), self.theta, 0.5]

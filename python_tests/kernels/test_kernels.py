@@ -958,12 +958,12 @@ def operator_calls(case: Case, compiled: bool) -> dict[str, tuple[Any, ...]]:
         "proximal_": (theta, like, *state, 0.1, 1.5, 1e-8),
         "sgd_": (
             *(theta, like, [torch.rand_like(t) for t in theta], *state),
-            *(0.1, 0.9, 0.1, 0.01, 0.5, False, False, True, one, one),
+            *([0.1, 0.9, 0.1, 0.01, 0.5, 0.0, 0.0], [len(theta)], True, one, one),
         ),
         "adamw_": (
             *(theta, like, *([torch.rand_like(t) for t in theta] for _ in range(3))),
             *([torch.ones(()) for _ in theta], *state),
-            *(0.1, 0.9, 0.99, 1e-8, 0.01, 0.02, False, one, None),
+            *([0.1, 0.9, 0.99, 1e-8, 0.01, 0.02], [len(theta)], False, one, None),
         ),
         "accumulate_": (like, theta, 0.5, compiled),
         "merge_": (*state, theta, like, 1.0, 0.5, "mean", 1),

@@ -24,7 +24,7 @@ from oracles import naive
 from torch import Tensor
 
 from mas_ext.kernels.flat_state import State
-from mas_ext.kernels.optim import adamw_, sgd_
+from mas_ext.kernels.optim import AdamWRule, SGDRule, adamw_, numbers, sgd_
 
 Array = naive.Array
 
@@ -52,7 +52,8 @@ def run_sgd(
     o |= options
     sgd_(
         *(case.theta, grad, buffer if o["momentum"] else [], case.state(backend.native)),
-        *(0.125, o["momentum"], o["dampening"], o["decay"], ETA, o["nesterov"], o["first"]),
+        [0.125, o["momentum"], o["dampening"], o["decay"], ETA, o["nesterov"], o["first"]],
+        [len(case.theta)],
         *(proximal, scale, overflow),
     )
 
@@ -71,7 +72,7 @@ def run_adamw(
     largest = moments[2] if len(moments) == 3 else []
     adamw_(
         *(case.theta, grad, *moments[:2], largest, step, case.state(backend.native)),
-        *(0.125, 0.75, 0.5, 0.25, 0.5, l2, proximal, scale, overflow),
+        *([0.125, 0.75, 0.5, 0.25, 0.5, l2], [len(case.theta)], proximal, scale, overflow),
     )
 
 
@@ -223,6 +224,39 @@ def test_an_overflow_leaves_every_bit(backend: Backend) -> None:
     assert not torch.equal(case.theta[5], before[5])
 
 
+def test_every_tensor_follows_its_own_rule(backend: Backend) -> None:
+    shapes = [(5,), (3, 2), (9000,), (4,)]
+    case = make(torch.float64, torch.float64, shapes=shapes, device=backend.device)
+    whole = case._replace(theta=[t.clone() for t in case.theta])
+    grad, buffer = inputs(case, 1)
+    x, g, b = ([flat_array(t) for t in each] for each in (case.theta, grad, buffer))
+    held = slopes(case, whole, grad, 1.0, False)
+    rules = [
+        SGDRule(0.5, 0.75, 0.25, 0.125, 0.0, nesterov=True, first=False),
+        SGDRule(0.25, 0.5, 0.0, 0.0, 0.0, nesterov=False, first=False),
+        SGDRule(0.125, 0.25, 0.0, 0.0, 0.0, nesterov=False, first=True),
+    ]
+    state = case.state(backend.native)
+    sgd_(case.theta, grad, buffer, state, numbers(rules), [1, 2, 1], False, None, None)
+    first = 0.75 * b[0] + 0.75 * (held[0] + 0.125 * x[0])
+    close(case.theta[0], x[0] - 0.5 * (held[0] + 0.125 * x[0] + 0.75 * first), 8.0)
+    for i in (1, 2):
+        close(case.theta[i], x[i] - 0.25 * (0.5 * b[i] + held[i]), 8.0)
+    close(case.theta[3], x[3] - 0.125 * held[3], 8.0)
+
+    free = State.empty(4, torch.device(backend.device), backend.native)
+    x = [flat_array(t) for t in case.theta]
+    moments = [[torch.zeros_like(t) for t in case.theta] for _ in range(2)]
+    step = [torch.zeros((), device=backend.device) for _ in range(4)]
+    both = [AdamWRule(0.5, 0.9, 0.99, 0.25, 0.125, 0.0), AdamWRule(0.25, 0.5, 0.75, 0.5, 0.0, 0.25)]
+    adamw_(*(case.theta, grad, *moments, [], step, free, numbers(both), [3, 1], False, None, None))
+    for i in range(3):  # the first step's moments, corrected, are the gradient and its square
+        close(case.theta[i], x[i] * (1 - 0.0625) - 0.5 * g[i] / (np.abs(g[i]) + 0.25), 8.0)
+    total = g[3] + 0.25 * x[3]
+    close(case.theta[3], x[3] - 0.25 * total / (np.abs(total) + 0.5), 8.0)
+    assert [float(t) for t in step] == [1.0] * 4
+
+
 def test_without_a_penalty(backend: Backend) -> None:
     case = make(torch.float64, torch.float64, device=backend.device)
     grad, buffer = inputs(case, 1)
@@ -301,8 +335,9 @@ for threads in (1, 2):
     step, alpha = torch.zeros(()), torch.tensor([0.7], dtype=torch.float64)
     state = State([0], w[None], g[None].clone(), alpha, alpha[0], True)
     for proximal in (False, True):
-        sgd_([x], [g], [m], state, 0.1, 0.9, 0.1, 0.01, 0.5, False, False, proximal, None, None)
-        adamw_([x], [g], [m], [v], [], [step], state, 0.1, 0.9, 0.99, 1e-8, 0.01, 0.0, proximal, None, None)
+        sgd_([x], [g], [m], state, [0.1, 0.9, 0.1, 0.01, 0.5, 0, 0], [1], proximal, None, None)
+        rule = [0.1, 0.9, 0.99, 1e-8, 0.01, 0]
+        adamw_([x], [g], [m], [v], [], [step], state, rule, [1], proximal, None, None)
     bits = [t.numpy().tobytes() for t in (x, m, v)]
     digest.update(bits[0])
     assert threads == 1 or bits == first
@@ -336,6 +371,10 @@ STATE = State(
         ({"grad": [torch.zeros(4).half(), torch.zeros(6)]}, r"grad.0.: got torch.float16"),
         ({"step": [torch.zeros(())]}, "step: got 1 tensors, expected 2"),
         ({"step": [torch.zeros(()), torch.zeros(()).double()]}, "step: got torch.float64"),
+        ({"rules": [0.1] * 5}, "rules: got 5 numbers, expected 6 for each of 1 counts"),
+        ({"counts": [1]}, "counts: got 1 tensors in all, expected 2"),
+        ({"counts": [3]}, "counts: got 3 tensors more, expected from 0 to 2"),
+        ({"counts": [-1]}, "counts: got -1 tensors more, expected from 0 to 2"),
         ({"scale": torch.ones(2)}, r"scale: got torch.float32 on cpu of shape \(2,\)"),
         ({"overflow": torch.ones((), device="meta")}, "overflow: got torch.float32 on meta"),
         ({"state": STATE._replace(omega=torch.zeros(1, 9))}, "omega: got .* at least 10"),
@@ -354,12 +393,8 @@ def test_bad_calls_are_refused_before_anything_is_written(
         "max_exp_avg_sq": [],
         "step": [torch.zeros(()), torch.zeros(())],
         "state": STATE,
-        "lr": 0.1,
-        "beta1": 0.9,
-        "beta2": 0.9,
-        "eps": 1e-8,
-        "weight_decay": 0.0,
-        "l2": 0.0,
+        "rules": [0.1, 0.9, 0.9, 1e-8, 0.0, 0.0],
+        "counts": [2],
         "proximal": False,
         "scale": None,
         "overflow": None,

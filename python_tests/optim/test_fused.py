@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from mas_ext import FusedMASPenalty, optim
+from mas_ext.optim import fused as module
 
 FUSED: dict[Any, Any] = {
     torch.optim.SGD: optim.SGD,
@@ -100,6 +101,34 @@ def test_the_path_of_torchs_optimizer_with_the_penalty_attached(
         paths.append(np.stack(path))
     np.testing.assert_allclose(paths[1], paths[0], rtol=1e-10, atol=1e-12)
     assert np.abs(np.diff(paths[0][4:], axis=0)).max() > 1e-2
+
+
+@pytest.mark.parametrize("optimizer", FUSED, ids=["sgd", "adam", "adamw"])
+def test_one_call_steps_all_groups(optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name in ("sgd_", "adamw_"):
+        kernel = getattr(module, name)
+
+        def counted(theta: Any, *args: Any, kernel: Any = kernel, **named: Any) -> None:
+            calls.append(len(theta))
+            kernel(theta, *args, **named)
+
+        monkeypatch.setattr(module, name, counted)
+    ours = [nn.Parameter(torch.ones(3) * i) for i in range(6)]
+    theirs = [nn.Parameter(torch.ones(3) * i) for i in range(6)]
+    both = [
+        kind([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(theta)], **options)
+        for kind, theta in ((FUSED[optimizer], ours), (optimizer, theirs))
+        for options in [{"momentum": 0.9} if optimizer is torch.optim.SGD else {"amsgrad": True}]
+    ]
+    for i in range(4):
+        for theta, stepping in zip((ours, theirs), both, strict=True):
+            for k, p in enumerate(theta):  # one of them begins later
+                p.grad = (p.detach() - 1) if (k, i) != (2, 0) else None
+            stepping.step()
+    assert calls == [5, 6, 6, 6]
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @each_case
