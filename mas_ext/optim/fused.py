@@ -239,7 +239,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 bucket.parameters.append(p)
                 bucket.grads.append(grad)
                 bucket.offsets.append(offset)
-                fresh = bool(moments) and self.state.get(p, {}).get(moments[0]) is None
+                fresh = bool(moments) and self._is_fresh(p)
                 if fresh:
                     bucket.fresh.append(p)
                 bucket.follow(rules[fresh])
@@ -254,6 +254,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of what a step keeps of each of a group's parameters, beside how many there were."""
         raise NotImplementedError
+
+    def _is_fresh(self, p: Tensor) -> bool:
+        """Whether a parameter has no moments yet."""
+        return not self.state.get(p)
 
     def _rule(self, group: dict[str, Any], fresh: bool) -> tuple[float, ...]:
         """The numbers of a group's step; fresh: of parameters that have no moments yet."""
@@ -312,6 +316,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _is_fresh(self, p: Tensor) -> bool:
+        return self.state.get(p, {}).get("momentum_buffer") is None
 
     def _rule(self, group: dict[str, Any], fresh: bool) -> SGDRule:
         return SGDRule(

@@ -184,10 +184,12 @@ SPOILED: dict[str, Callable[[Tensor], Any]] = {
 def test_what_it_keeps_of_a_parameter_in_the_last_group_is_spoiled(
     kind: Any, name: str, how: str
 ) -> None:
-    """Groups before it have not made their step then."""
+    """A group before it that another call steps has not made its step then."""
     options = {"amsgrad": True} if name == "max_exp_avg_sq" else {}
+    other = {"momentum": 0.0} if kind is optim.SGD else {"amsgrad": not options}
     case, twin = Case(kind, "proximal", **options), Case(kind, "proximal", **options)
     for each in (case, twin):
+        each.optimizer.param_groups[0].update(other)
         each.step()
         each.backward()
     own = case.optimizer.state[case.model[1].weight]
