@@ -1,4 +1,8 @@
-"""How a training fails: what a comparison of trainings reports as its result. Any other error is a mistake."""
+"""Errors that callers tell apart.
+
+Diverged and Vanished are how a training fails: what a comparison of trainings reports as its result. Any other
+error is a mistake.
+"""
 
 from __future__ import annotations
 
@@ -12,3 +16,7 @@ class Vanished(ValueError):
 
     Either training collapsed, for instance to units that are all zero, or the output has a constant norm.
     """
+
+
+class IncompleteState(ValueError, KeyError):
+    """A state, or a file of one, that lacks what it says that it has, or has more."""

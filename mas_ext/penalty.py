@@ -815,7 +815,8 @@ class FusedMASPenalty(nn.Module):
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: a damaged file, wrong shapes, NaN, another format; no forward, objective or estimator
-                where the file was made with one, which it can't hold.
+                where the file was made with one, which it can't hold. A subclass: IncompleteState, a file that
+                lacks a tensor that it names, or has one more.
             KeyError: a parameter that the model lacks.
         """
         with Ranks(process_group).together("load", model) as call:
@@ -897,7 +898,8 @@ class FusedMASPenalty(nn.Module):
         or gamma, a warning says so: what is consolidated from now on follows this penalty's own.
 
         Raises:
-            KeyError: a parameter that the model lacks or `exclude` leaves out, or incomplete state.
+            KeyError: a parameter that the model lacks or `exclude` leaves out.
+            IncompleteState: a ValueError and a KeyError: state that lacks a part, or has one more.
             ValueError: wrong shapes, NaN, another merge rule, store or format.
         """
         with alone(self.model), self.together("load_state_dict") as call:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext._arguments import check_choice, check_count
-from mas_ext.failures import Diverged, Vanished
+from mas_ext.failures import Diverged, IncompleteState, Vanished
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance import objectives
 from mas_ext.importance.batch import Batch
@@ -261,7 +261,7 @@ class ImportanceSum:
         counted = {}
         for key in ("pending_samples", "pending_objective"):
             if key not in found:
-                raise KeyError(f"state: got no {key!r}, expected one")
+                raise IncompleteState(f"state: got no {key!r}, expected one")
             if found[key].numel() != 1 or found[key].is_complex():
                 raise ValueError(f"state: got a {key!r} that is no number, expected one")
             counted[key] = found[key].item()
@@ -276,7 +276,7 @@ class ImportanceSum:
             name = key.removeprefix("pending.")
             if name != key:
                 if name not in theta or theta[name].shape != t.shape:
-                    raise KeyError(
+                    raise IncompleteState(
                         f"state, pending importance of {name!r}: got shape {tuple(t.shape)}, expected "
                         "that of a parameter of the model"
                     )

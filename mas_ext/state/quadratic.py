@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mas_ext._arguments import check_factor
-from mas_ext.failures import Diverged, Vanished
+from mas_ext.failures import Diverged, IncompleteState, Vanished
 from mas_ext.kernels.dtypes import DTYPES, compute_dtype
 from mas_ext.kernels.flat_state import flat_view
 from mas_ext.kernels.merge import merge_
@@ -473,7 +473,7 @@ class Consolidation:
         expected |= keys_of_updates(config["updates"])
         for key in sorted(expected ^ (set(found) - {"config"})):
             got, wanted = ("no", "one") if key in expected else ("a", "none")
-            raise KeyError(f"state: got {got} {key!r}, expected {wanted}")
+            raise IncompleteState(f"state: got {got} {key!r}, expected {wanted}")
         parts = {
             name: ParameterState(*(found[f"{kind}.{name}"] for kind in ParameterState._fields))
             for name in config["names"]

@@ -349,7 +349,7 @@ def test_others_may_read_the_file_as_the_umask_says(tmp_path: Path) -> None:
 
 def refused(path: Path, model: nn.Module, *errors: type[Exception]) -> str:
     """The one sentence of the error that loading gives."""
-    with pytest.raises(errors or (ValueError, KeyError)) as caught:
+    with pytest.raises(errors or ValueError) as caught:
         FusedMASPenalty.load(path, model)
     message = str(caught.value.args[0])
     assert "got" in message or "expected" in message, message
@@ -600,7 +600,8 @@ def test_a_model_with_other_parameters_is_refused_by_name(
     if not observed:
         penalty.consolidate()
     penalty.save(tmp_path / "file")
-    assert named in refused(tmp_path / "file", make()).replace("'bias'", "'bias' of weight")
+    message = refused(tmp_path / "file", make(), ValueError, KeyError)
+    assert named in message.replace("'bias'", "'bias' of weight")
 
 
 STRANGE: list[Any] = [
