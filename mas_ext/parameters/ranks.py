@@ -52,7 +52,10 @@ class Ranks:
     """
 
     def __init__(self, process_group: ProcessGroup | Together | None) -> None:
-        if isinstance(process_group, str) and process_group != "auto":
+        known = process_group in ("auto", None) or (
+            dist.is_available() and isinstance(process_group, dist.ProcessGroup)
+        )
+        if not known:
             raise ValueError(
                 f"process_group: got {process_group!r}, expected 'auto', a process group or None"
             )

@@ -96,6 +96,9 @@ def refused(rank: int, ranks: int) -> None:
         FusedMASPenalty(network())
     with pytest.raises(ValueError, match="process_group: got 'ddp', expected 'auto'"):
         FusedMASPenalty(network(), process_group="ddp")  # type: ignore[arg-type]
+    for wrong in (7, True, "", [0, 1]):
+        with pytest.raises(ValueError, match=r"process_group: got .*, expected 'auto', a process"):
+            FusedMASPenalty(network(), process_group=wrong)  # type: ignore[arg-type]
     if rank == 0:  # and the others do nothing
         alone = network()
         own = FusedMASPenalty(alone, anchor="own", process_group=None, omega_dtype=torch.float64)
