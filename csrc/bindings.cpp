@@ -30,7 +30,10 @@ struct OnCpu {
   static constexpr mas::dlpack::DeviceType kDevice = mas::dlpack::kCpu;
   template <class Kernel>
   static void run(const Kernel& args, int threads) {
-    if (threads < 1) throw std::invalid_argument("threads: expected at least 1");
+    // OpenMP ends the process where it can't start so many.
+    if (threads < 1 || threads > 4096) {
+      throw std::invalid_argument("threads: expected a number from 1 to 4096");
+    }
     py::gil_scoped_release release;
     mas::cpu::run(args, threads);
   }
