@@ -278,14 +278,41 @@ def test_long_names_leave_room_for_one_another(tmp_path: Path) -> None:
     boxes = [panel.title.get_window_extent() for panel in titles.values()]
     for one, other in itertools.combinations(boxes, 2):
         assert not one.overlaps(other)
+
+
+NAMES = [
+    "mas",
+    "mas-alpha",
+    "ewc",
+    "online-ewc",
+    "si",
+    "mas-own",
+    "mas-alpha-latest",
+    "lwf",
+    "joint",
+]
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns"),
+    [
+        ([f"a_module_with_a_name:AndAClassWithAName{i}" for i in range(4)], 1),
+        (NAMES[:8], 3),
+        (NAMES, 3),
+        (["mas", "ewc"], 4),
+        (["a", "b", "c", "d", "e", "mas-alpha-latest-and-more"], 4),
+    ],
+)
+def test_a_legend_has_as_many_columns_as_fit(labels: list[str], columns: int) -> None:
     figure, (panel,) = charts.canvas(1, 1, 2.0)
-    for number in range(4):
-        panel.plot([0], [0], label=f"{name}{number}")
+    for label in labels:
+        panel.plot([0], [0], label=label)
     charts.legend(figure, panel)
     figure.draw_without_rendering()
     (legend,) = figure.legends
     box = legend.get_window_extent()
     assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert legend._ncols == columns
 
 
 def test_without_matplotlib(found: Findings, monkeypatch: pytest.MonkeyPatch) -> None:
