@@ -53,7 +53,7 @@ class AdamWRule(NamedTuple):
 R = TypeVar("R", SGDRule, AdamWRule)
 
 
-def numbers(rules: Iterable[Iterable[float]]) -> list[float]:
+def flat_rules(rules: Iterable[Iterable[float]]) -> list[float]:
     """The numbers of rules, one after another, as the kernels take them."""
     return [float(x) for rule in rules for x in rule]
 

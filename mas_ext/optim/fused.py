@@ -17,7 +17,7 @@ from torch.optim.optimizer import ParamsT
 
 from mas_ext.kernels import backends
 from mas_ext.kernels.flat_state import State
-from mas_ext.kernels.optim import AdamWRule, SGDRule, adamw_, numbers, sgd_
+from mas_ext.kernels.optim import AdamWRule, SGDRule, adamw_, flat_rules, sgd_
 from mas_ext.optim.hooks import (
     Handle,
     Mode,
@@ -349,7 +349,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             bucket.grads,
             beside.get("momentum_buffer", []),
             bucket.state,
-            numbers(bucket.rules),
+            flat_rules(bucket.rules),
             bucket.counts,
             proximal=self._mode == "proximal",
             scale=scale,
@@ -431,7 +431,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             beside.get("max_exp_avg_sq", []),
             beside["step"],
             bucket.state,
-            numbers(bucket.rules),
+            flat_rules(bucket.rules),
             bucket.counts,
             proximal=self._mode == "proximal",
             scale=scale,

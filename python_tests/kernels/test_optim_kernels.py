@@ -24,7 +24,7 @@ from oracles import naive
 from torch import Tensor
 
 from mas_ext.kernels.flat_state import State
-from mas_ext.kernels.optim import AdamWRule, SGDRule, adamw_, numbers, sgd_
+from mas_ext.kernels.optim import AdamWRule, SGDRule, adamw_, flat_rules, sgd_
 
 Array = naive.Array
 
@@ -237,7 +237,7 @@ def test_every_tensor_follows_its_own_rule(backend: Backend) -> None:
         SGDRule(0.125, 0.25, 0.0, 0.0, 0.0, nesterov=False, first=True),
     ]
     state = case.state(backend.native)
-    sgd_(case.theta, grad, buffer, state, numbers(rules), [1, 2, 1], False, None, None)
+    sgd_(case.theta, grad, buffer, state, flat_rules(rules), [1, 2, 1], False, None, None)
     first = 0.75 * b[0] + 0.75 * (held[0] + 0.125 * x[0])
     close(case.theta[0], x[0] - 0.5 * (held[0] + 0.125 * x[0] + 0.75 * first), 8.0)
     for i in (1, 2):
@@ -249,7 +249,9 @@ def test_every_tensor_follows_its_own_rule(backend: Backend) -> None:
     moments = [[torch.zeros_like(t) for t in case.theta] for _ in range(2)]
     step = [torch.zeros((), device=backend.device) for _ in range(4)]
     both = [AdamWRule(0.5, 0.9, 0.99, 0.25, 0.125, 0.0), AdamWRule(0.25, 0.5, 0.75, 0.5, 0.0, 0.25)]
-    adamw_(*(case.theta, grad, *moments, [], step, free, numbers(both), [3, 1], False, None, None))
+    adamw_(
+        *(case.theta, grad, *moments, [], step, free, flat_rules(both), [3, 1], False, None, None)
+    )
     for i in range(3):  # the first step's moments, corrected, are the gradient and its square
         close(case.theta[i], x[i] * (1 - 0.0625) - 0.5 * g[i] / (np.abs(g[i]) + 0.25), 8.0)
     total = g[3] + 0.25 * x[3]
