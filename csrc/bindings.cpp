@@ -20,7 +20,9 @@ using mas::code_of;
 using mas::DType;
 using mas::Views;
 
-std::int64_t chunks_of(std::int64_t size) { return (size + mas::kChunk - 1) / mas::kChunk; }
+std::int64_t chunks_of(std::int64_t size) {
+  return size / mas::kChunk + (size % mas::kChunk != 0 ? 1 : 0);
+}
 
 DType sum_dtype(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
 

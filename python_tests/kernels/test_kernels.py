@@ -917,11 +917,12 @@ def test_the_extension_refuses_numbers_that_mean_nothing() -> None:
             with pytest.raises(ValueError, match=r"omega: got|from 0 up"):
                 compiled.penalty(theta, grad, 2, odd, None, scratch, value, 1)
         none = State([0, -1], *State.empty(2, torch.device("cpu"), True)[1:])
-        numbers = (0.1, 0.0, 0.0, 0.0, 0.1, False, False, False, None, None, 1)
+        numbers = ([0.1, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0], [2], False, None, None, 1)
         with pytest.raises(ValueError, match="expected -1 without a state"):
             compiled.sgd(theta, grad, [], none, *numbers)
-    with pytest.raises(ValueError, match="threads"):
-        EMULATED.cpu.penalty(theta, grad, 2, state, None, scratch, value, 0)
+    for threads in (-1, 0, 4097, 2**31 - 1):
+        with pytest.raises(ValueError, match="threads: expected a number from 1 to 4096"):
+            EMULATED.cpu.penalty(theta, grad, 2, state, None, scratch, value, threads)
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grad)
 
 
