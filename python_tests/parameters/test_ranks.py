@@ -181,6 +181,7 @@ def test_a_group_of_other_ranks_than_a_model_is_sharded_over_is_refused(
     """As many of them, too."""
     groups: dict[Any, list[int]] = {"shards": [0, 1], "same": [1, 0], "other": [0, 2]}
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: groups[group.name])
+    monkeypatch.setattr(dist, "ProcessGroup", SimpleNamespace)
     shards, same, other = (SimpleNamespace(name=name) for name in groups)
     monkeypatch.setattr(module, "group_of", lambda model: shards)
     for given in ("auto", same):
