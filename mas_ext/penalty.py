@@ -35,12 +35,17 @@ from mas_ext.parameters.names import (
     check_patterns,
     check_strength,
     frozen,
-    is_sharded,
     parts_of_equal_size,
     strength_of,
 )
-from mas_ext.parameters.ranks import Ranks, SampleSums, Together, refuse_unused
-from mas_ext.parameters.sketch import fingerprint
+from mas_ext.parameters.ranks import (
+    Ranks,
+    SampleSums,
+    Together,
+    described_importance,
+    described_model,
+    refuse_unused,
+)
 from mas_ext.parameters.tracked_model import TrackedModel, alone
 from mas_ext.state import files as checkpoint
 from mas_ext.state.buffers import Group, Memory
@@ -588,9 +593,8 @@ class FusedMASPenalty(nn.Module):
                     f"batches: got {type(batches).__name__}, which can be read once, for {sweeps} sweeps, "
                     "expected a list or a DataLoader"
                 )
-            self._add(
-                call, find, weight, lambda: {"sweeps": sweeps, **_described(importance, batches)}
-            )
+            given = {"sweeps": sweeps, "batches": "none" if batches is None else "some"}
+            self._add(call, find, weight, lambda: {**given, **described_importance(importance)})
 
     def together(self, call: str) -> Agreement:
         """A call of this name that all ranks of process_group make together; alone, this rank's own."""
@@ -1081,7 +1085,12 @@ class FusedMASPenalty(nn.Module):
                 self._follow(view)
                 given = {"weight": weight, "ends a task": ending is not None}
                 call.refuse_different(
-                    lambda: {**given, **(ending or dict)(), **self._common(), **_kinds(view)}
+                    lambda: {
+                        **given,
+                        **(ending or dict)(),
+                        **self._common(),
+                        **described_model(view),
+                    }
                 )
                 names = {view.name_of(p): name for name, p in weights.items()}
                 omega = {names.get(name, name): t for name, t in find(view, call).items()}
@@ -1124,33 +1133,6 @@ class FusedMASPenalty(nn.Module):
         moved = {name: t.to(fn(t.new_empty(0)).device) for name, t in totals.sums.items()}
         self._pending.totals = totals._replace(sums=moved)
         return self
-
-
-def _described(
-    importance: Mapping[str, Tensor] | None, batches: Iterable[Any] | None
-) -> dict[str, object]:
-    """Where importance comes from, and what tells it from other importance where it is given."""
-    found: dict[str, object] = {"batches": "none" if batches is None else "some"}
-    if importance is None:
-        return found
-    for name, t in importance.items():
-        if not isinstance(t, Tensor):
-            found[f"importance of {name!r}"] = t
-        elif is_sharded(t):  # each rank has another part of it
-            found[f"importance of {name!r}"] = (t.dtype, tuple(t.shape), t.placements)
-        else:
-            found[f"importance of {name!r}"] = (t.dtype, tuple(t.shape), fingerprint(t))
-    return found
-
-
-def _kinds(view: ModelView) -> dict[str, object]:
-    """What parameters and buffers a model has."""
-    found: dict[str, object] = {
-        f"parameter {name!r}": (p.dtype, tuple(p.shape), "trained" if p.requires_grad else "frozen")
-        for name, p in view.found.items()
-    }
-    buffers = view.model.named_buffers()
-    return found | {f"buffer {name!r}": (b.dtype, tuple(b.shape)) for name, b in buffers}
 
 
 _NOT_PROXIMAL = (

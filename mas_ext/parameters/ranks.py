@@ -15,7 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from mas_ext.kernels.dtypes import compute_dtype
 from mas_ext.parameters.agreement import Agreement
 from mas_ext.parameters.fsdp import group_of
+from mas_ext.parameters.names import ModelView, is_sharded
 from mas_ext.parameters.restoring import restoring
+from mas_ext.parameters.sketch import fingerprint
 
 if TYPE_CHECKING:  # torch may be built without it
     from torch.distributed import ProcessGroup
@@ -222,3 +224,26 @@ def _reduced(
         parts = flat.split([sums[name].numel() for name in names])
         total.update((n, p.view(sums[n].shape)) for n, p in zip(names, parts, strict=True))
     return {name: total[name] for name in sums}
+
+
+def described_importance(importance: Mapping[str, Tensor] | None) -> dict[str, object]:
+    """What tells importance that is given by name from other importance, for ranks that compare theirs."""
+    found: dict[str, object] = {}
+    for name, t in (importance or {}).items():
+        if not isinstance(t, Tensor):
+            found[f"importance of {name!r}"] = t
+        elif is_sharded(t):  # each rank has another part of it
+            found[f"importance of {name!r}"] = (t.dtype, tuple(t.shape), t.placements)
+        else:
+            found[f"importance of {name!r}"] = (t.dtype, tuple(t.shape), fingerprint(t))
+    return found
+
+
+def described_model(view: ModelView) -> dict[str, object]:
+    """What parameters and buffers a model has, for ranks that compare theirs."""
+    found: dict[str, object] = {
+        f"parameter {name!r}": (p.dtype, tuple(p.shape), "trained" if p.requires_grad else "frozen")
+        for name, p in view.found.items()
+    }
+    buffers = view.model.named_buffers()
+    return found | {f"buffer {name!r}": (b.dtype, tuple(b.shape)) for name, b in buffers}
