@@ -19,10 +19,10 @@ from mas_ext.failures import Diverged
 from mas_ext.methods.method import Method, Training, is_cross_entropy
 from mas_ext.methods.quadratic import Quadratic
 from mas_ext.models import MultiHead
-from mas_ext.optim.step_size import STEP_SIZES, check_numbers
 from mas_ext.scenarios import Scenario, Task
 from mas_ext.state import files as checkpoint
 from mas_ext.state.merge_rules import separate_anchor
+from mas_ext.training.checkpoints import load_optimizer, refuse_unlike
 from mas_ext.training.lam import choose_lam
 from mas_ext.training.samples import Stream, TaskSamples, split_batches
 from mas_ext.training.settings import AMP_DTYPES, CHOOSING_SHARE, Settings
@@ -505,9 +505,9 @@ class Learning:
             for t in confusion.values()
         ):
             raise ValueError("checkpoint: got a confusion that is none, expected counts by task")
-        _refuse_unlike("found", found, {n: t for n, t in nothing.items() if n in found})
-        _refuse_unlike("loss_sum", state["loss_sum"], self._loss_sum)
-        _refuse_unlike("random", state["random"], torch.get_rng_state())
+        refuse_unlike("found", found, {n: t for n, t in nothing.items() if n in found})
+        refuse_unlike("loss_sum", state["loss_sum"], self._loss_sum)
+        refuse_unlike("random", state["random"], torch.get_rng_state())
         counts = {name: number for name, number in at.items() if name not in ("seconds", "best")}
         if not (
             all(type(n) is int and n >= 0 for n in (state["heads"], *counts.values()))
@@ -517,7 +517,7 @@ class Learning:
         ):
             raise ValueError(f"checkpoint: got a run at {at}, expected a place in it")
         self._add_heads(state["heads"])
-        _refuse_unlike("model", state["model"], self.model.state_dict())
+        refuse_unlike("model", state["model"], self.model.state_dict())
         self.model.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"], self.model)
         over = at["task"] == len(self.tasks)
@@ -527,12 +527,12 @@ class Learning:
         if self.inside:
             self.begin_task(resumed=True)
             optimizer, schedule, scaler = self._stepper
-            _load_optimizer(optimizer, state["optimizer"])
-            _refuse_unlike("scaler", state["scaler"], scaler.state_dict())
+            load_optimizer(optimizer, state["optimizer"])
+            refuse_unlike("scaler", state["scaler"], scaler.state_dict())
             scaler.load_state_dict(state["scaler"])
             if schedule is not None:
                 if isinstance(self.settings.schedule, str):
-                    _refuse_unlike("schedule", state["schedule"], schedule.state_dict())
+                    refuse_unlike("schedule", state["schedule"], schedule.state_dict())
                 schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda":
@@ -549,54 +549,6 @@ class Learning:
             "numbers of samples": sizes,
         }
         return {name: _comparable(value) for name, value in found.items()}
-
-
-def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's state; a ValueError for what SGD, Adam or AdamW can't have saved."""
-    known = type(optimizer) in STEP_SIZES
-    if known:
-        own = optimizer.state_dict()["param_groups"]
-        _refuse_unlike("optimizer", state["param_groups"], own)
-    optimizer.load_state_dict(state)
-    for group in optimizer.param_groups if known else ():
-        check_numbers(group)
-        moments = {"exp_avg", "exp_avg_sq"} if "betas" in group else {"momentum_buffer"}
-        for p in group["params"]:
-            like = dict.fromkeys(moments, p.detach())
-            if "betas" in group:
-                like["step"] = torch.zeros(())
-            kept = {name: t for name, t in optimizer.state.get(p, {}).items() if t is not None}
-            if kept:
-                _refuse_unlike("optimizer", kept, like)
-
-
-def _refuse_unlike(name: str, found: Any, own: Any) -> None:
-    """Raise a ValueError for a part of a checkpoint that is built otherwise than the run's own.
-
-    That is: other names or lengths, tensors of another dtype or shape, or what is of another kind.
-    """
-    if isinstance(own, Tensor) and isinstance(found, Tensor):
-        if (found.dtype, found.shape) == (own.dtype, own.shape):
-            return
-    elif isinstance(own, dict) and isinstance(found, dict):
-        if found.keys() == own.keys():
-            for key, value in own.items():
-                _refuse_unlike(f"{name}, {key}", found[key], value)
-            return
-    elif isinstance(own, (list, tuple)) and isinstance(found, (list, tuple)):
-        if len(found) == len(own):
-            for i, value in enumerate(own):
-                _refuse_unlike(f"{name}, {i}", found[i], value)
-            return
-    elif type(found) is type(own) or {type(found), type(own)} == {int, float}:
-        return
-    told = [
-        f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)
-        for t in (found, own)
-    ]
-    raise ValueError(
-        f"checkpoint, {name}: got {told[0]:.200}, expected what is like {told[1]:.200}"
-    )
 
 
 def _refuse_numbers(task: Task) -> None:
