@@ -20,6 +20,7 @@ from mas_ext import metrics
 from mas_ext.comparison import directory as files
 from mas_ext.comparison.cells import Found
 from mas_ext.comparison.directory import Confused, Directory
+from mas_ext.comparison.shapes import check_shape
 from mas_ext.methods.quadratic import Lam
 from mas_ext.state import files as checkpoint
 
@@ -37,7 +38,7 @@ SCORES = {
 FEWEST = 4
 KEYS = ("tasks", *SCORES, "step_seconds", "held_bytes")
 
-# What the files have at least, see `_check`.
+# What the files have at least, see `check_shape`.
 _VALUES = {"scenario": str, "setting": str, "seeds": int, "methods": {None: {}}}
 _TRIED = {"candidates": [{"lam": float, "mean": (float, None)}], "chosen": (float, None)}
 _OVER = {
@@ -170,7 +171,7 @@ class Findings:
         # What trains need not be here: nothing is computed.
         values = directory.values()
         with _reading(folder / files.CONFIG):
-            _check(values, _VALUES)
+            check_shape(values, _VALUES)
             seeds, methods = range(values["seeds"]), list(values["methods"])
             if not methods or not 0 < values["seeds"] <= _MOST_SEEDS:
                 raise ValueError(
@@ -179,12 +180,12 @@ class Findings:
                 )
         with _reading(folder / files.ENVIRONMENT) as path:
             starts = json.loads(path.read_bytes())
-            _check(starts, [{}])
+            check_shape(starts, [{}])
         grid = {}
         if (folder / files.LAM).exists():
             with _reading(folder / files.LAM) as path:
                 for name, tried in json.loads(path.read_bytes()).items():
-                    _check(tried, _TRIED)
+                    check_shape(tried, _TRIED)
                     means = {each["lam"]: each["mean"] for each in tried["candidates"]}
                     grid[name] = Choice(tried["chosen"], means)
         over, count = _over(folder / files.METRICS)
@@ -246,7 +247,7 @@ def _over(path: Path) -> tuple[dict[tuple[str, int, int], Any], int]:
         whole = content[: content.rfind(b"\n") + 1].splitlines()
         lines = [line for line in map(json.loads, whole) if line["epoch"] is None]
         for line in lines:
-            _check(line, _OVER)
+            check_shape(line, _OVER)
         count = max((len(line["accuracy"]) for line in lines), default=0)
         final = (line for line in lines if line["purpose"] == "final")
         return {(line["method"], line["seed"], line["task"]): line for line in final}, count
@@ -270,40 +271,15 @@ def _learned(
         with _reading(folder / files.RESULT):
             found = dict(directory[cell])
             if "diverged" in found:
-                _check(found, {"diverged": str})
+                check_shape(found, {"diverged": str})
             else:
-                _check(found, _RESULT)
+                check_shape(found, _RESULT)
                 found = {key: found[key] for key in KEYS}
                 lengths = {len(found[key]) for key in ("tasks", "step_seconds", "held_bytes")}
                 # Without metrics.jsonl, as many as it says.
                 if lengths != {count or max(1, *lengths)}:
                     raise ValueError(f"got {sorted(lengths)} tasks, expected {count or 'some'}")
     return Learned(method, seed, lam, folder, accuracy, seconds, held, found)
-
-
-def _check(value: Any, shape: Any) -> None:
-    """Raise a ValueError unless a value from JSON or TOML has this shape.
-
-    shape: str or int for these, float for a finite number, None for null; a tuple for one of its shapes; a list
-        for a list of its shape; a dictionary for one with its keys, or with any for the key None.
-    """
-    if not _fits(value, shape):
-        raise ValueError(f"got {str(value)[:80]}, expected what a run writes")
-
-
-def _fits(value: Any, shape: Any) -> bool:
-    if isinstance(shape, tuple):
-        return any(_fits(value, each) for each in shape)
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(_fits(each, shape[0]) for each in value)
-    if isinstance(shape, dict):
-        keys = value if None in shape else shape
-        return isinstance(value, dict) and all(
-            key in value and _fits(value[key], shape.get(key, shape.get(None))) for key in keys
-        )
-    if shape is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return value is None if shape is None else type(value) is shape
 
 
 @contextmanager
