@@ -162,11 +162,16 @@ struct Rules {
   const std::vector<std::int64_t>& counts;
 };
 
-mas::Sgd rule_of(const mas::Sgd* /*kind*/, const double* x) {
+template <class Rule>
+Rule rule_of(const double* x);
+
+template <>
+mas::Sgd rule_of(const double* x) {
   return {x[0], x[1], x[2], x[3], x[4], x[5] != 0, x[6] != 0};
 }
 
-mas::AdamW rule_of(const mas::AdamW* /*kind*/, const double* x) {
+template <>
+mas::AdamW rule_of(const double* x) {
   return {x[0], x[1], x[2], x[3], x[4], x[5]};
 }
 
@@ -187,7 +192,7 @@ void step(py::handle theta, py::handle grad, const Moments& moments, py::handle 
     if (count < 0 || static_cast<std::size_t>(count) > call.size() - next) {
       mas::refuse("counts: got {} tensors more, expected from 0 to {}", count, call.size() - next);
     }
-    const Rule rule = rule_of(static_cast<const Rule*>(nullptr), &rules.numbers[width * r]);
+    const Rule rule = rule_of<Rule>(&rules.numbers[width * r]);
     for (std::int64_t i = 0; i < count; ++i) call.segments[next++].rule = rule;
   }
   if (next != call.size()) {
