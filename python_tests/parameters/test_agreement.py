@@ -22,7 +22,7 @@ from processes import run
 from times import TIMES
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mas_ext import FusedMASPenalty, estimate_importance, load_distributed
@@ -94,6 +94,10 @@ def made(kind: str, **options: Any) -> FusedMASPenalty:
 def net_of(penalty: FusedMASPenalty) -> Any:
     model = penalty.model
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def full(t: Any) -> Tensor:
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
 
 
 def local(t: Any) -> Tensor:
@@ -300,16 +304,12 @@ def differ(kind: str, rank: int) -> None:
     def given(penalty: FusedMASPenalty, value: float) -> None:
         net = Net()
         penalty.consolidate(
-            importance={
-                name if kind == "fsdp" else f"module.{name}": torch.full_like(p, value)
-                for name, p in net.named_parameters()
-            }
+            importance={name: torch.full_like(p, value) for name, p in net.named_parameters()}
         )
 
     def swapped(penalty: FusedMASPenalty) -> None:
-        name = names[0] if kind == "fsdp" else f"module.{names[0]}"
         omega = torch.arange(16.0, dtype=torch.float64).view(4, 4)
-        penalty.consolidate(importance={name: omega.T if rank else omega})
+        penalty.consolidate(importance={names[0]: omega.T if rank else omega})
 
     def with_buffer(penalty: FusedMASPenalty, size: int | None, dtype: torch.dtype) -> None:
         if size is not None:
@@ -387,6 +387,32 @@ def differ(kind: str, rank: int) -> None:
         assert penalty.num_tasks == before, name
 
 
+def alike(kind: str, rank: int) -> None:
+    """What differs without being another: the order of names, and who had samples."""
+    omega = {name: torch.rand(p.shape).double() for name, p in Net().named_parameters()}
+    dist.broadcast_object_list(told := [omega])
+    turned = dict(sorted(told[0].items(), reverse=bool(rank)))
+    if kind == "fsdp":  # and what lies on the ranks
+        places = dict(made(kind).model.named_parameters())
+        turned = {
+            n: distribute_tensor(t, places[n].device_mesh, places[n].placements)  # type: ignore[attr-defined]
+            for n, t in sorted(turned.items())
+        }
+        turned = dict(sorted(turned.items(), reverse=bool(rank)))
+    penalty = made(kind)
+    before = {name: full(t) for name, t in penalty.omega.items()}
+    penalty.consolidate(importance=turned)
+    for name, t in penalty.omega.items():
+        torch.testing.assert_close(full(t), before[name] + told[0][name])
+    if kind == "fsdp":
+        penalty.observe(X if rank == 0 else X[:0])
+        with pytest.raises(RuntimeError, match="importance of observed samples"):
+            penalty.state_dict()
+        penalty.consolidate()
+        penalty.observe(X[:0])  # on all ranks: nothing was observed
+        penalty.state_dict()
+
+
 # -- Ctrl-C at any line -----------------------------------------------------------------------------------
 
 
@@ -460,6 +486,7 @@ def everything(kind: str, folder: str, rank: int, ranks: int) -> int:
     dist.barrier()
     fails(kind, rank)
     differ(kind, rank)
+    alike(kind, rank)
     return pressed(kind, rank)
 
 
