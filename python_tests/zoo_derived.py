@@ -890,6 +890,14 @@ def old(norm: Callable[..., nn.Module], module: nn.Module, **options: Any) -> nn
         return norm(module, **options)
 
 
+def old_spectral_norm(layer: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """After some steps of its power iteration: before, it may divide by nearly 0."""
+    made = old(spectral_norm, layer, n_power_iterations=20)
+    with torch.no_grad():
+        made(torch.ones(1, *shape))
+    return made
+
+
 new_weight_norm, new_spectral_norm = parametrizations.weight_norm, parametrizations.spectral_norm
 COMPUTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "weight norm": (lambda: new_weight_norm(nn.Linear(4, 3)), (4,)),
@@ -904,8 +912,11 @@ COMPUTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "weight norm of a conv, old": (lambda: old(weight_norm, nn.Conv2d(4, 3, 2)), (4, 3, 3)),
     "spectral norm": (lambda: new_spectral_norm(nn.Linear(4, 3)), (4,)),
     "spectral norm of a conv": (lambda: new_spectral_norm(nn.Conv2d(4, 3, 2)), (4, 3, 3)),
-    "spectral norm, old": (lambda: old(spectral_norm, nn.Linear(4, 3)), (4,)),
-    "spectral norm of a conv, old": (lambda: old(spectral_norm, nn.Conv2d(4, 3, 2)), (4, 3, 3)),
+    "spectral norm, old": (lambda: old_spectral_norm(nn.Linear(4, 3), (4,)), (4,)),
+    "spectral norm of a conv, old": (
+        lambda: old_spectral_norm(nn.Conv2d(4, 3, 2), (4, 3, 3)),
+        (4, 3, 3),
+    ),
     "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(4, 3)), (4,)),
     "standardised conv": (lambda: StandardisedConv(4, 3, 2), (4, 3, 3)),
     "standardised conv with gains": (lambda: ScaledStandardisedConv(4, 3, 2), (4, 3, 3)),
