@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import signal
 from contextlib import suppress
 from dataclasses import replace
@@ -419,6 +420,12 @@ def test_a_task_loss_by_name(name: str, function: Any, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         regress(Stopped(5), checkpoint=tmp_path / "run", task_loss=name)
     regress(Stopped(0), checkpoint=tmp_path / "run", task_loss=function)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_no_result(value: float) -> None:
+    with pytest.raises(Diverged, match=rf"score of task '(.*)': got {value} after task '\1'"):
+        regress(score=lambda output, y: torch.full((len(y),), value))
 
 
 def test_scores_and_losses_by_name() -> None:

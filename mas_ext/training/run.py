@@ -314,7 +314,11 @@ class Learning:
         return Epoch(at.task, at.epoch, loss, validation)
 
     def end_task(self) -> None:
-        """Have the method end the task, test the model, and go on to the next task."""
+        """Have the method end the task, test the model, and go on to the next task.
+
+        Raises:
+            Diverged: a score is not finite.
+        """
         start, task, found = time.perf_counter(), self.at.task, self.found
         if self._best_model:
             self.model.load_state_dict(self._best_model)
@@ -325,7 +329,13 @@ class Learning:
         del held["tree"]
         found.held_bytes[task] = sum(t.numel() * t.element_size() for t in held.values())
         for k in range(len(self.tasks) if self.settings.setting == "domain" else task + 1):
-            found.accuracy[task, k] = self._mean_score(k, "test", task + 1 == len(self.tasks))
+            score = self._mean_score(k, "test", task + 1 == len(self.tasks))
+            if not math.isfinite(score):
+                raise Diverged(
+                    f"score of task {self.tasks[k].name!r}: got {score} after task "
+                    f"{self.tasks[task].name!r}, expected a finite number"
+                )
+            found.accuracy[task, k] = score
             if self.settings.validation:
                 found.validation[task, k] = self._mean_score(k, "validation")
         self.at, self._best_model = Position(task + 1), {}
