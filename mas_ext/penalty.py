@@ -258,7 +258,7 @@ class FusedMASPenalty(nn.Module):
             )
             for g, theta in bound
         ]
-        values += [group.add_grad_() for group in self._updates()]
+        values += [group.add_grad_(_grads_by_id(group.trained())) for group in self.updates()]
         return self._total(values) if values else torch.zeros(())
 
     @torch.no_grad()
@@ -273,12 +273,8 @@ class FusedMASPenalty(nn.Module):
                 own = self._tracked.local([theta[i] for i in chosen])
                 grads = self._tracked.local(_grads([theta[i] for i in chosen]))
                 run_kernel(add_grad_alone_, g, g.subset(chosen, times), [own, grads])
-        self.add_update_grad_to(only, times)
-
-    def add_update_grad_to(self, only: Collection[int], times: Tensor | None = None) -> None:
-        """add_grad_to of the factors of low-rank updates that are held in weight space."""
-        for group in self._updates():
-            group.add_grad_(only, times)
+        for group in self.updates():
+            group.add_grad_(_grads_by_id([p for p in group.trained() if id(p) in only]), times)
 
     @torch.no_grad()
     def proximal_(
@@ -488,9 +484,9 @@ class FusedMASPenalty(nn.Module):
     @_disable_dynamo
     def _update_values(self) -> list[Tensor]:
         """The penalty of low-rank updates."""
-        return [group.value() for group in self._updates()]
+        return [group.value() for group in self.updates()]
 
-    def _updates(self) -> Iterator[UpdateGroup]:
+    def updates(self) -> Iterator[UpdateGroup]:
         """The low-rank updates that are held, of the adapters that are active now."""
         held = self._state.memory.updates
         if not held:
@@ -1191,3 +1187,7 @@ def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:
             p.grad = torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
         grads = [p.grad for p in parameters]
     return cast("list[Tensor]", grads)
+
+
+def _grads_by_id(parameters: Sequence[Tensor]) -> dict[int, Tensor]:
+    return dict(zip(map(id, parameters), _grads(parameters), strict=True))

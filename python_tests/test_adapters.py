@@ -15,12 +15,14 @@ import pytest
 import torch
 import toy_lora
 from interrupts import Stop
+from snapshots import equal
 from torch import Tensor, nn
 from toy_lora import LAYERS, Definition, Net, batches, make, move
 
 import mas_ext.optim
 from mas_ext import FusedMASPenalty
 from mas_ext.integrations.loading import penalty_of
+from mas_ext.optim import fused
 from mas_ext.parameters import adapters
 from mas_ext.parameters.adapters import adapted_weights
 from mas_ext.training.lam import choose_lam, read_pull
@@ -490,6 +492,42 @@ def test_what_it_does_not_go_with(options: dict[str, Any], message: str) -> None
         FusedMASPenalty(make(), **options)
 
 
+@pytest.mark.parametrize("kind", [mas_ext.optim.SGD, mas_ext.optim.AdamW])
+@pytest.mark.parametrize("failure", [MemoryError, KeyboardInterrupt])
+def test_a_fused_step_that_fails_leaves_nothing_in_the_gradients(
+    kind: Any, failure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made() -> tuple[Net, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = make()
+        penalty, _ = penalty_and_definition(model)
+        penalty.consolidate(batches())
+        move(model)
+        optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        penalty.attach(optimizer)
+        model(batches()[0]).square().sum().backward()
+        model.first.up["default"].grad = None
+        return model, optimizer
+
+    (model, optimizer), (twin, other) = made(), made()
+    before = {n: p.grad if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+    def fail(*args: Any, **named: Any) -> None:
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "sgd_" if kind is mas_ext.optim.SGD else "adamw_", fail)
+        with pytest.raises(failure):
+            optimizer.step()
+    assert equal({n: p.grad for n, p in model.named_parameters()}, before)
+    optimizer.step()
+    other.step()
+    assert equal(model.state_dict(), twin.state_dict())
+    after = {n: p.grad for n, p in model.named_parameters()}
+    assert equal(after, {n: p.grad for n, p in twin.named_parameters()})
+    assert after["first.up.default"] is not None
+
+
 def test_the_proximal_form_is_refused() -> None:
     model = make()
     penalty, _ = penalty_and_definition(model)
@@ -646,7 +684,7 @@ def test_state_on_the_cpu_goes_weight_by_weight() -> None:
         definition.consolidate(batches(seed=task))
     move(model)
     assert_same(penalty, definition)
-    assert len([*penalty._updates()]) == len(LAYERS)
+    assert len([*penalty.updates()]) == len(LAYERS)
 
 
 def test_a_weight_that_is_codes_is_held_by_parameter() -> None:

@@ -6,7 +6,7 @@ instead of 20, and no gradient is written on the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ from mas_ext.optim.step_size import (
 )
 from mas_ext.parameters.names import is_sharded
 from mas_ext.state.buffers import Group
+from mas_ext.state.low_rank import UpdateGroup
 
 # Options of torch's optimizers that these lack.
 _REFUSED = ("foreach", "maximize", "differentiable")
@@ -70,10 +71,10 @@ class _Bucket:
             self.counts.append(1)
 
     @property
-    def missing(self) -> list[tuple[Tensor, Tensor]]:
-        """The parameters without a gradient, with the zeros that stand for it."""
+    def renewed(self) -> list[tuple[Tensor, Tensor]]:
+        """The parameters whose gradient is another tensor in this step, with that one."""
         pairs = zip(self.parameters, self.grads, strict=True)
-        return [(p, g) for p, g in pairs if p.grad is None]
+        return [(p, g) for p, g in pairs if p.grad is not g]
 
     @property
     def state(self) -> State:
@@ -150,18 +151,22 @@ class FusedOptimizer(torch.optim.Optimizer):
         # All that can fail comes before the first parameter moves.
         for group in self.param_groups:
             _check_own_numbers(group)
+        updates: list[UpdateGroup] = []
         if self._penalty is not None and self._mode == "gradient":
-            own = {id(p) for group in self.param_groups for p in group["params"]}
-            self._penalty.add_update_grad_to(own, getattr(self, "grad_scale", None))
-        launches = [self._prepared(bucket) for bucket in self._buckets(places)]
+            updates = [*self._penalty.updates()]
+        factors = {id(p) for update in updates for p in update.trained()}
+        launches = [self._prepared(bucket) for bucket in self._buckets(places, factors)]
         rest = [self._without_gradient(group, places) for group in self.param_groups]
+        grads = {id(p): g for each in launches for p, g in each.bucket.renewed} if updates else {}
+        for update in updates:
+            update.add_grad_(grads, getattr(self, "grad_scale", None))
         if len(launches) > 1:  # what one kernel refuses has changed nothing
             for launch in launches:
                 launch.check()
         for launch in launches:
             launch.kernel()
             self.state.update(launch.state)
-            for p, grad in launch.bucket.missing:
+            for p, grad in launch.bucket.renewed:
                 p.grad = grad
         for steps in filter(None, rest):
             assert self._penalty is not None
@@ -217,7 +222,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             if p.requires_grad
         }
 
-    def _buckets(self, places: Mapping[int, tuple[Group, int]]) -> Iterable[_Bucket]:
+    def _buckets(
+        self, places: Mapping[int, tuple[Group, int]], factors: Collection[int]
+    ) -> Iterable[_Bucket]:
+        """What is stepped; factors: ids of those of low-rank updates, whose gradient the kernels don't know."""
         buckets: dict[Any, _Bucket] = {}
         for group in self.param_groups:
             moments = self._moments(group)
@@ -226,9 +234,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state_group, offset = places.get(id(p), (None, -1))
                 grad = p.grad
                 if grad is None:
-                    if state_group is None or self._mode == "proximal":
+                    pulled = state_group is not None and self._mode == "gradient"
+                    if not pulled and id(p) not in factors:
                         continue
                     grad = torch.zeros_like(p)
+                elif id(p) in factors:
+                    grad = grad.clone()
                 if grad.is_sparse:
                     raise RuntimeError(
                         f"parameters: got a sparse gradient of shape {tuple(p.shape)}, expected dense ones"

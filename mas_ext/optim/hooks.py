@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 
 from mas_ext.optim.step_size import STEP_SIZES, Step, StepSizes, check_numbers, constant
 from mas_ext.state.buffers import Group
+from mas_ext.state.low_rank import UpdateGroup
 
 Mode = Literal["gradient", "proximal"]
 
@@ -22,8 +23,8 @@ class Penalty(Protocol):
     def add_grad_to(self, only: Collection[int], times: Tensor | None = None) -> None:
         """Add the penalty's gradient, times a factor, into .grad of the parameters with these ids."""
 
-    def add_update_grad_to(self, only: Collection[int], times: Tensor | None = None) -> None:
-        """add_grad_to of low-rank updates alone, which the fused optimizers' kernels don't know."""
+    def updates(self) -> Iterator[UpdateGroup]:
+        """The low-rank updates that are held, of the adapters that are active now."""
 
     def proximal_(
         self,

@@ -197,6 +197,11 @@ class UpdateGroup(NamedTuple):
         left = [p.left.matrix(p.left.parameter) for p in self.products]
         return left, [p.right.matrix(p.right.parameter) for p in self.products]
 
+    def trained(self) -> list[Tensor]:
+        """The factors that require a gradient."""
+        factors = (f.parameter for p in self.products for f in (p.left, p.right))
+        return [p for p in factors if p.requires_grad]
+
     def value(self) -> Tensor:
         """The penalty of these weights, differentiable by the factors."""
         if torch.is_grad_enabled():
@@ -204,36 +209,32 @@ class UpdateGroup(NamedTuple):
         return low_rank_value(*self.factors(), self.state)
 
     @torch.no_grad()
-    def add_grad_(self, only: Collection[int] | None = None, times: Tensor | None = None) -> Tensor:
-        """Add the gradient into .grad of the factors that require one; returns the value.
+    def add_grad_(self, grads: Mapping[int, Tensor], times: Tensor | None = None) -> Tensor:
+        """Add the gradient of the value, which is returned, to that of factors.
 
-        only: ids of parameters; None: all. times: a factor of the gradient, read on the device.
+        grads: by the factors' ids; the others' is left out. times: a factor of it, read on the device.
         """
         state = self.state
         if times is not None:
             state = state._replace(alpha=state.alpha * times.to(state.alpha.device))
-        copied: list[tuple[Factor, Tensor]] = []
+        copied: list[tuple[Factor, Tensor, Tensor]] = []
 
         def target(factor: Factor) -> Tensor:
-            p = factor.parameter
-            if not p.requires_grad or (only is not None and id(p) not in only):
-                return p.new_empty(0)
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            matrix = factor.matrix(p.grad)
-            if matrix.untyped_storage().data_ptr() != p.grad.untyped_storage().data_ptr():
+            grad = grads.get(id(factor.parameter))
+            if grad is None:
+                return factor.parameter.new_empty(0)
+            matrix = factor.matrix(grad)
+            if matrix.untyped_storage().data_ptr() != grad.untyped_storage().data_ptr():
                 # Its dimensions can't be seen as two.
                 matrix = torch.zeros_like(matrix)
-                copied.append((factor, matrix))
+                copied.append((factor, grad, matrix))
             return matrix
 
-        grads = [[target(side) for side in (p.left, p.right)] for p in self.products]
-        left, right = ([pair[i] for pair in grads] for i in (0, 1))
+        targets = [[target(side) for side in (p.left, p.right)] for p in self.products]
+        left, right = ([pair[i] for pair in targets] for i in (0, 1))
         value = low_rank_add_grad_(*self.factors(), left, right, state)
-        for factor, matrix in copied:
-            p = factor.parameter
-            assert p.grad is not None
-            p.grad += (matrix.T if factor.transposed else matrix).reshape(p.shape)
+        for factor, grad, matrix in copied:
+            grad += (matrix.T if factor.transposed else matrix).reshape(grad.shape)
         return value
 
 
