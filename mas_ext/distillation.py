@@ -151,8 +151,13 @@ class Distillation:
             )
             if got != expected:
                 raise ValueError(f"state, {name!r}: got {got}, expected {expected}")
-        for name, t in own.items():
-            t.copy_(state[name])
+        # A copy, so that an interruption leaves the old teacher whole.
+        shared = {id(each.parameter): each.parameter for each in self._shared}
+        teacher = copy.deepcopy(self.teacher, dict(shared))
+        copied = teacher.state_dict(keep_vars=True)
+        for name in own:
+            copied[name].detach().copy_(state[name])
+        self.teacher = teacher
 
     def __getstate__(self) -> dict[str, Any]:
         self._keep()  # a copy knows no other values than these

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,17 +42,12 @@ class Replay:
         check_count(samples, "samples")
         check_count(seed, "seed", least=0)
         self.samples, self.labels = samples, labels
-        self._generator = torch.Generator().manual_seed(seed)
-        self._kept: list[Any] = []
-        self._classes: list[int] = []
-        self._seen: Counter[int] = Counter()
-        self._held: Counter[int] = Counter()
-        # Classes that were the largest of a full memory once: their samples replace one another from then on.
-        self._full: set[int] = set()
+        random = torch.Generator().manual_seed(seed).get_state()
+        self._memory = _Memory(random, (), (), Counter(), frozenset())
 
     def __len__(self) -> int:
         """How many samples are in the memory."""
-        return len(self._kept)
+        return len(self._memory.kept)
 
     def add(self, batch: Any) -> None:
         """Offer the samples of a batch to the memory; what is kept is copied, on the device where it is.
@@ -64,14 +59,13 @@ class Replay:
         Raises:
             TypeError, ValueError: a batch that is none of these; labels that are not one integer per sample.
         """
-        batch_of.told(batch)  # what is no batch is refused before anything changes
+        batch_of.told(batch)  # tells what is no batch
+        reservoir = _Reservoir(self._memory, self.samples)
         for i, label in enumerate(self._labels(batch, batch_of.size(batch))):
-            place = self._place(label)
+            place = reservoir.place(label)
             if place is not None:
-                self._kept[place : place + 1] = [batch_of.at(batch, [i])]
-                self._held.subtract(self._classes[place : place + 1])
-                self._classes[place : place + 1] = [label]
-                self._held[label] += 1
+                reservoir.put(place, label, batch_of.at(batch, [i]))
+        self._memory = reservoir.memory()
 
     def draw(self, count: int) -> Any:
         """A batch of random samples of the memory, each at most once, in the structure in which they came.
@@ -82,19 +76,24 @@ class Replay:
             ValueError: a count below 1; an empty memory; samples of different shapes.
         """
         check_count(count, "count")
-        if not self._kept:
+        memory = self._memory
+        if not memory.kept:
             raise ValueError("draw: got an empty memory, expected one that samples were added to")
-        chosen = torch.randperm(len(self), generator=self._generator)[:count].tolist()
-        return batch_of.copied(batch_of.concatenated([self._kept[i] for i in chosen]))
+        generator = _generator(memory.random)
+        chosen = torch.randperm(len(memory.kept), generator=generator)[:count].tolist()
+        drawn = batch_of.copied(batch_of.concatenated([memory.kept[i] for i in chosen]))
+        self._memory = memory._replace(random=generator.get_state())
+        return drawn
 
     def state_dict(self) -> dict[str, Any]:
         """The memory and all that further choices depend on."""
+        memory = self._memory
         return {
-            "kept": list(self._kept),
-            "classes": list(self._classes),
-            "seen": dict(self._seen),
-            "full": sorted(self._full),
-            "random": self._generator.get_state(),
+            "kept": list(memory.kept),
+            "classes": list(memory.classes),
+            "seen": dict(memory.seen),
+            "full": sorted(memory.full),
+            "random": memory.random.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -117,10 +116,13 @@ class Replay:
             raise ValueError(
                 f"state: got {kept} of {seen} samples, a full memory, expected {least} of them"
             )
-        self._generator.set_state(state["random"])
-        self._kept, self._classes = list(state["kept"]), list(state["classes"])
-        self._seen, self._held = Counter(state["seen"]), Counter(self._classes)
-        self._full = set(state["full"])
+        self._memory = _Memory(
+            _generator(state["random"]).get_state(),
+            tuple(state["kept"]),
+            tuple(state["classes"]),
+            Counter(state["seen"]),
+            frozenset(state["full"]),
+        )
 
     def _labels(self, batch: Any, count: int) -> list[int]:
         if self.labels is None:
@@ -134,20 +136,64 @@ class Replay:
         labels: list[int] = found.tolist()
         return labels
 
-    def _place(self, label: int) -> int | None:
+
+class _Memory(NamedTuple):
+    """All that changes, replaced as one, so that an error leaves the old one whole.
+
+    random: the state of the generator. seen: how many samples of each class came. full: classes that were the
+    largest of a full memory once: their samples replace one another from then on.
+    """
+
+    random: Tensor
+    kept: tuple[Any, ...]
+    classes: tuple[int, ...]
+    seen: Counter[int]
+    full: frozenset[int]
+
+
+class _Reservoir:
+    """Where samples go that come one after another, beginning with a memory, of so many samples at most."""
+
+    def __init__(self, memory: _Memory, samples: int) -> None:
+        self.samples, self.generator = samples, _generator(memory.random)
+        self.kept, self.classes = [*memory.kept], [*memory.classes]
+        self.seen, self.held = Counter(memory.seen), Counter(memory.classes)
+        self.full = set(memory.full)
+
+    def memory(self) -> _Memory:
+        """What is in it now."""
+        random = self.generator.get_state()
+        return _Memory(
+            random, tuple(self.kept), tuple(self.classes), self.seen, frozenset(self.full)
+        )
+
+    def place(self, label: int) -> int | None:
         """Where a sample of this class goes: at the end, in the place of another one, or nowhere."""
-        self._seen[label] += 1
-        if len(self) < self.samples:
-            return len(self)
-        most = max(self._held.values())
-        largest = {each for each, held in self._held.items() if held == most}
-        self._full |= largest
-        if label in self._full:
-            if self._below(self._seen[label]) >= self._held[label]:
+        self.seen[label] += 1
+        if len(self.kept) < self.samples:
+            return len(self.kept)
+        most = max(self.held.values())
+        largest = {each for each, held in self.held.items() if held == most}
+        self.full |= largest
+        if label in self.full:
+            if self._below(self.seen[label]) >= self.held[label]:
                 return None
             largest = {label}
-        places = [i for i, each in enumerate(self._classes) if each in largest]
+        places = [i for i, each in enumerate(self.classes) if each in largest]
         return places[self._below(len(places))]
 
+    def put(self, place: int, label: int, sample: Any) -> None:
+        """Keep a sample there, instead of what was there."""
+        self.held.subtract(self.classes[place : place + 1])
+        self.held[label] += 1
+        self.classes[place : place + 1] = [label]
+        self.kept[place : place + 1] = [sample]
+
     def _below(self, bound: int) -> int:
-        return int(torch.randint(bound, (), generator=self._generator))
+        return int(torch.randint(bound, (), generator=self.generator))
+
+
+def _generator(state: Tensor) -> torch.Generator:
+    generator = torch.Generator()
+    generator.set_state(state)
+    return generator

@@ -92,7 +92,13 @@ class TaskFree:
         check_factor(tolerance, "tolerance")
         self.penalty = penalty
         self.window, self.samples, self.tolerance = window, samples, tolerance
-        self._watched = _Watched()
+        self._known = _known(_Watched())
+
+    @property
+    def _watched(self) -> _Watched:
+        """What is known: where a consolidation was interrupted, what goes with what the penalty holds."""
+        before, after, tasks = self._known
+        return after if self.penalty.num_tasks > tasks else before
 
     @property
     def plateaus(self) -> tuple[Plateau, ...]:
@@ -126,14 +132,19 @@ class TaskFree:
         curve = self._follow(before.curve, math.fsum(losses) / len(losses))
         buffer = (*before.buffer, hard)[-self.window :]
         now = replace(before, steps=before.steps + 1, curve=curve, buffer=buffer)
-        found = None
         if curve.highest is None:
             now = replace(now, kept=self._kept(now))
         elif before.kept is not None:
-            found = self._consolidate(before.kept, now)
+            found = _found(before.kept, now)
             now = replace(now, kept=None, plateaus=(*now.plateaus, found))
-        self._watched = now
-        return found
+            self._known = (before, now, self.penalty.num_tasks)
+            try:
+                self._consolidate(before.kept)
+            finally:
+                self._known = _known(self._watched)
+            return found
+        self._known = _known(now)
+        return None
 
     def _follow(self, curve: _Curve, loss: float) -> _Curve:
         """The curve after one more loss."""
@@ -164,7 +175,7 @@ class TaskFree:
         values = {name: t.detach().clone() for name, t in _trained(self.penalty.model)}
         return _Kept(now.steps, mean, std**2, values, now.buffer)
 
-    def _consolidate(self, kept: _Kept, now: _Watched) -> Plateau:
+    def _consolidate(self, kept: _Kept) -> None:
         """Consolidate the penalty with the parameters and samples that were kept; the model stays as it is."""
         changed = [
             (t, kept.values[name], t.detach().clone())
@@ -180,12 +191,6 @@ class TaskFree:
             for t, old, _ in changed:
                 t.detach().copy_(old)
             self.penalty.consolidate(kept.buffer)
-        reason = (
-            f"the loss rose to {now.curve.highest:.3g} after a plateau at {kept.mean:.3g}, "
-            f"standard deviation {kept.variance**0.5:.2g}"
-        )
-        samples = sum(map(batch_of.size, kept.buffer))
-        return Plateau(now.steps, kept.step, kept.mean, kept.variance, samples, reason)
 
     def state_dict(self) -> dict[str, Any]:
         """All that step() knows, with the samples and parameters that are kept; not the penalty's own state."""
@@ -214,12 +219,14 @@ class TaskFree:
                 f"state: got the settings {state['settings']}, expected {self._settings()}"
             )
         kept = state["kept"]
-        self._watched = _Watched(
-            state["steps"],
-            _Curve(**{**state["curve"], "losses": tuple(state["curve"]["losses"])}),
-            tuple(state["buffer"]),
-            kept and _Kept(**{**kept, "buffer": tuple(kept["buffer"])}),
-            tuple(Plateau(*each) for each in state["plateaus"]),
+        self._known = _known(
+            _Watched(
+                state["steps"],
+                _Curve(**{**state["curve"], "losses": tuple(state["curve"]["losses"])}),
+                tuple(state["buffer"]),
+                kept and _Kept(**{**kept, "buffer": tuple(kept["buffer"])}),
+                tuple(Plateau(*each) for each in state["plateaus"]),
+            )
         )
 
     def _settings(self) -> dict[str, float]:
@@ -260,6 +267,24 @@ class _Watched:
     buffer: tuple[Any, ...] = ()
     kept: _Kept | None = None
     plateaus: tuple[Plateau, ...] = ()
+
+
+# What is known as long as the penalty has so many tasks, and what once it has more.
+_Known = tuple[_Watched, _Watched, int]
+
+
+def _known(watched: _Watched) -> _Known:
+    return watched, watched, 0
+
+
+def _found(kept: _Kept, now: _Watched) -> Plateau:
+    """A plateau that ends now."""
+    reason = (
+        f"the loss rose to {now.curve.highest:.3g} after a plateau at {kept.mean:.3g}, "
+        f"standard deviation {kept.variance**0.5:.2g}"
+    )
+    samples = sum(map(batch_of.size, kept.buffer))
+    return Plateau(now.steps, kept.step, kept.mean, kept.variance, samples, reason)
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

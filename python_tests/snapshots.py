@@ -26,15 +26,15 @@ def snapshot(penalty: FusedMASPenalty) -> Snapshot:
     return {**copied, "modes": modes, "entries": list(state.memory.entries), "lam": state.lam}
 
 
-def equal(a: Snapshot, b: Snapshot) -> bool:
-    """Whether two snapshots are the same, bit by bit, NaN included."""
-    return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor):
-        return bool(a == b)
-    return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+def equal(a: Any, b: Any) -> bool:
+    """Whether two snapshots, or parts of them, are the same, bit by bit, NaN included."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+    return bool(a == b)
 
 
 def _bits(t: Tensor) -> Tensor:

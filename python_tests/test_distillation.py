@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from interrupts import all_or_nothing
 from torch import Tensor, nn
 
 from mas_ext import Distillation
@@ -279,6 +280,32 @@ def test_a_resumed_training_has_its_teacher_again() -> None:
         with pytest.raises(ValueError, match=message):
             again.load_state_dict(wrong)
     assert again(X).item() == distill(X).item()
+
+
+@pytest.mark.parametrize("thawed", [False, True])
+def test_an_interruption_at_any_line_leaves_the_old_teacher_or_the_new_one(thawed: bool) -> None:
+    learned = network()
+    shift(learned)
+    other = Distillation(learned).state_dict()
+
+    def make() -> Distillation:
+        model = network()
+        model[0].requires_grad_(False)
+        made = Distillation(model)
+        if thawed:
+            model[0].requires_grad_(True)
+            made(X)  # copies what will be trained
+        return made
+
+    def load(distill: Distillation) -> None:
+        distill.load_state_dict({name: other[name] for name in distill.state_dict()})
+
+    def held(distill: Distillation) -> Any:
+        with torch.no_grad():
+            shared = [p.detach().clone() for p in distill.model.parameters()]
+            return distill(X, torch.zeros(5, 3)), distill.teacher(X), shared
+
+    assert all_or_nothing(make, load, held) > 3
 
 
 def test_what_can_not_be_is_refused() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from interrupts import all_or_nothing
 from torch import Tensor
 
 from mas_ext import Replay
@@ -131,6 +133,23 @@ def test_a_resumed_memory_goes_on_to_the_same_bits(balanced: bool, tmp_path: Any
         each.add(numbers(50, 90))
     assert replay.draw(4).tolist() == again.draw(4).tolist()
     assert kept(replay) == kept(again)
+
+
+CALLS: dict[str, Callable[[Replay], Any]] = {
+    "add": lambda replay: replay.add(numbers(50, 56)),
+    "draw": lambda replay: replay.draw(3),
+    "load": lambda replay: replay.load_state_dict(Replay(10).state_dict()),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_interruption_at_any_line_leaves_all_or_nothing(name: str) -> None:
+    def make() -> Replay:
+        replay = Replay(10, lambda batch: batch % 3)
+        replay.add(numbers(0, 50))
+        return replay
+
+    assert all_or_nothing(make, CALLS[name], Replay.state_dict) > 3
 
 
 def test_what_can_not_be_is_refused_and_changes_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections.abc import Callable
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interrupts import PACKAGE, all_or_nothing
 from same_state import assert_same_tree
+from times import TIMES
 from torch import Tensor, nn
 
-from mas_ext import FusedMASPenalty, TaskFree
+from mas_ext import FusedMASPenalty, TaskFree, task_free
 from mas_ext.failures import Diverged
 
 WINDOW = 20
@@ -335,6 +338,31 @@ def test_a_consolidation_that_fails_changes_nothing_and_may_be_tried_again(
     assert stream.watcher.step(losses, x) == other.watcher.plateaus[0]
     stream.run(160 - peak)
     assert_same_tree(stream.penalty.state_dict(), other.penalty.state_dict())
+
+
+@pytest.mark.parametrize("consolidated", [False, True])
+def test_an_interruption_at_any_line_leaves_all_or_nothing(consolidated: bool) -> None:
+    """Nothing is consolidated twice, and what was consolidated is known to be."""
+    stream = Stream()
+    while not stream.watcher.plateaus:
+        before = copy.deepcopy(stream)
+        x, losses = stream.next()
+        stream.watcher.step(losses, x)
+    chosen = before if consolidated else stream
+    x, losses = chosen.next()
+
+    def interrupted(within: str, most: int) -> int:
+        return all_or_nothing(
+            lambda: copy.deepcopy(chosen.watcher),
+            lambda watcher: watcher.step(losses, x),
+            lambda it: (it.state_dict(), snapshot(it.penalty.model), it.penalty.state_dict()),
+            within,
+            most,
+        )
+
+    assert interrupted(task_free.__file__, most=1000) > 20
+    if consolidated:
+        assert interrupted(PACKAGE, most=50 * TIMES) > 1000
 
 
 def test_a_head_that_came_after_the_plateau_is_consolidated_as_it_is() -> None:
