@@ -77,6 +77,11 @@ class Net(nn.Module):
         return x
 
 
+def own(rank: int) -> Tensor:
+    """A rank's samples."""
+    return X[rank :: dist.get_world_size()]
+
+
 def made(kind: str, **options: Any) -> FusedMASPenalty:
     """Under one of two wrappers, after a task."""
     net: nn.Module = Net()
@@ -87,7 +92,7 @@ def made(kind: str, **options: Any) -> FusedMASPenalty:
             fully_shard(layer)
         model = fully_shard(net)
     penalty = FusedMASPenalty(model, lam=0.5, omega_dtype=torch.float64, **options)
-    penalty.consolidate([X[dist.get_rank() :: RANKS]])
+    penalty.consolidate([own(dist.get_rank())])
     return penalty
 
 
@@ -140,7 +145,7 @@ def said(call: Callable[[], object]) -> str:
 
 
 def on_all(text: str) -> list[str]:
-    found: list[Any] = [None] * RANKS
+    found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, text)
     return found
 
@@ -157,19 +162,19 @@ class Case(NamedTuple):
 
 
 def consolidate(penalty: FusedMASPenalty, rank: int, **given: Any) -> None:
-    penalty.consolidate([X[rank::RANKS], X[rank::RANKS]], **given)
+    penalty.consolidate([own(rank), own(rank)], **given)
 
 
 def adapt(penalty: FusedMASPenalty, rank: int) -> None:
-    penalty.adapt([X[rank::RANKS]])
+    penalty.adapt([own(rank)])
 
 
 def estimate(penalty: FusedMASPenalty, rank: int) -> None:
-    estimate_importance(penalty.model, [X[rank::RANKS]])
+    estimate_importance(penalty.model, [own(rank)])
 
 
 def observe(penalty: FusedMASPenalty, rank: int) -> None:
-    penalty.observe(X[rank::RANKS])
+    penalty.observe(own(rank))
 
 
 def raising(owner: Any, name: str, error: type[BaseException] = MemoryError) -> Any:
@@ -477,12 +482,11 @@ def pressed(kind: str, rank: int) -> int:
     return counted.lines
 
 
-def everything(kind: str, folder: str, rank: int, ranks: int) -> int:
-    os.environ["AGREEMENT_FOLDER"] = folder
+def everything(kind: str, rank: int, ranks: int) -> int:
     if rank == 0:
         plain = FusedMASPenalty(Net(), process_group=None, omega_dtype=torch.float64)
         plain.consolidate([X])
-        plain.save(f"{folder}/whole")
+        plain.save(os.environ["AGREEMENT_FOLDER"] + "/whole")
     dist.barrier()
     fails(kind, rank)
     differ(kind, rank)
@@ -491,6 +495,34 @@ def everything(kind: str, folder: str, rank: int, ranks: int) -> int:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_an_error_on_one_rank_is_one_on_all(kind: str, tmp_path: Path) -> None:
-    lines = run(partial(everything, kind, str(tmp_path)), RANKS, tmp_path)
+def test_an_error_on_one_rank_is_one_on_all(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGREEMENT_FOLDER", str(tmp_path))
+    lines = run(partial(everything, kind), RANKS, tmp_path)
     assert lines[1] > 500
+
+
+def two_fail(kind: str, rank: int, ranks: int) -> None:
+    penalty = made(kind)
+    before = State.of(penalty)
+    for name, case in CASES.items():
+        if kind not in case.kinds or case.broken is Case._field_defaults["broken"]:
+            continue
+        bad = (0,) if name == "writing" else (1, 3)
+        with case.broken(penalty) if rank in bad else mock.patch("os.devnull"):
+            told = on_all(said(partial(case.act, penalty, rank)))
+        # One of them may be told of the other before it comes to its own error.
+        first = [each for each in bad if "failed with" not in told[each]]
+        others = {*range(ranks)} - {*first}
+        said_so = [f"rank {each} failed with {told[each]}" for each in first]
+        assert all(any(so in told[each] for so in said_so) for each in others), (name, told)
+        assert State.of(penalty).equals(before), (kind, name)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_errors_on_two_of_four_ranks_are_one_on_all(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGREEMENT_FOLDER", str(tmp_path))
+    run(partial(two_fail, kind), 4, tmp_path)
