@@ -153,6 +153,52 @@ def test_what_remains_without_the_parameters_of_the_fallback_is_proven_for_all_b
     assert whole.count(7) == 1
 
 
+def frozen_layers(m: Any, x: Tensor) -> Tensor:
+    """Random numbers in place of what they remember would make a gradient 16 times as large with each."""
+    h = m.first(x)
+    for layer in m.more:
+        h = h + layer(h).tanh()
+    return h
+
+
+def frozen_gates(m: Any, x: Tensor) -> Tensor:
+    """And here half as large with each."""
+    h = m.first(x)
+    for _ in range(300):
+        h = h * (1 + 0.1 * h.detach().sin())
+    return h
+
+
+@pytest.mark.parametrize("forward", [frozen_layers, frozen_gates])
+def test_depth_is_no_obstacle(forward: Forward) -> None:
+    torch.manual_seed(0)
+    more = nn.ModuleList([nn.Linear(32, 32) for _ in range(40)]).requires_grad_(False)
+    model, total = Wired(forward, first=nn.Linear(4, 32), more=more), ImportanceSum()
+    batches = [torch.randn(7, 4) for _ in range(3)]
+    passes: list[int] = []
+
+    def watch(module: nn.Module, args: Any, y: Tensor) -> None:
+        y.register_hook(lambda grad: passes.append(len(grad)))
+
+    model.first.register_forward_hook(watch)
+    total.add(model, batches[0])
+    for batch in batches[1:]:
+        passes.clear()
+        total.add(model, batch)
+        assert passes == [7]
+    expected = torch.zeros(32, 4, dtype=torch.float64)
+    model.double()
+    for x in torch.cat(batches).double():
+        objective = forward(model, x[None]).square().sum()
+        expected += torch.autograd.grad(objective, model.first.weight)[0].abs() / 21
+    torch.testing.assert_close(
+        total.mean()["first.weight"].double(),
+        expected,
+        rtol=1e-3,
+        atol=1e-6 * float(expected.max()),
+    )
+
+
 class Inverted(nn.Module):
     """An inverted bottleneck (MobileNet, EfficientNet-Lite), whose ReLU6 let no gradient through above 6."""
 

@@ -10,10 +10,11 @@ remembers of the data, they are those of all batches in which a model does the s
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -91,14 +92,16 @@ class ProvenPass:
         depend on its own output, and the passes start from there.
         """
         tape, output = self.tape, self.output
-        if self._choices.found or tape.opened or self._choosing():
+        nodes = _between(output)
+        if self._choices.found or tape.opened or any(self._chooses(node) for node in nodes):
             return None
         found: Owners | None = None
         try:
             # What a mask hides, its opposite shows.
             for opposite in (False, True) if self._memory.masks else (False,):
                 noise = self._memory.noise = _Noise(output.device, opposite)
-                owners = _owners(tape, output, noise(output, 0), precision, noise)
+                with _levelled(nodes):
+                    owners = _owners(tape, output, noise(output, 0), precision, noise)
                 if any(bool((o == UNKNOWN).all()) for o in owners.values() if o.numel()):
                     return None
                 found = owners if found is None else _united(found, owners)
@@ -120,13 +123,10 @@ class ProvenPass:
                 return None
         return layouts
 
-    def _choosing(self) -> bool:
-        """Whether, between output and a meeting, a node keeps integers or few truth values of data, or what
+    def _chooses(self, node: Any) -> bool:
+        """Whether a node between output and a meeting keeps integers or few truth values of data, or what
         can't be looked at, or has bounds that random numbers don't pass.
         """
-        return any(self._chooses(node) for node in _between(self.output))
-
-    def _chooses(self, node: Any) -> bool:
         own = isinstance(node, BackwardCFunction)
         if own and type(node)._forward_cls is LayerNode:
             return False
@@ -290,6 +290,33 @@ def _row_sizes(
     tape.observe(observer, y, start * each)
     tape.random = False
     return found
+
+
+@contextmanager
+def _levelled(nodes: Iterable[Any]) -> Iterator[None]:
+    """While it lasts, gradients neither grow nor vanish on their way, as random numbers would have them.
+
+    What comes to a node is multiplied by a power of two: the one that makes it about 1 in the first pass.
+    """
+    factors: dict[Any, list[float]] = {}
+
+    def factor(grad: Tensor | None) -> float:
+        size = 0.0 if grad is None else float(grad.abs().mean(dtype=torch.float64))
+        return 2.0 ** -round(math.log2(size)) if 0 < size < math.inf else 1.0
+
+    def level(node: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        with torch._C.DisableTorchFunction():  # none of the model's functions
+            if node not in factors:
+                factors[node] = [*map(factor, grads)]
+            pairs = zip(grads, factors[node], strict=True)
+            return tuple(None if grad is None else grad * by for grad, by in pairs)
+
+    handles = [node.register_prehook(partial(level, node)) for node in nodes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Memory:
