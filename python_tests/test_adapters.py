@@ -17,6 +17,7 @@ import toy_lora
 from interrupts import Stop
 from snapshots import equal
 from torch import Tensor, nn
+from torch.nn import functional as F
 from toy_lora import LAYERS, Definition, Net, batches, make, move
 
 import mas_ext.optim
@@ -24,7 +25,12 @@ from mas_ext import FusedMASPenalty
 from mas_ext.integrations.loading import penalty_of
 from mas_ext.optim import fused
 from mas_ext.parameters import adapters
-from mas_ext.parameters.adapters import adapted_weights
+from mas_ext.parameters.adapters import (
+    AdaptedWeight,
+    Factor,
+    LowRankProduct,
+    adapted_weights,
+)
 from mas_ext.training.lam import choose_lam, read_pull
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -490,6 +496,47 @@ def test_excluded_adapters_are_not_held() -> None:
 def test_what_it_does_not_go_with(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FusedMASPenalty(make(), **options)
+
+
+class ConvLoRA(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Conv2d(3, 4, 2, bias=False).requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(2, 3, 2, 2))
+        self.up = nn.Parameter(torch.randn(4, 2, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.conv2d(F.conv2d(x, self.down), self.up)
+
+
+def test_gradients_that_lie_in_memory_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finder(module: nn.Module) -> AdaptedWeight | None:
+        if not isinstance(module, ConvLoRA):
+            return None
+        product = LowRankProduct("default", Factor(module.up), Factor(module.down), 1.0)
+        return AdaptedWeight(module.base, "weight", [product])
+
+    monkeypatch.setattr(adapters, "_finders", [finder])
+    torch.manual_seed(0)
+    layer = ConvLoRA().double()
+    penalty = FusedMASPenalty(nn.Sequential(layer), lam=0.7, omega_dtype=torch.float64)
+    penalty.consolidate([torch.randn(3, 3, 4, 4, dtype=torch.float64)])
+    weight = penalty.omega["0.weight"].reshape(4, -1) * penalty.scale
+
+    def update() -> Tensor:
+        return layer.up.flatten(1) @ layer.down.flatten(1)
+
+    anchor = update().detach()
+    move(layer)
+    expected = torch.autograd.grad(
+        (weight * (update() - anchor).square()).sum(), [layer.up, layer.down]
+    )
+    for p in (layer.up, layer.down):
+        p.grad = torch.ones_like(p).to(memory_format=torch.channels_last)
+    penalty.add_grad_()
+    for p, grad in zip((layer.up, layer.down), expected, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, 1 + grad)
 
 
 @pytest.mark.parametrize("kind", [mas_ext.optim.SGD, mas_ext.optim.AdamW])

@@ -25,7 +25,7 @@ COMMON = [("lr", v) for v in ("x", None, NAN, INF, -0.1)] + [
 ]
 OF_SGD = [("momentum", v) for v in (NAN, -0.5, "x", None)] + [("dampening", v) for v in (NAN, "x")]
 OF_ADAM = [("eps", v) for v in (NAN, -1e-8, "x")]
-OF_ADAM += [("betas", v) for v in ((NAN, 0.9), (0.9, 1.0), (-0.1, 0.9), ("x", 0.9))]
+OF_ADAM += [("betas", v) for v in ((NAN, 0.9), (0.9, 1.0), (-0.1, 0.9), ("x", 0.9), {0.5, 0.9})]
 
 
 @pytest.fixture(autouse=True)

@@ -451,6 +451,30 @@ def test_the_penalty_goes_with_a_closure(positional: bool) -> None:
     assert len(losses) == 6
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_step_inside_that_of_another_optimizer_or_a_method_has_the_penalty_once(
+    inside: bool,
+) -> None:
+    case, other = held(), nn.Parameter(torch.zeros(2))
+
+    class Own(SGD):
+        def advance(self) -> None:
+            self.step()
+
+    optimizer = Own(case.model.parameters(), lr=0.1)
+    case.penalty.attach(optimizer)
+    theta = array(case.model.theta())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        case.loss().backward()
+        optimizer.advance()
+        return torch.zeros(())
+
+    SGD([other], lr=0.1).step(closure) if inside else closure()
+    np.testing.assert_allclose(array(case.model.theta()), descend(theta, case), rtol=1e-12)
+
+
 def test_a_proximal_step_goes_with_a_closure() -> None:
     s, case = SETTINGS["sgd_momentum"], held()
     expected = naive_path(case, s, lambda _: 0.05, 4)

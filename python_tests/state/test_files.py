@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from mas_ext import FusedMASPenalty
@@ -298,6 +300,28 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_no_other(
     assert os.listdir(tmp_path) == ["file"]
     penalty.save(path)
     assert path.read_bytes() != old
+
+
+def test_a_file_beyond_the_size_that_is_allowed_keeps_the_old_one(tmp_path: Path) -> None:
+    """The system itself stops the writing, half-way."""
+    path = tmp_path / "file"
+    checkpoint.save({"a": torch.zeros(3)}, path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"file: could not be written \("):
+            checkpoint.save({"a": torch.ones(10_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert torch.equal(checkpoint.load(path)["a"], torch.zeros(3))
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_tells_what_it_is_about_in_json(tmp_path: Path) -> None:
+    for about, expected in ((None, {}), ({"x": 1}, {"x": 1})):
+        checkpoint.save({"a": torch.zeros(3)}, tmp_path / "file", about)
+        with safe_open(tmp_path / "file", "pt") as file:
+            assert json.loads(file.metadata()["mas_ext"]) == expected
 
 
 def test_ctrl_c_keeps_the_old_file_and_leaves_no_other(
