@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "build" / "mutants"
 RESULTS = OUT / "results.txt"
 BIN = Path(sys.executable).parent
-NATIVE = "build/native"  # in a copy of the tree
+NATIVE, SAID = "build/native", "build/tests.txt"  # in a copy of the tree
 MEMORY = 16 << 30  # bytes that the tests of a mutant may ask for
 HANGS = 300  # seconds after which tests that do nothing are taken for stuck
 RESTART = 99
@@ -389,9 +389,9 @@ class Server:
 def serve(files: list[str]) -> None:
     """Be a server. A child's status is 0 if all tests pass, and RESTART if more than functions has changed."""
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    silence = os.open(os.devnull, os.O_RDWR)
+    said = os.open(SAID, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     for descriptor in (0, 1, 2):
-        os.dup2(silence, descriptor)
+        os.dup2(said, descriptor)
     first = {path: Path(path).read_bytes() for path in files}
 
     class Plugin:
@@ -425,7 +425,8 @@ def serve(files: list[str]) -> None:
 
     others = "[reference or [emulated or cuda or instruction_set" if is_native(files[0]) else "cuda"
     tests = {located(test) for path in files for test in TESTS[path]}
-    options = ["-qx", "-p", "no:cacheprovider", "-k", f"not ({others})"]
+    # Of temporary folders elsewhere, other pytests would remove the oldest.
+    options = ["-qx", "-p", "no:cacheprovider", "--basetemp=build/tmp", "-k", f"not ({others})"]
     os._exit(pytest.main([*options, *map(str, tests)], plugins=[Plugin()]))
 
 
@@ -504,7 +505,8 @@ class Trial:
             if test not in self.seconds:
                 status, self.seconds[test] = self.server.run(path, [test])
                 if status != 0:
-                    sys.exit(f"{test}: got failures before anything was changed")
+                    said = (self.tree.place / SAID).read_text(errors="replace")[-10_000:]
+                    sys.exit(f"{said}\n{test}: got failures before anything was changed")
         return 30 + 3 * int(sum(self.seconds[test] for test in TESTS[path]))
 
     def verdict(self, mutant: Mutant) -> str:
