@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -409,6 +410,16 @@ def alike(kind: str, rank: int) -> None:
     penalty.consolidate(importance=turned)
     for name, t in penalty.omega.items():
         torch.testing.assert_close(full(t), before[name] + told[0][name])
+    if kind == "ddp":  # the first has none; this importance leaves parameters out
+        rest = FusedMASPenalty(penalty.model, importance="local", omega_dtype=torch.float64)
+        rest.consolidate([X] if rank else [])
+        alone = FusedMASPenalty(
+            Net(), importance="local", omega_dtype=torch.float64, process_group=None
+        )
+        alone.consolidate([X])
+        assert rest.omega.keys() == alone.omega.keys()
+        for name, t in alone.omega.items():
+            torch.testing.assert_close(rest.omega[name], t)
     if kind == "fsdp":
         penalty.observe(X if rank == 0 else X[:0])
         with pytest.raises(RuntimeError, match="importance of observed samples"):
@@ -526,3 +537,44 @@ def test_errors_on_two_of_four_ranks_are_one_on_all(
 ) -> None:
     monkeypatch.setenv("AGREEMENT_FOLDER", str(tmp_path))
     run(partial(two_fail, kind), 4, tmp_path)
+
+
+def waiting(rank: int, ranks: int) -> None:
+    """Ctrl-C between an agreement and what follows it."""
+    before, done = signal.getsignal(signal.SIGINT), []
+
+    def agreement() -> Agreement:
+        return Agreement("call", dist.group.WORLD, torch.device("cpu"))
+
+    with suppress(KeyboardInterrupt), agreement() as call:
+        with call.uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append("waits until the end")
+        done.append("no longer")
+    with suppress(KeyboardInterrupt), agreement() as call, call.uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        done.append("waits until the next agreement")
+        call.largest(1)
+        done.append("no longer")
+    with suppress(KeyboardInterrupt), agreement() as call, call.uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        done.append("waits the first time")
+        signal.raise_signal(signal.SIGINT)
+        done.append("no longer")
+    assert done == [
+        "waits until the end",
+        "waits until the next agreement",
+        "waits the first time",
+    ]
+    assert signal.getsignal(signal.SIGINT) is before
+
+    def elsewhere() -> list[int]:
+        with agreement() as call, call.uninterrupted():
+            return call.largest(5, 7)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(elsewhere).result() == [5, 7]
+
+
+def test_ctrl_c_waits(tmp_path: Path) -> None:
+    run(waiting, 1, tmp_path)
