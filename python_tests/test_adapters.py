@@ -31,6 +31,7 @@ from mas_ext.parameters.adapters import (
     LowRankProduct,
     adapted_weights,
 )
+from mas_ext.state.low_rank import keys_of_updates
 from mas_ext.training.lam import choose_lam, read_pull
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -462,6 +463,12 @@ def test_a_wrong_description_of_updates_is_refused(change: dict[str, Any]) -> No
     state["config"] = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
     with pytest.raises(ValueError, match="'config' with wrong updates"):
         penalty.load_state_dict(state)
+
+
+def test_updates_of_a_weight_without_rows_are_described_as_others() -> None:
+    told = {"w": {"shape": [0, 4], "unit": 1.0, "scales": {"default": 1.0}}}
+    parts = ("omega.w", "sample.w", "left.w.default", "right.w.default")
+    assert keys_of_updates(told) == {f"update.{part}" for part in parts}
 
 
 @pytest.mark.parametrize(("zero", "other"), [("up", "down"), ("down", "up")])
