@@ -84,6 +84,47 @@ def test_numbers_that_are_made_of_a_samples_own_entries_are_data() -> None:
     assert_right(model, forward, [(real(5, 4), words), (real(4, 4), words[1:])])
 
 
+def by_truths(m: Any, batch: Any) -> Tensor:
+    """Numbers made of a truth value of each sample; they are last, too."""
+    x, _ = batch
+    truths = [bool(row.sum() > 0) for row in x]
+    numbers = torch.tensor([[[k * t + j for t in truths] for j in range(2)] for k in range(1, 4)])
+    return m.out((m.w @ numbers.double()).tanh().movedim(2, 0) * x[:, None])
+
+
+def test_truth_values_of_samples_are_data() -> None:
+    model = Wired(lambda m, x: x, w=torch.randn(4, 2), out=nn.Linear(4, 3)).double()
+    assert_right(model, by_truths, [(real(5, 4), None), (real(5, 4), None), (real(4, 4), None)])
+
+
+def with_a_check(m: Any, x: Tensor) -> Tensor:
+    """As in DeBERTa: a look at the ids, then rows gathered by indices that are made of numbers."""
+    padded = 0 in x
+    h = m.table(x)
+    order = (torch.tensor(2 - padded) - torch.arange(3)).clamp(min=0)
+    return torch.gather(m.a(h), 1, order[None, :, None].expand(len(x), 3, 4))
+
+
+def test_a_truth_value_of_the_batch_is_no_samples_own() -> None:
+    model = Wired(with_a_check, table=nn.Embedding(9, 4), a=nn.Linear(4, 4)).double()
+    total, passes = ImportanceSum(), []
+
+    def watch(module: nn.Module, args: Any, y: Tensor) -> None:
+        y.register_hook(lambda grad: passes.append(len(grad)))
+
+    model.a.register_forward_hook(watch)
+    batches = [torch.randint(1, 9, (5, 3)) for _ in range(3)]
+    for batch in batches:
+        passes.clear()
+        total.add(model, batch)
+    assert passes == [5]
+    expected = torch.zeros(4, 4, dtype=torch.float64)
+    for x in torch.cat(batches):
+        objective = with_a_check(model, x[None]).square().sum()
+        expected += torch.autograd.grad(objective, model.a.weight)[0].abs() / 15
+    torch.testing.assert_close(total.mean()["a.weight"], expected)
+
+
 def with_mean_of_large_batches(m: Any, x: Tensor) -> Tensor:
     h = m.a(x)
     return m.b(h - h.mean(0).detach() if len(x) > 4 else h)

@@ -114,7 +114,7 @@ class Tape(TorchFunctionMode):
         self.functions: list[Hashable] = []
         self.reads: list[Any] = []
         # Whether Python has numbers of the samples.
-        self.of_samples = False
+        self.of_samples, self._truths = False, 0
         self.meetings: list[Meeting] = []
         # Of each meeting's result, as far as a proof depends on them.
         self.shapes: list[tuple[int, ...]] = []
@@ -242,7 +242,9 @@ class Tape(TorchFunctionMode):
                 self.opened = True
             elif result is not None and next(tensors_in((result,)), None) is None:
                 self.read(result)
-                self.of_samples = True
+                # Fewer truth values than samples are not one of each, which a tensor may be made of.
+                self._truths += isinstance(result, bool)
+                self.of_samples |= not isinstance(result, bool) or self._truths >= self.samples
                 if self.choices is not None:
                     self.choices.found = seen
         elif self.choices is not None and func is Tensor.__getitem__:
