@@ -34,7 +34,7 @@ tests: emulated
 # With 40 times as many sequences, kills and interruptions.
 long: .venv/dev.stamp
 	OMP_NUM_THREADS=1 MAS_EXT_TIMES=40 $(BIN)/pytest -n auto --dist loadfile python_tests/state python_tests/comparison \
-	  python_tests/parameters/test_agreement.py python_tests/training/test_checkpoints.py \
+	  python_tests/parameters/test_agreement.py python_tests/training/test_checkpoints.py python_tests/test_task_free.py \
 	  python_tests/kernels/test_hostile.py
 
 # Coverage-guided, each reader of files for so long. What it finds is in build/fuzz.
