@@ -66,7 +66,7 @@ def tensor_of(node: Any) -> Tensor:
         TypeError, ValueError, AttributeError, RuntimeError, OverflowError, ZeroDivisionError
     ):
         dtype, shape, numbers = node
-        if prod(shape) <= 4096:
+        if all(type(size) is int for size in shape) and prod(shape) <= 4096:
             values = torch.tensor(numbers, dtype=torch.float64)
             return (
                 values.repeat(prod(shape) // len(values) + 1)[: prod(shape)]
