@@ -25,6 +25,10 @@ from mas_ext.training.settings import Settings
 Callback = Callable[[Epoch | Result], object]
 
 
+# What a checkpoint raises that no run has saved.
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError)
+
+
 class Trainer:
     """Learns tasks one after another.
 
@@ -99,7 +103,7 @@ class Trainer:
             if self.checkpoint is not None and self.checkpoint.exists():
                 try:
                     run.load_state_dict(files.unpack(files.load(self.checkpoint)))
-                except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+                except _DAMAGED as error:
                     told = str(error) if isinstance(error, ValueError) else repr(error)
                     raise ValueError(
                         f"checkpoint: got {self.checkpoint} with what this run can't go on from ({told}), "

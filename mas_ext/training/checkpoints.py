@@ -28,12 +28,17 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
             kept = {name: t for name, t in optimizer.state.get(p, {}).items() if t is not None}
             if kept:
                 refuse_unlike("optimizer", kept, like)
+            if not kept.get("step", 0) >= 0:
+                raise ValueError(
+                    f"checkpoint, optimizer, step: got {float(kept['step'])}, expected a number from 0 up"
+                )
 
 
 def refuse_unlike(name: str, found: Any, own: Any) -> None:
     """Raise a ValueError for a part of a checkpoint that is built otherwise than the run's own.
 
-    That is: other names or lengths, tensors of another dtype or shape, or what is of another kind.
+    That is: other names or lengths, tensors of another dtype or shape, integers beyond 64 bits, or what is of
+    another kind.
     """
     if isinstance(own, Tensor) and isinstance(found, Tensor):
         if (found.dtype, found.shape) == (own.dtype, own.shape):
@@ -49,7 +54,9 @@ def refuse_unlike(name: str, found: Any, own: Any) -> None:
                 refuse_unlike(f"{name}, {i}", found[i], value)
             return
     elif type(found) is type(own) or {type(found), type(own)} == {int, float}:
-        return
+        in_64_bits = not isinstance(found, int) or -(2**63) < found < 2**63
+        if in_64_bits:  # others may be no float, either
+            return
     told = [
         f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)
         for t in (found, own)

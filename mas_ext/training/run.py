@@ -516,6 +516,7 @@ class Learning:
         ):
             raise ValueError("checkpoint: got a confusion that is none, expected counts by task")
         refuse_unlike("found", found, {n: t for n, t in nothing.items() if n in found})
+        refuse_unlike("at", at, asdict(Position()))
         refuse_unlike("loss_sum", state["loss_sum"], self._loss_sum)
         refuse_unlike("random", state["random"], torch.get_rng_state())
         counts = {name: number for name, number in at.items() if name not in ("seconds", "best")}

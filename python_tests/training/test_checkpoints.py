@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mas_ext.failures import Diverged
 from mas_ext.state import files as checkpoint
+from mas_ext.training.checkpoints import load_optimizer, refuse_unlike
 
 STRANGE: list[Any] = [
     *(None, True, -1, 2, 1.5, float("nan"), 10**400, 2**63, "x", "", [], [1], {}, {"a": 1}),
@@ -57,6 +58,7 @@ def put(content: Any, place: tuple[Any, ...], value: Any) -> Any:
     [{}, {"optimizer": "sgd", "schedule": "cosine"}, {"validation": 0.2, "patience": 2}],
 )
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore:state. got one from a penalty with:RuntimeWarning")
 def test_anything_anywhere_in_a_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
     """Never an error of another kind, after which nobody knows what to do with the run."""
     path = tmp_path / "run"
@@ -75,6 +77,27 @@ def test_anything_anywhere_in_a_checkpoint(settings: dict[str, Any], tmp_path: P
         with suppress(Diverged):  # parameters may be anything
             refused += is_refused(path, settings)
     assert refused > 30 * TIMES
+
+
+@pytest.mark.parametrize("own", [1, 0.5])
+def test_an_integer_beyond_64_bits_is_refused(own: float) -> None:
+    refuse_unlike("lr", 2**63 - 1, own)
+    for number in (2**63, -(2**63), 10**400):
+        with pytest.raises(ValueError, match=f"checkpoint, lr: got {str(number)[:100]}"):
+            refuse_unlike("lr", number, own)
+
+
+@pytest.mark.parametrize("step", [-1.0, float("nan")])
+def test_a_step_of_an_optimizer_that_is_none_is_refused(step: float) -> None:
+    theta = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([theta])
+    theta.grad = torch.ones(2)
+    optimizer.step()
+    state = optimizer.state_dict()
+    load_optimizer(optimizer, state)
+    state["state"][0]["step"] = torch.tensor(step)
+    with pytest.raises(ValueError, match="checkpoint, optimizer, step: got"):
+        load_optimizer(optimizer, state)
 
 
 def is_refused(path: Path, settings: dict[str, Any]) -> bool:
