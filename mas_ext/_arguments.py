@@ -50,33 +50,39 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 def check_share(share: float, name: str) -> None:
     """Raise a ValueError for an argument of this name that is not from 0 to 1."""
-    if not 0 <= _number(share) <= 1:
+    if not 0 <= as_float(share) <= 1:
         raise ValueError(f"{name}: got {share!r}, expected a number from 0 to 1")
 
 
 def check_factor(factor: Any, name: str) -> float:
     """An argument of this name as a float; a ValueError unless it is finite and at least 0."""
-    number = _number(factor)
-    if not 0 <= number < float("inf"):
+    found = as_float(factor)
+    if not 0 <= found < float("inf"):
         raise ValueError(f"{name}: got {factor!r}, expected a finite number from 0 up")
-    return number
+    return found
 
 
 def check_positive(factor: Any, name: str) -> float:
     """An argument of this name as a float; a ValueError unless it is finite and above 0."""
-    number = _number(factor)
-    if not 0 < number < float("inf"):
+    found = as_float(factor)
+    if not 0 < found < float("inf"):
         raise ValueError(f"{name}: got {factor!r}, expected a finite number above 0")
-    return number
+    return found
 
 
 def check_count(count: Any, name: str, least: int = 1) -> None:
-    """Raise a ValueError for an argument of this name that is no whole number from `least` up."""
-    if not isinstance(count, Integral) or isinstance(count, bool) or count < least:
-        raise ValueError(f"{name}: got {count!r}, expected a whole number from {least} up")
+    """Raise a ValueError for an argument of this name that is no whole number of 64 bits from `least` up."""
+    if (
+        not isinstance(count, Integral)
+        or isinstance(count, bool)
+        or not least <= int(count) < 2**63
+    ):
+        raise ValueError(
+            f"{name}: got {count!r}, expected a whole number from {least} up, below 2**63"
+        )
 
 
-def _number(x: Any) -> float:
+def as_float(x: Any) -> float:
     """x as a float; NaN for what is none, as words and truth values."""
     if isinstance(x, (str, bytes, bool)):
         return float("nan")

@@ -152,8 +152,7 @@ class Distillation:
             if got != expected:
                 raise ValueError(f"state, {name!r}: got {got}, expected {expected}")
         # A copy, so that an interruption leaves the old teacher whole.
-        shared = {id(each.parameter): each.parameter for each in self._shared}
-        teacher = copy.deepcopy(self.teacher, dict(shared))
+        teacher = copy.deepcopy(self.teacher, {id(p): p for _, p, _ in self._shared})
         copied = teacher.state_dict(keep_vars=True)
         for name in own:
             copied[name].detach().copy_(state[name])

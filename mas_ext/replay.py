@@ -59,7 +59,7 @@ class Replay:
         Raises:
             TypeError, ValueError: a batch that is none of these; labels that are not one integer per sample.
         """
-        batch_of.told(batch)  # tells what is no batch
+        batch_of.told(batch)  # refuses what is no batch
         reservoir = _Reservoir(self._memory, self.samples)
         for i, label in enumerate(self._labels(batch, batch_of.size(batch))):
             place = reservoir.place(label)

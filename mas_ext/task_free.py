@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -295,12 +296,17 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _numbers(loss: float | Tensor | Sequence[float], count: int) -> list[float]:
     """The mean loss, or one number for each of so many samples."""
-    found = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+    try:
+        found = torch.as_tensor(loss, dtype=None if isinstance(loss, Tensor) else torch.float64)
+    except OverflowError as error:
+        raise Diverged(
+            f"loss: got a number beyond {sys.float_info.max:g}, expected a finite one"
+        ) from error
     if found.shape not in ((), (count,)) or not count:
         raise ValueError(
             f"loss: got shape {tuple(found.shape)} for {count} samples, expected one number, or one for each"
         )
-    losses: list[float] = found.reshape(-1).tolist()
+    losses: list[float] = found.detach().reshape(-1).tolist()
     if not all(map(math.isfinite, losses)):
         raise Diverged(
             f"loss: got {next(x for x in losses if not math.isfinite(x))}, expected a finite one"

@@ -27,7 +27,7 @@ def test_the_nearest_name_or_all_of_them() -> None:
         (check_share, [0, 0.5, 1], [-0.1, 1.1, NAN, "x", None]),
         (check_factor, [0, 2.5, 1e300], [-1, NAN, INF, "x", None, 10**400]),
         (check_positive, [1e-300, 3], [0, -1, NAN, INF, "x", None]),
-        (check_count, [1, 7, np.int64(3)], [0, -1, 2.0, True, "3", None]),
+        (check_count, [1, 7, np.int64(3)], [0, -1, 2.0, True, "3", None, 2**63]),
     ],
 )
 def test_numbers(check: Callable[[Any, str], Any], good: list[Any], bad: list[Any]) -> None:

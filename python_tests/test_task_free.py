@@ -289,6 +289,7 @@ def test_a_mean_loss_keeps_the_first_samples() -> None:
     ("loss", "batch", "error", "message"),
     [
         (math.nan, torch.ones(2, 3), Diverged, "loss: got nan, expected a finite one"),
+        (10**400, torch.ones(2, 3), Diverged, "loss: got a number beyond 1.7"),
         (torch.tensor(math.inf), torch.ones(2, 3), Diverged, "loss: got inf"),
         (torch.tensor([1.0, -math.inf]), torch.ones(2, 3), Diverged, "loss: got -inf"),
         (torch.ones(3), torch.ones(2, 3), ValueError, r"loss: got shape \(3,\) for 2 samples"),

@@ -423,9 +423,15 @@ def test_a_task_loss_by_name(name: str, function: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_score_that_is_no_number_is_no_result(value: float) -> None:
-    with pytest.raises(Diverged, match=rf"score of task '(.*)': got {value} after task '\1'"):
-        regress(score=lambda output, y: torch.full((len(y),), value))
+@pytest.mark.parametrize("kind", ["test", "validation"])
+def test_a_score_that_is_no_number_is_no_result(kind: str, value: float) -> None:
+    def score(output: Tensor, y: Tensor) -> Tensor:
+        tested = len(y) == naive.SAMPLES
+        return torch.full((len(y),), value if tested == (kind == "test") else 1.0)
+
+    told = rf"score of task '(.*)': got {value} over its {kind} data after task '\1'"
+    with pytest.raises(Diverged, match=told):
+        regress(score=score, validation=0.25)
 
 
 def test_scores_and_losses_by_name() -> None:

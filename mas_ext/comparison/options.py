@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -81,7 +82,8 @@ class Option(NamedTuple):
     def _one(self, name: str, value: Any) -> Any:
         number = {int: Integral, float: Real}.get(self.kind)
         if number is not None and isinstance(value, number) and not isinstance(value, bool):
-            value = self.kind(value)
+            with suppress(OverflowError):  # an integer that is no float
+                value = self.kind(value)
         if type(value) is not self.kind:
             expected = {
                 str: "a word",

@@ -38,7 +38,7 @@ SCORES = {
 FEWEST = 4
 KEYS = ("tasks", *SCORES, "step_seconds", "held_bytes")
 
-# What the files have at least, see `check_shape`.
+# What the files have at least, as `check_shape` takes it.
 _VALUES = {"scenario": str, "setting": str, "seeds": int, "methods": {None: {}}}
 _TRIED = {"candidates": [{"lam": float, "mean": (float, None)}], "chosen": (float, None)}
 _OVER = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from mas_ext._arguments import as_float
+
 
 def check_shape(value: Any, shape: Any) -> None:
     """Raise a ValueError unless a value from JSON or TOML has this shape.
@@ -27,5 +29,5 @@ def _fits(value: Any, shape: Any) -> bool:
             key in value and _fits(value[key], shape.get(key, shape.get(None))) for key in keys
         )
     if shape is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and math.isfinite(as_float(value))
     return value is None if shape is None else type(value) is shape

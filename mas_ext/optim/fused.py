@@ -225,7 +225,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _buckets(
         self, places: Mapping[int, tuple[Group, int]], factors: Collection[int]
     ) -> Iterable[_Bucket]:
-        """What is stepped; factors: ids of those of low-rank updates, whose gradient the kernels don't know."""
+        """The parameters by the calls that step them, with their gradients.
+
+        factors: ids of low-rank updates' factors. The kernels don't know the penalty of these, so that their
+        gradients are copies, to which it is added.
+        """
         buckets: dict[Any, _Bucket] = {}
         for group in self.param_groups:
             moments = self._moments(group)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mas_ext._arguments import check_factor
+from mas_ext._arguments import as_float, check_factor
 
 
 class Step(NamedTuple):
@@ -41,7 +41,7 @@ def check_numbers(group: Mapping[str, Any]) -> None:
         if not isinstance(beta, Tensor) and not check_factor(beta, f"betas[{k}]") < 1:
             raise ValueError(f"betas[{k}]: got {beta!r}, expected a number below 1")
     dampening = group.get("dampening", 0.0)
-    if not isinstance(dampening, (int, float)) or not math.isfinite(dampening):
+    if not isinstance(dampening, (int, float)) or not math.isfinite(as_float(dampening)):
         raise ValueError(f"dampening: got {dampening!r}, expected a finite number")
 
 

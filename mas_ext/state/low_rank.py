@@ -210,9 +210,10 @@ class UpdateGroup(NamedTuple):
 
     @torch.no_grad()
     def add_grad_(self, grads: Mapping[int, Tensor], times: Tensor | None = None) -> Tensor:
-        """Add the gradient of the value, which is returned, to that of factors.
+        """Add d value / d factor, times a number, to gradients of factors; returns the value.
 
-        grads: by the factors' ids; the others' is left out. times: a factor of it, read on the device.
+        grads: the gradients, by the factors' ids; a factor that is not among them gets none. times: the number,
+        read on the device.
         """
         state = self.state
         if times is not None:

@@ -329,15 +329,9 @@ class Learning:
         del held["tree"]
         found.held_bytes[task] = sum(t.numel() * t.element_size() for t in held.values())
         for k in range(len(self.tasks) if self.settings.setting == "domain" else task + 1):
-            score = self._mean_score(k, "test", task + 1 == len(self.tasks))
-            if not math.isfinite(score):
-                raise Diverged(
-                    f"score of task {self.tasks[k].name!r}: got {score} after task "
-                    f"{self.tasks[task].name!r}, expected a finite number"
-                )
-            found.accuracy[task, k] = score
+            found.accuracy[task, k] = self._score_after(k, "test", task + 1 == len(self.tasks))
             if self.settings.validation:
-                found.validation[task, k] = self._mean_score(k, "validation")
+                found.validation[task, k] = self._score_after(k, "validation")
         self.at, self._best_model = Position(task + 1), {}
 
     # -- the choice of lam -------------------------------------------------------------------------
@@ -458,6 +452,16 @@ class Learning:
                 pairs = (y - samples.first) * output.shape[1] + output.argmax(1)
                 count += pairs.cpu().bincount(minlength=count.numel()).view_as(count)
         return float(total) / len(stream)
+
+    def _score_after(self, task: int, kind: str, confusion: bool = False) -> float:
+        """_mean_score of a network that has learned the present task; Diverged where it is not finite."""
+        score = self._mean_score(task, kind, confusion)
+        if not math.isfinite(score):
+            raise Diverged(
+                f"score of task {self.tasks[task].name!r}: got {score} over its {kind} data after task "
+                f"{self.tasks[self.at.task].name!r}, expected a finite number"
+            )
+        return score
 
     # -- stopping and going on ---------------------------------------------------------------------
 

@@ -156,6 +156,7 @@ def test_no_toml(tmp_path: Path) -> None:
         ),
         ({"lam": [1, 1]}, r"lam: got \[1.0, 1.0\], expected each number once"),
         ({"lam": math.inf}, r"lam: got \[inf\], expected finite numbers from 0 up"),
+        ({"lam": 10**400}, "lam: got 10000.*, expected a number"),
         ({"keep": 2}, "keep: got 2.0, expected a number from 0 to 1"),
         ({"methods": {"ebll": {"lam": "auto"}}}, "lam: got 'auto', expected float"),
         ({"lr": "fast"}, "lr: got 'fast', expected a number"),

@@ -19,6 +19,7 @@ from mas_ext.comparison.results import (
     over_seeds,
     shares,
 )
+from mas_ext.comparison.shapes import check_shape
 from mas_ext.state import files as checkpoint
 from mas_ext.state.replacing import write
 
@@ -305,3 +306,10 @@ def test_no_run(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing", file):
         with pytest.raises(FileNotFoundError, match=f"run: got '{path}', where no run has begun"):
             Findings.read(path)
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), math.inf, math.nan, True, "1", None])
+def test_what_is_no_finite_number_has_no_floats_shape(value: Any) -> None:
+    check_shape([1, 2.5, 10**300], [float])
+    with pytest.raises(ValueError, match=r"got .*, expected what a run writes"):
+        check_shape([value], [float])

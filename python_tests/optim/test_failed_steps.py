@@ -23,7 +23,9 @@ each_fused = pytest.mark.parametrize("kind", FUSED)
 COMMON = [("lr", v) for v in ("x", None, NAN, INF, -0.1)] + [
     ("weight_decay", v) for v in (NAN, -1.0)
 ]
-OF_SGD = [("momentum", v) for v in (NAN, -0.5, "x", None)] + [("dampening", v) for v in (NAN, "x")]
+OF_SGD = [("momentum", v) for v in (NAN, -0.5, "x", None)] + [
+    ("dampening", v) for v in (NAN, "x", 10**400)
+]
 OF_ADAM = [("eps", v) for v in (NAN, -1e-8, "x")]
 OF_ADAM += [("betas", v) for v in ((NAN, 0.9), (0.9, 1.0), (-0.1, 0.9), ("x", 0.9), {0.5, 0.9})]
 
