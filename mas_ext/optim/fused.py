@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import compress
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -42,6 +43,9 @@ from mas_ext.state.low_rank import UpdateGroup
 # Options of torch's optimizers that these lack.
 _REFUSED = ("foreach", "maximize", "differentiable")
 
+# The group and offset of a parameter without a penalty.
+_NOWHERE = (None, -1)
+
 
 @dataclass
 class _Bucket:
@@ -62,13 +66,25 @@ class _Bucket:
     rules: list[tuple[float, ...]] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
 
-    def follow(self, rule: tuple[float, ...]) -> None:
-        """Have the next parameter follow a rule."""
-        if self.rules and self.rules[-1] is rule:
-            self.counts[-1] += 1
-        else:
-            self.rules.append(rule)
-            self.counts.append(1)
+    def add(
+        self,
+        parameters: Iterable[Tensor],
+        grads: Iterable[Tensor],
+        rule: tuple[float, ...],
+        fresh: bool,
+        places: Mapping[int, tuple[Group, int]],
+    ) -> None:
+        """Take parameters in that follow one rule."""
+        before = len(self.parameters)
+        self.parameters += parameters
+        self.grads += grads
+        new = self.parameters[before:]
+        self.fresh += new if fresh else []
+        found = [places.get(id(p), _NOWHERE) for p in new] if places else [_NOWHERE] * len(new)
+        self.offsets += [offset for _, offset in found]
+        self.group = self.group or next((g for g, _ in found if g is not None), None)
+        self.rules.append(rule)
+        self.counts.append(len(new))
 
     @property
     def renewed(self) -> list[tuple[Tensor, Tensor]]:
@@ -233,32 +249,40 @@ class FusedOptimizer(torch.optim.Optimizer):
         buckets: dict[Any, _Bucket] = {}
         for group in self.param_groups:
             moments = self._moments(group)
-            rules = self._rule(group, fresh=False), self._rule(group, fresh=True)
-            for p in group["params"]:
-                state_group, offset = places.get(id(p), (None, -1))
-                grad = p.grad
-                if grad is None:
-                    pulled = state_group is not None and self._mode == "gradient"
-                    if not pulled and id(p) not in factors:
-                        continue
-                    grad = torch.zeros_like(p)
-                elif id(p) in factors:
-                    grad = grad.clone()
-                if grad.is_sparse:
-                    raise RuntimeError(
-                        f"parameters: got a sparse gradient of shape {tuple(p.shape)}, expected dense ones"
-                    )
-                key = p.device, p.dtype, moments
-                bucket = buckets.get(key) or buckets.setdefault(key, _Bucket(moments))
-                bucket.group = bucket.group or state_group
-                bucket.parameters.append(p)
-                bucket.grads.append(grad)
-                bucket.offsets.append(offset)
-                fresh = bool(moments) and self._is_fresh(p)
-                if fresh:
-                    bucket.fresh.append(p)
-                bucket.follow(rules[fresh])
+            parameters, grads = self._with_gradients(group["params"], places, factors)
+            # As a list much faster than as a generator, here and below.
+            for sparse in compress(parameters, [g.is_sparse for g in grads]):
+                raise RuntimeError(
+                    f"parameters: got a sparse gradient of shape {tuple(sparse.shape)}, expected dense ones"
+                )
+            fresh = [bool(moments) and self._is_fresh(p) for p in parameters]
+            kinds = [(p.get_device(), p.dtype, f) for p, f in zip(parameters, fresh, strict=True)]
+            for kind in dict.fromkeys(kinds):
+                *place, new = kind
+                bucket = buckets.setdefault((*place, moments), _Bucket(moments))
+                own = [k == kind for k in kinds]
+                rule = self._rule(group, new)
+                bucket.add(compress(parameters, own), compress(grads, own), rule, new, places)
         return buckets.values()
+
+    def _with_gradients(
+        self,
+        parameters: Sequence[Tensor],
+        places: Mapping[int, tuple[Group, int]],
+        factors: Collection[int],
+    ) -> tuple[Sequence[Tensor], list[Tensor]]:
+        """The parameters that are stepped, and their gradients."""
+        grads = [p.grad for p in parameters]
+        if not factors and not any([g is None for g in grads]):  # noqa: C419
+            return parameters, cast("list[Tensor]", grads)
+        stepped: list[tuple[Tensor, Tensor]] = []
+        for p, grad in zip(parameters, grads, strict=True):
+            pulled = self._mode == "gradient" and id(p) in places
+            if grad is not None:
+                stepped.append((p, grad.clone() if id(p) in factors else grad))
+            elif pulled or id(p) in factors:
+                stepped.append((p, torch.zeros_like(p)))
+        return [p for p, _ in stepped], [grad for _, grad in stepped]
 
     def _amp(self, device: torch.device) -> Iterator[Tensor | None]:
         """What a GradScaler says: the gradients' scale, and whether they overflowed."""
