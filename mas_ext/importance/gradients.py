@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,6 +16,9 @@ from mas_ext.kernels.dtypes import compute_dtype
 from mas_ext.parameters.lockstep import Lockstep
 
 Totals = dict[str, Tensor]
+
+# Numbers in the gradients that are added at once.
+_AT_ONCE = 1 << 16
 
 
 class Summation(NamedTuple):
@@ -74,10 +78,40 @@ def accumulate(totals: Totals, found: Mapping[str, Tensor], how: Summation) -> N
 def accumulate_gradients(
     totals: Totals, values: Tensor, theta: Mapping[str, Tensor], how: Summation
 ) -> None:
-    """totals += abs(d sum_k values[k, c] / d theta), or its square, for every c."""
-    for c in range(values.shape[1]):
-        # No name for the gradients, which would keep them while the next ones are computed.
-        accumulate(totals, gradient(values, c, theta), how)
+    """totals += abs(d sum_k values[k, c] / d theta), or its square, for every c.
+
+    Gradients are added while the pass goes on, so that those of a whole model are never there together.
+    """
+    ready: Totals = {}
+    numbers = 0
+
+    def add_up() -> None:
+        nonlocal numbers
+        accumulate(totals, ready, how)
+        ready.clear()
+        numbers = 0
+
+    def take(name: str, g: Tensor) -> Tensor | None:
+        nonlocal numbers
+        ready[name] = g.to_dense() if g.is_sparse else g
+        numbers += g.numel()
+        if numbers >= _AT_ONCE:
+            add_up()
+        return None if g.is_sparse else g.new_zeros(()).expand_as(g)  # for autograd to keep
+
+    unhooked = [p for p in theta.values() if p._backward_hooks is None]
+    handles = []
+    try:
+        for name, p in theta.items():
+            handles.append(p.register_hook(partial(take, name)))
+        for c in range(values.shape[1]):
+            gradient(values, c, theta)
+            add_up()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p in unhooked:
+            p._backward_hooks = None
 
 
 def accumulate_sharded(

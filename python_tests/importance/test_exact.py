@@ -813,14 +813,23 @@ def ordinary(model: nn.Module, x: Tensor) -> None:
     torch.autograd.grad(model(x).square().sum(), [*model.parameters()])
 
 
-@pytest.mark.parametrize(("method", "objective"), [("exact", "l2"), ("batch", "vector")])
-def test_a_first_batch_takes_two_tensors_a_parameter(method: Any, objective: Any) -> None:
-    """Sums and gradients, or the sums of a few samples together and alone."""
+@pytest.mark.parametrize(
+    ("method", "objective", "tensors"), [("exact", "l2", 2), ("batch", "vector", 1)]
+)
+def test_tensors_a_parameter_in_a_first_batch(method: Any, objective: Any, tensors: int) -> None:
+    """The sums, and for a check those of a few samples: never all gradients of a pass beside them."""
     model = nn.Sequential(*[nn.Linear(100, 100) for _ in range(24)], nn.Linear(100, 2))
     x = torch.randn(4, 100)
     size = sum(p.nbytes for p in model.parameters())
     assert size < peak(lambda: ordinary(model, x)) < 1.2 * size
-    assert peak(lambda: ImportanceSum(method, objective).add(model, x)) < 2.5 * size
+    own = peak(lambda: ImportanceSum(method, objective).add(model, x))
+    assert tensors * size < own < (tensors + 0.5) * size
+
+
+def test_a_check_of_samples_finds_the_batch_gone() -> None:
+    """What a pass of the batch remembered is freed before a few samples run alone."""
+    model, x = nn.Sequential(*[nn.Linear(200, 200) for _ in range(24)]), torch.randn(5, 400, 200)
+    assert peak(lambda: ImportanceSum().add(model, x)) < 1.35 * peak(lambda: ordinary(model, x))
 
 
 def test_activations_take_the_memory_of_an_ordinary_pass() -> None:

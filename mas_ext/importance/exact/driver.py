@@ -162,35 +162,41 @@ class Exact:
             return totals, values
         alone: Tensor | None = None
         lockstep = evaluate.lockstep
+        few = batches.between(batch, 0, _CHECKED)
         while True:
             decided = self._decided()
             run = self._run(evaluate, batch, theta)
+            untried = False
             if run is None or run.proof is None:
                 del run
                 run = self._prove(evaluate, batch, theta)
-                layouts, mixed = ([], []) if run.proof else _found_layouts(run)
-                if alone is None:
-                    few = batches.between(batch, 0, _CHECKED)
-                    alone = self._try(evaluate, few, theta, run.proof)
+                untried = alone is None
+            if run.proof is None:
+                layouts, mixed = _found_layouts(run)
+                if untried:
+                    alone, untried = self._try(evaluate, few, theta), False
                     if mixed:  # to know what this pass met unknown
                         continue
                 if decided == self._decided():
                     self._give_up(evaluate.model, mixed)
                 if decided != self._decided():  # there may be a proof with less to prove
                     continue
-                if run.proof is None:
-                    run = run._replace(proof=Proof(run.tape.met, layouts, False))
-                    self._open.add(tuple(run.tape.functions))
+                run = run._replace(proof=Proof(run.tape.met, layouts, False))
+                self._open.add(tuple(run.tape.functions))
             proof = run.proof
             assert proof is not None
-            if lockstep is not None and (alone is not None or not proof.lasting):
+            if lockstep is not None and (untried or alone is not None or not proof.lasting):
                 # Sums over ranks can't be taken back: what is unhandled shows before.
+                if untried:
+                    alone, untried = self._try(evaluate, few, theta, proof), False
                 self._backward(run, sketched=True)
                 self._send_to_fallback(evaluate.model, run.tape.unhandled)
                 if decided != self._decided():
                     continue
             totals = self._backward(run)
             self._send_to_fallback(evaluate.model, run.tape.unhandled)
+            if untried:  # not before: what the batch's pass remembered is freed by now
+                alone = self._try(evaluate, few, theta, proof)
             if decided == self._decided():
                 break
             if lockstep is not None:
@@ -326,9 +332,8 @@ class Exact:
         repeated = False
         while True:
             decided = self._decided()
-            # What is refused by name is refused before a sample fails alone.
-            run = self._forward(evaluate, few, theta)
             expected, output, _ = one_by_one(evaluate, few, theta, self._how, sketched=True)
+            run = self._forward(evaluate, few, theta)
             if outputs_differ(output, run.output, _precision(run)):
                 _, again, _ = one_by_one(evaluate, few, {}, self._how)
                 if not outputs_differ(again, output, _precision(run)):
