@@ -140,9 +140,11 @@ struct Merge {
   double keep;
   double gain;
   Anchor anchor;
-  std::int64_t entry;  // the entry's number, which seeds the rounding of bfloat16 and float8
-  double* partial;     // `chunks` doubles of scratch
-  double* remainder;   // one double per segment, what the merge adds to r
+  std::int64_t entry;  // the entry's number, which seeds the rounding of bfloat16 and float8 by a
+                       // hash with (shift + index in the row)
+  std::int64_t shift;
+  double* partial;    // `chunks` doubles of scratch
+  double* remainder;  // one double per segment, what the merge adds to r
 };
 
 // Importance from one call of a layer with a weight, linear or convolution, on `batch` samples: the

@@ -87,6 +87,7 @@ class cpu:
         gain: float,
         anchor: int,
         entry: int,
+        shift: int,
         scratch: Tensor,
         remainder: Tensor,
         where: int,

@@ -199,11 +199,6 @@ class FusedMASPenalty(nn.Module):
         )
         self._held = _Held(Consolidation(rule, lam), pending, {})
         self._tracked = TrackedModel(model, exclude)
-        if omega_dtype == torch.uint8 and self._tracked.sharding is not None:
-            raise ValueError(
-                "omega_dtype: got uint8 for a model sharded by fully_shard, expected a floating-point dtype: "
-                "each rank's part would have a range of its own"
-            )
         self.adapters: Adapters = adapters
         names = [*self._adapted(), *self._tracked.view(()).found]
         self._strength = check_strength(names, strength)

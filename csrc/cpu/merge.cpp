@@ -21,7 +21,7 @@ double merge_chunk(Type<T>, Type<O>, Type<A>, Chunk chunk, const Merge& args) {
       const auto m =
           merge_element<C>(static_cast<C>(load(omega[i + l])), load(anchor[i + l]),
                            importance[i + l], load(theta[i + l]), keep, gain, args.anchor);
-      omega[i + l] = store_omega<O>(m.omega, offset + i + l, args.entry);
+      omega[i + l] = store_omega<O>(m.omega, args.shift + offset + i + l, args.entry);
       anchor[i + l] = store<A>(m.anchor);
       remainder[l] += m.remainder;
     }

@@ -19,7 +19,7 @@ _ANCHOR_RULES = {"mean": 0, "move": 1, "keep": 2}
 
 @operator(
     f"({CHANGED_STATE}, Tensor[] theta, Tensor[] importance, float keep, float gain, str anchor_rule, "
-    "int entry) -> Tensor",
+    "int entry, int shift=0) -> Tensor",
     shapes=lambda state, theta, *_: state.omega.new_empty(len(theta), dtype=torch.float64),
 )
 def merge_(
@@ -30,13 +30,15 @@ def merge_(
     gain: float,
     anchor_rule: str,
     entry: int,
+    shift: int = 0,
 ) -> Tensor:
     """One task into omega and anchor of a state of one row: W' = max(0, keep W + gain Omega_t).
 
     `anchor_rule`: "mean": A' = A + w / W' (theta - A) with w = gain Omega_t, and theta where keep W is 0;
     "move": A' = theta; "keep": A' = A. Returns, for each tensor, what comes to keep times the remainder:
     sum keep W w / W' (theta - A)^2 under "mean", else 0, as a float64 tensor of shape (tensors,).
-    bfloat16 and uint8 omegas are rounded stochastically by a hash of (index in the row, entry).
+    bfloat16 and uint8 omegas are rounded stochastically by a hash of (shift + index in the row,
+    entry).
     """
     if not state.native:
         added = torch.zeros(len(theta), dtype=torch.float64, device=state.omega.device)
@@ -55,7 +57,7 @@ def merge_(
                 anchor.copy_(torch.where(kept > 0, old + share * distance, x.to(dtype)))
             elif anchor_rule == "move":
                 anchor.copy_(x)
-            index = torch.arange(offset, offset + x.numel(), device=x.device)
+            index = torch.arange(offset, offset + x.numel(), device=x.device) + shift
             index = flat_view(index, 0, x)
             omega.copy_(round_stochastically(total, omega.dtype, index, entry))
         return added
@@ -66,7 +68,7 @@ def merge_(
     one = torch.ones(1, dtype=torch.float64, device=scratch.device)
     whole = state._replace(alpha=one, remainder=one[0])
     remainder = torch.empty(len(theta), dtype=torch.float64, device=scratch.device)
-    rule = (keep, gain, _ANCHOR_RULES[anchor_rule], entry)
+    rule = (keep, gain, _ANCHOR_RULES[anchor_rule], entry, shift)
     run = partial(launch, "merge", theta, whole, theta)
     in_order(theta, [importance], [], lambda new: run(new, *rule, scratch, remainder))
     torch.autograd.graph.increment_version([state.omega, state.anchor])

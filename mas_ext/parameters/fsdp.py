@@ -7,6 +7,7 @@ and torch may be built without it.
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -298,6 +299,16 @@ class Sharding:
     def summed(self, name: str, t: Tensor | None, own: Tensor) -> Tensor:
         """This rank's piece of the sum over ranks of whole tensors like a parameter; None: zeros."""
         return self._shards[name].summed(t, own)
+
+    def place(self, name: str) -> tuple[int, int]:
+        """How many elements a whole parameter has, and how many of them lie before this rank's part.
+
+        A part along another dimension than the first, which lies in many places, is said to come first.
+        """
+        mesh, dim, shape = self._shards[name]
+        size = math.prod(shape)
+        rows = -(-shape[0] // self._ranks) * mesh.get_local_rank()
+        return size, 0 if dim else min(rows, shape[0]) * (size // max(1, shape[0]))
 
     def add_up(self, numbers: Tensor) -> Tensor:
         """Numbers summed over the ranks, the same bits on all."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from mas_ext.kernels import backends
 from mas_ext.kernels.dtypes import compute_dtype, from_codes, to_codes, unit_of
 from mas_ext.kernels.flat_state import State, flat_view
+from mas_ext.parameters.fsdp import Sharding
 from mas_ext.parameters.names import Binding, Layout, check_supported, layouts
 from mas_ext.state.low_rank import HeldWeight
 from mas_ext.state.merge_rules import MergeRule, TaskEntry
@@ -126,10 +128,12 @@ def build_groups(
     rule: MergeRule,
     added: Mapping[str, Tensor] | None = None,
     gain: float = 1.0,
+    sharding: Sharding | None = None,
 ) -> list[Group]:
     """New groups for these parameters, holding what the parts know; the rest has Omega 0.
 
-    Codes of 8 bits get the range that they need when gain times `added` comes to them.
+    Codes of 8 bits get the range that they need when gain times `added` comes to them, on all ranks that
+    `sharding` is over.
     """
     kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, x in theta.items():
@@ -141,7 +145,10 @@ def build_groups(
         if rule.omega_dtype == torch.uint8:
             known = [parts[name].omega for name in names if name in parts]
             new = [added[name] for name in names if name in added] if added else []
-            group.unit = unit_of(_largest(known) + gain * _largest(new))
+            largest = torch.tensor([_largest(known), _largest(new)], dtype=torch.float64)
+            if sharding is not None:
+                largest = -sharding.least(-largest)
+            group.unit = unit_of(float(largest[0] + gain * largest[1]))
         for i, name in enumerate(names):
             _fill(group, i, theta[name], parts.get(name), rows)
         group.add_up()
@@ -149,13 +156,15 @@ def build_groups(
     return groups
 
 
+def flat_offsets(sizes: Sequence[int]) -> list[int]:
+    """Where tensors of so many elements start in a flat state, and where it ends."""
+    return [*accumulate((-(-n // _ALIGNMENT) * _ALIGNMENT for n in sizes), initial=0)]
+
+
 def _zeros(tensors: list[Tensor], names: list[str], rows: int, rule: MergeRule) -> Group:
     """A group for tensors of one device and dtype, of which nothing is known."""
     device, dtype = tensors[0].device, tensors[0].dtype
-    offsets, end = [], 0
-    for x in tensors:
-        offsets.append(end)
-        end += -(-x.numel() // _ALIGNMENT) * _ALIGNMENT
+    *offsets, end = flat_offsets([x.numel() for x in tensors])
     offloaded = rule.state_device is not None
     place = rule.state_device or device
     # Only copies from pinned memory are asynchronous.

@@ -25,7 +25,7 @@ from mas_ext.parameters.adapters import AdaptedWeight
 from mas_ext.parameters.fsdp import Sharding
 from mas_ext.parameters.names import check_supported
 from mas_ext.state import files as checkpoint
-from mas_ext.state.buffers import Group, Memory, ParameterState, build_groups
+from mas_ext.state.buffers import Group, Memory, ParameterState, build_groups, flat_offsets
 from mas_ext.state.low_rank import (
     HeldWeight,
     UpdateGroup,
@@ -187,9 +187,10 @@ class Consolidation:
                 f"importance: got a sum of {total} and a weight of {weight}, expected a factor in omega that "
                 f"float32 holds, not {gain:.3g}"
             )
-        groups = build_groups(known, old, self._rows(entries), self.rule, importance, gain)
+        rows = self._rows(entries)
+        groups = build_groups(known, old, rows, self.rule, importance, gain, sharding)
         if merged:
-            self._merge(groups, known, importance, gain, move_anchor)
+            self._merge(groups, known, importance, gain, move_anchor, sharding)
         else:
             self._write_row(groups, known, importance, len(entries) - 1, move_anchor)
         for group in groups:
@@ -319,6 +320,7 @@ class Consolidation:
         importance: Mapping[str, Tensor],
         gain: float,
         move_anchor: bool,
+        sharding: Sharding | None,
     ) -> None:
         own, keep = self.rule.anchor == "own", self.rule.keep
         anchor = "mean" if own else "move" if move_anchor else "keep"
@@ -331,15 +333,15 @@ class Consolidation:
                 else torch.zeros_like(t, dtype=dtype)
                 for name, t in zip(group.names, x, strict=True)
             ]
-            added = merge_(
-                group.state,
-                x,
-                omegas,
-                keep,
-                gain / group.unit,
-                anchor,
-                len(self.memory.entries),
-            )
+            numbers = (keep, gain / group.unit, anchor, len(self.memory.entries))
+            if sharding is None:
+                added = merge_(group.state, x, omegas, *numbers)
+            else:
+                each = [
+                    merge_(group.subset([i]), x[i : i + 1], omegas[i : i + 1], *numbers, shift)
+                    for i, shift in enumerate(_shifts(group, sharding))
+                ]
+                added = torch.cat(each)
             group.remainders *= keep
             group.remainders += added.to(group.remainders.device) * group.unit
 
@@ -501,6 +503,13 @@ class Consolidation:
 def _numbers(each: Sequence[Tensor]) -> Tensor:
     """0-dim tensors of any device as one in float64, on the CPU."""
     return torch.tensor([t.item() for t in each], dtype=torch.float64)
+
+
+def _shifts(group: Group, sharding: Sharding) -> Iterator[int]:
+    """How much further each part would lie in a state of whole parameters, where one process has it."""
+    sizes, before = zip(*map(sharding.place, group.names), strict=True)
+    for whole, start, own in zip(flat_offsets(sizes), before, group.state.offsets, strict=False):
+        yield whole + start - own
 
 
 def _finish(group: Group, sharding: Sharding | None) -> None:

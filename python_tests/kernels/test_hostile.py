@@ -151,7 +151,7 @@ class Right:
         return [self.like(self.wide), self.theta, 0.5]
 
     def merge(self) -> list[Any]:
-        numbers = [1.0, 0.5, 0, 1, self.scratch, self.scratch.clone()]
+        numbers = [1.0, 0.5, 0, 1, 0, self.scratch, self.scratch.clone()]
         return [self.state_of(1), self.theta, self.like(self.wide), *numbers]
 
     def low_rank(self) -> list[Any]:

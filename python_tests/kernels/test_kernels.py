@@ -414,6 +414,24 @@ def test_a_rounded_omega_grows_without_bias(backend: Backend, omega_dtype: torch
     assert values(nearest)[0] == 8.0
 
 
+@pytest.mark.parametrize("omega_dtype", [torch.bfloat16, torch.uint8])
+def test_a_part_with_a_shift_is_rounded_as_in_the_whole(
+    backend: Backend, omega_dtype: torch.dtype
+) -> None:
+    importance = torch.rand(5000, device=backend.device) + 0.1
+
+    def merged(begin: int, shift: int) -> Tensor:
+        case = make(torch.float32, omega_dtype, shapes=[(5000 - begin,)], device=backend.device)
+        case.omega.zero_()
+        given = [importance[begin:].clone()]
+        merge_(case.state(backend.native), case.theta, given, 1.0, 1.0, "move", 3, shift)
+        return case.omega[0, : 5000 - begin]
+
+    whole = merged(0, 0)
+    assert torch.equal(merged(1003, 1003), whole[1003:])
+    assert not torch.equal(merged(1003, 1002), whole[1003:])
+
+
 def test_8_bits_below_the_least_are_right_on_average(backend: Backend) -> None:
     case = make(torch.float32, torch.uint8, shapes=[(100_000,)], device=backend.device)
     case.omega.zero_()
@@ -908,7 +926,10 @@ def test_the_extension_refuses_numbers_that_mean_nothing() -> None:
         single = state._replace(alpha=one, omega=state.omega[:1], anchor=state.anchor[:1])
         for anchor in (-1, 3):
             with pytest.raises(ValueError, match="anchor: expected 0, 1 or 2"):
-                compiled.merge(single, theta, grad, 1.0, 1.0, anchor, 0, scratch, scratch, 1)
+                compiled.merge(single, theta, grad, 1.0, 1.0, anchor, 0, 0, scratch, scratch, 1)
+        for shift in (-(2**62) - 1, 2**62 + 1):
+            with pytest.raises(ValueError, match=r"shift: expected a number of up to 2\^62"):
+                compiled.merge(single, theta, grad, 1.0, 1.0, 0, 0, shift, scratch, scratch, 1)
         turned = [grad[0], torch.zeros(2, 3).t()]
         with pytest.raises(EMULATED.OtherStrides, match="another order"):
             compiled.penalty(theta, turned, 2, state, None, scratch, value, 1)

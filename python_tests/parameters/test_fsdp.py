@@ -327,8 +327,6 @@ def refused(rank: int, ranks: int) -> None:
     model = sharded()
     with pytest.raises(ValueError, match="got None for a model that is sharded over ranks"):
         FusedMASPenalty(model, process_group=None)
-    with pytest.raises(ValueError, match="omega_dtype: got uint8 for a model sharded"):
-        FusedMASPenalty(model, omega_dtype=torch.uint8)
     penalty = consolidated(RULES[0], model, process_group=dist.group.WORLD)
     check(penalty, RULES[0])
     model[0] = fully_shard(nn.Linear(6, 5).double())
@@ -350,6 +348,29 @@ def refused(rank: int, ranks: int) -> None:
     close(full(after.state_dict()["omega.bias"]), full(before.state_dict()["omega.0.bias"]))
     after.rename("bias", "0.bias")
     check(after, RULES[1])
+
+
+def narrow(rank: int, ranks: int) -> None:
+    """Omega of 16 and 8 bits is rounded as on one process, whatever the number of ranks."""
+    rules: list[dict[str, Any]] = [{}, {"merge": "consistent", "anchor": "own"}, RULES[5], RULES[6]]
+    for rule in rules:
+        for dtype in (torch.bfloat16, torch.uint8):
+            alone, spread = (
+                FusedMASPenalty(m, omega_dtype=dtype, process_group=group, **rule)
+                for m, group in ((network().float(), None), (sharded(network().float()), "auto"))
+            )
+            for theta, omega in remembered():
+                omega["4.weight"] *= 1e-6
+                omega["0.weight"][0] *= 1e6  # of the first rank alone
+                given = {name: t.float() for name, t in omega.items()}
+                for penalty in (alone, spread):
+                    move(penalty.model, theta)
+                    penalty.consolidate(importance=given)
+            again = FusedMASPenalty(spread.model, omega_dtype=dtype, **rule)
+            again.load_state_dict(spread.state_dict())
+            for name, expected in alone.omega.items():
+                assert torch.equal(full(spread.omega[name]), expected), (rule, dtype, name)
+                assert torch.equal(full(again.omega[name]), expected), (rule, dtype, name)
 
 
 def columns(rank: int, ranks: int) -> None:
@@ -376,6 +397,7 @@ def columns(rank: int, ranks: int) -> None:
 
 def everything(folder: Path, source: int, rank: int, ranks: int) -> Any:
     refused(rank, ranks)
+    narrow(rank, ranks)
     states(rank, ranks, folder, source)
     if not PASSES:
         return {}
