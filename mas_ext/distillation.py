@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mas_ext._arguments import check_positive
+from mas_ext._arguments import check_choice, check_positive
 from mas_ext.importance import Forward
 from mas_ext.importance.evaluation import default_forward
 from mas_ext.parameters.names import bare_model, is_sharded
@@ -65,8 +65,7 @@ class Distillation:
         forward: Forward | None = None,
         distance: Distance = "classes",
     ) -> None:
-        if distance not in get_args(Distance):
-            raise ValueError(f"distance: got {distance!r}, expected one of {get_args(Distance)}")
+        check_choice("distance", distance, get_args(Distance))
         self.model, self.distance = model, distance
         self.temperature = check_positive(temperature, "temperature")
         self.forward: Forward = forward or (_logits if distance == "tokens" else default_forward)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mas_ext._arguments import check_choice, check_count
 from mas_ext.comparison.timing import in_turns, median, paired, spread
 from mas_ext.models import residual
 from mas_ext.penalty import FusedMASPenalty
@@ -80,10 +81,9 @@ def bench(model: str, device: str, dtype: str, tasks: Sequence[int], repeats: in
 
 def parameters_of(model: str, device: str, dtype: str) -> nn.Module:
     """Parameters of the shapes of one of SIZES, with gradients of 0."""
-    choices = (("model", model, SIZES), ("device", device, DEVICES), ("dtype", dtype, FLOATS))
-    for name, got, known in choices:
-        if got not in known:
-            raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(known)}")
+    check_choice("model", model, SIZES)
+    check_choice("device", device, DEVICES)
+    check_choice("dtype", dtype, FLOATS)
     network = nn.ModuleList(SIZES[model]()).to(device, getattr(torch, dtype))
     for p in network.parameters():
         p.grad = torch.zeros_like(p)
@@ -98,8 +98,7 @@ def after_tasks(
     The latter is of the first tasks only, as many as eager autograd has memory for, but at least one. Omega of
     task t, counted from 0, is t / 100 plus random numbers in [0, 1); anchors are the parameters as they are.
     """
-    if min(tasks) < 1:
-        raise ValueError(f"tasks: got {tasks}, expected numbers from 1 up")
+    check_count(min(tasks), "tasks")
     theta = dict(network.named_parameters())
     generator = torch.Generator().manual_seed(0)
     noise = {n: torch.rand(p.shape, generator=generator).to(p.device) for n, p in theta.items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mas_ext import metrics
+from mas_ext._arguments import check_count
 from mas_ext.comparison.charts import WIDTH
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.mas import MAS
@@ -89,8 +90,8 @@ def run_demo(
         raise ValueError(f"out: got {str(out)!r}, expected the name of a .png file")
     if not out.parent.is_dir():
         raise ValueError(f"out: got {str(out)!r}, expected a file in a folder that exists")
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"epochs: got {epochs}, expected at least 1")
+    if epochs is not None:
+        check_count(epochs, "epochs")
     datasets.import_extra("matplotlib")  # better now than when everything has been learned
     scenario = split(*datasets.load_dataset(dataset, folder))
     epochs = epochs or EPOCHS.get(dataset, 3)

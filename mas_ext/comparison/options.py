@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mas_ext import models
-from mas_ext._arguments import hint, resolve
+from mas_ext._arguments import check_count, hint, resolve
 from mas_ext.methods import METHODS, Method, create, options, takes
 from mas_ext.methods.method import is_cross_entropy
 from mas_ext.methods.quadratic import Lam
@@ -230,9 +230,8 @@ class Config:
                 "training begins with a new one"
             )
         for name in ("tasks", "seeds", "lam_seeds"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise ValueError(f"{name}: got {count}, expected at least 1")
+            if getattr(self, name) is not None:
+                check_count(getattr(self, name), name)
         for name in ("data", "tasks", "order"):
             if getattr(self, name) is not None and not isinstance(self.scenario, str):
                 raise ValueError(

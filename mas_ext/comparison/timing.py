@@ -10,6 +10,8 @@ from time import perf_counter
 
 import torch
 
+from mas_ext._arguments import check_count
+
 # Fast calls are repeated this long per sample, so that the clock and a cold cache don't count.
 SAMPLE_SECONDS = 0.02
 
@@ -25,8 +27,7 @@ def in_turns(
 
     The order is another one in every repeat, as what ran before leaves its traces in caches and threads.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats: got {repeats}, expected a number from 1 up")
+    check_count(repeats, "repeats")
     numbers = []
     for call in calls:
         once = seconds(call, 1, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mas_ext._arguments import check_count, check_factor
 from mas_ext.methods.lwf import LwF, features_of
 from mas_ext.methods.method import Training
 from mas_ext.models import MultiHead
@@ -53,13 +53,11 @@ class EBLL(LwF):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("alpha", "reconstruction", "lr"):
-            number = getattr(self, name)
-            if not 0 <= number < math.inf:
-                raise ValueError(f"{name}: got {number}, expected a finite number of at least 0")
-        for name in ("code", "epochs", "max_samples"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise ValueError(f"{name}: got {count}, expected at least 1")
+            check_factor(getattr(self, name), name)
+        check_count(self.code, "code")
+        check_count(self.epochs, "epochs")
+        if self.max_samples is not None:
+            check_count(self.max_samples, "max_samples")
         self.encoders: tuple[Tensor, Tensor] | None = None
 
     def begin_task(self, training: Training) -> None:

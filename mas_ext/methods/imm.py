@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mas_ext._arguments import check_positive
 from mas_ext.importance.fisher import Labels
 from mas_ext.methods.ewc import EWC
 from mas_ext.methods.method import Method, Training
@@ -56,8 +57,8 @@ class IMM(Method):
         dropout: float = 0.0,
         mode: Mode = "gradient",
     ) -> None:
-        if alpha is not None and not all(0 < a < float("inf") for a in alpha):
-            raise ValueError(f"alpha: got {alpha}, expected finite numbers above 0")
+        for each in alpha or ():
+            check_positive(each, "alpha")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: got {dropout}, expected from 0 to less than 1")
         self.merging, self.alpha, self.dropout = merging, alpha, dropout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mas_ext._arguments import check_positive
+from mas_ext._arguments import check_choice, check_count, check_factor, check_positive
 from mas_ext.distillation import frozen_copy, softened
 from mas_ext.methods.method import Method, Training, is_cross_entropy
 from mas_ext.models import MultiHead
@@ -52,13 +51,10 @@ class LwF(Method):
     distance: Literal["softmax", "squared"] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lam < math.inf:
-            raise ValueError(f"lam: got {self.lam}, expected a finite number of at least 0")
+        check_factor(self.lam, "lam")
         check_positive(self.temperature, "temperature")
-        if self.warm_up < 0:
-            raise ValueError(f"warm_up: got {self.warm_up}, expected at least 0")
-        if self.distance not in ("softmax", "squared", None):
-            raise ValueError(f"distance: got {self.distance!r}, expected 'softmax' or 'squared'")
+        check_count(self.warm_up, "warm_up", least=0)
+        check_choice("distance", self.distance, ("softmax", "squared", None))
         self.teacher: MultiHead | None = None
 
     def begin_task(self, training: Training) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_ext._arguments import check_positive
+from mas_ext._arguments import check_count, check_positive
 from mas_ext.importance import FisherSum
 from mas_ext.importance.fisher import Labels
 from mas_ext.methods.ewc import refuse_labels
@@ -64,8 +64,7 @@ class RWalk(Integrated):
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
             raise ValueError(f"alpha: got {self.alpha}, expected above 0 and at most 1")
-        if self.interval < 1:
-            raise ValueError(f"interval: got {self.interval}, expected at least 1")
+        check_count(self.interval, "interval")
         check_positive(self.eps, "eps")
         super().__init__(self.lam, self.mode, merge="decay", anchor="latest", gamma=0.0)
         self._now = FisherSum(self.labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mas_ext._arguments import check_positive
 from mas_ext.methods.method import Training
 from mas_ext.methods.path import Integrated
 from mas_ext.methods.quadratic import Lam
@@ -34,7 +35,7 @@ class SI(Integrated):
             "gradient".
 
     Raises:
-        ValueError: xi is not above 0.
+        ValueError: xi is no finite number above 0.
     """
 
     lam: Lam = 1.0
@@ -42,8 +43,7 @@ class SI(Integrated):
     mode: Mode | None = None
 
     def __post_init__(self) -> None:
-        if not self.xi > 0:
-            raise ValueError(f"xi: got {self.xi}, expected more than 0")
+        check_positive(self.xi, "xi")
         super().__init__(self.lam, self.mode, merge="sum", anchor="latest")
 
     def end_task(self, training: Training) -> None:

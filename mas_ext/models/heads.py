@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mas_ext._arguments import hint
+from mas_ext._arguments import check_count, hint
 
 
 class MultiHead(nn.Module):
@@ -40,8 +40,7 @@ class MultiHead(nn.Module):
 
     def add_head(self, classes: int) -> None:
         """Append a head with `classes` outputs, on the device and of the dtype of the backbone."""
-        if classes < 1:
-            raise ValueError(f"classes: got {classes}, expected at least 1")
+        check_count(classes, "classes")
         weights = (p for p in self.backbone.parameters() if p.is_floating_point())
         like = next(weights, torch.empty(0))
         # Drawn on the CPU: a seed gives the same head on every device.

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from mas_ext._arguments import resolve
+from mas_ext._arguments import check_count, resolve
 from mas_ext.scenarios import datasets as data
 from mas_ext.scenarios.tasks import Scenario, Task, Tensors, from_datasets, split
 from mas_ext.scenarios.transforms import Canvas, Permutation, Rotation, Standardisation
@@ -75,7 +75,7 @@ def permuted(train: Tensors, test: Tensors, tasks: int = 10, seed: int = 0) -> S
 
     Orders are drawn one after another: those of fewer tasks are the first of more.
     """
-    _at_least_one(tasks)
+    check_count(tasks, "tasks")
     generator, pixels = _generator(seed), math.prod(train[0][0].shape[1:])
     orders = [torch.randperm(pixels, generator=generator) for _ in range(1, tasks)]
     mixed = [(train.transformed(Permutation(o)), test.transformed(Permutation(o))) for o in orders]
@@ -88,7 +88,7 @@ def rotated(train: Tensors, test: Tensors, tasks: int = 10, degrees: float = 180
     Lopez-Paz and Ranzato, Gradient Episodic Memory, NeurIPS 2017, draw each angle at random between
     this one and the next.
     """
-    _at_least_one(tasks)
+    check_count(tasks, "tasks")
     angles = [t * degrees / tasks for t in range(tasks)]
     turned = [(train.transformed(Rotation(a)), test.transformed(Rotation(a))) for a in angles]
     return from_datasets(turned, names=[f"{angle:g}\N{DEGREE SIGN}" for angle in angles])
@@ -170,11 +170,6 @@ RENAMED = {"datasets": "recognition"}
 def _in_memory(dataset: Dataset[Any]) -> Tensors:
     assert isinstance(dataset, Tensors)  # all that `data.load_dataset` gives is
     return dataset
-
-
-def _at_least_one(tasks: int) -> None:
-    if tasks < 1:
-        raise ValueError(f"tasks: got {tasks}, expected at least 1")
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -188,14 +188,15 @@ class Settings:
             raise ValueError(
                 f"epochs: got {self.epochs!r}, expected integers of at least 0 for every task"
             )
-        if self.patience is not None:
-            check_count(self.patience, "patience")
-        if self.patience is not None and not self.validation:
+        if self.patience is None:
+            return
+        check_count(self.patience, "patience")
+        if not self.validation:
             raise ValueError(
                 f"patience: got {self.patience} with validation={self.validation}, expected some validation "
                 "data"
             )
-        if self.patience is not None and self.importance_epochs:
+        if self.importance_epochs:
             raise ValueError(
                 f"importance_epochs: got {self.importance_epochs} with patience, expected 0: which "
                 "epochs are the last is not known before they are over"

@@ -81,5 +81,5 @@ def test_what_cannot_work_is_refused_before_learning(tmp_path: Path) -> None:
         run_demo(out="figure.jpg")
     with pytest.raises(ValueError, match="expected a file in a folder that exists"):
         run_demo(out=tmp_path / "missing" / "figure.png")
-    with pytest.raises(ValueError, match="epochs: got 0, expected at least 1"):
+    with pytest.raises(ValueError, match="epochs: got 0, expected a whole number from 1 up"):
         run_demo(out=tmp_path / "figure.png", epochs=0)

@@ -56,5 +56,5 @@ def test_seconds_are_those_of_one_call() -> None:
 
 
 def test_no_repeats_are_refused() -> None:
-    with pytest.raises(ValueError, match="repeats: got 0, expected a number from 1 up"):
+    with pytest.raises(ValueError, match="repeats: got 0, expected a whole number from 1 up"):
         timing.in_turns([], 0, "cpu")

@@ -83,10 +83,10 @@ def test_goes_on_inside_a_task_to_the_same_bits(setting: Setting) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alpha": -0.5}, "alpha: got -0.5, expected a finite number of at least 0"),
+        ({"alpha": -0.5}, "alpha: got -0.5, expected a finite number from 0 up"),
         ({"reconstruction": float("nan")}, "reconstruction: got nan"),
         ({"lr": float("inf")}, "lr: got inf"),
-        ({"code": 0}, "code: got 0, expected at least 1"),
+        ({"code": 0}, "code: got 0, expected a whole number from 1 up"),
         ({"epochs": 0}, "epochs: got 0"),
         ({"max_samples": 0}, "max_samples: got 0"),
         ({"temperature": 0.0}, "temperature: got 0.0"),

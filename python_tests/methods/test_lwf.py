@@ -170,13 +170,13 @@ def test_under_autocast_the_loss_is_nearly_the_same() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lam": -1.0}, "lam: got -1.0, expected a finite number of at least 0"),
+        ({"lam": -1.0}, "lam: got -1.0, expected a finite number from 0 up"),
         ({"lam": float("nan")}, "lam: got nan"),
         ({"lam": float("inf")}, "lam: got inf"),
         ({"temperature": 0.0}, "temperature: got 0.0, expected a finite number above 0"),
         ({"temperature": float("inf")}, "temperature: got inf"),
-        ({"warm_up": -1}, "warm_up: got -1, expected at least 0"),
-        ({"distance": "l2"}, "distance: got 'l2', expected 'softmax' or 'squared'"),
+        ({"warm_up": -1}, "warm_up: got -1, expected a whole number from 0 up"),
+        ({"distance": "l2"}, "distance: got 'l2', expected one of 'softmax', 'squared', None"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:

@@ -71,7 +71,7 @@ def test_heads_that_cannot_be() -> None:
     model = models.mlp((3,), hidden=(4,))
     with pytest.raises(ValueError, match="model: got no head, expected at least one"):
         model(torch.randn(1, 3))
-    with pytest.raises(ValueError, match="classes: got 0, expected at least 1"):
+    with pytest.raises(ValueError, match="classes: got 0, expected a whole number from 1 up"):
         model.add_head(0)
 
 
