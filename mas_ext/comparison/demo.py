@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mas_ext import metrics
 from mas_ext._arguments import check_count
-from mas_ext.comparison.charts import WIDTH
+from mas_ext.comparison.charts import canvas, legend
 from mas_ext.methods.finetune import Finetune
 from mas_ext.methods.mas import MAS
 from mas_ext.methods.method import Method
@@ -144,11 +144,7 @@ def learn(
 
 def draw(accuracy: Mapping[str, Tensor], tasks: tuple[str, ...], out: Path) -> None:
     """Draw how the accuracy on each task changed as later ones were learned, one panel per method."""
-    from matplotlib.figure import Figure  # not pyplot: no global state, no window
-
-    rows = (len(accuracy) + 1) // 2
-    figure = Figure(figsize=(WIDTH, 0.5 + 2.5 * rows), layout="constrained")
-    panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flat
+    figure, panels = canvas(len(accuracy), 2, 2.45, sharex=True, sharey=True)
     for panel, (name, matrix) in zip(panels, accuracy.items(), strict=True):
         for k, task in enumerate(tasks):
             panel.plot(range(k, len(tasks)), 100 * matrix[k:, k], marker="o", label=task)
@@ -156,9 +152,7 @@ def draw(accuracy: Mapping[str, Tensor], tasks: tuple[str, ...], out: Path) -> N
         summary = f"average {100 * average:.1f} %\nforgetting {100 * lost:.1f} %"
         panel.set_title(f"{name}\n{summary}", fontsize="medium")
         panel.set_xticks(range(len(tasks)), tasks)
-        panel.grid(alpha=0.3)
     figure.supxlabel("tasks learned, one after another")
     figure.supylabel("accuracy on each task in %")
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(tasks), frameon=False)
+    legend(figure, panel, len(tasks))
     figure.savefig(out, dpi=180)
