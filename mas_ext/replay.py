@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,8 +42,7 @@ class Replay:
         check_count(samples, "samples")
         check_count(seed, "seed", least=0)
         self.samples, self.labels = samples, labels
-        random = torch.Generator().manual_seed(seed).get_state()
-        self._memory = _Memory(random, (), (), Counter(), frozenset())
+        self._memory = _Memory(torch.Generator().manual_seed(seed).get_state())
 
     def __len__(self) -> int:
         """How many samples are in the memory."""
@@ -60,12 +59,12 @@ class Replay:
             TypeError, ValueError: a batch that is none of these; labels that are not one integer per sample.
         """
         batch_of.told(batch)  # refuses what is no batch
-        reservoir = _Reservoir(self._memory, self.samples)
+        memory = _Memory(**self.state_dict())
         for i, label in enumerate(self._labels(batch, batch_of.size(batch))):
-            place = reservoir.place(label)
+            place = memory.place(label, self.samples)
             if place is not None:
-                reservoir.put(place, label, batch_of.at(batch, [i]))
-        self._memory = reservoir.memory()
+                memory.put(place, label, batch_of.at(batch, [i]))
+        self._memory = memory
 
     def draw(self, count: int) -> Any:
         """A batch of random samples of the memory, each at most once, in the structure in which they came.
@@ -76,25 +75,17 @@ class Replay:
             ValueError: a count below 1; an empty memory; samples of different shapes.
         """
         check_count(count, "count")
-        memory = self._memory
+        memory = _Memory(**self.state_dict())
         if not memory.kept:
             raise ValueError("draw: got an empty memory, expected one that samples were added to")
-        generator = _generator(memory.random)
-        chosen = torch.randperm(len(memory.kept), generator=generator)[:count].tolist()
+        chosen = torch.randperm(len(memory.kept), generator=memory.generator)[:count].tolist()
         drawn = batch_of.copied(batch_of.concatenated([memory.kept[i] for i in chosen]))
-        self._memory = memory._replace(random=generator.get_state())
+        self._memory = memory
         return drawn
 
     def state_dict(self) -> dict[str, Any]:
         """The memory and all that further choices depend on."""
-        memory = self._memory
-        return {
-            "kept": list(memory.kept),
-            "classes": list(memory.classes),
-            "seen": dict(memory.seen),
-            "full": sorted(memory.full),
-            "random": memory.random.clone(),
-        }
+        return self._memory.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state_dict(), from where all goes on to the same bits; nothing changes on an error.
@@ -116,13 +107,7 @@ class Replay:
             raise ValueError(
                 f"state: got {kept} of {seen} samples, a full memory, expected {least} of them"
             )
-        self._memory = _Memory(
-            _generator(state["random"]).get_state(),
-            tuple(state["kept"]),
-            tuple(state["classes"]),
-            Counter(state["seen"]),
-            frozenset(state["full"]),
-        )
+        self._memory = _Memory(**state)
 
     def _labels(self, batch: Any, count: int) -> list[int]:
         if self.labels is None:
@@ -137,40 +122,41 @@ class Replay:
         return labels
 
 
-class _Memory(NamedTuple):
-    """All that changes, replaced as one, so that an error leaves the old one whole.
+class _Memory:
+    """A reservoir of samples, copied before it changes, so that an error leaves the old one whole.
 
-    random: the state of the generator. seen: how many samples of each class came. full: classes that were the
-    largest of a full memory once: their samples replace one another from then on.
+    random: the state of its generator. kept, classes: the samples, each a batch of one, and their classes.
+    seen: how many of each class came. full: classes that were the largest of a full memory once: their samples
+    replace one another from then on.
     """
 
-    random: Tensor
-    kept: tuple[Any, ...]
-    classes: tuple[int, ...]
-    seen: Counter[int]
-    full: frozenset[int]
+    def __init__(
+        self,
+        random: Tensor,
+        kept: Iterable[Any] = (),
+        classes: Iterable[int] = (),
+        seen: Mapping[int, int] | None = None,
+        full: Iterable[int] = (),
+    ) -> None:
+        self.generator = torch.Generator()
+        self.generator.set_state(random)
+        self.kept, self.classes, self.full = [*kept], [*classes], {*full}
+        self.seen, self.held = Counter(seen), Counter(self.classes)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What it is made of again."""
+        return {
+            "kept": [*self.kept],
+            "classes": [*self.classes],
+            "seen": dict(self.seen),
+            "full": sorted(self.full),
+            "random": self.generator.get_state(),
+        }
 
-class _Reservoir:
-    """Where samples go that come one after another, beginning with a memory, of so many samples at most."""
-
-    def __init__(self, memory: _Memory, samples: int) -> None:
-        self.samples, self.generator = samples, _generator(memory.random)
-        self.kept, self.classes = [*memory.kept], [*memory.classes]
-        self.seen, self.held = Counter(memory.seen), Counter(memory.classes)
-        self.full = set(memory.full)
-
-    def memory(self) -> _Memory:
-        """What is in it now."""
-        random = self.generator.get_state()
-        return _Memory(
-            random, tuple(self.kept), tuple(self.classes), self.seen, frozenset(self.full)
-        )
-
-    def place(self, label: int) -> int | None:
+    def place(self, label: int, samples: int) -> int | None:
         """Where a sample of this class goes: at the end, in the place of another one, or nowhere."""
         self.seen[label] += 1
-        if len(self.kept) < self.samples:
+        if len(self.kept) < samples:
             return len(self.kept)
         most = max(self.held.values())
         largest = {each for each, held in self.held.items() if held == most}
@@ -191,9 +177,3 @@ class _Reservoir:
 
     def _below(self, bound: int) -> int:
         return int(torch.randint(bound, (), generator=self.generator))
-
-
-def _generator(state: Tensor) -> torch.Generator:
-    generator = torch.Generator()
-    generator.set_state(state)
-    return generator
