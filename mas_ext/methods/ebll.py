@@ -109,8 +109,4 @@ class EBLL(LwF):
 
     def load_state_dict(self, state: dict[str, Any], model: MultiHead) -> None:
         super().load_state_dict(state, model)
-        self.encoders = None
-        if "encoders" in state:
-            device = next(model.parameters()).device
-            weight, bias = state["encoders"]
-            self.encoders = weight.to(device), bias.to(device)
+        self.encoders = state.get("encoders")

@@ -47,8 +47,7 @@ class RWalk(Integrated):
         eps: the damping, > 0; 0.001 in the authors' code.
         labels: of F_now, those of EWC: "true" (the empirical Fisher information), ..., and "normal" for another
             task loss than the cross entropy, see estimate_fisher.
-        mode: "gradient" or "proximal", see FusedMASPenalty.attach; None is "proximal" for lam "auto", else
-            "gradient".
+        mode: of FusedMASPenalty.attach; None: "proximal" for lam "auto", "gradient" for a number.
 
     Raises:
         ValueError: an argument that can't be used.
@@ -115,11 +114,9 @@ class RWalk(Integrated):
 
     def load_state_dict(self, state: dict[str, Any], model: MultiHead) -> None:
         super().load_state_dict(state, model)
-        theta = named_parameters(model)
         self._step = state["step"]
         self._fisher, self._score, self._new_score = (
-            {name: t.to(theta[name].device) for name, t in state[key].items()}
-            for key in ("fisher", "score", "new_score")
+            dict(state[key]) for key in ("fisher", "score", "new_score")
         )
 
 
