@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mas_ext._arguments import hint
 from mas_ext.comparison import sweep
-from mas_ext.comparison.options import OPTIONS, Config, settings_of, tables_of
+from mas_ext.comparison.options import OPTIONS, Config
 from mas_ext.comparison.results import Findings
 from mas_ext.methods.quadratic import Lam
 from mas_ext.models import MakeModel
 from mas_ext.scenarios import Scenario
-from mas_ext.training.settings import Settings
 
 
 def compare(
@@ -62,19 +60,11 @@ def compare(
         FileNotFoundError: there is nothing to resume; data are missing.
         KeyboardInterrupt: Ctrl-C; what was learned is kept.
     """
-    of_training = {field.name for field in fields(Settings)} - {"seed"}
-    known = (OPTIONS.keys() | of_training) - {"model"}
+    known = OPTIONS.keys() - {"model"}
     for name in options:
         if name not in known:
             raise TypeError(f"options: got {name!r}, {hint(name, sorted(known))}")
-    config = Config(
-        scenario=scenario,
-        model=make_model,
-        methods=tables_of(methods),
-        lam=OPTIONS["lam"].read("lam", lam),
-        seeds=OPTIONS["seeds"].read("seeds", seeds),
-        settings=settings_of(scenario, {n: options.pop(n) for n in [*options] if n in of_training}),
-        **{name: OPTIONS[name].read(name, value) for name, value in options.items()},
-    )
+    named = {"scenario": scenario, "model": make_model, "methods": methods}
+    config = Config.read({**named, "seeds": seeds, "lam": lam, **options})
     sweep.run(config, out, resume=resume)
     return Findings.read(out)

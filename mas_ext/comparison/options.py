@@ -262,6 +262,8 @@ class Config:
     def read(cls, values: Mapping[str, Any]) -> Config:
         """The configuration with these values, by the names in OPTIONS; the others have their defaults.
 
+        A scenario of a name with a learning rate of its own is learned with that, unless another one is given.
+
         Raises:
             ValueError: an unknown name, or a value that can't be used.
         """
@@ -271,12 +273,16 @@ class Config:
             if name not in OPTIONS:
                 raise ValueError(f"{name}: there is no such key, {hint(name, OPTIONS)}")
             if name == "methods":
-                what[name] = tables_of(value)
-            else:
-                (how if name in HOW else what)[name] = OPTIONS[name].read(name, value)
+                value = tables_of(value)
+            elif name not in ("scenario", "model") and value is not None and not callable(value):
+                value = OPTIONS[name].read(name, value)
+            (how if name in HOW else what)[name] = value
         if len(how.get("epochs", ())) == 1:
             (how["epochs"],) = how["epochs"]
-        return cls(**what, settings=settings_of(what.get("scenario", cls.scenario), how))
+        scenario = what.get("scenario", cls.scenario)
+        recipe = named.SCENARIOS.get(scenario) if isinstance(scenario, str) else None
+        usual = {} if recipe is None or recipe.lr is None else {"lr": recipe.lr}
+        return cls(**what, settings=Settings(**{**usual, **how}))
 
     def values(self) -> dict[str, Any]:
         """All keys that have a value, as in a file, and what has no name there by what it is called in Python.
@@ -365,13 +371,6 @@ class Config:
         settings = self.settings
         share = settings.validation or (CHOOSING_SHARE if purpose == "choose" else 0.0)
         return replace(settings, seed=seed, validation=share)
-
-
-def settings_of(scenario: Any, given: Mapping[str, Any]) -> Settings:
-    """The settings given; of a scenario by name with its learning rate, where none is."""
-    recipe = named.SCENARIOS.get(scenario) if isinstance(scenario, str) else None
-    usual = {} if recipe is None or recipe.lr is None else {"lr": recipe.lr}
-    return Settings(**{**usual, **given})
 
 
 def _read_lams(name: str, value: Any) -> tuple[Lam, ...]:
