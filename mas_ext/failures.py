@@ -20,3 +20,7 @@ class Vanished(ValueError):
 
 class IncompleteState(ValueError, KeyError):
     """A state, or a file of one, that lacks what it says that it has, or has more."""
+
+
+# What comes of reading a file that is not as it was written; OverflowError of numbers beyond floats.
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mas_ext._arguments import hint
+from mas_ext.failures import DAMAGED
 from mas_ext.methods import Method, create
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
@@ -23,10 +24,6 @@ from mas_ext.training.settings import Settings
 
 # Called with an Epoch at its end, and at the end of a task with the Result so far.
 Callback = Callable[[Epoch | Result], object]
-
-
-# What a checkpoint raises that no run has saved.
-_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError)
 
 
 class Trainer:
@@ -103,7 +100,7 @@ class Trainer:
             if self.checkpoint is not None and self.checkpoint.exists():
                 try:
                     run.load_state_dict(files.unpack(files.load(self.checkpoint)))
-                except _DAMAGED as error:
+                except DAMAGED as error:
                     told = str(error) if isinstance(error, ValueError) else repr(error)
                     raise ValueError(
                         f"checkpoint: got {self.checkpoint} with what this run can't go on from ({told}), "

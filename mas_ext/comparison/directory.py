@@ -48,6 +48,7 @@ from torch import Tensor
 from mas_ext.comparison.cells import Cell, Found
 from mas_ext.comparison.formats import csv_text
 from mas_ext.comparison.options import Config, differences, read_toml
+from mas_ext.comparison.shapes import check_shape
 from mas_ext.info import info
 from mas_ext.methods import Setting
 from mas_ext.scenarios import Task
@@ -131,13 +132,12 @@ class Directory:
         out = self.path
         if (out / CONFIG).exists():
             with alone_in(out):
-                write_json(out / ENVIRONMENT, [*read_json(out / ENVIRONMENT, list), environment()])
+                write_json(out / ENVIRONMENT, [*read_json(out / ENVIRONMENT, [{}]), environment()])
                 remove_leftovers(out)
                 yield
             return
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = _temporary(out)
-        unfinished.mkdir()
+        unfinished = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+        unfinished.mkdir(parents=True)
         with alone_in(unfinished):
             write(unfinished / CONFIG, config.toml())
             write_json(unfinished / ENVIRONMENT, [environment()])
@@ -161,7 +161,7 @@ class Directory:
         return (self.folder(cell) / RESULT).exists()
 
     def __getitem__(self, cell: Cell) -> Found:
-        found: Found = read_json(self.folder(cell) / RESULT, dict)
+        found: Found = read_json(self.folder(cell) / RESULT, {})
         return found
 
     def add(self, cell: Cell, found: Found, seconds: float) -> None:
@@ -226,14 +226,13 @@ def write_json(path: Path, content: Any) -> None:
     write(path, json.dumps(defined(content), indent=1) + "\n")
 
 
-def read_json(path: Path, kind: type) -> Any:
-    """Read what `write_json` wrote; a ValueError that names the file unless it is JSON of this kind."""
+def read_json(path: Path, shape: Any) -> Any:
+    """Read what `write_json` wrote; a ValueError that names the file unless `check_shape` finds this shape."""
     try:
         found = json.loads(path.read_bytes())
+        check_shape(found, shape)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: got a damaged file, expected JSON ({error})") from error
-    if not isinstance(found, kind):
-        raise ValueError(f"{path}: got {type(found).__name__}, expected {kind.__name__}")
+        raise ValueError(f"{path}: got a damaged file, expected JSON of a run ({error})") from error
     return found
 
 
@@ -300,7 +299,3 @@ def defined(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [defined(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")

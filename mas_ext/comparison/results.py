@@ -21,6 +21,7 @@ from mas_ext.comparison import directory as files
 from mas_ext.comparison.cells import Found
 from mas_ext.comparison.directory import Confused, Directory
 from mas_ext.comparison.shapes import check_shape
+from mas_ext.failures import DAMAGED
 from mas_ext.methods.quadratic import Lam
 from mas_ext.state import files as checkpoint
 
@@ -36,7 +37,6 @@ SCORES = {
 }
 # The number of seeds from which their mean is shown with its interval, and no longer they themselves.
 FEWEST = 4
-KEYS = ("tasks", *SCORES, "step_seconds", "held_bytes")
 
 # What the files have at least, as `check_shape` takes it.
 _VALUES = {"scenario": str, "setting": str, "seeds": int, "methods": {None: {}}}
@@ -56,17 +56,6 @@ _RESULT = {
     "step_seconds": [float],
     "held_bytes": [float],
 }
-# What reading a file that is not as it was written may raise: OverflowError for numbers beyond floats.
-_DAMAGED = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    OverflowError,
-    RecursionError,
-    csv.Error,
-)
 _MOST_SEEDS = 10_000  # each of which is looked for
 
 
@@ -178,16 +167,12 @@ class Findings:
                     f"{folder / files.CONFIG}: got {len(methods)} methods and {values['seeds']} seeds, "
                     f"expected some of both and at most {_MOST_SEEDS} seeds"
                 )
-        with _reading(folder / files.ENVIRONMENT) as path:
-            starts = json.loads(path.read_bytes())
-            check_shape(starts, [{}])
+        starts = files.read_json(folder / files.ENVIRONMENT, [{}])
         grid = {}
         if (folder / files.LAM).exists():
-            with _reading(folder / files.LAM) as path:
-                for name, tried in json.loads(path.read_bytes()).items():
-                    check_shape(tried, _TRIED)
-                    means = {each["lam"]: each["mean"] for each in tried["candidates"]}
-                    grid[name] = Choice(tried["chosen"], means)
+            for name, tried in files.read_json(folder / files.LAM, {None: _TRIED}).items():
+                means = {each["lam"]: each["mean"] for each in tried["candidates"]}
+                grid[name] = Choice(tried["chosen"], means)
         over, count = _over(folder / files.METRICS)
         learned = {
             name: [_learned(directory, name, seed, count, over) for seed in seeds]
@@ -269,12 +254,9 @@ def _learned(
     folder = directory.folder(cell)
     if cell in directory:
         with _reading(folder / files.RESULT):
-            found = dict(directory[cell])
-            if "diverged" in found:
-                check_shape(found, {"diverged": str})
-            else:
-                check_shape(found, _RESULT)
-                found = {key: found[key] for key in KEYS}
+            found = directory[cell]
+            check_shape(found, {"diverged": str} if "diverged" in found else _RESULT)
+            if "diverged" not in found:
                 lengths = {len(found[key]) for key in ("tasks", "step_seconds", "held_bytes")}
                 # Without metrics.jsonl, as many as it says.
                 if lengths != {count or max(1, *lengths)}:
@@ -287,7 +269,7 @@ def _reading(path: Path) -> Iterator[Path]:
     """Whatever is wrong with the content of a file is an error that names it."""
     try:
         yield path
-    except _DAMAGED as error:
+    except (*DAMAGED, csv.Error) as error:
         told = str(error) if str(path) in str(error) else f"{path}: got a damaged file ({error!r})"
         raise ValueError(told) from error
 
