@@ -27,6 +27,10 @@ class Row(NamedTuple):
     seeds: str
     diverged: bool
 
+    def known(self, title: str) -> list[float]:
+        """The values in a column of the seeds that have one."""
+        return [x for x in self.values[title] if x is not None]
+
 
 def measurements(findings: Findings) -> list[Row]:
     """One row per method, with the scores that are defined for some method."""
@@ -36,7 +40,7 @@ def measurements(findings: Findings) -> list[Row]:
     for name, learned in findings.learned.items():
         found = [None if each.diverged is not None else each.found for each in learned]
         values = {SCORES[key]: [_percent(each, key) for each in found] for key in defined}
-        values[STEPS] = [None if each is None else 1000 * _step_seconds(each) for each in found]
+        values[STEPS] = [None if e is None else 1000 * fmean(e["step_seconds"]) for e in found]
         values[HELD] = [None if each is None else each["held_bytes"][-1] / 1e6 for each in found]
         lost, count = findings.diverged(name), len(found) - found.count(None)
         seeds = f"diverged, {lost} of {len(found)}" if lost else f"{count} of {len(found)}"
@@ -55,7 +59,7 @@ def results(findings: Findings) -> list[list[str]]:
     titles = list(rows[0].values)
     table = [["method", "lam", *titles, "seeds"]]
     for row in rows:
-        known = {title: [x for x in of if x is not None] for title, of in row.values.items()}
+        known = {title: row.known(title) for title in titles}
         cells = ["-" if row.diverged or not of else _text(title, of) for title, of in known.items()]
         table.append([row.method, row.lam, *cells, row.seeds])
     return table
@@ -72,8 +76,8 @@ def numbers(findings: Findings) -> list[list[str]]:
     table = [["method", "lam", *(f"{t}: {p}" for t in rows[0].values for p in parts), "seeds"]]
     for row in rows:
         cells = []
-        for of in row.values.values():
-            known = [x for x in of if x is not None]
+        for title, of in row.values.items():
+            known = row.known(title)
             mean = [None, None] if row.diverged or not known else mean_interval(known)
             cells += [_number(x) for x in (*mean, *of)]
         table.append([row.method, row.lam.strip("-"), *cells, row.seeds])
@@ -115,20 +119,14 @@ def summary(findings: Findings) -> str:
     rows: list[list[str]] = [
         ["method", "lam", "average accuracy, %", "forgetting, %", STEPS, HELD],
     ]
-    for name, learned in findings.learned.items():
-        if lost := findings.diverged(name):
-            cells = [f"diverged, {lost} of {len(learned)} seeds", "-", "-", "-"]
-        else:
-            found = findings.finished(name)
-            cells = [
-                *(
-                    _shown([100 * f[key] for f in found], 2)
-                    for key in ("average_accuracy", "forgetting")
-                ),
-                f"{1000 * fmean(map(_step_seconds, found)):.3g}",
-                _text(HELD, [each["held_bytes"][-1] / 1e6 for each in found]),
-            ]
-        rows.append([name, _lam(findings, name), *cells])
+    for row in measurements(findings):
+        cells = [f"{row.seeds} seeds", "-", "-", "-"]
+        if not row.diverged:
+            shown = (
+                _shown(row.known(SCORES[key]), 2) for key in ("average_accuracy", "forgetting")
+            )
+            cells = [*shown, f"{fmean(row.known(STEPS)):.3g}", _text(HELD, row.known(HELD))]
+        rows.append([row.method, row.lam, *cells])
     seeds = findings.seeds
     over = f"mean and 95 % interval over {seeds} seeds"
     if seeds < FEWEST:
@@ -212,10 +210,6 @@ def _lam(findings: Findings, name: str) -> str:
 
 def _percent(found: Found | None, key: str) -> float | None:
     return None if found is None or found[key] is None else 100 * found[key]
-
-
-def _step_seconds(found: Found) -> float:
-    return fmean(found["step_seconds"])
 
 
 def _text(title: str, values: Sequence[float]) -> str:
