@@ -14,12 +14,12 @@ from torch import Tensor
 
 from experiments.datasets import Datasets
 from experiments.experiment import Experiment, Page, Results
-from experiments.learned import DATA_SETS, fewer, scenario_of
+from experiments.learned import DATA_SETS, by_decades, fewer, scenario_of
 from experiments.on_pretrained import OnPretrained
 from experiments.regression import ARMS, Regression
 from experiments.tables import number, percent, titled
 from mas_ext import models
-from mas_ext.comparison.cells import Cell, Found, choose, chosen, decades
+from mas_ext.comparison.cells import Cell, Found, chosen
 from mas_ext.comparison.options import Config
 from mas_ext.comparison.sweep import train
 from mas_ext.methods import create
@@ -155,7 +155,7 @@ class Automatic(Experiment):
 
     def _oracle(self, results: Results, cell: Cell) -> Any:
         grid = self.grids[cell["method"]]
-        return choose(results, [cell], decades(grid), "average_accuracy")
+        return by_decades(results, cell, grid, "average_accuracy")
 
     def plan(self, results: Results) -> Iterator[Cell]:
         """Of each seed, fine-tuning, then of each method what was chosen, and then what could have been."""

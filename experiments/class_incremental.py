@@ -15,9 +15,9 @@ from torch import Tensor
 
 from experiments.comparison import Comparison, Variant
 from experiments.experiment import Results
-from experiments.learned import lam_option, matrix
+from experiments.learned import by_decades, lam_option, matrix
 from experiments.tables import percent
-from mas_ext.comparison.cells import Cell, Found, choose, decades
+from mas_ext.comparison.cells import Cell, Found
 from mas_ext.comparison.options import FIRST_WEIGHTS, Config
 from mas_ext.comparison.sweep import train
 from mas_ext.methods import MAS, Method, Setting, Training
@@ -158,7 +158,7 @@ class ClassIncremental(Comparison):
         if training is None:
             return None
         start = STARTS[training["method"]]
-        return (yield from choose(results, [training], decades((start, start)), self.score))
+        return (yield from by_decades(results, training, (start, start), self.score))
 
     def method(self, cell: Cell) -> Method:
         given = lam_option(cell["lam"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Iterable
+import math
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from experiments.experiment import Experiment, Results
-from mas_ext.comparison.cells import Cell, Found, choose, decades
+from mas_ext.comparison.cells import Cell, CellStore, Found, scored
 from mas_ext.comparison.options import Config, Purpose
 from mas_ext.comparison.sweep import train
 from mas_ext.importance import estimate_importance
@@ -26,6 +27,24 @@ GRID = (1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 
 # The seed that lam is chosen with: none of those of the results.
 CHOOSING_SEED = 1000
+
+
+def by_decades(
+    store: CellStore, cell: Cell, grid: Sequence[float], key: str
+) -> Generator[Cell, None, float | None]:
+    """Ask for a cell with every second lam of a grid, then with the decades beside the best one.
+
+    As long as it gets better, which may leave the grid. The lam with the largest `key` is returned, of equal
+    ones the one tried first, None where all trainings diverged.
+    """
+    scores: dict[float, float] = {}
+    near: Sequence[float] = grid[1::2]
+    while near:
+        scores |= yield from scored(store, [cell], near, key)
+        best = max(scores, key=scores.__getitem__)
+        beside = (float(f"{factor * best:.0e}") for factor in (0.1, 10))
+        near = [lam for lam in beside if lam not in scores]
+    return best if scores[best] > -math.inf else None
 
 
 @dataclass(frozen=True)
@@ -44,7 +63,7 @@ class Tuned(Experiment):
         """Choose the lam of a training, a cell without lam; a method without lam has no such cell."""
         if training is None:
             return None
-        return (yield from choose(results, [training], decades(self.grid), self.score))
+        return (yield from by_decades(results, training, self.grid, self.score))
 
 
 def trained(

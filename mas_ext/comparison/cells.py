@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Protocol, cast
 
 # One thing to measure, such as a method with a seed: names and JSON values that alone decide the result.
 Cell = dict[str, Any]
 # What was measured, as JSON: of a training that diverged {"diverged": why}.
 Found = dict[str, Any]
-# The score of every lam tried so far, in that order -> the lam to try next; none ends the search.
-Candidates = Callable[[Mapping[float, float]], Sequence[float]]
 
 
 class CellStore(Protocol):
@@ -40,59 +38,42 @@ def fill(store: CellStore, plan: Iterable[Cell], measure: Callable[[Cell], Found
             store.add(cell, found, time.perf_counter() - start)
 
 
-def listed(lams: Sequence[float]) -> Candidates:
-    """Try each of these."""
-    return lambda scores: () if scores else lams
-
-
-def decades(grid: Sequence[float]) -> Candidates:
-    """Try every second value of a grid, then the decades beside the best one as long as it gets better.
-
-    The search may leave the grid.
-    """
-
-    def candidates(scores: Mapping[float, float]) -> Sequence[float]:
-        if not scores:
-            return grid[1::2]
-        best = max(scores, key=scores.__getitem__)
-        beside = (float(f"{factor * best:.0e}") for factor in (0.1, 10))
-        return [lam for lam in beside if lam not in scores]
-
-    return candidates
-
-
-def choose(
-    store: CellStore,
-    cells: Sequence[Cell],
-    candidates: Candidates,
-    key: str = "validation_accuracy",
-) -> Generator[Cell, None, float | None]:
-    """Ask for the trainings that a lam is chosen by; return the lam, None where all diverged.
-
-    The lam with the largest mean of `key` over the cells is taken, of equal ones the one tried first; never one
-    with which a training diverged.
+def scored(
+    store: CellStore, cells: Sequence[Cell], lams: Sequence[float], key: str
+) -> Generator[Cell, None, dict[float, float]]:
+    """Ask for the cells with each lam; return by lam the mean of `key`, -inf where a training diverged.
 
     Args:
         store: has each cell by the time the next one is asked for.
         cells: the trainings with one lam, one per seed, without that lam.
-        candidates: which lam are tried.
+        lams: which are tried.
         key: of what was found.
     """
-    scores: dict[float, float] = {}
-    while near := candidates(scores):
-        for cell in cells:
-            for lam in near:
-                yield {**cell, "lam": lam}
-        for lam in near:
-            found = [store[{**cell, "lam": lam}] for cell in cells]
-            lost = any("diverged" in each for each in found)
-            scores[lam] = -math.inf if lost else sum(each[key] for each in found) / len(found)
+    for cell in cells:
+        for lam in lams:
+            yield {**cell, "lam": lam}
+    scores = {}
+    for lam in lams:
+        found = [store[{**cell, "lam": lam}] for cell in cells]
+        lost = any("diverged" in each for each in found)
+        scores[lam] = -math.inf if lost else sum(each[key] for each in found) / len(found)
+    return scores
+
+
+def choose(
+    store: CellStore, cells: Sequence[Cell], lams: Sequence[float]
+) -> Generator[Cell, None, float | None]:
+    """Ask for the trainings that a lam is chosen by, see `scored`; return it, None where all diverged.
+
+    The lam with the largest mean accuracy on validation data is taken, of equal ones the first.
+    """
+    scores = yield from scored(store, cells, lams, "validation_accuracy")
     best = max(scores, key=scores.__getitem__)
     return best if scores[best] > -math.inf else None
 
 
 def chosen(store: CellStore, asking: Generator[Cell, None, float | None]) -> float | None:
-    """The lam that `choose` returns; None also where a training that it asks for is missing."""
+    """The lam that asking returns; None also where a training that it asks for is missing."""
     while True:
         try:
             needed = next(asking)

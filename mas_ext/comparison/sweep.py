@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 
 from mas_ext import metrics
 from mas_ext.comparison import directory as files
-from mas_ext.comparison.cells import Cell, Found, choose, chosen, fill, listed
+from mas_ext.comparison.cells import Cell, Found, choose, chosen, fill
 from mas_ext.comparison.directory import Directory, Journal
 from mas_ext.comparison.options import Config
 from mas_ext.comparison.progress import ProgressBar
@@ -268,7 +268,7 @@ class Sweep:
 
     def _choice(self, method: str) -> Generator[Cell, None, float | None]:
         lams = [lam for lam in self.config.lams(method) if not isinstance(lam, str)]
-        return choose(self.directory, self._choosing(method), listed(lams))
+        return choose(self.directory, self._choosing(method), lams)
 
     def _lam(self, method: str) -> Lam | None:
         """The lam that was chosen, or the only one; None if there is none."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
 
-from mas_ext.comparison.cells import Candidates, Cell, Found, choose, chosen, decades, fill, listed
+from experiments.learned import by_decades
+from mas_ext.comparison.cells import Cell, Found, choose, chosen, fill
 
+Asking = Generator[Cell, None, float | None]
 GRID = (1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 
 
@@ -46,13 +48,13 @@ def test_what_is_missing_is_measured() -> None:
     assert all(0 <= each < 10 for each in store.seconds)
 
 
-def ask(store: Kept, cells: list[Cell], candidates: Candidates, scores: Any) -> list[float]:
+def ask(store: Kept, asking: Callable[[], Asking], scores: Any) -> list[float]:
     """Choose a lam by scores(lam, seed), NaN where it diverges; returns the lam in the order of asking."""
     asked = []
-    for needed in choose(store, cells, candidates):
+    for needed in asking():
         assert needed.keys() == {"method", "seed", "lam"}
         if needed not in store:
-            assert chosen(store, choose(store, cells, candidates)) is None
+            assert chosen(store, asking()) is None
             asked.append(needed["lam"])
             score = scores(needed["lam"], needed["seed"])
             found = {"diverged": "nan"} if math.isnan(score) else {"validation_accuracy": score}
@@ -77,9 +79,13 @@ def test_decades(best: float, tried: list[float]) -> None:
         steps = abs(math.log10(lam / best))
         return math.nan if steps > 7.5 else 1 - steps / 10
 
-    store, cells = Kept(), [{"method": "mas", "seed": 7}]
-    assert ask(store, cells, decades(GRID), score) == tried
-    assert chosen(store, choose(store, cells, decades(GRID))) == best
+    store = Kept()
+
+    def asking() -> Asking:
+        return by_decades(store, {"method": "mas", "seed": 7}, GRID, "validation_accuracy")
+
+    assert ask(store, asking, score) == tried
+    assert chosen(store, asking()) == best
 
 
 def test_a_list() -> None:
@@ -92,22 +98,25 @@ def test_a_list() -> None:
         9.0: (1.0, math.nan),
     }
     store, cells = Kept(), [{"method": "si", "seed": seed} for seed in (0, 1)]
-    asked = ask(store, cells, listed(list(scores)), lambda lam, seed: scores[lam][seed])
+    asked = ask(store, lambda: choose(store, cells, list(scores)), lambda lam, n: scores[lam][n])
     assert asked == 2 * list(scores)
-    assert chosen(store, choose(store, cells, listed(list(scores)))) == 1.0
-    assert chosen(store, choose(store, cells[:1], listed([0.1, 5.0]))) == 5.0
+    assert chosen(store, choose(store, cells, list(scores))) == 1.0
+    assert chosen(store, choose(store, cells[:1], [0.1, 5.0])) == 5.0
 
 
-@pytest.mark.parametrize("candidates", [listed(GRID[:2]), decades(GRID[:4])])
-def test_where_all_diverge(candidates: Candidates) -> None:
-    store, cells = Kept(), [{"method": "mas", "seed": 0}]
-    ask(store, cells, candidates, lambda lam, seed: math.nan)
+@pytest.mark.parametrize("by", [choose, by_decades])
+def test_where_all_diverge(by: Any) -> None:
+    store, cell = Kept(), {"method": "mas", "seed": 0}
+    given = ([cell], GRID[:2]) if by is choose else (cell, GRID[:4], "validation_accuracy")
+    ask(store, lambda: by(store, *given), lambda lam, seed: math.nan)
     assert len(store.known) >= 2
-    assert chosen(store, choose(store, cells, candidates)) is None
+    assert chosen(store, by(store, *given)) is None
 
 
 def test_another_score() -> None:
     store = Kept()
-    for lam, error in ((1.0, -2.0), (2.0, -1.0)):
-        store.add({"lam": lam}, {"gain": error}, 0.0)
-    assert chosen(store, choose(store, [{}], listed([1.0, 2.0]), "gain")) == 2.0
+    store.add({"lam": 1.0}, {"gain": -2.0}, 0.0)
+    assert chosen(store, by_decades(store, {}, [1.0, 1.0], "gain")) is None  # asks for more
+    for lam in (0.1, 10.0):
+        store.add({"lam": lam}, {"gain": -3.0}, 0.0)
+    assert chosen(store, by_decades(store, {}, [1.0, 1.0], "gain")) == 1.0
