@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,10 +142,8 @@ def rehearse(config: Config, scenario: Scenario) -> None:
 
 
 def _tensorboard() -> MakeWriter:
-    tools = import_extra("torch.utils.tensorboard", "tensorboard")
-    return lambda out, name: cast(
-        "ScalarWriter", tools.SummaryWriter(str(out / files.EVENTS / name))
-    )
+    tools: Any = import_extra("torch.utils.tensorboard", "tensorboard")
+    return lambda out, name: tools.SummaryWriter(str(out / files.EVENTS / name))
 
 
 def _wandb() -> MakeWriter:
@@ -238,12 +236,9 @@ class Sweep:
                 task = line["task"]
                 files.write_matrix(folder / files.ACCURACY, news.accuracy)
                 if news.confusion and cell["purpose"] == "final":
-                    tasks, setting = (
-                        self.make_scenario(cell["seed"]).tasks,
-                        self.config.settings.setting,
-                    )
-                    path = folder / files.CONFUSION
-                    files.write_confusion(path, news.confusion, tasks, setting)
+                    tasks = self.make_scenario(cell["seed"]).tasks
+                    how = tasks, self.config.settings.setting
+                    files.write_confusion(folder / files.CONFUSION, news.confusion, *how)
                 self.progress.task(task, float(news.accuracy[task, : task + 1].mean()))
             if self.journal.add({**cell, **line}):
                 for tell in scalars:
@@ -345,12 +340,5 @@ def train(
 def task_line(result: Result) -> dict[str, Any]:
     """The line of metrics.jsonl about the last task that is over."""
     task = result.tasks - 1
-    return {
-        "task": task,
-        "epoch": None,
-        "accuracy": result.accuracy[task],
-        "validation": result.validation[task],
-        "step_seconds": float(result.step_seconds[task]),
-        "border_seconds": float(result.border_seconds[task]),
-        "held_bytes": float(result.held_bytes[task]),
-    }
+    measured = ("accuracy", "validation", "step_seconds", "border_seconds", "held_bytes")
+    return {"task": task, "epoch": None, **{key: getattr(result, key)[task] for key in measured}}
