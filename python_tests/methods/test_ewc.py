@@ -14,6 +14,7 @@ from oracles.naive_training import (
     Naive,
     Weights,
     assert_close,
+    compare,
     learn,
     resumed,
     start,
@@ -22,7 +23,6 @@ from oracles.naive_training import (
 from torch import Tensor
 
 from mas_ext import estimate_fisher, methods
-from mas_ext.methods import Method
 from mas_ext.methods.ewc import EWC, EWCDR, OnlineEWC
 from mas_ext.scenarios import Tensors, from_datasets
 
@@ -62,19 +62,6 @@ class NaiveEWCDR(Naive):
             old = self.running.get(name, torch.zeros_like(f))
             self.running[name] = (1 - share) * old + share * f.clamp(max=self.at_most)
         self.terms = [({n: LAM / 2 * w for n, w in self.running.items()}, self.held())]
-
-
-def compare(method: Method, naive: Naive, importance_epochs: int = 0) -> None:
-    model, log, found = learn(
-        method,
-        naive.setting,
-        optimizer=naive.optimizer,
-        lr=naive.lr,
-        importance_epochs=importance_epochs,
-        squared=naive.squared,
-    )
-    for got, right in zip(found, naive.learn(model.first, log), strict=True):
-        assert_close(got, right)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -132,11 +119,11 @@ def test_the_mean_over_all_labels() -> None:
 @pytest.mark.parametrize("setting", ["task", "domain"])
 def test_regression(setting: str, importance_epochs: int) -> None:
     naive = NaiveEWC(setting, squared=True)
-    compare(EWC(LAM, labels="normal"), naive, importance_epochs)
+    compare(EWC(LAM, labels="normal"), naive, importance_epochs=importance_epochs)
     naive = NaiveEWC(setting, squared=True, gamma=0.7)
-    compare(OnlineEWC(LAM, gamma=0.7, labels="normal"), naive, importance_epochs)
+    compare(OnlineEWC(LAM, gamma=0.7, labels="normal"), naive, importance_epochs=importance_epochs)
     mean = EWCDR(LAM, at_most=None, labels="normal")
-    compare(mean, NaiveEWCDR(setting, squared=True), importance_epochs)
+    compare(mean, NaiveEWCDR(setting, squared=True), importance_epochs=importance_epochs)
 
 
 @pytest.mark.parametrize("name", ["ewc", "online-ewc", "ewc-dr", "rwalk", "imm-mode"])

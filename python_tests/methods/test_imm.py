@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from oracles.naive_training import (
     Naive,
     Weights,
     assert_close,
+    compare,
     learn,
     resumed,
     start,
@@ -59,13 +59,6 @@ class NaiveIMM(Naive):
             ]
             total = sum(w for w, _ in known)
             self.theta[name] = sum(w / total * theta for w, theta in known)  # type: ignore[assignment]
-
-
-def compare(method: IMM, naive: NaiveIMM, **settings: Any) -> None:
-    settings = {"optimizer": naive.optimizer, "squared": naive.squared, **settings}
-    model, log, found = learn(method, naive.setting, **settings)
-    for got, right in zip(found, naive.learn(model.first, log), strict=True):
-        assert_close(got, right)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

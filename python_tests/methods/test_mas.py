@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from oracles.naive_training import SETTINGS, Naive, Weights, assert_close, learn, resumed
+from oracles.naive_training import SETTINGS, Naive, Weights, compare, learn, resumed
 from torch import Tensor
 
 from mas_ext import methods
@@ -86,17 +86,13 @@ def test_variants(name: str, setting: str) -> None:
     kind, consistent = NAMES[name]
     naive = NaiveMAS(setting, kind=kind, consistent=consistent)
     size = 100 if kind == "batch" else 8
-    model, log, found = learn(methods.create(name, lam=LAM), setting, batch_size=size)
-    for got, right in zip(found, naive.learn(model.first, log), strict=True):
-        assert_close(got, right)
+    compare(methods.create(name, lam=LAM), naive, batch_size=size)
 
 
 @pytest.mark.parametrize("name", ["mas", "mas-alpha"])
 def test_regression(name: str) -> None:
     naive = NaiveMAS("task", consistent=name == "mas-alpha", squared=True)
-    model, log, found = learn(methods.create(name, lam=LAM), "task", squared=True)
-    for got, right in zip(found, naive.learn(model.first, log), strict=True):
-        assert_close(got, right)
+    compare(methods.create(name, lam=LAM), naive)
 
 
 def test_importance_from_some_samples() -> None:

@@ -311,3 +311,13 @@ class Naive:
 
     def end(self, x: Tensor, y: Tensor) -> None:
         """After a task's last step; all its samples."""
+
+
+def compare(method: Method, naive: Naive, **settings: Any) -> list[Weights]:
+    """Assert that a method learns what its naive version does; the weights after each task."""
+    same = ("optimizer", "lr", "clip", "squared")
+    settings = {**{name: getattr(naive, name) for name in same}, **settings}
+    model, log, found = learn(method, naive.setting, **settings)
+    for got, right in zip(found, naive.learn(model.first, log), strict=True):
+        assert_close(got, right)
+    return found
