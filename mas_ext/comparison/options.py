@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -39,6 +39,9 @@ else:
 FIRST_WEIGHTS = 2**32
 
 Purpose = Literal["choose", "final"]
+
+
+KINDS = {str: "a word", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 class Option(NamedTuple):
@@ -85,28 +88,18 @@ class Option(NamedTuple):
             with suppress(OverflowError):  # an integer that is no float
                 value = self.kind(value)
         if type(value) is not self.kind:
-            expected = {
-                str: "a word",
-                int: "a whole number",
-                float: "a number",
-                bool: "true or false",
-            }
             or_word = "" if self.word is None else f" or {self.word!r}"
-            raise ValueError(f"{name}: got {value!r}, expected {expected[self.kind]}{or_word}")
+            raise ValueError(f"{name}: got {value!r}, expected {KINDS[self.kind]}{or_word}")
         return value
 
 
-def _names(known: Iterable[str]) -> str:
-    return ", ".join(known)
-
-
 # Scenarios with a learning rate of their own.
-_RATES = _names(f"{name} {r.lr:g}" for name, r in named.SCENARIOS.items() if r.lr is not None)
+_RATES = ", ".join(f"{name} {r.lr:g}" for name, r in named.SCENARIOS.items() if r.lr is not None)
 
 WHAT = {
     "scenario": Option(
         str,
-        f"tasks to learn: {_names(named.SCENARIOS)}; or module:function, (folder, tasks, seed) -> Scenario",
+        f"tasks to learn: {', '.join(named.SCENARIOS)}; or module:function, (folder, tasks, seed) -> Scenario",
     ),
     "data": Option(str, "folder of the data sets; default: $MAS_EXT_DATA, ./data, ~/data"),
     "tasks": Option(int, "how many tasks; default: what is usual for the scenario"),
@@ -114,12 +107,12 @@ WHAT = {
         int, "positions of the tasks in another order, or random", many=True, word="random"
     ),
     "model": Option(
-        str, f"network: {_names(models.MODELS)}; or module:function, input's shape -> MultiHead"
+        str, f"network: {', '.join(models.MODELS)}; or module:function, input's shape -> MultiHead"
     ),
     "hidden": Option(int, "widths of the hidden layers of the mlp; default: 400,400", many=True),
     "methods": Option(
         str,
-        f"what is compared: {_names(METHODS)}; one of an installed package; or module:Class",
+        f"what is compared: {', '.join(METHODS)}; one of an installed package; or module:Class",
         many=True,
     ),
     "lam": Option(
@@ -167,12 +160,12 @@ HOW = {
     "deterministic": Option(bool, "use deterministic algorithms of torch only"),
     "task_loss": Option(
         str,
-        f"what is minimised: {_names(LOSSES)}; or module:function, (output, target) -> number; "
+        f"what is minimised: {', '.join(LOSSES)}; or module:function, (output, target) -> number; "
         "default: cross-entropy",
     ),
     "score": Option(
         str,
-        f"what is reported as accuracy: {_names(NAMED_SCORES)}; or module:function, (output, target) -> "
+        f"what is reported as accuracy: {', '.join(NAMED_SCORES)}; or module:function, (output, target) -> "
         "number, larger is better; default: accuracy for the cross entropy, else minus the loss",
     ),
     "workers": Option(int, "processes that read data sets that are not in memory"),
@@ -249,7 +242,7 @@ class Config:
                 f"device: got {self.device!r}, expected one that is here ({str(error).splitlines()[0]})"
             ) from error
         if not self.methods:
-            raise ValueError(f"methods: got none, expected some of {_names(METHODS)}")
+            raise ValueError(f"methods: got none, expected some of {', '.join(METHODS)}")
         _read_lams("lam", self.lam)
         for method in self.methods:
             for lam in self.lams(method) or [None]:

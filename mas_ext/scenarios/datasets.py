@@ -145,10 +145,8 @@ def _cifar(name: str) -> Callable[[Path], Pair]:
             raise ValueError(
                 f"{path}: got other files, expected those of {name} ({error})"
             ) from error
-        return (
-            images(path, train.data, np.asarray(train.targets)),
-            images(path, test.data, np.asarray(test.targets)),
-        )
+        first, second = (images(path, p.data, np.asarray(p.targets)) for p in (train, test))
+        return first, second
 
     return read
 

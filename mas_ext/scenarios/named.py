@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from mas_ext._arguments import check_count, resolve
@@ -78,7 +79,7 @@ def permuted(train: Tensors, test: Tensors, tasks: int = 10, seed: int = 0) -> S
     check_count(tasks, "tasks")
     generator, pixels = _generator(seed), math.prod(train[0][0].shape[1:])
     orders = [torch.randperm(pixels, generator=generator) for _ in range(1, tasks)]
-    mixed = [(train.transformed(Permutation(o)), test.transformed(Permutation(o))) for o in orders]
+    mixed = [_seen_through(Permutation(order), train, test) for order in orders]
     return from_datasets([(train, test), *mixed])
 
 
@@ -90,7 +91,7 @@ def rotated(train: Tensors, test: Tensors, tasks: int = 10, degrees: float = 180
     """
     check_count(tasks, "tasks")
     angles = [t * degrees / tasks for t in range(tasks)]
-    turned = [(train.transformed(Rotation(a)), test.transformed(Rotation(a))) for a in angles]
+    turned = [_seen_through(Rotation(angle), train, test) for angle in angles]
     return from_datasets(turned, names=[f"{angle:g}\N{DEGREE SIGN}" for angle in angles])
 
 
@@ -108,8 +109,7 @@ def recognition(folder: Folder = None, tasks: int = 8) -> Scenario:
     canvas = Canvas((3, 32, 32))
     single: list[Task] = []
     for name in names:
-        train, test = data.load_dataset(name, folder)
-        pair = train.transformed(canvas), test.transformed(canvas)
+        pair = _seen_through(canvas, *data.load_dataset(name, folder))
         single += standardised(from_datasets([pair], [name])).tasks
     groups = standardised(split(*data.load_dataset("cifar100", folder), tasks - len(names))).tasks
     objects = [replace(group, name=f"cifar100 {group.name}") for group in groups]
@@ -120,15 +120,17 @@ def standardised(scenario: Scenario) -> Scenario:
     """These tasks with images standardised by all their training images as they are stored."""
     stored = {id(part.x): part.x for task in scenario.tasks for part in [_in_memory(task.train)]}
     transform = Standardisation.of(list(stored.values()))
-    seen = [
-        replace(
-            task,
-            train=_in_memory(task.train).transformed(transform),
-            test=_in_memory(task.test).transformed(transform),
-        )
-        for task in scenario.tasks
-    ]
-    return replace(scenario, tasks=tuple(seen))
+    tasks = []
+    for task in scenario.tasks:
+        train, test = _seen_through(transform, task.train, task.test)
+        tasks.append(replace(task, train=train, test=test))
+    return replace(scenario, tasks=tuple(tasks))
+
+
+def _seen_through(
+    transform: Callable[[Tensor], Tensor], train: Dataset[Any], test: Dataset[Any]
+) -> tuple[Tensors, Tensors]:
+    return _in_memory(train).transformed(transform), _in_memory(test).transformed(transform)
 
 
 class Recipe(NamedTuple):
