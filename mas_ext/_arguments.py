@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
-from numbers import Integral
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 def hint(name: str, known: Iterable[str]) -> str:
@@ -80,6 +82,34 @@ def check_count(count: Any, name: str, least: int = 1) -> None:
         raise ValueError(
             f"{name}: got {count!r}, expected a whole number from {least} up, below 2**63"
         )
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind: NumPy's numbers are numbers, truth values are none, floats are finite.
+
+    kind: a type as in annotations; or, of what JSON or TOML have, a list of one kind for a list of that, and a
+        dictionary for one with its keys, or with any for the key None.
+    """
+    if isinstance(kind, dict):
+        keys = value if None in kind else kind
+        return isinstance(value, dict) and all(
+            key in value and fits(value[key], kind.get(key, kind.get(None))) for key in keys
+        )
+    origin, inner = (list, kind) if isinstance(kind, list) else (get_origin(kind), get_args(kind))
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in inner)
+    if origin is Literal:  # which of its words, who takes them tells
+        return type(value) in {type(each) for each in inner}
+    if origin in (Sequence, list):
+        kinds = list if origin is list else (list, tuple)
+        return isinstance(value, kinds) and all(fits(each, inner[0]) for each in value)
+    if origin is Callable:
+        return callable(value)
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, Real) and math.isfinite(as_float(value))
+    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def as_float(x: Any) -> float:

@@ -45,10 +45,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mas_ext._arguments import fits
 from mas_ext.comparison.cells import Cell, Found
 from mas_ext.comparison.formats import csv_text
 from mas_ext.comparison.options import Config, differences, read_toml
-from mas_ext.comparison.shapes import check_shape
 from mas_ext.info import info
 from mas_ext.methods import Setting
 from mas_ext.scenarios import Task
@@ -227,13 +227,19 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, shape: Any) -> Any:
-    """Read what `write_json` wrote; a ValueError that names the file unless `check_shape` finds this shape."""
+    """Read what `write_json` wrote; a ValueError that names the file unless it is JSON of this shape."""
     try:
         found = json.loads(path.read_bytes())
         check_shape(found, shape)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: got a damaged file, expected JSON of a run ({error})") from error
     return found
+
+
+def check_shape(value: Any, shape: Any) -> None:
+    """Raise a ValueError unless a value from JSON or TOML is of a shape, a kind as `fits` takes it."""
+    if not fits(value, shape):
+        raise ValueError(f"got {str(value)[:80]}, expected what a run writes")
 
 
 def write_matrix(path: Path, matrix: Tensor) -> None:

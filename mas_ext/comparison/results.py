@@ -19,8 +19,7 @@ from torch import Tensor
 from mas_ext import metrics
 from mas_ext.comparison import directory as files
 from mas_ext.comparison.cells import Found
-from mas_ext.comparison.directory import Confused, Directory
-from mas_ext.comparison.shapes import check_shape
+from mas_ext.comparison.directory import Confused, Directory, check_shape
 from mas_ext.failures import DAMAGED
 from mas_ext.methods.quadratic import Lam
 from mas_ext.state import files as checkpoint
@@ -38,21 +37,21 @@ SCORES = {
 # The number of seeds from which their mean is shown with its interval, and no longer they themselves.
 FEWEST = 4
 
-# What the files have at least, as `check_shape` takes it.
+# What the files have at least.
 _VALUES = {"scenario": str, "setting": str, "seeds": int, "methods": {None: {}}}
-_TRIED = {"candidates": [{"lam": float, "mean": (float, None)}], "chosen": (float, None)}
+_TRIED = {"candidates": [{"lam": float, "mean": float | None}], "chosen": float | None}
 _OVER = {
     "method": str,
     "seed": int,
     "task": int,
-    "lam": (float, str, None),
-    "accuracy": [(float, None)],
-    "step_seconds": (float, None),
-    "held_bytes": (float, None),
+    "lam": float | str | None,
+    "accuracy": [float | None],
+    "step_seconds": float | None,
+    "held_bytes": float | None,
 }
 _RESULT = {
     "tasks": [str],
-    **dict.fromkeys(SCORES, (float, None)),
+    **dict.fromkeys(SCORES, float | None),
     "step_seconds": [float],
     "held_bytes": [float],
 }

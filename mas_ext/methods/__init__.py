@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
-from numbers import Integral, Real
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from numbers import Real
+from typing import Any, get_args, get_type_hints
 
-from mas_ext._arguments import resolve
+from mas_ext._arguments import fits, resolve
 from mas_ext.methods.ebll import EBLL
 from mas_ext.methods.ewc import EWC, EWCDR, OnlineEWC
 from mas_ext.methods.finetune import Finetune
@@ -122,7 +119,7 @@ def create(name: str, /, **given: Any) -> Method:
     make = _find(name)
     for option, value in given.items():
         kind = _kind(make, option)
-        if not _fits(value, kind):
+        if not fits(value, kind):
             raise ValueError(f"{option}: got {value!r}, expected {_spelled(kind)}")
         if isinstance(value, Real) and float in (kind, *get_args(kind)):
             given[option] = float(value)
@@ -139,7 +136,7 @@ def takes(name: str, option: str, value: Any) -> bool:
         ValueError: an unknown name.
     """
     kind = _kind(_find(name), option) if option in options(name) else Any
-    return kind is not Any and _fits(value, kind)
+    return kind is not Any and fits(value, kind)
 
 
 def _kind(make: Callable[..., Method], option: str) -> Any:
@@ -148,26 +145,6 @@ def _kind(make: Callable[..., Method], option: str) -> Any:
         return get_type_hints(make.func if isinstance(make, partial) else make).get(option, Any)
     except (NameError, TypeError):  # names of another place; an instance that can be called
         return Any
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of an option's type, NumPy's included; a truth value is no number."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in inner)
-    if origin is Literal:  # which of its words, the method itself tells
-        return type(value) in {type(each) for each in inner}
-    if origin is Sequence:
-        return isinstance(value, (list, tuple)) and all(_fits(each, inner[0]) for each in value)
-    if origin is Callable:
-        return callable(value)
-    if kind in (int, float):
-        if isinstance(value, Integral):
-            fits = kind is int or abs(int(value)) <= sys.float_info.max
-            return fits and not isinstance(value, bool)
-        return kind is float and isinstance(value, Real) and math.isfinite(value)
-    # What any other kind means, as a list's elements, the method itself tells.
-    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _spelled(kind: Any) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mas_ext.comparison.directory import write_json
+from mas_ext.comparison.directory import check_shape, write_json
 from mas_ext.comparison.options import Config
 from mas_ext.comparison.results import (
     Findings,
@@ -19,7 +19,6 @@ from mas_ext.comparison.results import (
     over_seeds,
     shares,
 )
-from mas_ext.comparison.shapes import check_shape
 from mas_ext.state import files as checkpoint
 from mas_ext.state.replacing import write
 
