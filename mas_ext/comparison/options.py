@@ -41,7 +41,7 @@ FIRST_WEIGHTS = 2**32
 Purpose = Literal["choose", "final"]
 
 
-KINDS = {str: "a word", int: "a whole number", float: "a number", bool: "true or false"}
+_CALLED = {str: "a word", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 class Option(NamedTuple):
@@ -89,7 +89,7 @@ class Option(NamedTuple):
                 value = self.kind(value)
         if type(value) is not self.kind:
             or_word = "" if self.word is None else f" or {self.word!r}"
-            raise ValueError(f"{name}: got {value!r}, expected {KINDS[self.kind]}{or_word}")
+            raise ValueError(f"{name}: got {value!r}, expected {_CALLED[self.kind]}{or_word}")
         return value
 
 
