@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, Literal, get_args
 
@@ -93,27 +92,15 @@ def canvas(
     return figure, panels[:count]
 
 
-# What fits beside one another in a legend: characters, of which a line takes some.
-_LINE, _LEGEND = 6, 60
-
-
 def legend(figure: Any, panel: Any, columns: int = 4) -> None:
     """The legend of a panel's lines, above all panels: in so many columns, or in fewer that fit."""
-    handles, labels = panel.get_legend_handles_labels()
-    while columns > 1 and _width(labels, columns) > _LEGEND:
+    lines = panel.get_legend_handles_labels()
+    while True:
+        made = figure.legend(*lines, loc="outside upper center", ncols=columns, frameon=False)
+        if columns == 1 or made.get_window_extent().width <= figure.bbox.width:
+            return
+        made.remove()
         columns -= 1
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
-
-
-def _width(labels: Sequence[str], columns: int) -> int:
-    """How many characters a legend is wide, whose first columns take a label more than the others."""
-    rows, longer = divmod(len(labels), columns)
-    start, width = 0, 0
-    for column in range(min(columns, len(labels))):
-        end = start + rows + (column < longer)
-        width += _LINE + max(map(len, labels[start:end]))
-        start = end
-    return width
 
 
 def _entitle(panel: Any, method: str) -> None:
