@@ -4,7 +4,6 @@ CUDA on a GPU.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from modules import loaded
 
 from mas_ext.kernels import backends
 
@@ -29,12 +29,7 @@ def load_emulated(folder: Path) -> Any:
     newest = max(file.stat().st_mtime for file in sources)
     if not path.exists() or path.stat().st_mtime < newest:
         pytest.fail(f"{path} is missing or older than its sources: run `make emulated`", False)
-    spec = importlib.util.spec_from_file_location("_C_emulated", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("_C_emulated", path)
 
 
 EMULATED = load_emulated(FOLDER)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ast
 import gc
-import importlib.util
 import json
 import os
 import random
@@ -37,6 +36,7 @@ from typing import Any, NamedTuple
 
 import pybind11
 import pytest
+from modules import loaded
 
 from mas_ext import _C
 from mas_ext.kernels import backends
@@ -437,11 +437,7 @@ def located(test: str) -> Path:
 def take_native() -> None:
     """Have all use the kernels that were built last."""
     (file,) = Path(NATIVE).glob("_C*")
-    spec = importlib.util.spec_from_file_location("_C", file.resolve())
-    assert spec is not None
-    assert spec.loader is not None
-    backends._C = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(backends._C)
+    backends._C = loaded("_C", file.resolve())
 
 
 def take_python(path: str, first: bytes) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from modules import loaded
 from torch import Tensor, nn
 
 from mas_ext import FusedMASPenalty, estimate_importance
@@ -18,16 +18,7 @@ from mas_ext import FusedMASPenalty, estimate_importance
 FILE = Path(__file__).parents[1] / "docs" / "mas_in_60_lines.py"
 
 
-def loaded() -> Any:
-    spec = importlib.util.spec_from_file_location("mas_in_60_lines", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-written_out = loaded()
+written_out = loaded("mas_in_60_lines", FILE)
 
 
 def network() -> nn.Module:
