@@ -172,7 +172,7 @@ file:
 
 def add_run(parser: Parser) -> None:
     """The options of `run`: where everything is written, and one for each key of a configuration."""
-    from mas_ext.comparison.options import HOW, WHAT, Config
+    from mas_ext.comparison.options import HOW, OPTIONS, WHAT, Config
 
     parser.set_defaults(run=do_run)
     parser.epilog = RUN_EXAMPLES
@@ -186,10 +186,10 @@ def add_run(parser: Parser) -> None:
     )
 
     defaults = Config().values()
-    for title, options in (("what is compared", WHAT), ("how it is trained", HOW)):
+    for title, texts in (("what is compared", WHAT), ("how it is trained", HOW)):
         group = parser.add_argument_group(title)
-        for name, option in options.items():
-            flag, text = f"--{name.replace('_', '-')}", option.help
+        for name, text in texts.items():
+            flag, option = f"--{name.replace('_', '-')}", OPTIONS[name]
             how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
             if option.kind is not bool:
                 if name in defaults:

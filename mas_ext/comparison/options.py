@@ -9,12 +9,13 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -48,13 +49,21 @@ class Option(NamedTuple):
     """A key of the file, and an option of the command line.
 
     kind: str, int, float or bool. many: a list of them, separated by commas on the command line; a single value
-        is a list of one. word: allowed instead of a list. help: for the command line.
+        is a list of one. word: allowed instead of a list.
     """
 
     kind: type
-    help: str
-    many: bool = False
-    word: str | None = None
+    many: bool
+    word: str | None
+
+    @classmethod
+    def of(cls, field: Any) -> Option:
+        """The option for a field of this type, without what no file and no command line has, as functions."""
+        parts = get_args(field) if get_origin(field) in (Union, UnionType) else (field,)
+        inner = {get_origin(part): get_args(part)[0] for part in parts if get_args(part)}
+        lists = [inner[each] for each in (tuple, Sequence, Mapping) if each in inner]
+        kind = next((each for each in (*lists, *parts) if each in _CALLED), str)
+        return cls(kind, bool(lists), inner.get(Literal) if lists else None)
 
     def read(self, name: str, value: Any) -> Any:
         """The checked value: lists become tuples, a float may be given as an int, numbers as NumPy's.
@@ -96,82 +105,45 @@ class Option(NamedTuple):
 # Scenarios with a learning rate of their own.
 _RATES = ", ".join(f"{name} {r.lr:g}" for name, r in named.SCENARIOS.items() if r.lr is not None)
 
+# Help for the command line: what is compared, the fields of `Config`; how it is trained, those of `Settings`.
 WHAT = {
-    "scenario": Option(
-        str,
-        f"tasks to learn: {', '.join(named.SCENARIOS)}; or module:function, (folder, tasks, seed) -> Scenario",
-    ),
-    "data": Option(str, "folder of the data sets; default: $MAS_EXT_DATA, ./data, ~/data"),
-    "tasks": Option(int, "how many tasks; default: what is usual for the scenario"),
-    "order": Option(
-        int, "positions of the tasks in another order, or random", many=True, word="random"
-    ),
-    "model": Option(
-        str, f"network: {', '.join(models.MODELS)}; or module:function, input's shape -> MultiHead"
-    ),
-    "hidden": Option(int, "widths of the hidden layers of the mlp; default: 400,400", many=True),
-    "methods": Option(
-        str,
-        f"what is compared: {', '.join(METHODS)}; one of an installed package; or module:Class",
-        many=True,
-    ),
-    "lam": Option(
-        float,
-        "strength of all methods that have one; of several, the best on validation data is taken for each "
-        "method; auto: chosen for every task after the first, from its data alone, by all methods that can",
-        many=True,
-        word="auto",
-    ),
-    "lam_seeds": Option(int, "how many seeds lam is chosen with, none of which is one of --seeds"),
-    "seeds": Option(int, "how many times everything is learned, with the seeds 0, 1, ..."),
-    "device": Option(str, "cpu, cuda, ..."),
+    "scenario": f"tasks to learn: {', '.join(named.SCENARIOS)}; or module:function, (folder, tasks, seed) -> "
+    "Scenario",
+    "data": "folder of the data sets; default: $MAS_EXT_DATA, ./data, ~/data",
+    "tasks": "how many tasks; default: what is usual for the scenario",
+    "order": "positions of the tasks in another order, or random",
+    "model": f"network: {', '.join(models.MODELS)}; or module:function, input's shape -> MultiHead",
+    "hidden": "widths of the hidden layers of the mlp; default: 400,400",
+    "methods": f"what is compared: {', '.join(METHODS)}; one of an installed package; or module:Class",
+    "lam": "strength of all methods that have one; of several, the best on validation data is taken for each "
+    "method; auto: chosen for every task after the first, from its data alone, by all methods that can",
+    "lam_seeds": "how many seeds lam is chosen with, none of which is one of --seeds",
+    "seeds": "how many times everything is learned, with the seeds 0, 1, ...",
+    "device": "cpu, cuda, ...",
 }
-
 HOW = {
-    "setting": Option(
-        str,
-        "task (one head per task, the task is known when testing), domain (one head) or class (one head per "
-        "task, side by side)",
-    ),
-    "optimizer": Option(str, "sgd, adam or adamw"),
-    "lr": Option(float, f"learning rate; of {_RATES}"),
-    "epochs": Option(int, "for every task, or one number per task", many=True),
-    "batch_size": Option(int, "samples per step"),
-    "schedule": Option(
-        str, "of the learning rate within a task: cosine or linear; default: constant"
-    ),
-    "clip": Option(float, "largest norm of the gradient; default: any"),
-    "amp": Option(str, "bfloat16 or float16: mixed precision; default: none"),
-    "validation": Option(
-        float,
-        "share of the training data kept for validation; lam is chosen on it, or without it on "
-        f"{CHOOSING_SHARE:g} of the training data, kept for that alone",
-    ),
-    "patience": Option(
-        int, "epochs without a better validation accuracy that end a task; default: any"
-    ),
-    "importance_epochs": Option(
-        int, "gather importance online in the last so many epochs of a task"
-    ),
-    "keep": Option(
-        float, "what matters with lam auto, from 0, the new task alone, to 1, the old ones"
-    ),
-    "balanced": Option(bool, "draw all classes equally often"),
-    "deterministic": Option(bool, "use deterministic algorithms of torch only"),
-    "task_loss": Option(
-        str,
-        f"what is minimised: {', '.join(LOSSES)}; or module:function, (output, target) -> number; "
-        "default: cross-entropy",
-    ),
-    "score": Option(
-        str,
-        f"what is reported as accuracy: {', '.join(NAMED_SCORES)}; or module:function, (output, target) -> "
-        "number, larger is better; default: accuracy for the cross entropy, else minus the loss",
-    ),
-    "workers": Option(int, "processes that read data sets that are not in memory"),
+    "setting": "task (one head per task, the task is known when testing), domain (one head) or class (one head "
+    "per task, side by side)",
+    "optimizer": "sgd, adam or adamw",
+    "lr": f"learning rate; of {_RATES}",
+    "epochs": "for every task, or one number per task",
+    "batch_size": "samples per step",
+    "schedule": "of the learning rate within a task: cosine or linear; default: constant",
+    "clip": "largest norm of the gradient; default: any",
+    "amp": "bfloat16 or float16: mixed precision; default: none",
+    "validation": "share of the training data kept for validation; lam is chosen on it, or without it on "
+    f"{CHOOSING_SHARE:g} of the training data, kept for that alone",
+    "patience": "epochs without a better validation accuracy that end a task; default: any",
+    "importance_epochs": "gather importance online in the last so many epochs of a task",
+    "keep": "what matters with lam auto, from 0, the new task alone, to 1, the old ones",
+    "balanced": "draw all classes equally often",
+    "deterministic": "use deterministic algorithms of torch only",
+    "task_loss": f"what is minimised: {', '.join(LOSSES)}; or module:function, (output, target) -> number; "
+    "default: cross-entropy",
+    "score": f"what is reported as accuracy: {', '.join(NAMED_SCORES)}; or module:function, (output, target) "
+    "-> number, larger is better; default: accuracy for the cross entropy, else minus the loss",
+    "workers": "processes that read data sets that are not in memory",
 }
-
-OPTIONS = {**WHAT, **HOW}
 
 # Where data are and what reads them: a run may go on with others.
 FREE = ("data", "workers")
@@ -366,9 +338,16 @@ class Config:
         return replace(settings, seed=seed, validation=share)
 
 
+OPTIONS: dict[str, Option] = {
+    name: Option.of(get_type_hints(owner)[name])
+    for owner, names in ((Config, WHAT), (Settings, HOW))
+    for name in names
+}
+
+
 def _read_lams(name: str, value: Any) -> tuple[Lam, ...]:
     """The strengths to try, or "auto" alone."""
-    lams = WHAT["lam"].read(name, value)
+    lams = OPTIONS["lam"].read(name, value)
     if lams == "auto":
         return ("auto",)
     if not all(math.isfinite(lam) and lam >= 0 for lam in lams):
