@@ -49,6 +49,7 @@ from mas_ext._arguments import fits
 from mas_ext.comparison.cells import Cell, Found
 from mas_ext.comparison.formats import csv_text
 from mas_ext.comparison.options import Config, differences, read_toml
+from mas_ext.failures import DAMAGED
 from mas_ext.info import info
 from mas_ext.methods import Setting
 from mas_ext.scenarios import Task
@@ -177,16 +178,11 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         """Open the file, and cut off a last line that was not finished when a run was killed."""
-        self._file = open(path, "a+b")  # noqa: SIM115
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        self._file.truncate(whole)
-        try:
-            self._known = {_position(json.loads(line)) for line in content[:whole].splitlines()}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            self._file.close()
-            raise ValueError(f"{path}: got a damaged line, expected JSON ({error!r})") from error
+        lines, size = read_lines(path)
+        with reading(path):
+            self._known = {_position(line) for line in lines}
+        self._file = open(path, "ab")  # noqa: SIM115
+        self._file.truncate(size)
 
     def add(self, line: Mapping[str, Any]) -> bool:
         """Append the line; False if it is there already."""
@@ -228,12 +224,28 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_json(path: Path, shape: Any) -> Any:
     """Read what `write_json` wrote; a ValueError that names the file unless it is JSON of this shape."""
-    try:
+    with reading(path):
         found = json.loads(path.read_bytes())
         check_shape(found, shape)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: got a damaged file, expected JSON of a run ({error})") from error
     return found
+
+
+def read_lines(path: Path) -> tuple[list[Any], int]:
+    """The whole lines of a file like metrics.jsonl, and how many bytes they are; none without a file."""
+    with reading(path):
+        content = path.read_bytes() if path.exists() else b""
+        size = content.rfind(b"\n") + 1
+        return [json.loads(line) for line in content[:size].splitlines()], size
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Path]:
+    """Whatever is wrong with the content of a file is a ValueError that names it."""
+    try:
+        yield path
+    except (*DAMAGED, csv.Error) as error:
+        told = str(error) if str(path) in str(error) else f"{path}: got a damaged file ({error!r})"
+        raise ValueError(told) from error
 
 
 def check_shape(value: Any, shape: Any) -> None:

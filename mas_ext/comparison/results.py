@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -19,8 +16,7 @@ from torch import Tensor
 from mas_ext import metrics
 from mas_ext.comparison import directory as files
 from mas_ext.comparison.cells import Found
-from mas_ext.comparison.directory import Confused, Directory, check_shape
-from mas_ext.failures import DAMAGED
+from mas_ext.comparison.directory import Confused, Directory, check_shape, reading
 from mas_ext.methods.quadratic import Lam
 from mas_ext.state import files as checkpoint
 
@@ -106,7 +102,7 @@ class Learned:
         """
         if not (self.folder / files.CONFUSION).exists():
             return []
-        with _reading(self.folder / files.CONFUSION) as path:
+        with reading(self.folder / files.CONFUSION) as path:
             lines, tasks = files.read_confusion(path), range(len(self.accuracy))
             if any(line.task not in tasks or line.predicted_task not in tasks for line in lines):
                 raise ValueError(f"{path}: got a task that is none of the {len(tasks)}")
@@ -120,7 +116,7 @@ class Learned:
         """
         if not (self.folder / files.CHECKPOINT).exists():
             return {}
-        with _reading(self.folder / files.CHECKPOINT) as path:
+        with reading(self.folder / files.CHECKPOINT) as path:
             return importance_by_layer(checkpoint.unpack(checkpoint.load(path))["method"])
 
 
@@ -158,7 +154,7 @@ class Findings:
             )
         # What trains need not be here: nothing is computed.
         values = directory.values()
-        with _reading(folder / files.CONFIG):
+        with reading(folder / files.CONFIG):
             check_shape(values, _VALUES)
             seeds, methods = range(values["seeds"]), list(values["methods"])
             if not methods or not 0 < values["seeds"] <= _MOST_SEEDS:
@@ -223,13 +219,8 @@ class Findings:
 
 def _over(path: Path) -> tuple[dict[tuple[str, int, int], Any], int]:
     """The lines about tasks that are over, by method, seed and task, and the number of tasks."""
-    if not path.exists():
-        return {}, 0
-    with _reading(path):
-        content = path.read_bytes()
-        # Without a last line that was not finished when the run was killed.
-        whole = content[: content.rfind(b"\n") + 1].splitlines()
-        lines = [line for line in map(json.loads, whole) if line["epoch"] is None]
+    with reading(path):
+        lines = [line for line in files.read_lines(path)[0] if line["epoch"] is None]
         for line in lines:
             check_shape(line, _OVER)
         count = max((len(line["accuracy"]) for line in lines), default=0)
@@ -241,7 +232,7 @@ def _learned(
     directory: Directory, method: str, seed: int, count: int, over: Mapping[Any, Any]
 ) -> Learned:
     nothing = {"accuracy": [None] * count, "step_seconds": None, "held_bytes": None}
-    with _reading(directory.path / files.METRICS):
+    with reading(directory.path / files.METRICS):
         lines = [over.get((method, seed, task), nothing) for task in range(count)]
         lam = next((line["lam"] for line in lines if "lam" in line), None)
         accuracy, seconds, held = (
@@ -252,7 +243,7 @@ def _learned(
     cell, found = {"method": method, "seed": seed, "purpose": "final"}, None
     folder = directory.folder(cell)
     if cell in directory:
-        with _reading(folder / files.RESULT):
+        with reading(folder / files.RESULT):
             found = directory[cell]
             check_shape(found, {"diverged": str} if "diverged" in found else _RESULT)
             if "diverged" not in found:
@@ -261,16 +252,6 @@ def _learned(
                 if lengths != {count or max(1, *lengths)}:
                     raise ValueError(f"got {sorted(lengths)} tasks, expected {count or 'some'}")
     return Learned(method, seed, lam, folder, accuracy, seconds, held, found)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[Path]:
-    """Whatever is wrong with the content of a file is an error that names it."""
-    try:
-        yield path
-    except (*DAMAGED, csv.Error) as error:
-        told = str(error) if str(path) in str(error) else f"{path}: got a damaged file ({error!r})"
-        raise ValueError(told) from error
 
 
 def importance_by_layer(state: Mapping[str, Any]) -> Layers:

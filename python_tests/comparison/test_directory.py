@@ -226,7 +226,7 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for content in (b"{\n", b"7\n", b"{}\n", b"\xff\n"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"metrics\.jsonl: got a damaged line"):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl: got a damaged file"):
             Journal(path)
 
 
