@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import naive_distillation as naive
 
-from mas_ext.methods import SETTINGS, Setting, create
+from mas_ext.methods import SETTINGS, Setting
 from mas_ext.methods.ebll import EBLL
 from mas_ext.state.files import pack
 
@@ -78,20 +78,3 @@ def test_goes_on_inside_a_task_to_the_same_bits(setting: Setting) -> None:
     stopped, whole = naive.stopped_and_whole(lambda: EBLL(epochs=3, code=2), setting, task=2)
     assert naive.same(stopped.model.state_dict(), whole.model.state_dict())
     assert naive.same(pack(stopped.method.state_dict()), pack(whole.method.state_dict()))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"alpha": -0.5}, "alpha: got -0.5, expected a finite number from 0 up"),
-        ({"reconstruction": float("nan")}, "reconstruction: got nan"),
-        ({"lr": float("inf")}, "lr: got inf"),
-        ({"code": 0}, "code: got 0, expected a whole number from 1 up"),
-        ({"epochs": 0}, "epochs: got 0"),
-        ({"max_samples": 0}, "max_samples: got 0"),
-        ({"temperature": 0.0}, "temperature: got 0.0"),
-    ],
-)
-def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        create("ebll", **options)

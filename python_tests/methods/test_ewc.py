@@ -166,12 +166,6 @@ def test_a_stopped_run_goes_on_to_the_same_bits(name: str, setting: str) -> None
     resumed(lambda: methods.create(name, lam=LAM), setting, after=12, importance_epochs=1)
 
 
-def test_arguments_of_ewc_dr_that_cannot_be_used_are_refused() -> None:
-    for name, value in {"at_most": 0.0, "importance": "local", "labels": "drawn"}.items():
-        with pytest.raises(ValueError, match=f"{'method' if name == 'importance' else name}: got"):
-            methods.create("ewc-dr", **{name: value})
-
-
 def test_what_is_kept_is_as_wide_as_the_parameters() -> None:
     method = EWC(LAM)
     learn(method, "domain")

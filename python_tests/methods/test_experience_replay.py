@@ -86,8 +86,3 @@ def test_targets_that_are_no_classes() -> None:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_run_that_is_stopped_inside_a_task_goes_on_to_the_same_bits(setting: str) -> None:
     resumed(lambda: methods.create("replay", samples=6), setting, after=10)
-
-
-def test_no_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match="samples: got 0, expected a whole number from 1 up"):
-        ExperienceReplay(0)

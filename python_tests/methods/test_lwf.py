@@ -12,7 +12,7 @@ from oracles import naive_training
 from torch import nn
 
 from mas_ext.distillation import softened
-from mas_ext.methods import SETTINGS, Setting, create
+from mas_ext.methods import SETTINGS, Setting
 from mas_ext.methods.lwf import LwF
 from mas_ext.models import MultiHead
 from mas_ext.state.files import pack
@@ -165,20 +165,3 @@ def test_under_autocast_the_loss_is_nearly_the_same() -> None:
             rough = method.loss(run.training, x.float(), y)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=1e-2, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lam": -1.0}, "lam: got -1.0, expected a finite number from 0 up"),
-        ({"lam": float("nan")}, "lam: got nan"),
-        ({"lam": float("inf")}, "lam: got inf"),
-        ({"temperature": 0.0}, "temperature: got 0.0, expected a finite number above 0"),
-        ({"temperature": float("inf")}, "temperature: got inf"),
-        ({"warm_up": -1}, "warm_up: got -1, expected a whole number from 0 up"),
-        ({"distance": "l2"}, "distance: got 'l2', expected one of 'softmax', 'squared', None"),
-    ],
-)
-def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        create("lwf", **options)

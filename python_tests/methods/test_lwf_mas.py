@@ -76,10 +76,3 @@ def test_training_is_the_one_written_out(setting: str) -> None:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_run_that_is_stopped_inside_a_task_goes_on_to_the_same_bits(setting: str) -> None:
     resumed(make, setting, after=10)
-
-
-def test_a_strength_of_the_distillation_that_cannot_be_used() -> None:
-    with pytest.raises(
-        ValueError, match=r"distillation: got -1\.0, expected a finite number from 0"
-    ):
-        methods.create("lwf-mas", distillation=-1.0)

@@ -21,6 +21,38 @@ def test_nonsense_is_refused_by_name(name: str, option: str) -> None:
             create(name, **{option: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("ewc-dr", "at_most", 0.0),
+        ("ewc-dr", "importance", "local"),
+        ("ewc-dr", "labels", "drawn"),
+        *(("si", "xi", value) for value in (0.0, -1.0)),
+        *(("rwalk", "alpha", value) for value in (0.0, 1.1)),
+        ("rwalk", "interval", 0),
+        ("rwalk", "eps", 0.0),
+        ("rwalk", "labels", "drawn"),
+        *((name, "alpha", (0.0, 1.0)) for name in ("imm-mean", "imm-mode")),
+        *(("imm-mean", "alpha", value) for value in ((-1.0, 2.0), (NAN,))),
+        *(("imm-mode", "dropout", value) for value in (1.0, -0.1)),
+        ("lwf", "lam", -1.0),
+        ("lwf", "temperature", 0.0),
+        ("lwf", "warm_up", -1),
+        ("lwf", "distance", "l2"),
+        ("ebll", "alpha", -0.5),
+        ("ebll", "code", 0),
+        ("ebll", "epochs", 0),
+        ("ebll", "temperature", 0.0),
+        ("lwf-mas", "distillation", -1.0),
+        ("replay", "samples", 0),
+    ],
+)
+def test_what_is_out_of_range_is_refused_by_name(name: str, option: str, value: Any) -> None:
+    told = "method" if option == "importance" else option  # of estimate_fisher
+    with pytest.raises(ValueError, match=f"^{told}: got"):
+        create(name, **{option: value})
+
+
 @pytest.mark.parametrize("name", [n for n in METHODS if "max_samples" in options(n)])
 @pytest.mark.parametrize("value", [0, -1, 2.5, "x", True, NAN, [3]])
 def test_a_number_of_samples_is_a_whole_number_from_1(name: str, value: Any) -> None:

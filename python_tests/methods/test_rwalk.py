@@ -20,7 +20,6 @@ from oracles.naive_training import (
 )
 from torch import Tensor
 
-from mas_ext import methods
 from mas_ext.methods.rwalk import RWalk
 from mas_ext.optim.hooks import Mode
 
@@ -139,12 +138,3 @@ def test_a_task_without_epochs_has_no_path() -> None:
 @pytest.mark.parametrize("after", [7, 9, 11, 12])
 def test_a_stopped_run_goes_on_to_the_same_bits(setting: str, after: int) -> None:
     resumed(rwalk, setting, after)
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("alpha", 0.0), ("alpha", 1.1), ("interval", 0), ("eps", 0.0), ("labels", "drawn")],
-)
-def test_what_cannot_be_used_is_refused_by_name(option: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{option}: got"):
-        methods.create("rwalk", **{option: value})

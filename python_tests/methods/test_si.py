@@ -199,9 +199,3 @@ def test_sparse_gradients() -> None:
     right = moved.square() / 0.1  # dtheta = -lr g
     torch.testing.assert_close(method.state_dict()["path"]["backbone.weight"], right)
     assert int(moved.any(1).sum()) == 3
-
-
-@pytest.mark.parametrize("xi", [0.0, -1.0, float("nan")])
-def test_no_damping_is_refused(xi: float) -> None:
-    with pytest.raises(ValueError, match="xi: got"):
-        SI(xi=xi)
