@@ -53,15 +53,8 @@ SIZES: dict[str, Callable[[], list[nn.Module]]] = {
 def bench(model: str, device: str, dtype: str, tasks: Sequence[int], repeats: int) -> str:
     """Time every form on the parameters of one network, and return a table.
 
-    Args:
-        model: "mlp" (784-400-400-10), "resnet18", "vit_b" (ViT-B/16) or "gpt2" (small).
-        device: "cpu" or "cuda".
-        dtype: of the parameters: "float32", "float64", "bfloat16" or "float16".
-        tasks: numbers of tasks, for add_grad_ and eager autograd; 1 is always among them.
-        repeats: rounds in which all forms take their turn.
-
-    Raises:
-        ValueError: an argument that is not one of the choices.
+    model, device, dtype: one of SIZES, DEVICES and FLOATS each, else a ValueError. tasks: numbers of tasks, for
+    add_grad_ and eager autograd; 1 is always among them. repeats: rounds in which all forms take their turn.
     """
     network = parameters_of(model, device, dtype)
     penalties, history = after_tasks(network, sorted({1, *tasks}))

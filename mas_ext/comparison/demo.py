@@ -76,8 +76,7 @@ def run_demo(
     """Learn the five tasks with every method, with progress on stderr, and draw the accuracies.
 
     Args:
-        dataset: as in `mas_ext.scenarios.datasets.load_dataset`.
-        folder: as there.
+        dataset, folder: of `mas_ext.scenarios.datasets.load_dataset`.
         out: the picture, a PNG file, which is overwritten.
         seed: of the initial weights and of the order of samples, the same for all methods.
         epochs: per task; None for what suits the data set.

@@ -54,23 +54,15 @@ def run(
     takes the one with the largest average accuracy on validation data, of equal ones the first. A training that
     diverges or collapses is reported as diverged, and its lam is not taken. Any other error ends the run.
 
-    Args:
-        config: what to compare, and how.
-        out: a directory that does not exist yet.
-        resume: go on in an existing one; what is finished stays, the rest goes on from its last epoch, to the
-            same bits where torch has as many threads.
-        tensorboard: write events, too.
-        wandb: log to Weights & Biases, too, every training as a run of the project called as `out`.
+    out: a directory that does not exist yet. resume: go on in an existing one, from the last epoch that was
+    over, to the same bits where torch has as many threads. tensorboard: write events, too. wandb: log to
+    Weights & Biases, too, every training as a run of the project called as `out`.
 
     Returns:
         The table that is also in the directory.
 
     Raises:
-        ValueError: something that can't be used, found before any training; a damaged checkpoint.
-        FileExistsError: `out` exists, and is not to be resumed.
-        FileNotFoundError: there is nothing to resume; data are missing.
-        ModuleNotFoundError: a package for the data or for events is not installed.
-        KeyboardInterrupt: Ctrl-C; what was learned is kept.
+        What `mas_ext.compare` raises, and ModuleNotFoundError where a package for events is not installed.
     """
     directory = Directory(out)
     directory.check(config, resume)
