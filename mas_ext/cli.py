@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     name = next((word for word in words if not word.startswith("-")), None)
     parser = build_parser([name] if name else [])
+    if name == "reproduce":
+        parser.error("reproduce is now `python -m experiments`, in a clone of the repository")
     if name is not None and name not in COMMANDS:
         parser.error(f"unknown command {name!r}, {hint(name, COMMANDS)}")
     arguments = parser.parse_args(words)

@@ -414,6 +414,11 @@ def test_help_of_run_tells_every_default(capsys: pytest.CaptureFixture[str]) -> 
         assert name in out
 
 
+def test_reproduce_tells_where_experiments_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["reproduce"], ["reproduce", "split-mnist", "--quick"]):
+        assert "reproduce is now `python -m experiments`" in refused(words, capsys)
+
+
 @pytest.mark.parametrize("word", ["--help", "info"])
 def test_little_is_imported(word: str) -> None:
     """Neither experiments and benchmarks, nor torch's compiler and matplotlib."""
