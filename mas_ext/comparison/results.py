@@ -167,6 +167,10 @@ class Findings:
         if (folder / files.LAM).exists():
             for name, tried in files.read_json(folder / files.LAM, {None: _TRIED}).items():
                 means = {each["lam"]: each["mean"] for each in tried["candidates"]}
+                if name not in methods:
+                    raise ValueError(
+                        f"{folder / files.LAM}: got {name!r}, expected a method of {files.CONFIG}"
+                    )
                 grid[name] = Choice(tried["chosen"], means)
         over, count = _over(folder / files.METRICS)
         learned = {

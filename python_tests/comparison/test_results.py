@@ -198,6 +198,7 @@ def test_confusion_of_heads_side_by_side(run: Path) -> None:
     """Any class may be taken for that of any task, and an output may have no class."""
     config = Config.read({"methods": ["finetune"], "setting": "class", "seeds": 3})
     write(run / "config.toml", config.toml())
+    (run / "lam.json").unlink()  # of a method that is no longer there
     lines = ["0,7,0,7,1", "0,7,1,7,2", "0,7,1,,1", "1,7,1,7,3", "1,8,0,7,1"]
     write(run / "finetune-seed1" / "confusion.csv", "\n".join(["a,b,c,d,e", *lines]) + "\n")
     (run / "finetune-seed0" / "confusion.csv").unlink()
