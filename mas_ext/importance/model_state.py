@@ -175,8 +175,13 @@ class _Structure:
             container = value
             if isinstance(value, Tensor):
                 self.tensors.append(value)
-                continue
-            if isinstance(value, nn.Module):
+                if not value.__dict__ or depth >= _DEPTH:
+                    continue
+                container, depth = (
+                    value.__dict__,
+                    depth + 1,
+                )  # where quantised ones have their scales
+            elif isinstance(value, nn.Module):
                 container = value.__dict__
                 self.parameter_dicts.add(id(container.get("_parameters")))
                 if isinstance(value, torch.jit.ScriptModule):

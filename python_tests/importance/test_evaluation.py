@@ -57,6 +57,8 @@ def everything(value: Any, path: str = "model") -> Iterator[tuple[str, Any]]:
         yield f"{path} hooks", [*(value._backward_hooks or {}).values()]
         if value.is_leaf and value.grad is not None:
             yield from everything(value.grad, f"{path}.grad")
+        if vars(value):
+            yield from everything(vars(value), path)
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from everything(item, f"{path}[{key!r}]")
@@ -415,6 +417,30 @@ def test_shared_memory_is_put_back() -> None:
 
 
 # -- modes -----------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A weight that has its scale beside its numbers, until a first pass takes it from there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight: Any = nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
+        self.weight.scale = torch.tensor(1.5, dtype=torch.float64)
+        self.state = SimpleNamespace(scale=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state.scale is None:
+            self.state.scale, self.weight.scale = self.weight.scale, None
+        return x @ (self.state.scale * self.weight).T
+
+
+@pytest.mark.parametrize("method", ["exact", "batch"])
+def test_what_a_parameter_has_beside_its_numbers_is_put_back(method: Any) -> None:
+    model = Scaled()
+    with AsBefore(model):
+        omega = estimate_importance(model, [X[:4], X[4:]], method)
+    assert float(omega["weight"].min()) > 0
+    assert float(model.weight.scale) == 1.5
 
 
 class Adapter(nn.Module):
