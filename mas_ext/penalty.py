@@ -138,8 +138,9 @@ class FusedMASPenalty(nn.Module):
             use brings them to the parameters' device block by block, through 64 MiB of buffers and a stream
             of its own, and consolidate works on the CPU. None: where the parameters are.
         adapters: what is held of a weight W0 that low-rank adapters (LoRA) update, found in peft's linear,
-            embedding and convolution layers and by mas_ext.parameters.adapters.register_adapter. "weights": the
-            update D = sum over active adapters of s B A, on which the output depends:
+            embedding and convolution layers, over linear ones of bitsandbytes and torchao too, and by
+            mas_ext.parameters.adapters.register_adapter. "weights": the update D = sum over active adapters of
+            s B A, on which the output depends:
 
                 value += scale sum_ij W_ij (D_ij - D*_ij)^2
 

@@ -22,6 +22,7 @@ from toy_lora import LAYERS, Definition, Net, batches, make, move
 
 import mas_ext.optim
 from mas_ext import FusedMASPenalty
+from mas_ext.importance import FisherSum
 from mas_ext.integrations.loading import penalty_of
 from mas_ext.optim import fused
 from mas_ext.parameters import adapters
@@ -741,15 +742,168 @@ def test_state_on_the_cpu_goes_weight_by_weight() -> None:
     assert len([*penalty.updates()]) == len(LAYERS)
 
 
-def test_a_weight_that_is_codes_is_held_by_parameter() -> None:
-    """Quantised weights are tensor subclasses that call themselves floating-point."""
+class Decoded(torch.autograd.Function):
+    """x W^T for a W that is read from codes, and has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Coded) -> Tensor:
+        ctx.layer = layer
+        return x @ layer.decoded().to(x).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad @ ctx.layer.decoded().to(grad), None
+
+
+class Coded(nn.Module):
+    """A linear layer that keeps codes of 8 bits, in a row, as libraries for quantised models do."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = layer.out_features, layer.in_features
+        self.bias = layer.bias
+        self.encode(layer.weight.detach())
+        self.differentiable = True
+
+    def encode(self, weight: Tensor) -> None:
+        self.step = float(weight.abs().max()) / 127
+        codes = (weight / self.step).round().to(torch.int8).flatten()
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def decoded(self) -> Tensor:
+        return self.step * self.weight.view(self.out_features, self.in_features).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Decoded.apply(x if self.differentiable else x.detach(), self)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias
+
+
+def coded() -> tuple[Any, Net]:
+    """A network with codes in one layer, and the same with what they stand for."""
+    model, plain = make(), make()
+    plain.load_state_dict(model.state_dict())
+    layer = model.first.base = Coded(model.first.base)  # type: ignore[assignment]
+    plain.first.base.weight.data = layer.decoded()
+    return model, plain
+
+
+def test_a_quantised_weight_is_held_as_any_other() -> None:
+    model, plain = coded()
+    penalty, definition = penalty_and_definition(model)
+    definition.model = plain
+    codes = model.first.base.weight
+    before = codes.clone()
+    for task in range(2):
+        for one in (model, plain):
+            move(one, task)
+        data = batches(seed=task)
+        penalty.consolidate(data, sweeps=1 + task)
+        definition.consolidate(data)
+        for name in LAYERS:
+            expected = sum(t[name] for t in definition.tasks)
+            torch.testing.assert_close(penalty.omega[name], expected)
+        for one in (model, plain):
+            move(one, 3)
+        assert_same(penalty, definition)
+    assert model.first.base.weight is codes
+    assert torch.equal(codes, before)
+    assert not model.first.base._forward_hooks
+    state = penalty.state_dict()
+    for other in (model, plain):  # the names and shapes are those of the weight
+        fresh = FusedMASPenalty(other, omega_dtype=torch.float64)
+        fresh.load_state_dict(state)
+        assert_same(fresh, definition)
+
+
+@pytest.mark.parametrize("importance", ["batch", "fisher"])
+def test_importance_of_a_quantised_weight_by_other_methods(importance: str) -> None:
+    model, plain = coded()
+    found = []
+    for one in (model, plain):
+        method: Any = importance
+        data: list[Any] = batches()
+        if importance == "fisher":
+            method = FisherSum(labels="true")
+            data = [(b, torch.tensor([0, 1, 1, 0])) for b in data]
+        penalty = FusedMASPenalty(one, importance=method, omega_dtype=torch.float64)
+        penalty.consolidate(data)
+        found.append(penalty.omega)
+    for name in LAYERS:
+        assert float(found[1][name].min()) > 0
+        torch.testing.assert_close(found[0][name], found[1][name])
+
+
+def test_local_importance_of_a_quantised_weight_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r'importance of first\.base\..*: "local" is that of layers'
+    ):
+        FusedMASPenalty(coded()[0], importance="local").consolidate(batches())
+
+
+def test_a_quantised_layer_without_a_gradient_is_refused() -> None:
+    """What lies before it would have too little importance."""
+
+    class Before(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.before(x))
+
+    model = Before().double()
+    model.before = nn.Linear(4, 4).double()
+    model.first.add("default")
+    model.first.base = Coded(model.first.base)  # type: ignore[assignment]
+    model.first.base.bias.requires_grad_(False)
+    FusedMASPenalty(model).consolidate(batches())
+    model.first.base.differentiable = False
+    with pytest.raises(ValueError, match="got a Coded whose output has no gradient of its input"):
+        FusedMASPenalty(model).consolidate(batches())
+    assert "adapted_weight" not in dict(model.first.base.named_parameters())
+
+
+def test_what_stands_in_for_a_quantised_weight_takes_no_memory() -> None:
+    model = coded()[0]
+    with adapters.measured(adapted_weights(model)) as weights:
+        found = weights["first.weight"]
+        assert found.shape == (6, 4)
+        assert found.untyped_storage().nbytes() == found.itemsize
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_merge_is_told_from_rounding(seed: int, rounded: bool, merged: bool) -> None:
+    """Of an update of a 16th of the codes' step, into what they were made of; of a whole step into them."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(toy_lora.LoRA(96, 80, bias=False))
+    original = model[0].base.weight.detach().clone()
+    model[0].base = Coded(model[0].base)  # type: ignore[assignment]
+    layer: Any = model[0].base
+    down, up = torch.randn(1, 96).sign(), torch.randn(80, 1).sign() * layer.step / 16
+    model[0].down["default"], model[0].up["default"] = nn.Parameter(down), nn.Parameter(up)
+    model[0].scale["default"], model[0].active = 1.0, ["default"]
+    update = up @ down
+    penalty = FusedMASPenalty(model)
+    penalty.consolidate([torch.randn(3, 96)])
+    assert float(penalty().detach()) < 1e-12
+    if rounded:
+        layer.encode(layer.decoded() + (16 * update if merged else 0))
+    else:
+        layer = model[0].base = nn.Linear(96, 80, bias=False)
+        layer.weight = nn.Parameter(original + (update if merged else 0), requires_grad=False)
+    model[0].down["default"] = nn.Parameter(down.clone())  # another adapter's, as far as is known
+    expected = float((penalty.omega["0.weight"] * update**2).sum()) if merged else 0.0
+    assert float(penalty().detach()) == pytest.approx(expected, rel=1e-4, abs=1e-12)
+
+
+def test_a_table_of_codes_is_held_by_parameter() -> None:
+    """Quantised weights may be tensor subclasses that call themselves floating-point."""
 
     class Codes(Tensor):
         pass
 
     model = make()
-    weight = model.first.base.weight.detach().as_subclass(Codes)
-    model.first.base.weight = nn.Parameter(weight, requires_grad=False)
+    layer: Any = model.first
+    layer.base = nn.Embedding(6, 4)
+    layer.base.weight = nn.Parameter(torch.zeros(6, 4).as_subclass(Codes), requires_grad=False)
     assert adapted_weights(model).keys() == {"second.weight"}
 
 
@@ -784,7 +938,7 @@ def test_threads_that_consolidate_wait_for_each_other() -> None:
 
 def test_an_interruption_at_any_line_leaves_model_and_state() -> None:
     """Whole weights are measured for a while; all comes back, and the state is the old or the new."""
-    made = make()
+    made = coded()[0]
     first = FusedMASPenalty(made, lam=0.7, omega_dtype=torch.float64)
     first.consolidate(batches())
     move(made)
@@ -812,6 +966,7 @@ def test_an_interruption_at_any_line_leaves_model_and_state() -> None:
             stop.run(lambda p=penalty: act(p))  # type: ignore[misc]
         now = {n: (id(p), p.requires_grad) for n, p in penalty.model.named_parameters()}
         assert now == kept, f"{stop.place}: line {at}"
+        assert not any(module._forward_hooks for module in penalty.model.modules())
         found = seen(penalty)
         assert any(
             all(torch.equal(found[n], t) for n, t in state.items()) for state in (before, after)

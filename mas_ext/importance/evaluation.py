@@ -121,6 +121,7 @@ def evaluating(
     # cuDNN has a backward pass of recurrent layers in training mode alone; without dropout that is the same
     # function. A subclass may be another one.
     recurrent: list[Any] = [m for m in modules if devices and type(m) in _RECURRENT]
+    packing = _packing(modules)
     dropout = [layer.dropout for layer in recurrent]
     training = [module for module in modules if module.training]
     asleep = [m for m in modules if not m.training and overrides_modes(m)]
@@ -146,6 +147,7 @@ def evaluating(
         for layer, before in zip(recurrent, dropout, strict=True):
             layer.training = False
             layer.dropout = before
+        _set_modes(packing, False)
         torch.set_autocast_cache_enabled(cached)
         _set_modes(training, True)
 
@@ -165,6 +167,7 @@ def evaluating(
         for layer in recurrent:
             layer.training = True
             layer.dropout = 0.0
+        _set_modes(packing, True)
         for wrapper in parallel:
             wrapper.__dict__["forward"] = wrapper.module
         with _awake(modules, asleep, habits) as state:
@@ -206,6 +209,27 @@ def _awake(
                 state = ModelState(modules[0], habits)
         yield state
     state.refuse_lost()
+
+
+def _packing(modules: Sequence[nn.Module]) -> list[Any]:
+    """bitsandbytes' linear layers, in which training changes nothing but how the weight is kept.
+
+    In eval mode on a CPU they rearrange it, for good, into what has no gradient.
+
+    Raises:
+        ValueError: one that did.
+    """
+    layers: Any = sys.modules.get("bitsandbytes.nn")
+    kinds = () if layers is None else (layers.Linear4bit, layers.Linear8bitLt)
+    found = _instances(modules, kinds)
+    for layer in found:
+        state = getattr(layer.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"model: got a {type(layer).__name__} that ran in eval mode on a CPU, for which bitsandbytes "
+                "packed its weight into what has no gradient, expected one that did not; load the model anew"
+            )
+    return found
 
 
 def _instances(modules: Sequence[nn.Module], kinds: tuple[type, ...]) -> list[Any]:

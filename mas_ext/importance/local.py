@@ -19,6 +19,7 @@ from mas_ext.importance.exact.sample_layout import SampleLayout
 from mas_ext.importance.exact.tracing import Tape
 from mas_ext.importance.gradients import Totals, zeros
 from mas_ext.kernels.backends import Backend
+from mas_ext.parameters.names import StandIn
 
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 
@@ -102,7 +103,8 @@ class _LocalTape(Tape):
     def apply(self, meeting: Meeting, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer, its input held constant."""
         y = meeting.layer.forward(x, weight, bias)
-        if isinstance(meeting.layer, Broadcast) or meeting.layer.recurs or meeting.is_derived:
+        no_output = isinstance(meeting.layer, Broadcast) or isinstance(weight, StandIn)
+        if no_output or meeting.layer.recurs or meeting.is_derived:
             self.unhandled |= meeting.names
         else:
             self._pending[id(y)] = _Pending(y, x, meeting)

@@ -2,6 +2,9 @@
 
 A layer with LoRA computes with W0 + sum_f scale_f left_f right_f, W0 frozen. Where a library keeps the factors
 is told by one function, which is registered; the one for peft is here.
+
+W0 may be quantised: of a linear layer, only the shape and what it computes are asked for, and not how it keeps
+its weight. The gradient of the sum is that of a matrix of zeros, E, in y = layer(x) + x E^T.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mas_ext.kernels.dtypes import DTYPES
-from mas_ext.parameters.names import frozen, is_hidden, is_sharded
+from mas_ext.parameters.names import StandIn, frozen, is_hidden, is_sharded
 from mas_ext.parameters.restoring import restoring
 
 
@@ -48,9 +53,52 @@ class AdaptedWeight(NamedTuple):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The weight without the products."""
+        """The weight without the products; as it is kept, if it is quantised."""
         found = self.owner._parameters[self.key]
         assert found is not None
+        return found
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether what is kept of a linear layer's weight are no floating-point numbers in its shape."""
+        weight, shape = self.weight, _shape_of_linear(self.owner)
+        return shape is not None and not (_has_numbers(weight) and weight.shape == shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The weight's, (outputs, inputs) of a linear layer."""
+        shape = _shape_of_linear(self.owner) if self.is_quantised else None
+        return self.weight.shape if shape is None else shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's; of a quantised one that of the factors."""
+        if not self.is_quantised:
+            return self.weight.dtype
+        return self.products[0].left.parameter.dtype if self.products else torch.float32
+
+    @torch.no_grad()
+    def numbers(self, places: Tensor) -> Tensor:
+        """Elements of the weight, by their places in it as one dimension; float64, on the CPU.
+
+        Of a quantised one they are what its layer makes of unit vectors.
+        """
+        weight = self.weight
+        if not self.is_quantised:
+            return weight.detach().reshape(-1)[places.to(weight.device)].double().cpu()
+        rows, columns = places // self.shape[1], places % self.shape[1]
+        used, which = columns.unique(return_inverse=True)
+        x = torch.zeros(len(used) + 1, self.shape[1], dtype=self.dtype, device=weight.device)
+        x[torch.arange(len(used)), used] = 1
+        training = self.owner.training
+
+        def restore() -> None:
+            self.owner.training = training
+
+        with restoring(restore):
+            self.owner.training = True  # in eval mode some rearrange their weight
+            y = self.owner(x).double().cpu()
+        found: Tensor = (y[:-1] - y[-1])[which, rows]
         return found
 
     def parameters(self) -> list[nn.Parameter]:
@@ -72,7 +120,7 @@ def _of_peft(module: nn.Module) -> AdaptedWeight | None:
     turned = False
     if isinstance(module, layers.Embedding):
         left, right, turned = layer.lora_embedding_A, layer.lora_embedding_B, True
-    elif isinstance(module, (layers.Linear, layers._ConvNd)):
+    elif isinstance(module, (layers.Linear, layers._ConvNd)) or _is_of_bitsandbytes(module):
         turned = getattr(layer, "fan_in_fan_out", False)
         up, down = ({n: m.weight for n, m in s.items()} for s in (layer.lora_B, layer.lora_A))
         left, right = (down, up) if turned else (up, down)
@@ -88,6 +136,11 @@ def _of_peft(module: nn.Module) -> AdaptedWeight | None:
         for n in active
     ]
     return AdaptedWeight(base, "weight", products)
+
+
+def _is_of_bitsandbytes(module: nn.Module) -> bool:
+    """Whether it is one of peft's two layers with LoRA over codes of 8 and 4 bits."""
+    return type(module).__module__ == "peft.tuners.lora.bnb"
 
 
 _finders: list[Finder] = []
@@ -123,7 +176,8 @@ def adapted_weights(model: nn.Module) -> dict[str, AdaptedWeight]:
         for finder in finders:
             adapted = finder(module)
             if adapted is not None:
-                if _is_held(adapted.weight):
+                known = adapted.is_quantised or _has_numbers(adapted.weight)
+                if known and not adapted.weight.requires_grad:
                     found[prefix + adapted.key] = adapted
                 return
         for key, child in module._modules.items():
@@ -136,10 +190,17 @@ def adapted_weights(model: nn.Module) -> dict[str, AdaptedWeight]:
     return found
 
 
-def _is_held(weight: nn.Parameter) -> bool:
-    """Whether it is frozen, and has floating-point numbers and not, as a tensor subclass, codes for them."""
-    plain = type(weight.data) is Tensor or is_sharded(weight)
-    return plain and weight.dtype in DTYPES and not weight.requires_grad
+def _has_numbers(weight: nn.Parameter) -> bool:
+    """Whether it has floating-point numbers and not, as a tensor subclass, codes for them."""
+    return (type(weight.data) is Tensor or is_sharded(weight)) and weight.dtype in DTYPES
+
+
+def _shape_of_linear(layer: nn.Module) -> torch.Size | None:
+    """(outputs, inputs) of a linear layer, whatever it keeps; None of others."""
+    outputs, inputs = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+    if isinstance(outputs, int) and isinstance(inputs, int):
+        return torch.Size((outputs, inputs))
+    return None
 
 
 def _wraps(module: nn.Module, key: str) -> bool:
@@ -153,20 +214,47 @@ def _wraps(module: nn.Module, key: str) -> bool:
     )
 
 
+# Under these, a layer with a quantised weight has the zeros E and the hook that adds x E^T.
+_ZEROS, _HOOK = "adapted_weight", "mas_ext: adapted weight"
+
+
+def _plus_zeros(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+    """y + x E^T."""
+    x, zeros = args[0], layer._parameters[_ZEROS]
+    assert zeros is not None
+    if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+        raise ValueError(
+            f"model: got a {type(layer).__name__} whose output has no gradient of its input, expected one, as "
+            "importance of what comes before is made of it"
+        )
+    return y + F.linear(x.to(zeros), zeros).to(y)
+
+
 @contextmanager
 def measured(adapted: Mapping[str, AdaptedWeight]) -> Iterator[dict[str, nn.Parameter]]:
     """For a while, gradients are of the adapted weights, each use of its own, and not of the factors.
 
     A weight's gradient is that of the sum with its products. Yields parameters by the weights' names, which
-    share their memory.
+    share their memory; a StandIn for one that is quantised.
     """
-    before = [(w, w.weight) for w in adapted.values()]
+    quantised = [w for w in adapted.values() if w.is_quantised]
+    before = [(w, w.weight) for w in adapted.values() if not w.is_quantised]
 
     def restore() -> None:
         for w, weight in before:
             w.owner._parameters[w.key] = weight
+        for w in quantised:
+            w.owner._forward_hooks.pop(_HOOK, None)  # type: ignore[call-overload]
+            w.owner._parameters.pop(_ZEROS, None)
 
     with frozen(p for w in adapted.values() for p in w.parameters()), restoring(restore):
         for w, weight in before:
             w.owner._parameters[w.key] = nn.Parameter(weight.detach())
-        yield {name: w.weight for name, w in adapted.items()}
+        for w in quantised:
+            zero = torch.zeros((), dtype=w.dtype, device=w.weight.device)
+            w.owner._parameters[_ZEROS] = StandIn(zero.expand(w.shape))
+            w.owner._forward_hooks[_HOOK] = _plus_zeros  # type: ignore[index]
+        found = {
+            n: w.owner._parameters[_ZEROS if w.is_quantised else w.key] for n, w in adapted.items()
+        }
+        yield {name: p for name, p in found.items() if p is not None}

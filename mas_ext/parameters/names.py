@@ -30,6 +30,13 @@ Layout = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
 _Child = tuple[dict[str, nn.Module | None], str, nn.Module]
 
 
+class StandIn(nn.Parameter):
+    """Zeros in some shape, in the memory of one number: in place of a parameter that has no numbers of its own.
+
+    For gradients alone: what is written into one element is written into all.
+    """
+
+
 class _Place(NamedTuple):
     """Where a parameter hangs: its module's dictionary, its key there, and the modules on the way."""
 
@@ -198,7 +205,7 @@ def check_supported(name: str, parameter: Tensor) -> None:
         )
     if parameter.device.type == "meta":
         raise TypeError(f"parameter {name!r}: got a meta tensor, expected one with data")
-    contiguous = parameter.is_contiguous()
+    contiguous = parameter.is_contiguous() or isinstance(parameter, StandIn)
     if not contiguous and torch.empty_like(parameter, device="meta").stride() != parameter.stride():
         raise ValueError(
             f"parameter {name!r}: got strides {parameter.stride()} for shape "

@@ -36,8 +36,9 @@ from mas_ext.kernels.merge import merge_
 from mas_ext.parameters.adapters import AdaptedWeight, Factor, LowRankProduct
 from mas_ext.state.merge_rules import MergeRule
 
-# So many elements of a weight tell whether it is still the one that was consolidated.
-_SAMPLES = 64
+# So many elements of a weight tell whether it is still the one that was consolidated; of a quantised one
+# more, as a change is rounded to steps that may be larger than itself.
+_SAMPLES, _SAMPLES_OF_CODES = 64, 1024
 
 
 class AnchorProduct(NamedTuple):
@@ -87,14 +88,13 @@ class HeldWeight(NamedTuple):
         Raises:
             ValueError: the weight has another shape than when it was consolidated.
         """
-        weight = adapted.weight
-        if tuple(weight.shape) != self.shape:
+        if tuple(adapted.shape) != self.shape:
             raise ValueError(
-                f"adapted weight: got shape {tuple(weight.shape)}, expected {self.shape} as when it was "
+                f"adapted weight: got shape {tuple(adapted.shape)}, expected {self.shape} as when it was "
                 "consolidated"
             )
-        now, chosen = _sample(weight), _chosen(self.omega.numel())
-        moved = now - self.sample
+        chosen = _chosen(self.omega.numel(), len(self.sample))
+        moved = adapted.numbers(chosen) - self.sample
 
         def was_merged(p: AnchorProduct) -> bool:
             dtype = compute_dtype(p.left.dtype)
@@ -103,17 +103,17 @@ class HeldWeight(NamedTuple):
             return bool(rest.square().sum() < moved.square().sum())
 
         anchor = {name: p for name, p in self.anchor.items() if not was_merged(p)}
-        place = rule.state_device or weight.device
+        place = rule.state_device or adapted.weight.device
         return self._replace(omega=self.omega.to(place), anchor=anchor)
 
 
-def _chosen(size: int) -> Tensor:
-    return torch.arange(0, size, max(1, size // _SAMPLES))[:_SAMPLES]
+def _chosen(size: int, count: int) -> Tensor:
+    return torch.arange(0, size, max(1, size // max(1, count)))[:count]
 
 
-def _sample(weight: Tensor) -> Tensor:
-    flat = weight.detach().reshape(-1)
-    return flat[_chosen(flat.numel()).to(flat.device)].double().cpu()
+def _sample(adapted: AdaptedWeight) -> Tensor:
+    count = _SAMPLES_OF_CODES if adapted.is_quantised else _SAMPLES
+    return adapted.numbers(_chosen(adapted.shape.numel(), count))
 
 
 def anchored(product: LowRankProduct) -> AnchorProduct:
@@ -148,11 +148,10 @@ def with_task(
             f"adapters of {name!r}: got NaN or Inf, expected finite values; where training diverged, a smaller "
             "lam or lr helps"
         )
-    weight = adapted.weight.detach()
     old = None if old is None else old.followed(adapted, rule)
-    place = rule.state_device or weight.device
-    like = weight.reshape(len(weight), -1)
-    shape, dtype = like.shape, compute_dtype(weight.dtype)
+    place = rule.state_device or adapted.weight.device
+    shape = (adapted.shape[0], math.prod(adapted.shape[1:]))
+    dtype = compute_dtype(adapted.dtype)
     new = (
         torch.zeros(shape, dtype=dtype, device=place)
         if importance is None
@@ -180,7 +179,7 @@ def with_task(
     anchor = {} if old is None else dict(old.anchor)
     if old is None or move_anchor:
         anchor |= {p.adapter: anchored(p) for p in adapted.products}
-    return HeldWeight(tuple(weight.shape), omega, unit, anchor, _sample(weight))
+    return HeldWeight(tuple(adapted.shape), omega, unit, anchor, _sample(adapted))
 
 
 class UpdateGroup(NamedTuple):
@@ -367,10 +366,10 @@ def unpack_updates(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> di
         if omega.dtype.is_floating_point and (omega < 0).any():
             raise ValueError(f"state, omega of {name!r}: got negative values, expected importance")
         sample = read(f"update.sample.{name}", None, dtypes=(torch.float64,))
-        if len(sample) != len(_chosen(omega.numel())):
+        counts = [len(_chosen(omega.numel(), n)) for n in (_SAMPLES, _SAMPLES_OF_CODES)]
+        if len(sample) not in counts:
             raise ValueError(
-                f"state, sample of {name!r}: got {len(sample)} numbers, expected "
-                f"{len(_chosen(omega.numel()))}"
+                f"state, sample of {name!r}: got {len(sample)} numbers, expected {counts[0]} or {counts[1]}"
             )
         held[name] = HeldWeight(shape, omega, float(about["unit"]), anchor, sample)
     return held
