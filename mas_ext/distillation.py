@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from mas_ext._arguments import check_choice, check_positive
 from mas_ext.importance import Forward
 from mas_ext.importance.evaluation import default_forward
+from mas_ext.parameters.copying import Model, independent_copy
 from mas_ext.parameters.names import bare_model, is_sharded
 
 Distance = Literal["classes", "squared", "tokens"]
 Reduction = Literal["mean", "none"]
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Shared(NamedTuple):
@@ -151,10 +150,10 @@ class Distillation:
             if got != expected:
                 raise ValueError(f"state, {name!r}: got {got}, expected {expected}")
         # A copy, so that an interruption leaves the old teacher whole.
-        teacher = copy.deepcopy(self.teacher, {id(p): p for _, p, _ in self._shared})
-        copied = teacher.state_dict(keep_vars=True)
+        teacher = independent_copy(self.teacher, [each.parameter for each in self._shared])
+        new = teacher.state_dict(keep_vars=True)
         for name in own:
-            copied[name].detach().copy_(state[name])
+            new[name].detach().copy_(state[name])
         self.teacher = teacher
 
     def __getstate__(self) -> dict[str, Any]:
@@ -216,7 +215,7 @@ def softened(
 
 def frozen_copy(model: Model, shared: Iterable[nn.Parameter] = ()) -> Model:
     """A copy of the model in eval mode that never learns, with these of the parameters in common."""
-    made = copy.deepcopy(model, {id(p): p for p in shared})
+    made = independent_copy(model, shared)
     for p in made.parameters():
         p.requires_grad_(False)
     # By flags: a module's own eval() may merge adapters into weights that are shared.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from interrupts import all_or_nothing
 from torch import Tensor, nn
 
-from mas_ext import Distillation
+from mas_ext import Distillation, check_importance
 
 Array = npt.NDArray[np.float64]
 
@@ -306,6 +306,26 @@ def test_an_interruption_at_any_line_leaves_the_old_teacher_or_the_new_one(thawe
             return distill(X, torch.zeros(5, 3)), distill.teacher(X), shared
 
     assert all_or_nothing(make, load, held) > 3
+
+
+def test_a_forward_that_was_replaced_runs_the_teacher() -> None:
+    """By a function that calls the model's own one, which a deep copy shares with it."""
+    model = network().eval()
+    own = model.forward
+
+    def doubled(self: nn.Module, x: Tensor, again: bool = True) -> Tensor:
+        return 2 * own(x) if again else doubled(self, x)
+
+    model.forward = MethodType(doubled, model)  # type: ignore[method-assign]
+    old = array(model(X))
+    distill = Distillation(model, temperature=2.0)
+    shift(model)
+    expected = divergence(array(model(X)), old, 2.0).mean()
+    assert expected > 1e-3
+    assert float(distill(X).detach()) == pytest.approx(expected)
+    assert model.forward.__func__ is doubled  # type: ignore[attr-defined]
+    report = check_importance(model, X)
+    assert max(row.error for row in report.rows) < 1e-12
 
 
 def test_what_can_not_be_is_refused() -> None:

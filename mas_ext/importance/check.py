@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from mas_ext.importance.exact.tracing import Tape
 from mas_ext.importance.gradients import gradient
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
+from mas_ext.parameters.copying import independent_copy
 from mas_ext.parameters.names import ModelView, check_patterns
 from mas_ext.parameters.tracked_model import alone
 
@@ -157,7 +157,7 @@ def _by_single_samples(model: nn.Module, total: ImportanceSum, batch: Any) -> di
     def widened(t: Tensor) -> Tensor:
         return t.double() if t.is_floating_point() else t
 
-    model = copy.deepcopy(model).double()
+    model = independent_copy(model).double()
     found = ModelView(model, total.exclude).parameters()
     theta = {name: p for name, p in found.items() if p.requires_grad}
     device = next(iter(theta.values())).device
