@@ -1,21 +1,29 @@
-"""What adapters have in common: a model's penalty, tried out early; data read once, each sample by one rank."""
+"""What adapters have in common: a model's penalty, tried out early; data read once, each sample by one rank.
+
+Texts that are packed into one row are samples of their own.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from mas_ext._arguments import check_count, check_factor, check_positive
 from mas_ext.importance import batches as batch_of
 from mas_ext.penalty import FusedMASPenalty
+
+# What tells where texts begin in a row that has several.
+_OF_PACKING = ("position_ids", "seq_idx")
 
 
 def penalty_of(
@@ -130,6 +138,8 @@ def own_part(dataset: Any) -> Any:
 def once(loader: Any) -> Any:
     """The samples of a DataLoader in their own order, this rank's part of them, in batches of the same size.
 
+    Texts that its batches have in one row, without padding, get one each.
+
     Anything but a DataLoader of a map-style data set is left as it is, and taken to give each rank its own.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -176,6 +186,37 @@ def loader_like(data: Any, like: Any) -> Any:
 
 
 def _loader(dataset: Any, like: DataLoader[Any], size: int) -> DataLoader[Any]:
-    return DataLoader(
-        dataset, batch_size=size, collate_fn=like.collate_fn, num_workers=like.num_workers
-    )
+    collate = partial(_collated, like.collate_fn)
+    return DataLoader(dataset, batch_size=size, collate_fn=collate, num_workers=like.num_workers)
+
+
+def _collated(collate: Callable[[Any], Any], items: Any) -> Any:
+    """A batch of a loader, with one text in each row."""
+    return unpacked(collate(items))
+
+
+def unpacked(batch: Any) -> Any:
+    """A batch of texts that follow each other in one row, as packing puts them, with one in each row.
+
+    Such a row has position_ids, which begin anew with every text, and no attention_mask; afterwards it is the
+    other way round. Other batches are as they were.
+    """
+    if not isinstance(batch, Mapping) or "attention_mask" in batch:
+        return batch
+    places, ids = batch.get("position_ids"), batch.get("input_ids")
+    if not isinstance(places, Tensor) or not isinstance(ids, Tensor) or ids.shape != places.shape:
+        return batch
+    if ids.dim() != 2 or len(ids) != 1:
+        return batch
+    starts = (places[0].diff() != 1).nonzero().flatten() + 1
+    lengths = torch.tensor([0, *starts.tolist(), ids.shape[1]]).diff().tolist()
+
+    def rows(t: Tensor, fill: int) -> Tensor:
+        return pad_sequence(t[0].split(lengths), batch_first=True, padding_value=fill)
+
+    found = {
+        key: rows(t, -100 if key == "labels" else 0)
+        for key, t in batch.items()
+        if isinstance(t, Tensor) and t.shape == ids.shape and key not in _OF_PACKING
+    }
+    return {**found, "attention_mask": rows(torch.ones_like(ids), 0)}

@@ -53,10 +53,12 @@ class ModelOutput:
         """The output for a batch, a mapping of the model's inputs.
 
         Raises:
-            ValueError: an output without logits or hidden states, or with fewer positions than ids; "tokens" of
-                a masked language model, or without ids; an encoder-decoder without decoder ids and labels.
+            ValueError: several texts in a row; an output without logits or hidden states, or with fewer
+                positions than ids; "tokens" of a masked language model, or without ids; an encoder-decoder
+                without decoder ids and labels.
         """
         bare = _bare(model)
+        _refuse_packed(batch)
         text = _text(bare, batch)
         hidden = {"output_hidden_states": True} if self.of == "hidden" else {}
         output = self._part(model(**text.inputs, **hidden), bare)
@@ -144,6 +146,16 @@ class _Text(NamedTuple):
         mask, labels = self.inputs.get(f"{self.prefix}attention_mask"), self.labels
         output, counts = _at_inputs(output, self.ids if labels is None else labels, mask, bare)
         return output, counts if labels is None else counts * (labels != _NO_LABEL)
+
+
+def _refuse_packed(batch: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for texts that follow each other in a row, of which each is a sample."""
+    places = batch.get("position_ids")
+    if "attention_mask" not in batch and places is not None and (places.diff(dim=-1) < 0).any():
+        raise ValueError(
+            "batch: got several texts in a row, whose position_ids begin anew, expected one in each row; use "
+            "unpacked(batch) of mas_ext.integrations.loading, which once(loader) does"
+        )
 
 
 def _text(bare: nn.Module, batch: Mapping[str, Tensor]) -> _Text:

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
@@ -66,7 +67,8 @@ class LogitDistillation:
 
     The mean of KL(q* || q) over the places that have classes (LogitRows), of softened probabilities; the mean
     squared distance where a model predicts numbers, or several labels at once. Of every batch, the teacher's
-    logits are computed, and the model's taken from its output.
+    logits are computed, and the model's taken from its output, where that has them with a gradient; else the
+    model is run once more.
 
     Args:
         model: the model that is trained, as it is before.
@@ -82,10 +84,14 @@ class LogitDistillation:
         squared = labels == 1 or problem in ("regression", "multi_label_classification")
         distance: Distance = "squared" if squared else "classes"
         self.distill = Distillation(model, temperature, LogitRows(), distance)
+        # Some loops compute their loss without logits, and hand out others that can't be differentiated.
+        self.reads_outputs = True
 
     def __call__(self, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
-        """The term for a batch of which the model gave these outputs, 0-dim."""
-        rows = LogitRows.of(outputs, self.distill.model, inputs)
+        """The term for a batch of which the model gave these outputs, 0-dim; None where there are none."""
+        rows = None if outputs is None else LogitRows.of(outputs, self.distill.model, inputs)
+        if rows is not None and torch.is_grad_enabled() and not rows.requires_grad:
+            self.reads_outputs, rows = False, None
         return self.weight * self.distill(inputs, rows)
 
 
@@ -283,9 +289,12 @@ def _loss(
 ) -> Any:
     """What a Trainer's compute_loss gives, in training with the terms that there are, once a step."""
     given = dict(inputs)  # the Trainer may take the labels out
-    loss, outputs = compute_loss(
-        model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+    reads = model.training and distillation is not None and distillation.reads_outputs
+    asked = return_outputs or reads
+    found = compute_loss(
+        model, inputs, return_outputs=asked, num_items_in_batch=num_items_in_batch, **kwargs
     )
+    loss, outputs = found if asked else (found, None)
     if model.training:
         added = _added(trainer, num_items_in_batch)
         if penalty is not None:

@@ -343,7 +343,9 @@ def test_at_most_so_many_samples(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert mas.penalty is not None
     for n, w in expected.items():
         torch.testing.assert_close(mas.penalty.omega[n], w, rtol=1e-5, atol=1e-8, msg=n)
-    assert capsys.readouterr().err.count("importance: 100%") == 2
+    shown = capsys.readouterr().err
+    assert shown.count("importance:   0%") == 2
+    assert shown.count("3/3") >= 1
 
 
 @pytest.mark.parametrize("size", [4, 5, 8])
