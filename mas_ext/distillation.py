@@ -13,7 +13,7 @@ from mas_ext._arguments import check_choice, check_positive
 from mas_ext.importance import Forward
 from mas_ext.importance.evaluation import default_forward
 from mas_ext.parameters.copying import Model, independent_copy
-from mas_ext.parameters.names import bare_model, is_sharded
+from mas_ext.parameters.names import bare_model, is_partitioned, is_sharded
 
 Distance = Literal["classes", "squared", "tokens"]
 Reduction = Literal["mean", "none"]
@@ -70,10 +70,11 @@ class Distillation:
         self.forward: Forward = forward or (_logits if distance == "tokens" else default_forward)
         bare = bare_model(model)
         for name, p in bare.named_parameters():
-            if is_sharded(p):
+            if is_sharded(p) or is_partitioned(p):
+                how = "DTensor, as by fully_shard" if is_sharded(p) else "part, as by ZeRO-3"
                 raise TypeError(
-                    f"parameter {name!r}: got a DTensor, as by fully_shard, expected one that is whole: a "
-                    "teacher of a sharded model can't be copied"
+                    f"parameter {name!r}: got a {how}, expected one that is whole: a teacher of a sharded "
+                    "model can't be copied"
                 )
         frozen = {name: p for name, p in bare.named_parameters() if not p.requires_grad}
         self.teacher = frozen_copy(bare, frozen.values())

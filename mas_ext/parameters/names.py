@@ -180,12 +180,22 @@ def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
     return tensors is not None and isinstance(t, tensors.DTensor)
 
 
+def is_partitioned(t: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has a tensor, of which a rank has some elements, or none, between passes."""
+    return hasattr(t, "ds_id")
+
+
 def check_whole(name: str, parameter: Tensor) -> None:
     """Raise a TypeError that names the parameter if it is spread over ranks."""
     if is_sharded(parameter):
         raise TypeError(
             f"parameter {name!r}: got a DTensor, expected a tensor that is whole on every rank, as under "
             "DistributedDataParallel, or a penalty of the module that fully_shard was applied to"
+        )
+    if is_partitioned(parameter):
+        raise TypeError(
+            f"parameter {name!r}: got one that DeepSpeed's ZeRO-3 has spread over ranks, expected a tensor "
+            "that is whole on every rank, as with ZeRO-1 and 2, or fully_shard"
         )
 
 
@@ -204,7 +214,10 @@ def check_supported(name: str, parameter: Tensor) -> None:
             "float16"
         )
     if parameter.device.type == "meta":
-        raise TypeError(f"parameter {name!r}: got a meta tensor, expected one with data")
+        raise TypeError(
+            f"parameter {name!r}: got a meta tensor, expected one with data, and not one that is loaded for "
+            "each pass alone, as device_map offloads to the CPU or a disk"
+        )
     contiguous = parameter.is_contiguous() or isinstance(parameter, StandIn)
     if not contiguous and torch.empty_like(parameter, device="meta").stride() != parameter.stride():
         raise ValueError(

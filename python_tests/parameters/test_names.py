@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from mas_ext import FusedMASPenalty, estimate_importance
+from mas_ext import Distillation, FusedMASPenalty, estimate_importance
 from mas_ext.parameters.names import (
     Binding,
     ModelView,
@@ -225,6 +225,22 @@ def test_an_unsupported_parameter_is_refused_by_its_name(kind: str) -> None:
             act()
     assert penalty.num_tasks == 0
     assert penalty().item() == 0
+
+
+def test_a_model_in_parts_of_zero_3_is_refused() -> None:
+    """Its parameters are empty between passes, and hooks fill them."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    for i, p in enumerate(model.parameters()):
+        p.requires_grad_(i > 1)
+        p.ds_id, p.ds_shape = i, p.shape  # type: ignore[attr-defined]
+        p.data = torch.empty(0)
+    name = r"parameter '.*': got "
+    with pytest.raises(TypeError, match=name + "one that DeepSpeed's ZeRO-3 has spread over ranks"):
+        FusedMASPenalty(model)
+    with pytest.raises(TypeError, match=name + "one that DeepSpeed's ZeRO-3 has spread over ranks"):
+        estimate_importance(model, [torch.randn(3, 3)])
+    with pytest.raises(TypeError, match=name + "a part, as by ZeRO-3"):
+        Distillation(model)
 
 
 @pytest.mark.parametrize("kind", [*(k for k in UNSUPPORTED), "integer"])
