@@ -859,6 +859,64 @@ def test_a_quantised_layer_without_a_gradient_is_refused() -> None:
     assert "adapted_weight" not in dict(model.first.base.named_parameters())
 
 
+class Fused(toy_lora.LoRA):
+    """Weight and adapter in one kernel, which has gradients of the input and the adapter alone."""
+
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            ctx.save_for_backward(x, weight, up, down)
+            return x @ (weight + up @ down).T
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            x, weight, up, down = ctx.saved_tensors
+            whole = grad.T @ x
+            return grad @ (weight + up @ down), None, whole @ down.T, up.T @ whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Any = self.base
+        weight = base.decoded() if isinstance(base, Coded) else base.weight
+        (name,) = self.active
+        up = self.scale[name] * self.up[name]
+        y: Tensor = self.Kernel.apply(x, weight, up, self.down[name])  # type: ignore[no-untyped-call]
+        return y + base.bias
+
+
+@pytest.mark.parametrize("sweeps", [1, 2])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_fused_adapter_is_refused(quantised: bool, sweeps: int) -> None:
+    """Nothing would be known of the weight's importance, which would count as zero."""
+    model: Any = coded()[0] if quantised else make()
+    fused = Fused(4, 6).double()
+    fused.add("default")
+    fused.base, model.first = model.first.base, fused
+    penalty = FusedMASPenalty(model)
+    named = f"first.base, a {type(fused.base).__name__}"
+    with pytest.raises(ValueError, match=f"model: {named}, gives no gradient of its weight"):
+        penalty.consolidate(batches(), sweeps=sweeps)
+    assert all(not p.requires_grad for n, p in model.named_parameters() if "base.weight" in n)
+    by_parameter = FusedMASPenalty(model, adapters="parameters", omega_dtype=torch.float64)
+    by_parameter.consolidate(batches())
+    assert float(by_parameter.omega["first.up.default"].min()) > 0
+
+
+def test_an_adapter_that_a_batch_does_not_need_is_none() -> None:
+    """As of an expert that gets no rows: its importance is zero."""
+
+    class Routed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(x @ x.new_ones(4, 3)) if x.shape else self.second(x))
+
+    model = Routed().double()
+    for layer in LAYERS.values():
+        model.get_submodule(layer).add("default")
+    penalty = FusedMASPenalty(model, omega_dtype=torch.float64)
+    penalty.consolidate(batches())
+    assert not penalty.omega["first.weight"].any()
+    assert penalty.omega["head.weight"].all()
+
+
 def test_what_stands_in_for_a_quantised_weight_takes_no_memory() -> None:
     model = coded()[0]
     with adapters.measured(adapted_weights(model)) as weights:

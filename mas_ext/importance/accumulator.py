@@ -17,7 +17,11 @@ from mas_ext.failures import Diverged, IncompleteState, Vanished
 from mas_ext.importance import batches as batch_of
 from mas_ext.importance import objectives
 from mas_ext.importance.batch import Batch
-from mas_ext.importance.eval_effects import refuse_effects_of_eval, refuse_lost_gradients
+from mas_ext.importance.eval_effects import (
+    refuse_effects_of_eval,
+    refuse_fused_adapters,
+    refuse_lost_gradients,
+)
 from mas_ext.importance.evaluation import (
     Evaluate,
     Forward,
@@ -230,6 +234,8 @@ class ImportanceSum:
                 plain = batch_of.plain(given.batch)
                 own = self._labels(plain, lambda: evaluate.output(given), self.samples)
                 given = Labelled(given.batch, own)
+            if first:
+                refuse_fused_adapters(evaluate, given, view.parameters().values())
             found, objective = self._estimator(evaluate, given, theta)
             if first:
                 refuse_lost_gradients(evaluate, given, theta, found)

@@ -1,8 +1,8 @@
-"""What eval mode does to a model besides setting flags, so that importance would be that of another model."""
+"""What a model does so that importance would be that of another one: in its eval mode, or in its adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from mas_ext.importance import batches
 from mas_ext.importance.evaluation import Evaluate, Labelled, overrides_modes
 from mas_ext.importance.exact.precision import Precision, differ, lowest_precision
 from mas_ext.importance.model_state import Habits, ModelState
+from mas_ext.parameters.restoring import restoring
 
 # Samples that show whether two models are the same.
 _FEW = 2
@@ -86,6 +87,43 @@ def refuse_lost_gradients(
                 f"importance of {name}: the model uses it in eval mode, but without a gradient, which it has "
                 f"in training mode; expected one in both, and nothing kept that is made of parameters by "
                 f"{_owner(evaluate.model, p)}"
+            )
+
+
+def refuse_fused_adapters(
+    evaluate: Evaluate, batch: Labelled, parameters: Iterable[nn.Parameter]
+) -> None:
+    """Raise a ValueError for a measured weight (adapters.py) without a gradient whose factors have one.
+
+    Such as of a kernel that computes with weight and factors at once.
+    """
+    measured: list[Any] = [p for p in parameters if hasattr(p, "factors")]
+    leaves = {id(t): t for p in measured for t in (p, *p.factors)}
+    frozen = [t for t in leaves.values() if not t.requires_grad]
+
+    def restore() -> None:
+        for t in frozen:
+            t.requires_grad_(False)
+
+    if not measured:
+        return
+    with restoring(restore):
+        for t in frozen:
+            t.requires_grad_(True)
+        try:
+            values = evaluate(batches.between(batch, 0, _FEW))[1]
+        except Exception:  # of a model that takes batches of its own size alone
+            values = evaluate(batch)[1]
+        if not values.requires_grad:
+            return
+        grads = torch.autograd.grad(values.sum(), [*leaves.values()], allow_unused=True)
+    used = {key for key, g in zip(leaves, grads, strict=True) if g is not None}
+    for p in measured:
+        if id(p) not in used and any(id(t) in used for t in p.factors):
+            raise ValueError(
+                f"model: {_owner(evaluate.model, p)}, gives no gradient of its weight, though its adapter has "
+                "one, expected an adapter that is added to what its layer computes, and no kernel for both at "
+                "once; unsloth has such kernels where lora_dropout is 0 and bias is 'none'"
             )
 
 

@@ -235,7 +235,7 @@ def measured(adapted: Mapping[str, AdaptedWeight]) -> Iterator[dict[str, nn.Para
     """For a while, gradients are of the adapted weights, each use of its own, and not of the factors.
 
     A weight's gradient is that of the sum with its products. Yields parameters by the weights' names, which
-    share their memory; a StandIn for one that is quantised.
+    share their memory; a StandIn for one that is quantised. They have the products' factors as `factors`.
     """
     quantised = [w for w in adapted.values() if w.is_quantised]
     before = [(w, w.weight) for w in adapted.values() if not w.is_quantised]
@@ -254,7 +254,9 @@ def measured(adapted: Mapping[str, AdaptedWeight]) -> Iterator[dict[str, nn.Para
             zero = torch.zeros((), dtype=w.dtype, device=w.weight.device)
             w.owner._parameters[_ZEROS] = StandIn(zero.expand(w.shape))
             w.owner._forward_hooks[_HOOK] = _plus_zeros  # type: ignore[index]
-        found = {
+        found: dict[str, Any] = {
             n: w.owner._parameters[_ZEROS if w.is_quantised else w.key] for n, w in adapted.items()
         }
-        yield {name: p for name, p in found.items() if p is not None}
+        for name, p in found.items():
+            p.factors = adapted[name].parameters()
+        yield found
