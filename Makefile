@@ -67,6 +67,7 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 --cache-dir build/mypy-windows mas_ext
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: .venv/dev.stamp

@@ -86,6 +86,7 @@ TESTS = {
     "mas_ext/state/merge_rules.py": STATE,
     "mas_ext/state/offloading.py": ["state/test_offloading.py", *STATE],
     "mas_ext/state/quadratic.py": [*STATE, "state/test_files.py"],
+    "mas_ext/state/folders.py": ["state/test_replacing.py", "test_windows.py"],
     "mas_ext/state/replacing.py": ["state/test_replacing.py", "state/test_files.py"],
     "mas_ext/state/sharded_files.py": ["parameters/test_fsdp.py"],
     "mas_ext/parameters/ranks.py": ["parameters/test_ranks.py", "parameters/test_agreement.py"],

@@ -5,7 +5,9 @@ benchmarks/penalty.py, which is not installed, adds torch.compile, CUDA graphs, 
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -112,6 +114,10 @@ def eager_fits(tasks: int, theta: Sequence[Tensor]) -> bool:
     """Whether eager autograd over so many tasks, what it saves included, fits half the memory."""
     if theta[0].is_cuda:
         memory = torch.cuda.mem_get_info(theta[0].device)[1]
+    elif sys.platform == "win32":
+        kilobytes = ctypes.c_ulonglong()
+        ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kilobytes))
+        memory = 1024 * kilobytes.value
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 4 * tasks * sum(p.nbytes for p in theta) <= memory / 2

@@ -142,6 +142,8 @@ class Directory:
         with alone_in(unfinished):
             write(unfinished / CONFIG, config.toml())
             write_json(unfinished / ENVIRONMENT, [environment()])
+            with suppress(OSError):  # an empty folder, which on Windows none can take the place of
+                out.rmdir()
             try:
                 unfinished.replace(out)
             except OSError as error:

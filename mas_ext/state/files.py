@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mas_ext.state.replacing import replacing
+
+# On Windows a file can't be replaced while it is open.
+_KEPT_WHILE_OPEN = sys.platform == "win32"
 
 
 def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
@@ -53,7 +57,7 @@ def save(
 def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the tensors; never runs code from the file.
 
-    A file that is replaced meanwhile is the old one, or the new one.
+    A file that is replaced meanwhile is the old one, or the new one; on Windows it can't be replaced meanwhile.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -66,7 +70,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         # By its descriptor: safetensors opens a path more than once.
         with open(path, "rb") as opened, safe_open(_again(opened), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: _own(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: got a damaged file, expected safetensors ({error})") from error
     if "crc32" not in metadata:
@@ -78,7 +82,12 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _again(file: BinaryIO) -> str:
     """A path that opens the same file, whatever its own path leads to by now."""
-    return f"/dev/fd/{file.fileno()}"
+    return file.name if _KEPT_WHILE_OPEN else f"/dev/fd/{file.fileno()}"
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A tensor that does not keep its file open: safetensors maps the file into memory."""
+    return tensor.clone() if _KEPT_WHILE_OPEN else tensor
 
 
 def encode(content: Mapping[str, Any]) -> Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import stat
+import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from mas_ext.state import folders
 
 _PREFIX = ".mas_ext."
 
@@ -24,13 +26,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     that were killed while they wrote have left in the folder is removed.
 
     Raises:
-        OSError: it can't be written: a folder that is not there, a file that may not be written, no file.
+        OSError: it can't be written: a folder that is not there, a file that may not be written, no file; on
+            Windows also a file that somebody has open.
     """
     place = Path(os.path.realpath(path))
     before = _regular(place)
     remove_leftovers(place.parent)
-    folder, lock = _locked_folder(place.parent)
-    try:
+    with _new_folder(place.parent) as folder:
         new = folder / "new"
         with open(new, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -38,15 +40,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(new, "rb+") as file:
             if before is not None:
                 mode = before.st_mode
-                with suppress(PermissionError):
-                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
-            os.fchmod(file.fileno(), stat.S_IMODE(mode))
+                if sys.platform != "win32":  # where they follow from the folder
+                    with suppress(PermissionError):
+                        os.chown(new, before.st_uid, before.st_gid)
+            new.chmod(stat.S_IMODE(mode))
             os.fsync(file.fileno())
         os.replace(new, place)
-        sync_folder(place.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        folders.sync(place.parent)
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -58,8 +58,7 @@ def write(path: Path, content: str | bytes) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what writers that were killed have left in a folder, and nothing that is being written now."""
     for left in folder.glob(f"{_PREFIX}*"):
-        with suppress(OSError), open_folder(left) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError), folders.held(left):
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -70,30 +69,14 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         FileExistsError: another process holds it.
     """
-    with open_folder(folder) as descriptor:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(folders.held(folder))
         except BlockingIOError as error:
             raise FileExistsError(
                 f"{folder}: got a folder that another process works in, expected to be alone"
             ) from error
         yield
-
-
-@contextmanager
-def open_folder(folder: Path) -> Iterator[int]:
-    """A folder's descriptor."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder survive a power cut, where the file system can."""
-    with open_folder(folder) as descriptor, suppress(OSError):
-        os.fsync(descriptor)
 
 
 def _regular(place: Path) -> os.stat_result | None:
@@ -112,15 +95,22 @@ def _regular(place: Path) -> os.stat_result | None:
     return found
 
 
-def _locked_folder(parent: Path) -> tuple[Path, int]:
-    """A new folder for a file that is written, and the lock that tells others that its writer is alive."""
-    while True:
-        folder = parent / f"{_PREFIX}{uuid.uuid4().hex}"
-        folder.mkdir(mode=0o700)
-        with suppress(FileNotFoundError):
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            with suppress(OSError):  # where the file system has no locks, nothing is swept either
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if folder.exists():  # not swept before it was locked
-                return folder, lock
-            os.close(lock)
+@contextmanager
+def _new_folder(parent: Path) -> Iterator[Path]:
+    """A folder for a file that is written, held so that others see that its writer is alive."""
+    with ExitStack() as stack:
+        while True:
+            folder = parent / f"{_PREFIX}{uuid.uuid4().hex}"
+            folder.mkdir(mode=0o700)
+            try:
+                stack.enter_context(folders.held(folder))
+            except (BlockingIOError, FileNotFoundError):  # is being swept, or was
+                continue
+            except OSError:  # where the file system has no locks, nothing is swept either
+                break
+            if folder.exists():  # not swept before it was held
+                break
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mas_ext import FusedMASPenalty
 from mas_ext.state import files as checkpoint
-from mas_ext.state import replacing
+from mas_ext.state import folders, replacing
 from mas_ext.state.replacing import write
 
 KILLS = 5 * TIMES
@@ -259,23 +259,27 @@ def test_what_is_being_written_is_no_leftover(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["fast", "slow"]
 
 
-def test_a_folder_swept_before_it_was_locked_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_folder_swept_before_it_was_held_is_made_again(
+    gone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the moment between its making and its lock, it looks like a leftover."""
-    real, swept = Path.mkdir, []
+    """In the moment between its making and its being held, it looks like a leftover."""
+    real, swept, sweeper = Path.mkdir, [], ExitStack()
 
     def mkdir(self: Path, *args: Any, **named: Any) -> None:
         real(self, *args, **named)
         if not swept:
-            swept.append(self)
-            replacing.remove_leftovers(tmp_path)
+            swept.append(self.name)
+            if gone:
+                replacing.remove_leftovers(tmp_path)
+            else:
+                sweeper.enter_context(folders.held(self))
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    write(tmp_path / "file", "new")
-    assert len(swept) == 1
+    with sweeper:
+        write(tmp_path / "file", "new")
     assert content(tmp_path / "file") == "new"
-    assert os.listdir(tmp_path) == ["file"]
+    assert sorted(os.listdir(tmp_path)) == (["file"] if gone else [swept[0], "file"])
 
 
 def test_a_folder_is_held_until_the_end_also_by_an_error(tmp_path: Path) -> None:
