@@ -29,6 +29,7 @@ constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
 
 bool supported([[maybe_unused]] int level) {
 #ifdef MAS_X86
+  __builtin_cpu_init();  // which may not happen by itself on Windows
   if (level == kAvx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
