@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from mas_ext._arguments import hint
 from mas_ext.scenarios.files import images, read_idx_folder, read_npz
@@ -57,6 +59,54 @@ def load_dataset(dataset: str, folder: str | Path | None = None) -> Pair:
         f"{dataset} is not in {', '.join(map(str, places))}: put {ways} into a folder DIR "
         "and give --data DIR or set MAS_EXT_DATA=DIR"
     )
+
+
+def torchvision_dataset(
+    name: str,
+    folder: str | Path,
+    size: int,
+    splits: tuple[str, str] = ("train", "test"),
+) -> tuple[Dataset[Any], Dataset[Any]]:
+    """A classification data set of torchvision, to train and to test on, as images (3, size, size).
+
+    Images are read when they are asked for: as colours in [0, 1], the shorter side scaled to `size`, and the
+    centre cut out.
+
+    Args:
+        name: the class in `torchvision.datasets`, such as "Flowers102", "FGVCAircraft" or "SVHN".
+        folder: given to it as it is; nothing is downloaded.
+        size: height and width in pixels.
+        splits: what it calls the two parts, for classes that take names of parts.
+
+    Raises:
+        ValueError: an unknown name, or a data set of a single part (divide that by
+            `torch.utils.data.random_split`, and give it to `mas_ext.scenarios.from_datasets`).
+        FileNotFoundError: the data are not in the folder.
+        ModuleNotFoundError: torchvision is not installed.
+    """
+    datasets = import_extra("torchvision.datasets", install="torchvision")
+    transforms = import_extra("torchvision.transforms", install="torchvision")
+    names = [each for each in vars(datasets) if inspect.isclass(getattr(datasets, each))]
+    if name not in names:
+        raise ValueError(f"name: got {name!r}, which torchvision lacks, {hint(name, names)}")
+    make = getattr(datasets, name)
+    accepted = inspect.signature(make).parameters
+    if "train" in accepted:
+        parts: list[dict[str, Any]] = [{"train": True}, {"train": False}]
+    elif "split" in accepted:
+        parts = [{"split": split} for split in splits]
+    else:
+        raise ValueError(
+            f"name: got {name!r}, expected a data set with parts to train and to test on"
+        )
+    transform = transforms.Compose(
+        [_colours, transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]
+    )
+    try:
+        train, test = (make(folder, **part, transform=transform) for part in parts)
+    except RuntimeError as error:  # what torchvision raises for files that aren't there
+        raise FileNotFoundError(f"{name} is not whole in {folder}: {error}") from error
+    return train, test
 
 
 def import_extra(module: str, install: str = "'mas-ext[demo]'") -> ModuleType:
@@ -143,3 +193,8 @@ def folders(folder: str | Path | None) -> list[Path]:
             )
         places.insert(0, Path(from_env))
     return places
+
+
+def _colours(image: Any) -> Any:
+    """The image in RGB; no lambda, so that the data set can be sent to other processes."""
+    return image.convert("RGB")

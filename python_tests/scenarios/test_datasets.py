@@ -1,6 +1,7 @@
 """Data sets by name: folders made here, a stand-in for torchvision, and real files where they are at hand."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -131,19 +132,93 @@ def test_a_missing_extra_is_named() -> None:
 # torchvision, played by a stand-in: it isn't needed for anything else here
 
 
-class CIFAR100:
-    def __init__(self, root: Path, train: bool) -> None:
-        assert (root / "cifar-100-python").is_dir()
+class Picture:
+    """A grey image that knows what was done to it."""
+
+    def __init__(self, *done: str) -> None:
+        self.done = done
+
+    def convert(self, mode: str) -> "Picture":
+        return Picture(*self.done, mode)
+
+
+class Made:
+    """What data sets of torchvision have in common."""
+
+    def __init__(self, root, transform=None, **part) -> None:
+        if not Path(root).is_dir():
+            raise RuntimeError("Dataset not found or corrupted.")
+        self.root, self.transform, self.part = root, transform, part
+
+    def __getitem__(self, i: int) -> tuple:
+        return self.transform(Picture()), i
+
+
+class CIFAR100(Made):
+    def __init__(self, root, train=True, transform=None) -> None:
+        super().__init__(root, transform, train=train)
         self.data = np.full((4, 32, 32, 3), 51 if train else 255, np.uint8)
         self.targets = [3, 1, 99, 0]
 
 
+class Flowers102(Made):
+    def __init__(self, root, split="train", transform=None) -> None:
+        super().__init__(root, transform, split=split)
+
+
+class SUN397(Made):
+    def __init__(self, root, transform=None) -> None:
+        super().__init__(root, transform)
+
+
 @pytest.fixture
 def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = ModuleType("torchvision.datasets")
-    datasets.CIFAR100 = CIFAR100
-    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
+    def step(name: str) -> Callable:
+        return lambda *size: lambda picture: Picture(*picture.done, name, *size)
+
+    def compose(steps: list[Callable]) -> Callable:
+        def run(picture: Picture) -> Picture:
+            for step in steps:
+                picture = step(picture)
+            return picture
+
+        return run
+
+    package = ModuleType("torchvision")
+    package.datasets, package.transforms = ModuleType("datasets"), ModuleType("transforms")
+    for made in (CIFAR100, Flowers102, SUN397):
+        setattr(package.datasets, made.__name__, made)
+    package.transforms.Compose = compose
+    for name in ("Resize", "CenterCrop", "ToTensor"):
+        setattr(package.transforms, name, step(name))
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", package.datasets)
+    monkeypatch.setitem(sys.modules, "torchvision.transforms", package.transforms)
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_parts_and_images_of_torchvision(tmp_path: Path) -> None:
+    train, test = data.torchvision_dataset("CIFAR100", tmp_path, 64)
+    assert (train.part, test.part) == ({"train": True}, {"train": False})
+    assert train.root == tmp_path
+    done = ("RGB", "Resize", 64, "CenterCrop", 64, "ToTensor")
+    assert train[0][0].done == done
+    assert test[0][0].done == done
+    train, test = data.torchvision_dataset("Flowers102", tmp_path, 64, splits=("trainval", "test"))
+    assert (train.part, test.part) == ({"split": "trainval"}, {"split": "test"})
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_what_torchvision_has_not(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="got 'Flowers103', which torchvision lacks, did you mean 'Flowers102'"
+    ):
+        data.torchvision_dataset("Flowers103", tmp_path, 64)
+    with pytest.raises(ValueError, match="got 'SUN397', expected a data set with parts"):
+        data.torchvision_dataset("SUN397", tmp_path, 64)
+    missing = tmp_path / "missing"
+    with pytest.raises(FileNotFoundError, match=f"^Flowers102 is not whole in {missing}: Dataset"):
+        data.torchvision_dataset("Flowers102", missing, 64)
 
 
 @pytest.mark.usefixtures("torchvision")
