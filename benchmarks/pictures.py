@@ -190,16 +190,14 @@ def steps(results: Sequence[Result], forms: Sequence[str], path: Path) -> None:
         axes.set_ylim(len(found) - 0.5, -0.5)
         axes.set_title(f"{kind[0]}, {kind[1]}", fontsize=10)
         _light(axes, "x")
-    figure.supxlabel("% by which a step is longer (linear up to 10)", fontsize=10)
+    panels[-1][0].set_xlabel("% by which a step is longer (linear up to 10)")
     _legend(figure, panels[0][0], 2)
     _write(figure, path)
 
 
 def _percent(axis: Axis) -> None:
     """Ticks of a scale that is linear up to 10 %, then logarithmic."""
-    axis.set_major_locator(
-        FixedLocator([-10, -5, 0, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000])
-    )
+    axis.set_major_locator(FixedLocator([-10, -5, 0, 5, 10, 20, 50, 100, 300, 1000, 3000]))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 

@@ -44,12 +44,12 @@ class Distillation:
         temperature: T of the softened probabilities, > 0.
         forward: forward(model, batch) -> output; by default the model called with the batch's first item, and
             for "tokens" with all of the mapping's items but labels, of which it takes the logits.
-        distance: between the output z and the teacher's z*, of whose probabilities
-            q* = softmax(z* / T) and q = softmax(z / T), not multiplied by T^2:
-            "classes": the mean of KL(q* || q) = sum_c q*_c (log q*_c - log q_c) over samples and places, with
+        distance: between the output `z` and the teacher's `z*`, of whose probabilities
+            `q* = softmax(z* / T)` and `q = softmax(z / T)`, not multiplied by T^2:
+            "classes": the mean of `KL(q* || q) = sum_c q*_c (log q*_c - log q_c)` over samples and places, with
             classes in dimension 1;
-            "squared": the mean of (z - z*)^2, for outputs of any kind;
-            "tokens": the mean of KL(q* || q) over the positions of texts, (N, positions, vocabulary), that
+            "squared": the mean of `(z - z*)^2`, for outputs of any kind;
+            "tokens": the mean of `KL(q* || q)` over the positions of texts, (N, positions, vocabulary), that
             attention_mask leaves in.
 
     Raises:

@@ -121,12 +121,12 @@ class FusedMASPenalty(nn.Module):
         exclude: fnmatch patterns on whole parameter names; one that matches nothing raises.
         strength: factors >= 0 by fnmatch pattern on whole parameter names: Omega_t is multiplied by that of the
             last pattern that matches its name, by 1 where none does, before S_t is taken. A pattern that
-            matches nothing raises. {"*": 0, "*.attention.*": 1} holds attention alone.
+            matches nothing raises. `{"*": 0, "*.attention.*": 1}` holds attention alone.
         backend: "auto", "native" (compiled kernels or an error) or "reference" (plain PyTorch).
         omega_dtype: float32, or float64 for float64 parameters. With less memory, W rounded stochastically so
             that it is right on average: bfloat16, 6 bytes per float32 parameter, or uint8, 5: codes of 5 bits
             of exponent and 3 of mantissa, times one power of two for all parameters of a dtype. What is below
-            2^-32 of the largest becomes that or 0. README.md tells the errors.
+            2^-32 of the largest becomes that or 0. docs/PERFORMANCE.md tells the errors.
         anchor_dtype: bfloat16 or float16, with anchor "latest" alone: parameters of this dtype have anchors of
             it, too, exactly. A bfloat16 model with an omega of uint8 then takes 3 bytes per parameter. Other
             parameters' anchors are, as without it, float32, or float64 beside float64 parameters.

@@ -8,7 +8,7 @@ from pathlib import Path
 # The rest of a program runs as if on Windows: without what POSIX has beyond it, and where a file that is open,
 # by a descriptor or in memory, can't be replaced, nor a folder renamed that such a file lies in.
 ON_WINDOWS = """
-import ctypes, os, pkgutil, shutil, stat, sys
+import ctypes, os, pkgutil, sys
 from pathlib import Path
 import torch, matplotlib, safetensors.torch, sklearn.datasets, tqdm.auto  # which are other programs there
 import torch._inductor.runtime.runtime_utils
@@ -36,7 +36,6 @@ ctypes.get_last_error = lambda: kernel32.error
 sys.modules["fcntl"] = sys.modules["resource"] = None
 for name in ("O_DIRECTORY", "chown", "fchmod", "fchown", "getuid", "mkfifo", "sysconf"):
     delattr(os, name)
-shutil._use_fd_functions = False
 sys.platform = "win32"
 
 def is_open(place):
@@ -47,7 +46,7 @@ def is_open(place):
     return any(file == str(place) or file.startswith(f"{place}/") for file in files)
 
 def opened(path, *rest, open=os.open, **more):
-    if os.path.isdir(path):
+    if os.path.isdir(path) and sys._getframe(1).f_globals["__name__"] != "shutil":
         raise PermissionError(path)
     return open(path, *rest, **more)
 

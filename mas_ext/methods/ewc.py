@@ -63,7 +63,7 @@ class EWC(Fisher):
 
 @dataclass(eq=False)
 class OnlineEWC(Fisher):
-    """Task loss + lam/2 sum_i gamma F*_t-1,i (theta_i - theta*_t-1,i)^2, F*_t = gamma F*_t-1 + F_t.
+    """Task loss + `lam/2 sum_i gamma F*_t-1,i (theta_i - theta*_t-1,i)^2`, `F*_t = gamma F*_t-1 + F_t`.
 
     One anchor, where the last task ended, and one Fisher information that fades: online EWC (Schwarz et al.
     2018), with gamma in the penalty, too, as there. F_t is not normalised.
