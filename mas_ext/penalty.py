@@ -342,7 +342,7 @@ class FusedMASPenalty(nn.Module):
 
         Raises:
             TypeError: no torch optimizer, LBFGS, one whose step calls no hooks (a wrapper that hides the real
-                one), or one whose step size is unknown and no eta.
+                one), a schedule-free one in the proximal form, or one whose step size is unknown and no eta.
             ValueError: none of the model's parameters is among the optimizer's; an unknown mode, a wrong eta,
                 maximize=True, or a momentum of 1.
             RuntimeError: this penalty, or any one with those of mas_ext.optim, is attached already.

@@ -195,7 +195,7 @@ def register_hook(
     """Have an optimizer apply the penalty in every step; the modes are those of FusedMASPenalty.attach.
 
     Raises:
-        TypeError: LBFGS, or an optimizer whose step size is unknown and no eta.
+        TypeError: LBFGS, a schedule-free one in the proximal form, or one of unknown step size without eta.
         ValueError: an unknown mode, a wrong eta, maximize=True, or a momentum of 1.
         RuntimeError: this penalty is attached to this optimizer already.
     """
@@ -217,6 +217,11 @@ def register_hook(
         if eta is not None:
             raise ValueError(f'eta: got {eta} with mode="gradient", expected none')
         return Handle(optimizer.register_step_pre_hook(_AddGradient(penalty)).remove)
+    if any("train_mode" in group for group in optimizer.param_groups):
+        raise TypeError(
+            f'optimizer: got the schedule-free {type(optimizer).__name__} with mode="proximal", expected '
+            'mode="gradient": its parameters are means with iterates of its own, which nothing would pull back'
+        )
     step_sizes = STEP_SIZES.get(type(optimizer)) if eta is None else constant(eta)
     if step_sizes is None:
         raise TypeError(
