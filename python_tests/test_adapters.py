@@ -901,6 +901,16 @@ def test_a_fused_adapter_is_refused(quantised: bool, sweeps: int) -> None:
     assert float(by_parameter.omega["first.up.default"].min()) > 0
 
 
+def test_a_model_of_fused_adapters_alone_is_refused() -> None:
+    """No output of it depends on what would be measured."""
+    fused = Fused(4, 6).double()
+    fused.add("default")
+    fused.base = Coded(fused.base)  # type: ignore[assignment]
+    fused.base.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="a Coded, gives no gradient of its weight"):
+        FusedMASPenalty(nn.Sequential(fused)).consolidate(batches())
+
+
 def test_an_adapter_that_a_batch_does_not_need_is_none() -> None:
     """As of an expert that gets no rows: its importance is zero."""
 

@@ -38,6 +38,7 @@ from mas_ext.importance.model_state import Habits, ModelState
 from mas_ext.importance.objectives import Objective
 from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.dtypes import DTYPES, compute_dtype
+from mas_ext.parameters.adapters import factors_of
 from mas_ext.parameters.agreement import Agreement
 from mas_ext.parameters.fsdp import Sharding, optimizer_view
 from mas_ext.parameters.lockstep import Lockstep
@@ -234,9 +235,14 @@ class ImportanceSum:
                 plain = batch_of.plain(given.batch)
                 own = self._labels(plain, lambda: evaluate.output(given), self.samples)
                 given = Labelled(given.batch, own)
-            if first:
-                refuse_fused_adapters(evaluate, given, view.parameters().values())
-            found, objective = self._estimator(evaluate, given, theta)
+            try:
+                found, objective = self._estimator(evaluate, given, theta)
+            except ValueError:
+                refuse_fused_adapters(evaluate, given, theta.values())
+                raise
+            new = [n for n in found if n not in self.sums and factors_of(theta[n])]
+            unused = [theta[n] for n in new if not found[n].any()]
+            refuse_fused_adapters(evaluate, given, unused)
             if first:
                 refuse_lost_gradients(evaluate, given, theta, found)
                 self._habits.compared.add(view.model)

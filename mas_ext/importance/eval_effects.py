@@ -13,6 +13,7 @@ from mas_ext.importance import batches
 from mas_ext.importance.evaluation import Evaluate, Labelled, overrides_modes
 from mas_ext.importance.exact.precision import Precision, differ, lowest_precision
 from mas_ext.importance.model_state import Habits, ModelState
+from mas_ext.parameters.adapters import factors_of
 from mas_ext.parameters.restoring import restoring
 
 # Samples that show whether two models are the same.
@@ -91,14 +92,14 @@ def refuse_lost_gradients(
 
 
 def refuse_fused_adapters(
-    evaluate: Evaluate, batch: Labelled, parameters: Iterable[nn.Parameter]
+    evaluate: Evaluate, batch: Labelled, parameters: Iterable[Tensor]
 ) -> None:
-    """Raise a ValueError for a measured weight (adapters.py) without a gradient whose factors have one.
+    """Raise a ValueError for an adapted weight without a gradient whose adapter's factors have one.
 
-    Such as of a kernel that computes with weight and factors at once.
+    Such as of a kernel that computes with weight and factors at once. Other parameters are not looked at.
     """
-    measured: list[Any] = [p for p in parameters if hasattr(p, "factors")]
-    leaves = {id(t): t for p in measured for t in (p, *p.factors)}
+    measured = [p for p in parameters if factors_of(p)]
+    leaves = {id(t): t for p in measured for t in (p, *factors_of(p))}
     frozen = [t for t in leaves.values() if not t.requires_grad]
 
     def restore() -> None:
@@ -119,7 +120,7 @@ def refuse_fused_adapters(
         grads = torch.autograd.grad(values.sum(), [*leaves.values()], allow_unused=True)
     used = {key for key, g in zip(leaves, grads, strict=True) if g is not None}
     for p in measured:
-        if id(p) not in used and any(id(t) in used for t in p.factors):
+        if id(p) not in used and any(id(t) in used for t in factors_of(p)):
             raise ValueError(
                 f"model: {_owner(evaluate.model, p)}, gives no gradient of its weight, though its adapter has "
                 "one, expected an adapter that is added to what its layer computes, and no kernel for both at "

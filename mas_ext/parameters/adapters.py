@@ -10,7 +10,7 @@ its weight. The gradient of the sum is that of a matrix of zeros, E, in y = laye
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -230,12 +230,18 @@ def _plus_zeros(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
     return y + F.linear(x.to(zeros), zeros).to(y)
 
 
+def factors_of(weight: Tensor) -> Sequence[nn.Parameter]:
+    """The factors of the products that are added to a weight while it is `measured`; none of another tensor."""
+    found: Sequence[nn.Parameter] = getattr(weight, "adapter_factors", ())
+    return found
+
+
 @contextmanager
 def measured(adapted: Mapping[str, AdaptedWeight]) -> Iterator[dict[str, nn.Parameter]]:
     """For a while, gradients are of the adapted weights, each use of its own, and not of the factors.
 
     A weight's gradient is that of the sum with its products. Yields parameters by the weights' names, which
-    share their memory; a StandIn for one that is quantised. They have the products' factors as `factors`.
+    share their memory; a StandIn for one that is quantised.
     """
     quantised = [w for w in adapted.values() if w.is_quantised]
     before = [(w, w.weight) for w in adapted.values() if not w.is_quantised]
@@ -258,5 +264,5 @@ def measured(adapted: Mapping[str, AdaptedWeight]) -> Iterator[dict[str, nn.Para
             n: w.owner._parameters[_ZEROS if w.is_quantised else w.key] for n, w in adapted.items()
         }
         for name, p in found.items():
-            p.factors = adapted[name].parameters()
+            p.adapter_factors = adapted[name].parameters()
         yield found
