@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -181,7 +181,8 @@ class Learning:
         start = time.perf_counter()
         settings, task = self.settings, self.at.task
         self._add_heads(task + 1)
-        self._stream = self._data(task)
+        tasks = range(task + 1) if self.method.joint else [task]
+        self._stream = self._stream_of("training", tasks, self.method.joint)
         self._stepper = self._make_stepper(self._stream)
         self.training = Training(
             self.model,
@@ -343,8 +344,8 @@ class Learning:
         assert penalty is not None
         settings, task, head = self.settings, self.at.task, self._head(self.at.task)
         share = settings.validation or CHOOSING_SHARE
-        kinds = ("training", "validation")
-        stream, held_out = (self._stream_of([self._samples(task, k, head, share)]) for k in kinds)
+        stream = self._stream_of("training", [task], validation=share)
+        held_out = self._stream_of("validation", [task], validation=share)
         # Measuring sixteen times on more than this would take longer than half a training.
         seen = self.epochs[task] * len(stream)
         few = split_batches(torch.arange(len(held_out))[: max(1, seen // 12)], EVALUATION_BATCH)
@@ -387,34 +388,31 @@ class Learning:
             return 0
         return None if joint or self.settings.setting == "class" else task
 
-    def _samples(
-        self, task: int, kind: str, head: int | None, validation: float | None = None
-    ) -> TaskSamples:
-        """A task's samples for training, validation or testing, with targets for the outputs of this head.
+    def _stream_of(
+        self, kind: str, tasks: Iterable[int], joint: bool = False, validation: float | None = None
+    ) -> Stream:
+        """Samples of tasks for training, validation or testing, one task after another.
 
-        validation: the share for that, None for that of the settings.
+        joint: with targets for all heads side by side. validation: the share for that, None for that of the
+        settings.
         """
-        data = self.tasks[task]
-        dataset = data.test if kind == "test" else data.train
-        count = len(dataset)  # type: ignore[arg-type]
-        index = torch.arange(count)
-        if kind != "test":
-            index = torch.randperm(count, generator=_seeded(self.settings.seed, task))
-            share = self.settings.validation if validation is None else validation
-            held_out = int(share * count)
-            index = index[:held_out] if kind == "validation" else index[held_out:]
-        if len(index) == 0:
-            raise ValueError(f"{kind} data of task {data.name!r}: got no samples, expected some")
-        return TaskSamples(data, dataset, index, sum(self._widths[:task]) if head is None else 0)
-
-    def _data(self, task: int) -> Stream:
-        """The training data of a task."""
-        joint = self.method.joint
-        tasks = range(task + 1) if joint else [task]
-        parts = [self._samples(k, "training", self._head(k, joint)) for k in tasks]
-        return self._stream_of(parts)
-
-    def _stream_of(self, parts: list[TaskSamples]) -> Stream:
+        share = self.settings.validation if validation is None else validation
+        parts = []
+        for task in tasks:
+            data, head = self.tasks[task], self._head(task, joint)
+            dataset = data.test if kind == "test" else data.train
+            count = len(dataset)  # type: ignore[arg-type]
+            index = torch.arange(count)
+            if kind != "test":
+                index = torch.randperm(count, generator=_seeded(self.settings.seed, task))
+                held_out = int(share * count)
+                index = index[:held_out] if kind == "validation" else index[held_out:]
+            if len(index) == 0:
+                raise ValueError(
+                    f"{kind} data of task {data.name!r}: got no samples, expected some"
+                )
+            first = sum(self._widths[:task]) if head is None else 0
+            parts.append(TaskSamples(data, dataset, index, first))
         return Stream(parts, self.settings.workers, self.device)
 
     def _order(self, stream: Stream, epoch: int) -> Tensor:
@@ -437,8 +435,7 @@ class Learning:
     def _mean_score(self, task: int, kind: str, confusion: bool = False) -> float:
         """The mean over a task's samples; confusion: count the classes that they are taken for, too."""
         head, total = self._head(task), torch.zeros((), dtype=torch.float64, device=self.device)
-        samples = self._samples(task, kind, head)
-        stream = self._stream_of([samples])
+        stream = self._stream_of(kind, [task])
         classes, counts = len(self.tasks[task].classes), self.found.confusion
         self.model.eval()
         for x, y in stream.batches(split_batches(torch.arange(len(stream)), EVALUATION_BATCH)):
@@ -449,7 +446,7 @@ class Learning:
                 count = counts.setdefault(
                     task, torch.zeros(classes, output.shape[1], dtype=torch.int64)
                 )
-                pairs = (y - samples.first) * output.shape[1] + output.argmax(1)
+                pairs = (y - stream.parts[0].first) * output.shape[1] + output.argmax(1)
                 count += pairs.cpu().bincount(minlength=count.numel()).view_as(count)
         return float(total) / len(stream)
 
