@@ -10,7 +10,6 @@ from oracles import naive_distillation as naive
 
 from mas_ext.methods import SETTINGS, Setting
 from mas_ext.methods.ebll import EBLL
-from mas_ext.state.files import pack
 
 ENCODING = naive.Encoding(alpha=3.0, code=2, reconstruction=0.4, epochs=6, lr=0.8)
 TOGETHER = {"lam": 0.7, "temperature": 3.0, "warm_up": 2}
@@ -71,10 +70,3 @@ def test_an_encoder_sees_as_many_samples_as_it_may() -> None:
     naive.train(run)
     run.end_task()
     assert asked == [5]  # the features are computed once, not once an epoch
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_goes_on_inside_a_task_to_the_same_bits(setting: Setting) -> None:
-    stopped, whole = naive.stopped_and_whole(lambda: EBLL(epochs=3, code=2), setting, task=2)
-    assert naive.same(stopped.model.state_dict(), whole.model.state_dict())
-    assert naive.same(pack(stopped.method.state_dict()), pack(whole.method.state_dict()))

@@ -16,7 +16,6 @@ from oracles.naive_training import (
     assert_close,
     compare,
     learn,
-    resumed,
     start,
     steps,
 )
@@ -157,13 +156,6 @@ def test_a_strength_of_0_takes_no_part_in_the_step() -> None:
         assert torch.equal(t, held[name])
     with pytest.raises(TypeError, match="RMSprop"):
         learn(EWC(LAM, mode="proximal"), "class", optimizer=make)
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["ewc", "online-ewc", "ewc-dr"])
-def test_a_stopped_run_goes_on_to_the_same_bits(name: str, setting: str) -> None:
-    resumed(lambda: methods.create(name, lam=LAM), setting, after=11)
-    resumed(lambda: methods.create(name, lam=LAM), setting, after=12, importance_epochs=1)
 
 
 def test_what_is_kept_is_as_wide_as_the_parameters() -> None:

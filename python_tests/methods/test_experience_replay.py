@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import naive_distillation
-from oracles.naive_training import SETTINGS, regression, resumed, start, steps
+from oracles.naive_training import SETTINGS, regression, start, steps
 from torch import Tensor
 
-from mas_ext import methods
 from mas_ext.methods.replay import ExperienceReplay
 from mas_ext.training.run import Learning
 
@@ -81,8 +80,3 @@ def test_targets_that_are_no_classes() -> None:
     z = run.model(x, 0).detach()
     expected = ((z - y) ** 2).mean() + ((z - (y - 1)) ** 2).mean()
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_run_that_is_stopped_inside_a_task_goes_on_to_the_same_bits(setting: str) -> None:
-    resumed(lambda: methods.create("replay", samples=6), setting, after=10)

@@ -13,7 +13,6 @@ from oracles.naive_training import (
     Naive,
     Weights,
     compare,
-    resumed,
 )
 from torch import Tensor
 
@@ -71,8 +70,3 @@ def make() -> methods.Method:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_training_is_the_one_written_out(setting: str) -> None:
     compare(make(), Both(setting))
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_run_that_is_stopped_inside_a_task_goes_on_to_the_same_bits(setting: str) -> None:
-    resumed(make, setting, after=10)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from oracles.naive_training import SETTINGS, Naive, Weights, compare, learn, resumed
+from oracles.naive_training import SETTINGS, Naive, Weights, compare, learn
 from torch import Tensor
 
 from mas_ext import methods
@@ -117,9 +117,3 @@ def test_they_differ() -> None:
     for i, one in enumerate(weights):
         for other in weights[:i]:
             assert float((one - other).abs().max()) > 1e-3
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_stopped_run_goes_on_to_the_same_bits(setting: str) -> None:
-    resumed(lambda: methods.create("mas"), setting, after=11)
-    resumed(lambda: methods.create("mas-alpha"), setting, after=12, importance_epochs=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,23 @@ def test_a_method_begins_anew_with_another_model(name: str, setting: str) -> Non
     for got, right in zip(used, fresh, strict=True):
         for weight, t in right.items():
             assert torch.equal(got[weight], t), weight
+
+
+# Where the defaults would take long, or all samples.
+SMALL: dict[str, dict[str, Any]] = {"ebll": {"epochs": 3, "code": 2}, "replay": {"samples": 6}}
+
+
+@pytest.mark.parametrize("setting", methods.SETTINGS)
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_stopped_run_goes_on_to_the_same_bits(name: str, setting: str) -> None:
+    """From the end of a task, from within one, and where importance is gathered online."""
+    for after, observing in ((7, 0), (11, 0), (12, 1)):
+        naive_training.resumed(
+            lambda: methods.create(name, **SMALL.get(name, {})),
+            setting,
+            after,
+            importance_epochs=observing,
+        )
 
 
 OTHER = {

@@ -15,7 +15,6 @@ from oracles.naive_training import (
     assert_close,
     compare,
     learn,
-    resumed,
     weights,
 )
 from torch import Tensor
@@ -87,12 +86,6 @@ def test_the_clipped_gradient_is_integrated() -> None:
 def test_the_penalty_holds() -> None:
     free, held = (learn(SI(lam, XI), "domain")[2][-1] for lam in (0.0, LAM))
     assert float((free["backbone.0.weight"] - held["backbone.0.weight"]).abs().max()) > 0.01
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_stopped_run_goes_on_to_the_same_bits(setting: str) -> None:
-    for after in (7, 11):
-        resumed(lambda: SI(LAM, XI), setting, after)
 
 
 def begun(method: SI, model: MultiHead, **options: Any) -> Training:

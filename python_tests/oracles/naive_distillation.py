@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mas_ext.methods import Method, Setting
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, Tensors, from_datasets
-from mas_ext.state.files import pack, unpack
 from mas_ext.trainer import Trainer
 from mas_ext.training.run import Learning
 
@@ -92,30 +91,6 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Whether all bits are."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def stopped_and_whole(
-    make: Callable[[], Method], setting: Setting, task: int
-) -> tuple[Learning, Learning]:
-    """Two runs to the end of a task: one that is put together anew inside it, one that never stops."""
-    whole = run_of(make(), setting, with_statistics(), batch_size=5)
-    for _ in range(task):
-        learn_task(whole)
-    whole.begin_task()
-    steps = whole.steps()
-    next(steps)
-    next(steps)
-    state = {name: tensor.clone() for name, tensor in pack(whole.state_dict()).items()}
-    for _ in steps:
-        pass
-    whole.end_epoch()
-    train(whole)
-    whole.end_task()
-    stopped = run_of(make(), setting, with_statistics(), batch_size=5)
-    stopped.load_state_dict(unpack(state))
-    train(stopped)
-    stopped.end_task()
-    return stopped, whole
 
 
 @dataclass

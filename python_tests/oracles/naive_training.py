@@ -151,7 +151,10 @@ def resumed(make: Callable[[], Method], setting: str, after: int, **settings: An
     elsewhere.load_state_dict(checkpoint.unpack(packed))
     for _ in steps(elsewhere):
         pass
-    right, got = weights(whole.model), weights(elsewhere.model)
+    right, got = (
+        {**weights(run.model), **checkpoint.pack(run.method.state_dict())}
+        for run in (whole, elsewhere)
+    )
     assert right.keys() == got.keys()
     for name, t in right.items():
         assert torch.equal(t, got[name]), name
