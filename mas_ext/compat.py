@@ -31,13 +31,9 @@ class BatchMeans(ImportanceSum):
     estimate_importance(method="batch").
 
     Args:
-        objective: "l2", "l1", "vector" or a callable, see estimate_importance.
-        forward: see estimate_importance.
-        exclude: see estimate_importance.
+        objective, forward, exclude, max_outputs, backend: see estimate_importance.
         training: run the model in training mode: dropout drops, BatchNorm takes the batch's statistics and
             updates its running ones, as training does.
-        max_outputs: see estimate_importance.
-        backend: see estimate_importance.
     """
 
     def __init__(
@@ -127,12 +123,10 @@ def official(
     no importance holds: exclude the head.
 
     Args:
-        model: see FusedMASPenalty.
         lam: its reg_lambda, 1.
         objective: its norm: "l2", "vector", or "l1" for anything else.
-        forward: see estimate_importance.
-        exclude: see estimate_importance.
-        options: further arguments of FusedMASPenalty.
+        forward, exclude: see estimate_importance.
+        model, options: see FusedMASPenalty.
     """
     importance = BatchMeans(objective, forward, exclude)
     return FusedMASPenalty(model, lam, importance, exclude=exclude, **options)
@@ -155,12 +149,10 @@ def avalanche(
     It reads the experience in order, in batches of train_mb_size. See integrations.avalanche for the plugin.
 
     Args:
-        model: see FusedMASPenalty.
         lambda_reg: strength.
         alpha: share of the old importance that is kept, from 0 to 1.
-        forward: see estimate_importance.
-        exclude: see estimate_importance.
-        options: further arguments of FusedMASPenalty.
+        forward, exclude: see estimate_importance.
+        model, options: see FusedMASPenalty.
     """
     importance = BatchMeans("l2", forward, exclude, training=True)
     return AveragedFromFirst(
@@ -187,12 +179,10 @@ def facil(
     consolidate(batches, weight=classes) and then penalty.lam = lamb / (2 * classes so far).
 
     Args:
-        model: see FusedMASPenalty.
         lamb: strength, of which half counts.
         alpha: share of the old importance that is kept, from 0 to 1.
-        forward: see estimate_importance.
-        exclude: see estimate_importance.
-        options: further arguments of FusedMASPenalty.
+        forward, exclude: see estimate_importance.
+        model, options: see FusedMASPenalty.
     """
     importance = BatchMeans(norm, forward, exclude, training=True)
     return Averaged(
