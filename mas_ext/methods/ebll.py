@@ -109,4 +109,8 @@ class EBLL(LwF):
 
     def load_state_dict(self, state: dict[str, Any], model: MultiHead) -> None:
         super().load_state_dict(state, model)
-        self.encoders = state.get("encoders")
+        self.encoders = None
+        if "encoders" in state:
+            device = next(model.parameters()).device
+            weight, bias = state["encoders"]
+            self.encoders = weight.to(device), bias.to(device)

@@ -109,4 +109,4 @@ class Method:
         return {}
 
     def load_state_dict(self, state: dict[str, Any], model: MultiHead) -> None:
-        """Restore what `state_dict` returned, tensors on the model's device; the model has its heads."""
+        """Restore what `state_dict` returned; the model has its heads and parameters already."""

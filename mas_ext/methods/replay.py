@@ -76,7 +76,8 @@ class ExperienceReplay(Method):
         return {"kept": self.kept}
 
     def load_state_dict(self, state: dict[str, Any], model: MultiHead) -> None:
-        self.kept = [(x, y, head) for x, y, head in state["kept"]]
+        device = next(model.parameters()).device
+        self.kept = [(x.to(device), y.to(device), head) for x, y, head in state["kept"]]
 
 
 def _labels(batch: tuple[Tensor, Tensor]) -> Tensor:

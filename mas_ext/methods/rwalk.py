@@ -114,9 +114,11 @@ class RWalk(Integrated):
 
     def load_state_dict(self, state: dict[str, Any], model: MultiHead) -> None:
         super().load_state_dict(state, model)
+        theta = named_parameters(model)
         self._step = state["step"]
         self._fisher, self._score, self._new_score = (
-            dict(state[key]) for key in ("fisher", "score", "new_score")
+            {name: t.to(theta[name].device) for name, t in state[key].items()}
+            for key in ("fisher", "score", "new_score")
         )
 
 

@@ -531,8 +531,7 @@ class Learning:
         self._add_heads(state["heads"])
         refuse_unlike("model", state["model"], self.model.state_dict())
         self.model.load_state_dict(state["model"])
-        method = {name: t.to(self.device) for name, t in checkpoint.pack(state["method"]).items()}
-        self.method.load_state_dict(checkpoint.unpack(method), self.model)
+        self.method.load_state_dict(state["method"], self.model)
         over = at["task"] == len(self.tasks)
         self.at, self.found = Position(**at), Result(**found, confusion=confusion if over else {})
         self._best_model = best
