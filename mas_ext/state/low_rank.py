@@ -365,7 +365,7 @@ def unpack_updates(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> di
         omega = read(f"update.omega.{name}", *size, dtypes=OMEGA_DTYPES)
         if omega.dtype.is_floating_point and (omega < 0).any():
             raise ValueError(f"state, omega of {name!r}: got negative values, expected importance")
-        sample = read(f"update.sample.{name}", None, dtypes=(torch.float64,))
+        sample = read(f"update.sample.{name}", None, dtypes=(torch.float64,)).cpu()
         counts = [len(_chosen(omega.numel(), n)) for n in (_SAMPLES, _SAMPLES_OF_CODES)]
         if len(sample) not in counts:
             raise ValueError(
