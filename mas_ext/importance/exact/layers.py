@@ -87,6 +87,17 @@ class Linear(Layer):
 
 
 @dataclass(frozen=True)
+class OfZeros(Linear):
+    """Linear whose weight is known to be zero, and is not read: y and the gradient of x are zero, too."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return x.new_zeros(()).expand(*x.shape[:-1], len(weight))
+
+    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad.new_zeros(()).expand(x.shape)
+
+
+@dataclass(frozen=True)
 class GroupedLinear(Layer):
     """y_g = x_g weight_g^T for every group: x (..., groups * inputs), weight (groups, outputs, inputs)."""
 

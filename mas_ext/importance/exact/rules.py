@@ -21,10 +21,12 @@ from mas_ext.importance.exact.layers import (
     Embedding,
     GroupedLinear,
     Linear,
+    OfZeros,
     Standardised,
     channels,
 )
 from mas_ext.importance.exact.tracing import FunctionRule, Tape, named
+from mas_ext.parameters.names import StandIn
 
 RULES: dict[Callable[..., Any], FunctionRule] = {}
 
@@ -53,6 +55,8 @@ def register_rule(*functions: Callable[..., Any]) -> Callable[[FunctionRule], Fu
 def _linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if weight.dim() != 2:
         return NotImplemented
+    if isinstance(weight, StandIn) and bias is None:
+        return tape.layer(OfZeros(), input, weight, None)
     return _matrix(tape, input, weight, bias)
 
 
