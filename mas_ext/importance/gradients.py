@@ -91,8 +91,10 @@ def accumulate_gradients(
         ready.clear()
         numbers = 0
 
-    def take(name: str, g: Tensor) -> Tensor | None:
+    def take(name: str, g: Tensor | None) -> Tensor | None:
         nonlocal numbers
+        if g is None:  # of a function of the model's own that has no gradient here
+            return None
         ready[name] = g.to_dense() if g.is_sparse else g
         numbers += g.numel()
         if numbers >= _AT_ONCE:

@@ -184,5 +184,5 @@ def test_cross_entropy_of_a_network_that_knows_nothing() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"tasks: got \[0\], expected numbers from 1 up"):
+    with pytest.raises(ValueError, match="tasks: got 0, expected a whole number from 1 up"):
         step.run("mlp", tasks=[0])
