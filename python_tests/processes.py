@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,6 +139,7 @@ def run(worker: Any, ranks: int, folder: Path) -> list[Any]:
 
 def _started(rank: int, worker: Any, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background ignore
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",
