@@ -352,25 +352,35 @@ def refused(rank: int, ranks: int) -> None:
 
 def narrow(rank: int, ranks: int) -> None:
     """Omega of 16 and 8 bits is rounded as on one process, whatever the number of ranks."""
-    rules: list[dict[str, Any]] = [{}, {"merge": "consistent", "anchor": "own"}, RULES[5], RULES[6]]
+    offloaded = {"state_device": "cpu"}
+    rules: list[dict[str, Any]] = [
+        offloaded,
+        {"merge": "consistent", "anchor": "own"},
+        {"omega_dtype": torch.bfloat16},
+        {"anchor_dtype": torch.bfloat16},
+        *RULES[5:],
+    ]
     for rule in rules:
-        for dtype in (torch.bfloat16, torch.uint8):
-            alone, spread = (
-                FusedMASPenalty(m, omega_dtype=dtype, process_group=group, **rule)
-                for m, group in ((network().float(), None), (sharded(network().float()), "auto"))
-            )
-            for theta, omega in remembered():
-                omega["4.weight"] *= 1e-6
-                omega["0.weight"][0] *= 1e6  # of the first rank alone
-                given = {name: t.float() for name, t in omega.items()}
-                for penalty in (alone, spread):
-                    move(penalty.model, theta)
-                    penalty.consolidate(importance=given)
-            again = FusedMASPenalty(spread.model, omega_dtype=dtype, **rule)
-            again.load_state_dict(spread.state_dict())
+        dtype = torch.bfloat16 if "anchor_dtype" in rule else torch.float32
+        options = {"omega_dtype": torch.uint8, **rule}
+        alone, spread = (
+            FusedMASPenalty(m, process_group=group, **options)
+            for m, group in ((network().to(dtype), None), (sharded(network().to(dtype)), "auto"))
+        )
+        for t, (theta, omega) in enumerate([*remembered(), remembered()[1]]):
+            omega["4.weight"] *= 1e-6
+            omega["0.weight"][0] *= 1e6  # of the first rank alone
+            given = {name: t.float() for name, t in omega.items()}
+            if t == len(WEIGHTS):  # one more after a load
+                state = spread.state_dict()
+                spread = FusedMASPenalty(spread.model, **options)
+                spread.load_state_dict(state)
+            for penalty in (alone, spread):
+                move(penalty.model, theta)
+                penalty.consolidate(importance=given)
             for name, expected in alone.omega.items():
-                assert torch.equal(full(spread.omega[name]), expected), (rule, dtype, name)
-                assert torch.equal(full(again.omega[name]), expected), (rule, dtype, name)
+                assert torch.equal(full(spread.omega[name]), expected), (rule, t, name)
+                assert torch.equal(full(spread.anchor[name]), alone.anchor[name]), (rule, t, name)
 
 
 def columns(rank: int, ranks: int) -> None:
