@@ -177,10 +177,7 @@ class _Structure:
                 self.tensors.append(value)
                 if not value.__dict__ or depth >= _DEPTH:
                     continue
-                container, depth = (
-                    value.__dict__,
-                    depth + 1,
-                )  # where quantised ones have their scales
+                container, depth = value.__dict__, depth + 1  # of a quantised one: its scales
             elif isinstance(value, nn.Module):
                 container = value.__dict__
                 self.parameter_dicts.add(id(container.get("_parameters")))

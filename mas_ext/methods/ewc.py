@@ -46,7 +46,7 @@ class EWC(Fisher):
         labels: "true", "predicted", "sampled", "all" or "reversed" for the cross entropy, "normal" for another
             task loss, see estimate_fisher. The paper leaves it open; "true" is the empirical Fisher
             information, as in most implementations.
-        mode: of FusedMASPenalty.attach; None: "proximal" for lam "auto", "gradient" for a number.
+        mode: as in FusedMASPenalty.attach; None is "proximal" for lam "auto" and "gradient" otherwise.
         max_samples: the Fisher information from this many samples of a task, None for all.
     """
 
@@ -72,7 +72,7 @@ class OnlineEWC(Fisher):
         lam: the paper's lambda; "auto": chosen for every task after the first, see mas_ext.choose_lam.
         gamma: share of the old Fisher information that is kept at each new task, from 0 to 1.
         labels: see EWC.
-        mode: of FusedMASPenalty.attach; None: "proximal" for lam "auto", "gradient" for a number.
+        mode: as in FusedMASPenalty.attach; None is "proximal" for lam "auto" and "gradient" otherwise.
         max_samples: the Fisher information from this many samples of a task, None for all.
     """
 
@@ -103,7 +103,7 @@ class EWCDR(MeanOverOutputs, Fisher):
         importance: "exact", or "batch" (the authors'), the method of estimate_fisher.
         at_most: the largest F_t,i, 1e-4 in the authors' code; None for any.
         labels: "reversed"; with those of EWC, it is EWC with this mean and one anchor.
-        mode: of FusedMASPenalty.attach; None: "proximal" for lam "auto", "gradient" for a number.
+        mode: as in FusedMASPenalty.attach; None is "proximal" for lam "auto" and "gradient" otherwise.
         max_samples: the Fisher information from this many samples of a task, None for all.
     """
 

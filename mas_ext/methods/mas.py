@@ -29,7 +29,7 @@ class MAS(Estimated):
         merge: "sum" (the paper's), "consistent" or "decay", see FusedMASPenalty.
         anchor: "latest" (the paper's) or "own", see FusedMASPenalty.
         alpha_sum: see FusedMASPenalty.
-        mode: of FusedMASPenalty.attach; None: "proximal" for lam "auto", "gradient" for a number.
+        mode: as in FusedMASPenalty.attach; None is "proximal" for lam "auto" and "gradient" otherwise.
         max_samples: importance from this many samples of a task, None for all.
     """
 

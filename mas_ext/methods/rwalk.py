@@ -47,7 +47,7 @@ class RWalk(Integrated):
         eps: the damping, > 0; 0.001 in the authors' code.
         labels: of F_now, those of EWC: "true" (the empirical Fisher information), ..., and "normal" for another
             task loss than the cross entropy, see estimate_fisher.
-        mode: of FusedMASPenalty.attach; None: "proximal" for lam "auto", "gradient" for a number.
+        mode: as in FusedMASPenalty.attach; None is "proximal" for lam "auto" and "gradient" otherwise.
 
     Raises:
         ValueError: an argument that can't be used.

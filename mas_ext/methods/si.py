@@ -31,7 +31,7 @@ class SI(Integrated):
             mas_ext.choose_lam.
         xi: the damping, > 0, that bounds the importance of parameters that hardly moved; 0.001, as the
             authors' code for split MNIST has it (0.1 for permuted MNIST).
-        mode: of FusedMASPenalty.attach; None: "proximal" for lam "auto", "gradient" for a number.
+        mode: as in FusedMASPenalty.attach; None is "proximal" for lam "auto" and "gradient" otherwise.
 
     Raises:
         ValueError: xi is no finite number above 0.

@@ -162,7 +162,6 @@ class Exact:
             return totals, values
         alone: Tensor | None = None
         lockstep = evaluate.lockstep
-        few = batches.between(batch, 0, _CHECKED)
         while True:
             decided = self._decided()
             run = self._run(evaluate, batch, theta)
@@ -174,7 +173,7 @@ class Exact:
             if run.proof is None:
                 layouts, mixed = _found_layouts(run)
                 if untried:
-                    alone, untried = self._try(evaluate, few, theta), False
+                    alone, untried = self._try(evaluate, batch, theta), False
                     if mixed:  # to know what this pass met unknown
                         continue
                 if decided == self._decided():
@@ -188,7 +187,7 @@ class Exact:
             if lockstep is not None and (untried or alone is not None or not proof.lasting):
                 # Sums over ranks can't be taken back: what is unhandled shows before.
                 if untried:
-                    alone, untried = self._try(evaluate, few, theta, proof), False
+                    alone, untried = self._try(evaluate, batch, theta, proof), False
                 self._backward(run, sketched=True)
                 self._send_to_fallback(evaluate.model, run.tape.unhandled)
                 if decided != self._decided():
@@ -196,7 +195,7 @@ class Exact:
             totals = self._backward(run)
             self._send_to_fallback(evaluate.model, run.tape.unhandled)
             if untried:  # not before: what the batch's pass remembered is freed by now
-                alone = self._try(evaluate, few, theta, proof)
+                alone = self._try(evaluate, batch, theta, proof)
             if decided == self._decided():
                 break
             if lockstep is not None:
@@ -320,15 +319,15 @@ class Exact:
     def _try(
         self,
         evaluate: Evaluate,
-        few: Labelled,
+        batch: Labelled,
         theta: Mapping[str, Tensor],
         proof: Proof | None = None,
     ) -> Tensor:
-        """Compare a few samples with themselves alone; returns their outputs alone.
+        """Compare a few samples of a batch with themselves alone; returns their outputs alone.
 
         proof: of the whole batch, which few of its samples are like if they do the same.
         """
-        model = evaluate.model
+        model, few = evaluate.model, batches.between(batch, 0, _CHECKED)
         repeated = False
         while True:
             decided = self._decided()
