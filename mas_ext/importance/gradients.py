@@ -101,7 +101,6 @@ def accumulate_gradients(
             add_up()
         return None if g.is_sparse else g.new_zeros(()).expand_as(g)  # for autograd to keep
 
-    unhooked = [p for p in theta.values() if p._backward_hooks is None]
     handles = []
     try:
         for name, p in theta.items():
@@ -112,8 +111,6 @@ def accumulate_gradients(
     finally:
         for handle in handles:
             handle.remove()
-        for p in unhooked:
-            p._backward_hooks = None
 
 
 def accumulate_sharded(
