@@ -34,7 +34,9 @@ from mas_ext.scenarios import Scenario
 
 METHODS: dict[str, dict[str, Any]] = {
     "mas": {},
+    "mas-own": {"anchor": "own"},
     "mas-alpha": {"merge": "consistent", "anchor": "own"},
+    "mas-alpha-latest": {"merge": "consistent"},
 }
 
 ORDERS = {"small first": (1.0, 10.0, 1.0), "large first": (10.0, 1.0, 1.0)}
@@ -104,7 +106,7 @@ class Consistency(Experiment):
             return {"order": order, "alone": [one["average_accuracy"] for one in found]}
         method = create(cell["method"], **lam_option(cell["lam"]))
         result = {"order": order, **trained(config, scenario, method, seed)}
-        if cell["method"] == "mas-alpha":
+        if METHODS.get(cell["method"], {}).get("merge") == "consistent":
             assert isinstance(method, MAS)
             assert method.penalty is not None
             result["alpha"] = method.penalty.alpha
@@ -188,7 +190,7 @@ class Consistency(Experiment):
             lost = [100 * forgotten(m) for m, _, _ in runs]
             alphas = [a for _, _, found in runs for a in found.get("alpha", ())]
             spread = f"{torch.stack(accuracy).std():.2f}" if len(runs) > 1 else ""
-            ahead = self._ahead(results, name, lam) if method == "mas-alpha" else ""
+            ahead = "" if method in ("finetune", "mas") else self._ahead(results, name, method, lam)
             rows.append(
                 {
                     "method": f"`{method}`" + ("" if lam is None else f", lam {lam:g}"),
@@ -204,11 +206,10 @@ class Consistency(Experiment):
             )
         return titled(rows)
 
-    def _ahead(self, results: Results, name: str, lam: float | None) -> str:
-        """By how much MAS-alpha is more accurate than MAS, in the same orders."""
+    def _ahead(self, results: Results, name: str, method: str, lam: float | None) -> str:
+        """By how much a method is more accurate than MAS, in the same orders."""
         own, other = (
-            results.by_seed(protocol=name, method=method, lam=lam)
-            for method in ("mas-alpha", "mas")
+            results.by_seed(protocol=name, method=each, lam=lam) for each in (method, "mas")
         )
         key, both = "average_accuracy", own.keys() & other.keys()
         return percent([own[seed][key] - other[seed][key] for seed in both])

@@ -9,7 +9,15 @@ from typing import Any, ClassVar
 import torch
 
 from experiments import cifar
-from experiments.comparison import BOTH, DISTILLED, PENALTIES, PROXIMAL, Comparison, Variant
+from experiments.comparison import (
+    ANCHORS,
+    BOTH,
+    DISTILLED,
+    PENALTIES,
+    PROXIMAL,
+    Comparison,
+    Variant,
+)
 from experiments.learned import matrix
 from experiments.tables import percent
 from mas_ext.comparison.cells import Found
@@ -36,6 +44,7 @@ BASE = Config.read(
 VARIANTS = (
     Variant("finetune"),
     *(each for each in PENALTIES if each.method != "online-ewc"),
+    *ANCHORS,
     *DISTILLED,
     *(each for each in PROXIMAL if each.method == "mas"),
     *BOTH,

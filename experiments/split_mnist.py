@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from experiments.comparison import (
+    ANCHORS,
     DISTILLED,
     MERGED,
     PENALTIES,
@@ -53,7 +54,15 @@ class SplitMNIST(Comparison):
     published: ClassVar[Mapping[str, Sequence[float]]] = PUBLISHED
     base: Config = BASE
     settings: tuple[Setting, ...] = ("task", "domain", "class")
-    variants: Sequence[Variant] = (*PLAIN, *PENALTIES, *MERGED, *DISTILLED, *PROXIMAL, *OTHERS)
+    variants: Sequence[Variant] = (
+        *PLAIN,
+        *PENALTIES,
+        *ANCHORS,
+        *MERGED,
+        *DISTILLED,
+        *PROXIMAL,
+        *OTHERS,
+    )
 
     def quick(self) -> SplitMNIST:
         """The digits of scikit-learn, one seed, few methods."""
