@@ -39,6 +39,26 @@ void with_penalty(const State& state, std::int64_t offset, F f) {
   });
 }
 
+// Steps a tile by the gradient(i) of each element; put(i, theta, divisor) takes what it becomes.
+// All comes by value, or the compiler would have to think that what is written changes it.
+template <int M, class T, class Step, class Gradient, class Put>
+void step_tile(const Step step, std::int64_t size, const T* theta, T* first, T* second, T* third,
+               Gradient gradient, Put put) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < size; ++i) {
+    using C = compute_t<T>;
+    Moments<C> m = {};
+    if constexpr (M > 0) m.first = load(first[i]);
+    if constexpr (M > 1) m.second = load(second[i]);
+    if constexpr (M > 2) m.third = load(third[i]);
+    const Stepped<C> next = step_element<M, C>(step, load(theta[i]), gradient(i), m);
+    if constexpr (M > 0) first[i] = store<T>(m.first);
+    if constexpr (M > 1) second[i] = store<T>(m.second);
+    if constexpr (M > 2) third[i] = store<T>(m.third);
+    put(i, next.theta, next.divisor);
+  }
+}
+
 template <class T, int M, class Rule>
 void optimize_chunk(ChunkOf<OptimizerSegment<Rule>> chunk, const OptimizerStep<Rule>& args) {
   using C = compute_t<T>;
@@ -52,8 +72,10 @@ void optimize_chunk(ChunkOf<OptimizerSegment<Rule>> chunk, const OptimizerStep<R
   const double largest = largest_alpha(state.alpha, state.rows);
   const C strength = finite_factor<C>(2.0 * eta_of(segment.rule) * largest);
 
-  C value[kTile];  // the gradient, then the parameter
-  C divisor[kTile];
+  C values[kTile];  // gradients, or parameters before their proximal step
+  C all_strengths[kTile];
+  C* const value = values;
+  C* const strengths = all_strengths;
   for (std::int64_t start = 0; start < chunk.size; start += kTile) {
     const std::int64_t size = chunk.size - start < kTile ? chunk.size - start : kTile;
     const std::int64_t begin = chunk.begin + start;
@@ -63,33 +85,29 @@ void optimize_chunk(ChunkOf<OptimizerSegment<Rule>> chunk, const OptimizerStep<R
     T* second = M > 1 ? static_cast<T*>(segment.moments[1]) + begin : nullptr;
     T* third = M > 2 ? static_cast<T*>(segment.moments[2]) + begin : nullptr;
 
-    for (std::int64_t i = 0; i < size; ++i) value[i] = unscale * load(grad[i]);
-    if (!args.proximal && state.rows > 0) {
-      with_penalty<T>(state, offset + start, [&](auto omega, auto anchor) {
-        add_gradient(state, theta, omega, anchor, size, value);
+    const auto step_all = [=](auto gradient, auto put) {
+      step_tile<M>(step, size, theta, first, second, third, gradient, put);
+    };
+    const auto loss_gradient = [=](std::int64_t i) { return unscale * load(grad[i]); };
+    const auto put = [=](std::int64_t i, C stepped, C) { theta[i] = store<T>(stepped); };
+    if (state.rows == 0) {
+      step_all(loss_gradient, put);
+    } else if (args.proximal) {
+      step_all(loss_gradient, [=](std::int64_t i, C stepped, C divisor) {
+        value[i] = stepped;
+        strengths[i] = divided<C>(strength, divisor);
       });
-    }
-#pragma omp simd
-    for (std::int64_t i = 0; i < size; ++i) {
-      Moments<C> m = {};
-      if constexpr (M > 0) m.first = load(first[i]);
-      if constexpr (M > 1) m.second = load(second[i]);
-      if constexpr (M > 2) m.third = load(third[i]);
-      const Stepped<C> next = step_element<M, C>(step, load(theta[i]), value[i], m);
-      if constexpr (M > 0) first[i] = store<T>(m.first);
-      if constexpr (M > 1) second[i] = store<T>(m.second);
-      if constexpr (M > 2) third[i] = store<T>(m.third);
-      value[i] = next.theta;
-      divisor[i] = next.divisor;
-    }
-    if (args.proximal && state.rows > 0) {
-      C strengths[kTile];
-      for (std::int64_t i = 0; i < size; ++i) strengths[i] = divided<C>(strength, divisor[i]);
       with_penalty<T>(state, offset + start, [&](auto omega, auto anchor) {
         pull(state, largest, omega, anchor, size, strengths, value);
       });
+      for (std::int64_t i = 0; i < size; ++i) theta[i] = store<T>(value[i]);
+    } else {
+      for (std::int64_t i = 0; i < size; ++i) value[i] = loss_gradient(i);
+      with_penalty<T>(state, offset + start, [&](auto omega, auto anchor) {
+        add_gradient(state, theta, omega, anchor, size, value);
+      });
+      step_all([=](std::int64_t i) { return value[i]; }, put);
     }
-    for (std::int64_t i = 0; i < size; ++i) theta[i] = store<T>(value[i]);
   }
 }
 
