@@ -114,6 +114,17 @@ def test_with_old_outputs_the_known_best_lam_is_met(importance: float, keep: flo
     assert cost(lam) < least + 0.1 * (max(map(cost, grid)) - least)
 
 
+def test_choices_are_averaged() -> None:
+    """Each is the geometric mean of all so far; tasks without a choice, NaN or 0, do not count."""
+    raw, found = list[float](), [math.nan, 0.0]
+    for importance in (1e-3, 1.0, 1e4, 1e2):
+        raw.append(choose_lam((b := Bowl(importance)).penalty, b.learn, b.measure))
+        found.append(choose_lam(b.penalty, b.learn, b.measure, before=found))
+        mean = math.exp(sum(map(math.log, raw)) / len(raw))
+        assert found[-1] == pytest.approx(mean, rel=1e-12)
+    assert max(raw) > 1e6 * min(raw)
+
+
 def test_all_is_as_it_was() -> None:
     bowl = Bowl()
     bowl.model.y.requires_grad_(False)
@@ -360,6 +371,22 @@ def test_a_run_with_lam_chosen_is_one_with_that_lam(name: str, setting: str) -> 
         assert torch.equal(got[key], t), key
 
 
+def test_a_run_averages_its_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lam of a task is the geometric mean of what it and the tasks before it would choose alone."""
+    raw: list[float] = []
+
+    def recorded(penalty: Any, learn: Any, measure: Any, keep: float, before: Any) -> float:
+        raw.append(choose_lam(penalty, learn, measure, keep))
+        return choose_lam(penalty, learn, measure, keep, before)
+
+    monkeypatch.setattr(learning_module, "choose_lam", recorded)
+    twice = Scenario(2 * tiny.scenario("task").tasks)
+    lam = train("mas", twice, lam="auto")[1].lam
+    assert len(raw) == len(lam) - 1 == 3
+    for t, found in enumerate(lam[1:].tolist(), 1):
+        assert math.log(found) == pytest.approx(sum(map(math.log, raw[:t])) / t)
+
+
 def test_keep_is_what_is_kept() -> None:
     """The more is to be kept, the larger lam."""
     settings = {"lam": "auto", "epochs": 40, "lr": 0.02}
@@ -379,7 +406,7 @@ def test_stopped_while_choosing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Ctrl-C ends the choice at its next step, and it is made again, to the same bits."""
     chosen: list[bool] = []
 
-    def interrupted(penalty: Any, learn: Any, measure: Any, keep: float) -> float:
+    def interrupted(penalty: Any, learn: Any, measure: Any, keep: float, before: Any) -> float:
         def stopping() -> Any:
             for n, optimizer in enumerate(learn()):
                 if n == 2 and not chosen:
@@ -387,7 +414,7 @@ def test_stopped_while_choosing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
                     signal.raise_signal(signal.SIGINT)
                 yield optimizer
 
-        return choose_lam(penalty, stopping, measure, keep)
+        return choose_lam(penalty, stopping, measure, keep, before)
 
     right, known = train("mas", lam="auto", epochs=2)
     monkeypatch.setattr(learning_module, "choose_lam", interrupted)

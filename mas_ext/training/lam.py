@@ -116,7 +116,11 @@ def _share_held(penalty: FusedMASPenalty, optimizer: Optimizer) -> float:
 
 
 def choose_lam(
-    penalty: FusedMASPenalty, learn: Learn, measure: Measure, keep: float = 0.5
+    penalty: FusedMASPenalty,
+    learn: Learn,
+    measure: Measure,
+    keep: float = 0.5,
+    before: Sequence[float] = (),
 ) -> float:
     """The lam to learn a new task with, from its own data alone, at one and a half times its training's cost.
 
@@ -134,7 +138,9 @@ def choose_lam(
 
         lam = -<g, d> / (2 E),   g = gradient of the loss, d = theta - A, E = sum_i W_i d_i^2,
 
-    from the sums over the steps since the point before: on so short a way the model lags behind its lam.
+    from the sums over the steps since the point before: on so short a way the model lags behind its lam. One
+    such choice is uncertain by factors, and what is forgotten with too small a lam is lost: where there were
+    choices before, the geometric mean of all of them is returned.
 
     The model, its gradients and modes, the penalty and torch's random numbers are afterwards as before.
 
@@ -147,6 +153,8 @@ def choose_lam(
             outputs for earlier tasks on the same data, (N, ...) each, such as those of the old heads. It
             may set modes, as by model.eval(); the training goes on in its own.
         keep: what matters, from 0 (the new task alone) to 1 (the old ones).
+        before: what was returned for the earlier tasks, in order. NaN and 0, of tasks without a choice, do
+            not count.
 
     Raises:
         ValueError: keep is not from 0 to 1; a penalty that holds nothing yet; a training without steps, or with
@@ -181,8 +189,14 @@ def choose_lam(
     if old:
         lost = [_lost(old, point.outputs) for point in points]
         cost = [(1 - keep) * u + keep * v for u, v in zip(unlearned, lost, strict=True)]
-        return points[min(range(len(points)), key=cost.__getitem__)].lam
-    return _crossing([point.lam for point in points], unlearned, keep / 10)
+        lam = points[min(range(len(points)), key=cost.__getitem__)].lam
+    else:
+        lam = _crossing([point.lam for point in points], unlearned, keep / 10)
+    known = [each for each in before if each > 0]
+    if not known:
+        return lam
+    # The last one is the mean of those before it, too.
+    return math.exp((len(known) * math.log(known[-1]) + math.log(lam)) / (len(known) + 1))
 
 
 class _Point(NamedTuple):

@@ -374,7 +374,9 @@ class Learning:
                     found.append(self.model.classify(features, k))
             return total / sum(map(len, few)), [torch.cat(found) for found in outputs]
 
-        penalty.lam = self.found.lam[task] = choose_lam(penalty, learn, measure, settings.keep)
+        chosen = self.found.lam[:task].tolist()
+        lam = choose_lam(penalty, learn, measure, settings.keep, chosen)
+        penalty.lam = self.found.lam[task] = lam
 
     # -- data and heads ----------------------------------------------------------------------------
 
