@@ -151,18 +151,22 @@ class Consistency(Experiment):
         return table(titles, rows)
 
     def _toy_picture(self, results: Results) -> Any:
-        figure, panels = canvas(len(ORDERS), 1, 2.8, sharey=True)
+        panels_of = [(order, anchor) for order in ORDERS for anchor in ("latest", "own")]
+        figure, panels = canvas(len(panels_of), 2, 2.8, sharey=True)
         kinds = ("outputs of scale 1", "outputs of scale 10", "third task")
-        for panel, order in zip(panels, ORDERS, strict=True):
-            for j, method in enumerate(METHODS):
+        for panel, (order, anchor) in zip(panels, panels_of, strict=True):
+            methods = [m for m, how in METHODS.items() if how.get("anchor", "latest") == anchor]
+            for style, merge, method in zip(
+                ("-", "--"), ("sum", "consistent"), methods, strict=True
+            ):
                 cells = [(lam, self._toy(results, order, method, lam)) for lam in self.lams]
                 known = [(lam, error.mean(0).tolist()) for lam, error in cells if error is not None]
                 for k, kind in enumerate(kinds):
-                    how = {**look(k), "linestyle": ("-", "--")[j]}
                     y = [error[k] for _, error in known]
-                    panel.plot([lam for lam, _ in known], y, label=f"{method}: {kind}", **how)
+                    how = {**look(k), "linestyle": style, "label": f"{merge}: {kind}"}
+                    panel.plot([lam for lam, _ in known], y, **how)
             panel.set(xscale="log", yscale="log")
-            panel.set_title(order, fontsize="medium")
+            panel.set_title(f"{order}, {anchor} anchor", fontsize="medium")
         legend(figure, panels[0], 2)
         figure.supxlabel("lam", fontsize="medium")
         figure.supylabel("squared error / variance, after the third task", fontsize="medium")
