@@ -106,6 +106,7 @@ class ClassIncremental(Comparison):
 
     title: ClassVar[str] = "Class-incremental without old images"
     name: ClassVar[str] = "class-incremental"
+    automatic: ClassVar[Sequence[Variant]] = ()
     score: ClassVar[str] = "validation_by_class"
     base: Config = BASE
     settings: tuple[Setting, ...] = ("class",)

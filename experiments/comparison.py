@@ -7,13 +7,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 from experiments.experiment import Page, Results
-from experiments.learned import CHOOSING_SEED, DATA_SETS, Tuned, lam_option, scenario_of, told
+from experiments.learned import (
+    CHOOSING_SEED,
+    DATA_SETS,
+    Tuned,
+    lam_option,
+    scenario_of,
+    told,
+    with_auto,
+)
 from experiments.tables import number, percent, table
 from mas_ext.comparison.cells import Cell, Found, chosen
 from mas_ext.comparison.charts import canvas, legend, look
-from mas_ext.comparison.options import Config
+from mas_ext.comparison.options import Config, Purpose
 from mas_ext.comparison.sweep import train
 from mas_ext.methods import Method, Setting, create, options
+from mas_ext.methods.quadratic import Lam
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario
 
@@ -49,12 +58,14 @@ class Comparison(Tuned):
     """Accuracy and forgetting of methods in some settings.
 
     name: of its files. published: average accuracy in % by method, in the order of `settings`.
+    automatic: those of the variants that also learn with lam "auto".
     base: scenario and training. settings: in which methods are compared. variants: the methods.
     max_samples: of a task, that importance or a code is computed from; None for all.
     """
 
     name: ClassVar[str]
     published: ClassVar[Mapping[str, Sequence[float]]] = {}
+    automatic: ClassVar[Sequence[Variant]] = (*PENALTIES, *ANCHORS)
     base: Config = field(default_factory=Config)
     settings: tuple[Setting, ...] = ("task",)
     variants: Sequence[Variant] = (*PLAIN, *PENALTIES, *ANCHORS, *MERGED, *DISTILLED)
@@ -75,7 +86,7 @@ class Comparison(Tuned):
         """The network before the first task."""
         return self.base.network(scenario, seed)
 
-    def cell(self, setting: str, variant: Variant, seed: int, lam: float | None) -> Cell:
+    def cell(self, setting: str, variant: Variant, seed: int, lam: Lam | None) -> Cell:
         """A training that counts."""
         return {
             "setting": setting,
@@ -83,7 +94,7 @@ class Comparison(Tuned):
             "options": dict(variant.options),
             "lam": lam,
             "seed": seed,
-            "purpose": "final",
+            "purpose": "auto" if lam == "auto" else "final",
         }
 
     def choosing(self, setting: str, variant: Variant) -> Cell | None:
@@ -94,13 +105,20 @@ class Comparison(Tuned):
         return {**cell, "purpose": "choose"}
 
     def plan(self, results: Results) -> Iterator[Cell]:
-        """Every setting and method with one seed, then with two, ..."""
+        """Every setting and method with one seed, then with two, ..., and then with lam "auto"."""
         for seed in range(self.seeds):
             for setting in self.settings:
                 for variant in self.variants:
                     lam = yield from self.choice(results, self.choosing(setting, variant))
                     if lam is not None or variant.lam_of is None:
                         yield self.cell(setting, variant, seed, lam)
+        for seed in range(self.seeds):
+            for setting in self.settings:
+                for variant in self._automatic():
+                    yield self.cell(setting, variant, seed, "auto")
+
+    def _automatic(self) -> list[Variant]:
+        return [variant for variant in self.variants if variant in self.automatic]
 
     def method(self, cell: Cell) -> Method:
         """The method of a cell."""
@@ -111,7 +129,8 @@ class Comparison(Tuned):
 
     def measure(self, cell: Cell) -> Found:
         seed = cell["seed"]
-        scenario, settings = self.scenario(seed), self.base.training(seed, cell["purpose"])
+        purpose: Purpose = "choose" if cell["purpose"] == "choose" else "final"
+        scenario, settings = self.scenario(seed), self.base.training(seed, purpose)
         return train(
             self.network(scenario, seed),
             self.method(cell),
@@ -137,6 +156,7 @@ class Comparison(Tuned):
             if len(self.settings) > 1:
                 text.append(f"**{NAMES[setting]}**")
             text.append(self._table(results, setting))
+            text += self._with_auto(results, setting)
         least, most = min(seeds - {0}), max(seeds)
         span = str(most) if least == most else f"{least} to {most}"
         text += [
@@ -179,6 +199,22 @@ class Comparison(Tuned):
             lam = number(self.lam(results, setting, variant))
             rows.append((f"`{variant}`", *words.values(), lam, f"{len(well)}{lost}"))
         return table(titles, rows) if rows else "Not measured yet."
+
+    def _with_auto(self, results: Results, setting: Setting) -> list[str]:
+        """A table of the methods with lam "auto", if there are some."""
+
+        def by_seed(variant: Variant, lam: Lam | None) -> dict[int, Found]:
+            cell = self.cell(setting, variant, 0, lam)
+            del cell["seed"]
+            return results.by_seed(**cell)
+
+        return with_auto(
+            (
+                (f"`{v}`", by_seed(v, "auto"), by_seed(v, self.lam(results, setting, v)))
+                for v in self._automatic()
+            ),
+            lambda found: float(found["average_accuracy"]),
+        )
 
     def _accuracies(self, results: Results) -> Any:
         """A panel per setting: a point per seed, crosses for what was published."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from experiments.experiment import Experiment, Results
+from experiments.tables import percent, titled
 from mas_ext.comparison.cells import Cell, CellStore, Found, scored
 from mas_ext.comparison.options import Config, Purpose
 from mas_ext.comparison.sweep import train
 from mas_ext.importance import estimate_importance
 from mas_ext.methods import Method
+from mas_ext.methods.quadratic import Lam
 from mas_ext.models import MultiHead
 from mas_ext.scenarios import Scenario, Tensors, named
 
@@ -85,7 +87,7 @@ def told(config: Config, *others: str) -> dict[str, Any]:
     return {name: value for name, value in config.values().items() if name not in of_cells}
 
 
-def lam_option(lam: float | None) -> dict[str, float]:
+def lam_option(lam: Lam | None) -> dict[str, Lam]:
     """The options of a method with this lam; None is that of methods without lam."""
     return {} if lam is None else {"lam": lam}
 
@@ -106,6 +108,35 @@ def scenario_of(config: Config, folder: str | None, seed: int) -> Scenario:
 
 
 _built = functools.lru_cache(maxsize=2)(named.make_scenario)
+
+
+def with_auto(
+    methods: Iterable[tuple[str, Mapping[int, Found], Mapping[int, Found]]],
+    share: Callable[[Found], float],
+) -> list[str]:
+    """A table of methods with lam "auto" beside their lam in hindsight, over the same seeds, if there are some.
+
+    methods: name, what was found by seed with "auto", and with the other lam. share: what is compared.
+    """
+    rows = []
+    for name, auto, hindsight in methods:
+        both = sorted(auto.keys() & hindsight.keys())
+        if not both:
+            continue
+        own, other = ([share(found[seed]) for seed in both] for found in (auto, hindsight))
+        lams = [lam for seed in both for lam in auto[seed]["chosen_lam"] if lam is not None]
+        rows.append(
+            {
+                "method": name,
+                "auto, %": percent(own),
+                "hindsight, %": percent(other),
+                "difference": percent([a - b for a, b in zip(own, other, strict=True)]),
+                "lam": f"{min(lams):.2g} to {max(lams):.2g}",
+                "seeds": str(len(both)),
+            }
+        )
+    told = 'With `lam="auto"`, beside the lam of the table above:'
+    return [told, titled(rows)] if rows else []
 
 
 def fewer(scenario: Scenario, train: int, test: int | None = None, seed: int = 0) -> Scenario:

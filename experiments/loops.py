@@ -17,7 +17,7 @@ from mas_ext.comparison.cells import Cell, Found, chosen
 from mas_ext.comparison.charts import canvas, legend, look
 from mas_ext.failures import Diverged, Vanished
 from mas_ext.methods.method import Method, Setting, TaskLoss, Training
-from mas_ext.methods.quadratic import Quadratic
+from mas_ext.methods.quadratic import Lam, Quadratic
 from mas_ext.models import MultiHead
 from mas_ext.parameters.names import named_parameters
 
@@ -33,8 +33,8 @@ class SquaredGradients(Quadratic):
     is learned after a consolidation depends on the last bits.
     """
 
-    def __init__(self, lam: float) -> None:
-        super().__init__(lam / 2, anchor="own")
+    def __init__(self, lam: Lam) -> None:
+        super().__init__(lam if isinstance(lam, str) else lam / 2, anchor="own")
 
     def entries(self, training: Training, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """Further arguments of f for the samples of a batch, each (N, ...)."""

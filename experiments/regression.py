@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -10,10 +10,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Optimizer
 
 from experiments.experiment import Page, Results
-from experiments.learned import GRID
-from experiments.loops import Batch, InOwnLoop, SquaredGradients, Variant, course
+from experiments.learned import GRID, with_auto
+from experiments.loops import Batch, InOwnLoop, Pair, SquaredGradients, Variant, course
 from experiments.tables import number, percent, table
 from mas_ext import models
 from mas_ext.comparison.cells import Cell, Found
@@ -23,9 +24,12 @@ from mas_ext.methods.imm import IMM, MeanIMM
 from mas_ext.methods.joint import Joint
 from mas_ext.methods.lwf import LwF
 from mas_ext.methods.mas import MAS
-from mas_ext.methods.method import Method
+from mas_ext.methods.method import Method, Training
+from mas_ext.methods.quadratic import Lam, Quadratic
 from mas_ext.methods.si import SI
 from mas_ext.models import MultiHead
+from mas_ext.penalty import FusedMASPenalty
+from mas_ext.training.lam import choose_lam
 
 
 class Arm(NamedTuple):
@@ -69,6 +73,8 @@ ARMS = {
 
 
 ALPHA = partial(MAS, merge="consistent", anchor="own")
+# With lam "auto", which another loop than the Trainer's chooses by mas_ext.choose_lam.
+AUTOMATIC = ("mas", "mas-alpha", "ewc", "si")
 # LwF and EBLL take outputs for logits of classes, as their papers do.
 TAUGHT: dict[str, Any] = {"distance": "softmax"}
 VARIANTS = {
@@ -111,9 +117,12 @@ class Regression(InOwnLoop):
         return {"arms": ARMS, **{name: getattr(self, name) for name in names}}
 
     def plan(self, results: Results) -> Iterator[Cell]:
-        """Every method with one seed, then with two, ..."""
+        """Every method with one seed, then with two, ..., and then with lam "auto"."""
         for seed in range(self.seeds):
             yield from self.cells(results, seed)
+        for seed in range(self.seeds):
+            for name in AUTOMATIC:
+                yield {"method": name, "lam": "auto", "seed": seed, "purpose": "auto"}
 
     def measure_seeded(self, cell: Cell) -> Found:
         return self.learn(self.method(cell))
@@ -123,6 +132,7 @@ class Regression(InOwnLoop):
         learn, check, test = (self.data_of(n) for n in (self.samples, *[self.samples // 4] * 2))
         model = models.mlp((8,), self.hidden)
         error: list[list[float]] = []
+        lams: list[float] = []
         for task, pair in enumerate(learn):
             model.add_head(2)
 
@@ -132,10 +142,44 @@ class Regression(InOwnLoop):
                     yield head, x[index], y[index]
 
             training = self.training(model, task, "task", task, pair, F.mse_loss)
+            if task and isinstance(method, Quadratic) and method.automatic:
+                assert method.penalty is not None
+                lams.append(self._choose_lam(method.penalty, training, order, check[task], lams))
+                method.penalty.lam = lams[-1]
             self.learn_task(method, training, order)
             error.append([unexplained(model, k, *test[k]) for k in range(task + 1)])
+        if lams:
+            return {"error": error, "chosen_lam": lams}
         left = [unexplained(model, k, *check[k]) for k in range(len(ARMS))]
         return {"error": error, "validation_explained": 1 - sum(left) / len(left)}
+
+    def _choose_lam(
+        self,
+        penalty: FusedMASPenalty,
+        training: Training,
+        order: Callable[[], Iterator[Batch]],
+        held_out: Pair,
+        before: Sequence[float],
+    ) -> float:
+        """The lam for a new arm, from its own data."""
+        model = training.model
+        x_new, y_new = held_out
+
+        def learn() -> Generator[Optimizer, None, None]:
+            optimizer = training.make_optimizer(model.parameters())
+            for _ in range(self.epochs):
+                for head, x, y in order():
+                    optimizer.zero_grad()
+                    F.mse_loss(model(x, head), y).backward()
+                    optimizer.step()
+                    yield optimizer
+
+        @torch.no_grad()
+        def measure() -> tuple[float, list[Tensor]]:
+            *old, output = (model(x_new, head) for head in range(training.task + 1))
+            return float(F.mse_loss(output, y_new)), old
+
+        return choose_lam(penalty, learn, measure, before=before)
 
     def data_of(self, samples: int) -> list[tuple[Tensor, Tensor]]:
         """By arm: sines, cosines of angles, velocities, accelerations (N, 8); torques in the first's scale."""
@@ -171,7 +215,23 @@ class Regression(InOwnLoop):
             shown = (*map(percent, columns), number(lam), str(len(errors)))
             rows.append((f"`{name}`", *shown))
         titles = ("method", "error, %", "error when new, %", "forgetting, %", "lam", "seeds")
-        text = [table(titles, rows), results.place(), "![errors by arm](regression.svg)"]
+        text = [table(titles, rows)]
+
+        def by_seed(name: str, purpose: str, lam: Lam | None) -> dict[int, Found]:
+            return results.by_seed(method=name, purpose=purpose, lam=lam)
+
+        text += with_auto(
+            [
+                (
+                    f"`{name}`",
+                    by_seed(name, "auto", "auto"),
+                    by_seed(name, "final", self.finals(results, name)[0]),
+                )
+                for name in AUTOMATIC
+            ],
+            lambda found: float(_square(found["error"])[-1].mean()),
+        )
+        text += [results.place(), "![errors by arm](regression.svg)"]
         figure = course(by_method, "arm", "squared error in % of the variance")
         for panel in figure.axes:
             panel.set_yscale("log")

@@ -36,8 +36,8 @@ def final(results: Results, method: str) -> tuple[Any, np.ndarray]:
 
 
 def row(text: str, method: str) -> list[str]:
-    """The cells of a method's row."""
-    (line,) = [line for line in text.splitlines() if line.startswith(f"| `{method}` |")]
+    """The cells of a method's row in the first table."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| `{method}` |"))
     return line.strip("| ").split(" | ")
 
 
@@ -55,6 +55,18 @@ def test_permuted_mnist(tmp_path: Path) -> None:
     assert row(page.text, "si")[1:] == expected
     assert row(page.text, "finetune")[2] == "57.40"
     assert row(page.text, "mas")[2] == ""
+    ((_, auto),) = results.where(method="si", purpose="auto")
+    lams = auto["chosen_lam"]
+    assert lams[0] is None
+    share, other = (100 * each for each in (auto["average_accuracy"], accuracy[-1].mean()))
+    second = page.text.partition('With `lam="auto"`')[2]
+    assert row(second, "si")[1:] == [
+        f"{share:.2f}",
+        f"{other:.2f}",
+        f"{share - other:.2f}",
+        f"{min(lams[1:]):.2g} to {max(lams[1:]):.2g}",
+        "1",
+    ]
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -334,6 +334,7 @@ def test_consistency(tmp_path: Path) -> None:
     lost = np.mean([np.mean((np.diag(m) - m[-1])[:-1]) for _, m in accuracy])
     (row,) = [line for line in page.text.splitlines() if line.startswith("| `mas-alpha`, lam 1 |")]
     assert f"| {100 * gap:.3f} ±" in row
+    assert "alpha" not in results.where(method="mas-own", protocol="split-mnist")[0][1]
     others = results.where(method="mas", protocol="split-mnist")
     ahead = [
         a["average_accuracy"] - b["average_accuracy"]
@@ -465,6 +466,13 @@ def test_regression(tmp_path: Path) -> None:
         for cell, found in results.where(purpose="final")
     }
     assert last["joint"] < last["mas"] < last["finetune"]
+    auto = {c["method"]: f for c, f in results.where(purpose="auto")}
+    assert set(auto) == {"mas", "mas-alpha", "ewc", "si"}
+    second = page.text.partition('With `lam="auto"`')[2]
+    for name, found in auto.items():
+        assert len(found["chosen_lam"]) == 4
+        own, other = 100 * np.mean(found["error"][-1]), 100 * last[name]
+        assert f"| `{name}` | {own:.2f} | {other:.2f} | {own - other:.2f} |" in second
     for name, error in last.items():
         assert f"| `{name}` | {100 * error:.2f} |" in page.text
     scores = {
