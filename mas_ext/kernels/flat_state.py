@@ -37,8 +37,9 @@ class State(NamedTuple):
     def empty(cls, count: int, device: torch.device, native: bool) -> State:
         """Without a penalty for any of this many tensors."""
         omega = torch.empty(0, 0, device=device)
-        scalars = torch.empty(1, dtype=torch.float64, device=device)
-        return cls([-1] * count, omega, omega, scalars[:0], scalars[0], native)
+        alpha = torch.empty(0, dtype=torch.float64, device=device)
+        remainder = torch.empty((), dtype=torch.float64, device=device)
+        return cls([-1] * count, omega, omega, alpha, remainder, native)
 
     def rows(self, i: int, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Omega and anchor of tensor i, row by row, in x's shape and the dtype of its arithmetic."""

@@ -46,6 +46,9 @@ _REFUSED = ("foreach", "maximize", "differentiable")
 # The group and offset of a parameter without a penalty.
 _NOWHERE = (None, -1)
 
+# What is kept of a parameter before its first step.
+_NOTHING: dict[str, Any] = {}
+
 
 @dataclass
 class _Bucket:
@@ -53,8 +56,10 @@ class _Bucket:
 
     An offset of -1 is a parameter without a penalty; a bucket of only such parameters has no group.
 
-    moments: the names of what the step keeps of each parameter. fresh: parameters that have none of it yet.
-    rules: the numbers of the step, each for as many parameters as its count says.
+    moments: the names of what the step keeps of each parameter; kept: all that the optimizer keeps of each;
+    both empty where that is nothing. fresh: the places of parameters that have no moments yet. renewed:
+    parameters whose gradient is another tensor in this step, with that one. rules: the numbers of the step,
+    each for as many parameters as its count says.
     """
 
     moments: Sequence[str]
@@ -62,35 +67,36 @@ class _Bucket:
     parameters: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
-    fresh: list[Tensor] = field(default_factory=list)
+    kept: list[dict[str, Any]] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)
+    renewed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     rules: list[tuple[float, ...]] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
 
     def add(
         self,
-        parameters: Iterable[Tensor],
-        grads: Iterable[Tensor],
+        stepped: _Stepped,
         rule: tuple[float, ...],
         fresh: bool,
         places: Mapping[int, tuple[Group, int]],
     ) -> None:
         """Take parameters in that follow one rule."""
-        before = len(self.parameters)
+        parameters, before = stepped.parameters, len(self.parameters)
         self.parameters += parameters
-        self.grads += grads
-        new = self.parameters[before:]
-        self.fresh += new if fresh else []
-        found = [places.get(id(p), _NOWHERE) for p in new] if places else [_NOWHERE] * len(new)
-        self.offsets += [offset for _, offset in found]
-        self.group = self.group or next((g for g, _ in found if g is not None), None)
+        self.fresh += range(before, len(self.parameters)) if fresh else ()
+        self.grads += stepped.grads
+        self.kept += stepped.kept
+        if stepped.other_grads:
+            pairs = zip(parameters, stepped.grads, strict=True)
+            self.renewed += [(p, g) for p, g in pairs if p.grad is not g]
+        if places:
+            found = [places.get(id(p), _NOWHERE) for p in parameters]
+            self.offsets += [offset for _, offset in found]
+            self.group = self.group or next((g for g, _ in found if g is not None), None)
+        else:
+            self.offsets += [-1] * len(parameters)
         self.rules.append(rule)
-        self.counts.append(len(new))
-
-    @property
-    def renewed(self) -> list[tuple[Tensor, Tensor]]:
-        """The parameters whose gradient is another tensor in this step, with that one."""
-        pairs = zip(self.parameters, self.grads, strict=True)
-        return [(p, g) for p, g in pairs if p.grad is not g]
+        self.counts.append(len(parameters))
 
     @property
     def state(self) -> State:
@@ -99,6 +105,24 @@ class _Bucket:
             return self.group.state._replace(offsets=self.offsets)
         device = self.parameters[0].device
         return State.empty(len(self.parameters), device, backends.serves(device, "auto"))
+
+
+class _Stepped(NamedTuple):
+    """Parameters with their gradients and with what the optimizer keeps of them, if the step keeps something.
+
+    other_grads: whether there are gradients that are not the parameters' own .grad.
+    """
+
+    parameters: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    kept: Sequence[dict[str, Any]]
+    other_grads: bool
+
+    def among(self, chosen: Sequence[bool]) -> _Stepped:
+        """Those that are chosen, each by its truth value."""
+        parameters = [*compress(self.parameters, chosen)]
+        grads, kept = [*compress(self.grads, chosen)], [*compress(self.kept, chosen)]
+        return _Stepped(parameters, grads, kept, self.other_grads)
 
 
 class _Launch(NamedTuple):
@@ -249,40 +273,47 @@ class FusedOptimizer(torch.optim.Optimizer):
         buckets: dict[Any, _Bucket] = {}
         for group in self.param_groups:
             moments = self._moments(group)
-            parameters, grads = self._with_gradients(group["params"], places, factors)
+            stepped = self._stepped(group["params"], moments, places, factors)
             # As a list much faster than as a generator, here and below.
-            for sparse in compress(parameters, [g.is_sparse for g in grads]):
+            for sparse in compress(stepped.parameters, [g.is_sparse for g in stepped.grads]):
                 raise RuntimeError(
                     f"parameters: got a sparse gradient of shape {tuple(sparse.shape)}, expected dense ones"
                 )
-            fresh = [bool(moments) and self._is_fresh(p) for p in parameters]
-            kinds = [(p.get_device(), p.dtype, f) for p, f in zip(parameters, fresh, strict=True)]
+            fresh = self._are_fresh(stepped.kept) if moments else [False] * len(stepped.parameters)
+            kinds = [
+                (p.get_device(), p.dtype, new)
+                for p, new in zip(stepped.parameters, fresh, strict=True)
+            ]
             for kind in dict.fromkeys(kinds):
                 *place, new = kind
+                alike = kinds.count(kind) == len(kinds)
+                own = stepped if alike else stepped.among([k == kind for k in kinds])
                 bucket = buckets.setdefault((*place, moments), _Bucket(moments))
-                own = [k == kind for k in kinds]
-                rule = self._rule(group, new)
-                bucket.add(compress(parameters, own), compress(grads, own), rule, new, places)
+                bucket.add(own, self._rule(group, new), new, places)
         return buckets.values()
 
-    def _with_gradients(
+    def _stepped(
         self,
         parameters: Sequence[Tensor],
+        moments: Sequence[str],
         places: Mapping[int, tuple[Group, int]],
         factors: Collection[int],
-    ) -> tuple[Sequence[Tensor], list[Tensor]]:
-        """The parameters that are stepped, and their gradients."""
+    ) -> _Stepped:
+        """The parameters of a group that are stepped."""
         grads = [p.grad for p in parameters]
-        if not factors and not any([g is None for g in grads]):  # noqa: C419
-            return parameters, cast("list[Tensor]", grads)
-        stepped: list[tuple[Tensor, Tensor]] = []
-        for p, grad in zip(parameters, grads, strict=True):
-            pulled = self._mode == "gradient" and id(p) in places
-            if grad is not None:
-                stepped.append((p, grad.clone() if id(p) in factors else grad))
-            elif pulled or id(p) in factors:
-                stepped.append((p, torch.zeros_like(p)))
-        return [p for p, _ in stepped], [grad for _, grad in stepped]
+        others = bool(factors) or any([g is None for g in grads])  # noqa: C419
+        if others:
+            stepped: list[tuple[Tensor, Tensor]] = []
+            for p, grad in zip(parameters, grads, strict=True):
+                pulled = self._mode == "gradient" and id(p) in places
+                if grad is not None:
+                    stepped.append((p, grad.clone() if id(p) in factors else grad))
+                elif pulled or id(p) in factors:
+                    stepped.append((p, torch.zeros_like(p)))
+            parameters = [p for p, _ in stepped]
+            grads = [grad for _, grad in stepped]
+        kept = [self.state.get(p, _NOTHING) for p in parameters] if moments else ()
+        return _Stepped(parameters, cast("list[Tensor]", grads), kept, others)
 
     def _amp(self, device: torch.device) -> Iterator[Tensor | None]:
         """What a GradScaler says: the gradients' scale, and whether they overflowed."""
@@ -294,9 +325,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The names of what a step keeps of each of a group's parameters, beside how many there were."""
         raise NotImplementedError
 
-    def _is_fresh(self, p: Tensor) -> bool:
-        """Whether a parameter has no moments yet."""
-        return not self.state.get(p)
+    def _are_fresh(self, kept: Sequence[dict[str, Any]]) -> list[bool]:
+        """Whether parameters have no moments yet, by what is kept of each."""
+        return [not own for own in kept]
 
     def _rule(self, group: dict[str, Any], fresh: bool) -> tuple[float, ...]:
         """The numbers of a group's step; fresh: of parameters that have no moments yet."""
@@ -356,8 +387,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _is_fresh(self, p: Tensor) -> bool:
-        return self.state.get(p, {}).get("momentum_buffer") is None
+    def _are_fresh(self, kept: Sequence[dict[str, Any]]) -> list[bool]:
+        return [own.get("momentum_buffer") is None for own in kept]
 
     def _rule(self, group: dict[str, Any], fresh: bool) -> SGDRule:
         return SGDRule(
@@ -376,11 +407,10 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         if bucket.fresh and overflow is not None and bool(overflow):
             # A buffer holds nothing before a step that was made.
             return _Launch(lambda: None, _Bucket(()), {}, {})
-        new = {
-            p: {**self.state.get(p, {}), "momentum_buffer": torch.empty_like(p)}
-            for p in bucket.fresh
-        }
-        kept = [new.get(p) or self.state[p] for p in parameters] if bucket.moments else []
+        kept = bucket.kept
+        for i in bucket.fresh:
+            kept[i] = {**kept[i], "momentum_buffer": torch.empty_like(parameters[i])}
+        new = {parameters[i]: kept[i] for i in bucket.fresh}
         beside = {key: [own[key] for own in kept] for key in bucket.moments}
         kernel = partial(
             sgd_,
@@ -451,14 +481,11 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 
     def _prepared(self, bucket: _Bucket) -> _Launch:
         parameters = bucket.parameters
-        new = {
-            p: {
-                "step": torch.zeros((), device=p.device),
-                **{key: torch.zeros_like(p) for key in bucket.moments},
-            }
-            for p in bucket.fresh
-        }
-        kept = [new.get(p) or self.state[p] for p in parameters]
+        kept = bucket.kept
+        for i in bucket.fresh:
+            moments = {key: torch.zeros_like(parameters[i]) for key in bucket.moments}
+            kept[i] = {"step": torch.zeros((), device=parameters[i].device), **moments}
+        new = {parameters[i]: kept[i] for i in bucket.fresh}
         scale, overflow = self._amp(parameters[0].device)
         beside = {key: [own[key] for own in kept] for key in ("step", *bucket.moments)}
         kernel = partial(
