@@ -1,6 +1,6 @@
 """The penalty sum_t alpha_t sum_i Omega_ti (theta_i - A_ti)^2 + alpha_0 r: its value and its gradient.
 
-Of float32 parameters the value reads 12 bytes each, value and new gradient move 16, adding to a gradient 20.
+Of float32 parameters the value reads 12 bytes each, a new gradient moves 16, adding to a gradient 20.
 """
 
 from __future__ import annotations
@@ -43,17 +43,11 @@ def gradients(
         yield gradient
 
 
-def _launch(
-    theta: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    mode: int,
-    state: State,
-    grad_output: Tensor | None = None,
-) -> Tensor:
-    """The value, with the gradient written or added."""
+def _launch(theta: Sequence[Tensor], grad: Sequence[Tensor], mode: int, state: State) -> Tensor:
+    """The value; with the gradient added, if it is asked for."""
     scratch = scratch_for(theta)
     value = torch.empty((), dtype=compute_dtype(theta[0].dtype), device=theta[0].device)
-    launch("penalty", theta, theta, grad, mode, state, grad_output, scratch, value)
+    launch("penalty", theta, theta, grad, mode, state, None, scratch, value)
     return value
 
 
@@ -69,24 +63,19 @@ def refuse_double_backward(ctx: Any, *grads: Any) -> None:
 
 
 @operator(
-    f"(Tensor[] theta, {STATE}, Tensor grad_output) -> (Tensor, Tensor[])",
-    shapes=lambda theta, state, _: (
-        _value_shape(theta, state),
-        [torch.empty_like(t) for t in theta],
-    ),
+    f"(Tensor[] theta, {STATE}, Tensor grad_output) -> Tensor[]",
+    shapes=lambda theta, state, _: [torch.empty_like(t) for t in theta],
     backward=refuse_double_backward,
 )
-def penalty_with_grad(
-    theta: Sequence[Tensor], state: State, grad_output: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The value, and grad_output * sum_t 2 alpha_t Omega_t (theta - A_t) in new tensors like theta."""
+def penalty_gradient(theta: Sequence[Tensor], state: State, grad_output: Tensor) -> list[Tensor]:
+    """grad_output * sum_t 2 alpha_t Omega_t (theta - A_t) in new tensors like theta."""
     upstream = grad_output.double()
-    if not state.native:
-        value = _value(theta, state)
-        found = gradients(theta, state, upstream)
-        return value, [torch.empty_like(x).copy_(g) for x, g in zip(theta, found, strict=True)]
     grad = [torch.empty_like(t) for t in theta]
-    return _launch(theta, grad, _WRITE, state, upstream), grad
+    if state.native:
+        launch("penalty", theta, theta, grad, _WRITE, state, upstream, None, None)
+        return grad
+    found = gradients(theta, state, upstream)
+    return [g.copy_(new) for g, new in zip(grad, found, strict=True)]
 
 
 def keep_for_backward(ctx: Any, theta: Sequence[Tensor], state: State) -> None:
@@ -111,8 +100,7 @@ class _Penalty(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        _, grad = penalty_with_grad(*kept_for_backward(ctx), grad_output)
-        return None, *grad
+        return None, *penalty_gradient(*kept_for_backward(ctx), grad_output)
 
 
 def _differentiable(theta: Sequence[Tensor], state: State) -> Tensor:
@@ -126,7 +114,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    _, grad = penalty_with_grad(*kept_for_backward(ctx), grad_output)
+    grad = penalty_gradient(*kept_for_backward(ctx), grad_output)
     return grad, *[None] * len(State._fields)
 
 

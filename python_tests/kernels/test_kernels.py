@@ -25,7 +25,7 @@ from mas_ext.kernels.accumulate import accumulate_
 from mas_ext.kernels.dtypes import compute_dtype, from_codes, to_codes
 from mas_ext.kernels.flat_state import State
 from mas_ext.kernels.merge import merge_
-from mas_ext.kernels.penalty import add_grad_, penalty, penalty_with_grad
+from mas_ext.kernels.penalty import add_grad_, penalty, penalty_gradient
 from mas_ext.kernels.proximal import proximal_
 
 # Every kernel is registered when its file is imported.
@@ -164,8 +164,7 @@ def test_new_gradient(
 ) -> None:
     case = make(dtype, omega_dtype, rows, device=backend.device)
     upstream = torch.tensor(-1.5, dtype=compute_dtype(dtype), device=backend.device)
-    value, grads = penalty_with_grad(case.theta, case.state(backend.native), upstream)
-    assert torch.equal(value, penalty(case.theta, case.state(backend.native)))
+    grads = penalty_gradient(case.theta, case.state(backend.native), upstream)
     for i, x, w, a in case.pieces():
         assert grads[i].dtype == dtype
         assert grads[i].shape == case.theta[i].shape
@@ -268,7 +267,7 @@ def test_gradient_at_huge_strength_is_not_nan(backend: Backend, alpha: float) ->
     case.omega[:, ::2] = 0
     for sign in (1.0, -1.0):
         upstream = torch.tensor(sign, device=backend.device)
-        _, grads = penalty_with_grad(case.theta, case.state(backend.native), upstream)
+        grads = penalty_gradient(case.theta, case.state(backend.native), upstream)
         for i, x, w, a in case.pieces():
             got = flat_array(grads[i])
             assert np.all(got[w[0] == 0] == 0)
@@ -296,7 +295,7 @@ def test_every_number_of_16_bits_is_read(backend: Backend, dtype: torch.dtype) -
     omega, anchor = torch.ones(2, 1, len(finite), device=backend.device)
     anchor.zero_()
     state = State([0], omega, anchor, one / 2, one[0], backend.native)
-    _, (gradient,) = penalty_with_grad([finite], state, one[0].float())
+    (gradient,) = penalty_gradient([finite], state, one[0].float())
     assert torch.equal(gradient, finite)
 
 
@@ -314,7 +313,7 @@ def test_numbers_are_rounded_to_16_bits_as_torch_does(backend: Backend, dtype: t
     theta = torch.zeros(len(x), dtype=dtype, device=backend.device)
     one = torch.ones(1, dtype=torch.float64, device=backend.device)
     state = State([0], torch.ones_like(x)[None], -x[None], one / 2, one[0], backend.native)
-    _, (gradient,) = penalty_with_grad([theta], state, one[0].float())
+    (gradient,) = penalty_gradient([theta], state, one[0].float())
     torch.testing.assert_close(gradient, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -471,8 +470,8 @@ def test_every_backend_gives_the_reference_bits(
 ) -> None:
     case = make(dtype, omega_dtype, 2, device=backend.device)
     upstream = torch.tensor(0.7, dtype=compute_dtype(dtype), device=backend.device)
-    _, expected = penalty_with_grad(case.theta, case.state(False), upstream)
-    _, got = penalty_with_grad(case.theta, case.state(backend.native), upstream)
+    expected = penalty_gradient(case.theta, case.state(False), upstream)
+    got = penalty_gradient(case.theta, case.state(backend.native), upstream)
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
     one = make(dtype, omega_dtype, 1, device=backend.device)
     one.omega[:, ::3] = 0
@@ -512,7 +511,8 @@ def test_anchors_of_16_bits_give_the_bits_of_float32(
     results = []
     for case in with_both_anchors(whole):
         state = case.state(backend.native)
-        value, grads = penalty_with_grad(case.theta, state, upstream)
+        value = penalty(case.theta, state)
+        grads = penalty_gradient(case.theta, state, upstream)
         added = [torch.full_like(t, 0.375) for t in case.theta]
         again = add_grad_(case.theta, added, state)
         proximal_(case.theta, [], state, 0.25, 1.0, 0.0)
@@ -606,7 +606,7 @@ def test_memory_order_is_followed(backend: Backend) -> None:
     assert not theta[0].is_contiguous()
     case = case._replace(theta=theta)
     one = torch.ones((), device=backend.device)
-    _, grads = penalty_with_grad(case.theta, case.state(backend.native), one)
+    grads = penalty_gradient(case.theta, case.state(backend.native), one)
     for i, x, w, a in case.pieces():
         assert grads[i].stride() == theta[i].stride()
         close(grads[i], naive.gradient(x, w, a, array(case.alpha)), 1e-3)
@@ -689,7 +689,8 @@ def test_uninitialised_memory_is_never_read(backend: Backend) -> None:
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         one = torch.ones((), device=backend.device)
-        value, grads = penalty_with_grad(case.theta, case.state(backend.native), one)
+        value = penalty(case.theta, case.state(backend.native))
+        grads = penalty_gradient(case.theta, case.state(backend.native), one)
     finally:
         torch.use_deterministic_algorithms(False)
     assert float(value) == pytest.approx(expected_value(case), rel=2e-7)
@@ -700,7 +701,7 @@ SNIPPET = """
 import hashlib, torch
 from mas_ext.kernels.backends import instruction_set
 from mas_ext.kernels.flat_state import State
-from mas_ext.kernels.penalty import penalty_with_grad
+from mas_ext.kernels.penalty import penalty, penalty_gradient
 from mas_ext.kernels.proximal import proximal_
 torch.manual_seed(0)
 digest = hashlib.sha256()
@@ -710,7 +711,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     flat = torch.rand(2, 20096, dtype=torch.float64 if wide else torch.float32)
     alpha = torch.rand(3, dtype=torch.float64)
     state = State([0, 20032], flat, flat.sin(), alpha[:2], alpha[2], True)
-    value, grads = penalty_with_grad(theta, state, torch.ones((), dtype=flat.dtype))
+    value = penalty(theta, state)
+    grads = penalty_gradient(theta, state, torch.ones((), dtype=flat.dtype))
     proximal_(theta, [t.abs() for t in theta], state, 0.1, 2.0, 1e-8)
     for t in (value, *grads, *theta):
         digest.update(t.detach().double().numpy().tobytes())
@@ -800,7 +802,7 @@ def test_a_bad_upstream_gradient_is_refused() -> None:
     case = make(torch.float32, shapes=[(4,), (3, 2)])
     for bad in (torch.ones(2), torch.ones(1), torch.ones((), device="meta")):
         with pytest.raises(ValueError, match="grad_output: got"):
-            kernel(penalty_with_grad)(case.theta, case.state(True), bad)
+            kernel(penalty_gradient)(case.theta, case.state(True), bad)
 
 
 def test_importance_of_another_precision_is_refused() -> None:
@@ -974,7 +976,7 @@ def operator_calls(case: Case, compiled: bool) -> dict[str, tuple[Any, ...]]:
     added = ([torch.rand_like(t) for t in left], [torch.rand_like(t) for t in right])
     return {
         "penalty": (theta, *state),
-        "penalty_with_grad": (theta, *state, one),
+        "penalty_gradient": (theta, *state, one),
         "add_grad_": (theta, like, *state),
         "add_grad_alone_": (theta, like, *state),
         "proximal_": (theta, like, *state, 0.1, 1.5, 1e-8),
