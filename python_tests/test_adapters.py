@@ -694,15 +694,81 @@ def test_a_new_model_takes_the_state_over() -> None:
     assert_same(penalty_of(other, penalty, 1, options), definition)
 
 
-def test_lam_by_itself_is_refused() -> None:
-    """Along an update there is no gradient: that is of the factors."""
+@pytest.mark.parametrize("how", ["as before", "merged", "another adapter"])
+def test_the_pull_of_updates(how: str) -> None:
+    """h is the dense penalty's gradient by autograd; d is from the anchor's factors, or from 0 without any."""
+    model = make()
+    penalty, definition = penalty_and_definition(model)
+    penalty.consolidate(batches())
+    definition.consolidate(batches())
+    starts = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    if how != "as before":
+        for layer in LAYERS.values():
+            if how == "merged":
+                model.get_submodule(layer).merge()
+            model.get_submodule(layer).add("later")
+        definition.anchor |= {n: torch.zeros_like(definition.anchor[n]) for n in LAYERS}
+        starts = {n: p for n, p in starts.items() if ".up." not in n and ".down." not in n}
+    move(model)
+    active = {
+        n: p
+        for n, p in model.named_parameters()
+        if p.requires_grad and (".default" not in n or how == "as before")
+    }
+    model.zero_grad()
+    (model(batches(seed=3)[0]) ** 3).sum().backward()
+    h = dict(zip(active, torch.autograd.grad(definition(), [*active.values()]), strict=True))
+    g = {n: p.grad for n, p in active.items()}
+    d = {n: p.detach() - starts.get(n, torch.zeros_like(p)) for n, p in active.items()}
+
+    def product(a: Any, b: Any) -> float:
+        return float(sum((a[n] * b[n]).sum() for n in active))
+
+    found = read_pull(penalty)
+    assert found.ratio == pytest.approx((product(h, h) / product(g, g)) ** 0.5, rel=1e-9)
+    assert found.at_rest == pytest.approx(-penalty.lam * product(g, d) / product(h, d), rel=1e-9)
+
+
+def test_lam_of_updates_by_itself() -> None:
+    """With the lam that is chosen, learning stops where it should, and with ten times that much earlier."""
+    torch.manual_seed(0)
     model = make()
     penalty, _ = penalty_and_definition(model)
     penalty.consolidate(batches())
-    with pytest.raises(ValueError, match=r"holds the low-rank update of 'first.weight'"):
-        read_pull(penalty)
-    with pytest.raises(ValueError, match=r"holds the low-rank update of 'first.weight'"):
-        choose_lam(penalty, lambda attach: None, lambda: (torch.zeros(1), torch.zeros(1)))
+    x = torch.randn(64, 4, dtype=torch.float64)
+    y = x[:, :2].tanh() - 0.5
+
+    def loss() -> Tensor:
+        return (model(x) - y).square().mean()
+
+    def learn(steps: int = 600) -> Any:
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.005)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+            yield optimizer
+
+    before = copy.deepcopy(model.state_dict())
+    lam = choose_lam(penalty, learn, lambda: (float(loss().detach()), ()))
+    assert penalty.lam == 0.7
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, before[name]), name
+
+    def unlearned(lam: float) -> float:
+        model.load_state_dict(before)
+        penalty.lam = lam
+        steps = learn(1500)
+        penalty.attach(next(steps))
+        for _ in steps:
+            pass
+        return float(loss().detach())
+
+    first = float(loss().detach())
+    least = unlearned(0.0)
+    shares = [(unlearned(lam * k) - least) / (first - least) for k in (1.0, 10.0)]
+    assert shares[0] < 0.12
+    assert shares[1] > 0.05
 
 
 def test_gradients_go_to_the_chosen_factors_times_a_number() -> None:

@@ -185,11 +185,12 @@ def with_task(
 class UpdateGroup(NamedTuple):
     """Held weights whose factors have one dtype and device, as the kernels take them.
 
-    products: those of the weights, in order.
+    products: those of the weights, in order. anchors: of each product, None where there is none.
     """
 
     state: UpdateState
     products: list[LowRankProduct]
+    anchors: list[AnchorProduct | None]
 
     def factors(self) -> tuple[list[Tensor], list[Tensor]]:
         """The left and the right factors' matrices, differentiable."""
@@ -291,7 +292,9 @@ def _group(
         factor,
         backends.serves(device, rule.backend),
     )
-    return UpdateGroup(state, products)
+    return UpdateGroup(
+        state, products, [w.anchor.get(p.adapter) for w, own in members for p in own]
+    )
 
 
 # -- as named tensors ------------------------------------------------------------------------------

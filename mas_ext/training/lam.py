@@ -14,10 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from mas_ext._arguments import check_share
 from mas_ext.failures import Diverged
-from mas_ext.optim.hooks import Handle
+from mas_ext.optim.hooks import Handle, Mode
 from mas_ext.optim.step_size import STEP_SIZES
 from mas_ext.parameters.adapters import adapted_weights
-from mas_ext.parameters.names import named_parameters
 from mas_ext.penalty import FusedMASPenalty
 
 # Trains the model on the new task, with an optimizer of its own that it gives after every step.
@@ -30,15 +29,18 @@ WEAKEST, STRONGEST, POINTS = 0.1, 1e3, 16
 
 
 class Pull(NamedTuple):
-    """What a penalty does to a step, with g the gradient of the loss, d = theta - A, E = sum_i W_i d_i^2.
+    """What a penalty does to a step, with g the gradient of the loss, lam h that of the penalty, d = theta - A.
+
+    h is 2 W d. Where low-rank updates are held theta is their factors B and A, and d what they are beyond those
+    of the anchor, or all of them where an adapter is new since.
 
     Attributes:
-        ratio: |2 lam W d| / |g|, Euclidean norms over the parameters that are held.
-        at_rest: -<g, d> / (2 E), the lam with which the parameters would go no further from the anchor: along
-            d, g + 2 lam W d is 0. Noisy from one batch; NaN at the anchor.
-        held: share of the held parameters that the proximal form brings back by more than half of their
-            distance in every step, 2 eta_i lam W_i > 1. NaN without an optimizer, before its first step, and
-            where its step sizes are unknown.
+        ratio: |lam h| / |g|, Euclidean norms over the parameters that are held.
+        at_rest: -<g, d> / <h, d>, the lam with which the parameters would go no further from the anchor: along
+            d, g + lam h is 0. Noisy from one batch; NaN at the anchor.
+        held: share of the held parameters, factors left out, that the proximal form brings back by more than
+            half of their distance in every step, 2 eta_i lam W_i > 1. NaN without an optimizer, before its
+            first step, and where its step sizes are unknown.
     """
 
     ratio: float
@@ -56,62 +58,80 @@ def read_pull(penalty: FusedMASPenalty, optimizer: Optimizer | None = None) -> P
         penalty: its lam is above 0.
         optimizer: SGD, Adam or AdamW, for `held`.
     """
-    _refuse_updates(penalty)
-    slope, force, along, energy = _products(penalty).tolist()
+    slope, force, along, back = _products(penalty).tolist()
     ratio = math.sqrt(force / slope) if slope > 0 else math.inf if force > 0 else math.nan
-    at_rest = penalty.lam * along / energy if energy > 0 else math.nan
+    at_rest = penalty.lam * along / back if back > 0 else math.nan
     return Pull(ratio, at_rest, math.nan if optimizer is None else _share_held(penalty, optimizer))
-
-
-def _refuse_updates(penalty: FusedMASPenalty) -> None:
-    """Raise a ValueError for updates held in weight space, which have no gradient of their own."""
-    held = adapted_weights(penalty.model).keys() & penalty.omega.keys()
-    if held:
-        raise ValueError(
-            f"penalty: got one that holds the low-rank update of {min(held)!r}, expected "
-            'adapters="parameters"'
-        )
 
 
 @torch.no_grad()
 def _products(penalty: FusedMASPenalty) -> Tensor:
-    """|g|^2, |q|^2, -<g, d> and <q, d> with q = 2 lam W d, over all that is held: float64 of shape (4,).
+    """|g|^2, |lam h|^2, -<g, d> and <lam h, d> over all that is held: float64 of shape (4,); see Pull.
 
     What the model lacks at the moment, such as a head that was taken off, is left out.
     """
-    theta, anchor = named_parameters(penalty.model, penalty.exclude), penalty.anchor
-    scale, total = float(penalty.scale), torch.zeros(4, dtype=torch.float64)
-    for name, w in penalty.omega.items():
-        if name not in theta:
-            continue
-        d = theta[name].double() - anchor[name].double()
-        grad = theta[name].grad
-        g = torch.zeros_like(d) if grad is None else grad.to_dense().double()
-        q = 2 * scale * w.double() * d
+    total = torch.zeros(4, dtype=torch.float64)
+    for p, q, d in (*_of_parameters(penalty), *_of_updates(penalty)):
+        g = torch.zeros_like(d) if p.grad is None else p.grad.to_dense().double()
         found = torch.stack([each.sum() for each in (g * g, q * q, -g * d, q * d)])
         total = total.to(found.device) + found
     return total
 
 
+def _of_parameters(penalty: FusedMASPenalty) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The parameters that are held, each with lam h and d in float64."""
+    for group, theta in penalty.bound():
+        for i, p in enumerate(theta):
+            q, w = torch.zeros_like(p, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+            for alpha, (omega, anchor) in zip(
+                group.state.alpha.tolist(), group.state.rows(i, p), strict=True
+            ):
+                d = p.double() - anchor.to(q)
+                q += 2 * alpha * omega.to(q) * d
+                w = w.to(q) + alpha * omega.to(q)
+            yield p, q, torch.where(w > 0, q / (2 * w), d)
+
+
+def _of_updates(penalty: FusedMASPenalty) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The trained factors of updates that are held, each with lam h and d in float64."""
+    for group in penalty.updates():
+        pulls = {id(p): torch.zeros_like(p) for p in group.trained()}
+        group.add_grad_(pulls)
+        for product, anchor in zip(group.products, group.anchors, strict=True):
+            starts = (None, None) if anchor is None else (anchor.left, anchor.right)
+            for factor, start in zip((product.left, product.right), starts, strict=True):
+                p = factor.parameter
+                if id(p) in pulls:
+                    d = factor.matrix(p).double()
+                    d = d if start is None else d - start.to(d)
+                    yield (
+                        p,
+                        pulls[id(p)].double(),
+                        (d.T if factor.transposed else d).reshape(p.shape),
+                    )
+
+
 @torch.no_grad()
 def _share_held(penalty: FusedMASPenalty, optimizer: Optimizer) -> float:
     """The share with 2 eta lam W > 1 of the held parameters that have a step size."""
-    names = {id(p): n for n, p in named_parameters(penalty.model, penalty.exclude).items()}
-    omega, scale, held, count = penalty.omega, float(penalty.scale), 0, 0
+    places = {id(p): (g, i) for g, theta in penalty.bound() for i, p in enumerate(theta)}
+    held, count = 0, 0
     step_sizes = STEP_SIZES.get(type(optimizer))
     if step_sizes is None:
         return math.nan
     steps = [s for group in optimizer.param_groups for s in step_sizes(group, optimizer.state)]
     for step in steps:
         for p in step.parameters:
-            if names.get(id(p)) in omega:
-                w = omega[names[id(p)]].double()
-                eta = torch.as_tensor(step.eta, dtype=w.dtype, device=w.device)
+            if id(p) in places:
+                group, i = places[id(p)]
+                rows = zip(group.state.alpha.tolist(), group.state.rows(i, p), strict=True)
+                w = sum(alpha * omega.to(p.device, torch.float64) for alpha, (omega, _) in rows)
+                eta = torch.as_tensor(step.eta, dtype=torch.float64, device=p.device)
                 if step.second_moment is not None:
                     v = step.second_moment[id(p)].double()
                     eta = eta / ((v * step.correction).sqrt() + step.eps)
-                held += int((2 * scale * eta * w > 1).sum())
-                count += w.numel()
+                held += int((2 * eta * w > 1).sum())
+                count += p.numel()
     return held / count if count else math.nan
 
 
@@ -140,7 +160,9 @@ def choose_lam(
 
     from the sums over the steps since the point before: on so short a way the model lags behind its lam. One
     such choice is uncertain by factors, and what is forgotten with too small a lam is lost: where there were
-    choices before, the geometric mean of all of them is returned.
+    choices before, the geometric mean of all of them is returned. Where low-rank updates are held, d and what
+    stands for 2 E are as in Pull, and the form is "gradient", as these have no other: best with Adam, whose
+    steps no lam makes longer.
 
     The model, its gradients and modes, the penalty and torch's random numbers are afterwards as before.
 
@@ -165,7 +187,6 @@ def choose_lam(
     check_share(keep, "keep")
     if penalty.num_tasks == 0:
         raise ValueError("penalty: got one that holds nothing yet, expected a consolidated one")
-    _refuse_updates(penalty)
     with _put_back(penalty):
         first, old = _measured(penalty, measure)
         steps = sum(1 for _ in learn())
@@ -217,20 +238,21 @@ def _way_back(
         nonlocal sums
         sums = sums + _products(penalty).cpu() / torch.tensor([1.0, 1.0, 1.0, penalty.lam])
 
+    mode: Mode = "gradient" if any(True for _ in penalty.updates()) else "proximal"
     penalty.lam = unit * WEAKEST
     handles: list[Handle | RemovableHandle] = []
     n = 0
     try:
         with closing(learn()) as training:
             for n, optimizer in enumerate(training, 1):
-                if n == 1:
-                    handles.append(penalty.attach(optimizer, mode="proximal"))
+                if n == 1:  # in this order: products are of the loss's gradient alone
                     handles.append(optimizer.register_step_pre_hook(add_products))
+                    handles.append(penalty.attach(optimizer, mode))
                 if n * POINTS // steps > (n - 1) * POINTS // steps:
                     loss, outputs = _measured(penalty, measure)
-                    along, energy = sums[2:].tolist()
+                    along, back = sums[2:].tolist()
                     sums = torch.zeros(4)
-                    at_rest = along / energy if along > 0 and energy > 0 else penalty.lam
+                    at_rest = along / back if along > 0 and back > 0 else penalty.lam
                     yield _Point(loss if math.isfinite(loss) else math.inf, outputs, at_rest)
                 penalty.lam = unit * WEAKEST * (STRONGEST / WEAKEST) ** (n / steps)
                 if n == steps:
@@ -279,7 +301,12 @@ def _lost(old: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
 def _put_back(penalty: FusedMASPenalty) -> Iterator[None]:
     """Have the model, its gradients and modes, lam and torch's random numbers afterwards as before."""
     model, lam = penalty.model, penalty.lam
-    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    frozen = {id(w.weight) for w in adapted_weights(model).values()}  # of no use to copy, and large
+    tensors = [
+        (t, t.detach().clone())
+        for t in (*model.parameters(), *model.buffers())
+        if id(t) not in frozen
+    ]
     gradients = [(p, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     devices = {t.device for t, _ in tensors if t.is_cuda}
