@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import exp, log
@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from experiments.experiment import Experiment, Page, Results
 from experiments.subjects import INSTALL, Subject, nats, perplexity, smollm2, tiny, whole
@@ -21,10 +22,12 @@ from mas_ext.comparison.cells import Cell, Found
 from mas_ext.comparison.charts import canvas, legend, look
 from mas_ext.importance import FisherSum
 from mas_ext.integrations.model_output import ModelOutput
+from mas_ext.methods.quadratic import Lam
 from mas_ext.metrics import interval_text
 from mas_ext.parameters.adapters import adapted_weights
 from mas_ext.parameters.names import named_parameters
 from mas_ext.scenarios.datasets import import_extra
+from mas_ext.training.lam import choose_lam
 
 Held = Literal["parameters", "weights"]
 Importance = Literal["mas", "fisher", "ones"]
@@ -77,6 +80,7 @@ VARIANTS = {
     "Fisher of s B A": Variant("weights", "fisher", (1e0, 1e1, 1e2)),
 }
 BASE, PLAIN = "before", "fine-tuning"
+AUTO: Lam = "auto"
 
 
 @dataclass(frozen=True)
@@ -113,21 +117,21 @@ class Language(Experiment):
         names = ("subject", "rank", "steps", "batch", "length", "lr", "held", "tested")
         return {name: getattr(self, name) for name in names}
 
-    def cells(self, method: str, lam: float | None = None) -> list[Cell]:
+    def cells(self, method: str, lam: Lam | None = None) -> list[Cell]:
         """A method with one lam, with every seed; the model as it was has none."""
         seeds = range(1 if method == BASE else self.seeds)
         return [{"method": method, "lam": lam, "seed": seed} for seed in seeds]
 
-    def compared(self) -> Iterator[tuple[str, float | None]]:
+    def compared(self) -> Iterator[tuple[str, Lam | None]]:
         """Methods and their lam, as in the table."""
         yield BASE, None
         yield PLAIN, None
         for method, variant in self.variants.items():
-            for lam in variant.lams:
+            for lam in (*variant.lams, AUTO):
                 yield method, lam
 
     def plan(self, results: Results) -> Iterator[Cell]:
-        """Everything with one seed, then with two, ...; of a method's lam the middle one first."""
+        """Everything with one seed, then with two, ...; of a method's lam the middle one first, "auto" last."""
         yield from self.cells(BASE)
         most = max(len(variant.lams) for variant in self.variants.values())
         for seed in range(self.seeds):
@@ -136,21 +140,30 @@ class Language(Experiment):
                 for method, variant in self.variants.items():
                     for lam in variant.lams[i : i + 1]:
                         yield self.cells(method, lam)[seed]
+        for seed in range(self.seeds):
+            for method in self.variants:
+                yield self.cells(method, AUTO)[seed]
 
     def measure(self, cell: Cell) -> Found:
         sizes = (self.subject, self.length, self.held, self.tested, self.rank)
         start = Start(*sizes, cell["seed"])
+        penalty = None
         with torch.random.fork_rng([]):
             subject = start.make()
-            model = subject.model if cell["method"] == BASE else self.learn(start, cell)
+            model: nn.Module | None = subject.model
+            if cell["method"] != BASE:
+                model, penalty = self.learn(start, cell)
         if model is None:
             return {"diverged": "loss: got NaN or Inf, expected a finite one"}
-        return {
+        found: Found = {
             "perplexity": {kind: perplexity(model, each) for kind, each in subject.test.items()}
         }
+        if penalty is not None and cell["lam"] == AUTO:
+            found["chosen_lam"] = penalty.lam
+        return found
 
-    def learn(self, start: Start, cell: Cell) -> nn.Module | None:
-        """The model after training by a cell's method, None where that diverged."""
+    def learn(self, start: Start, cell: Cell) -> tuple[nn.Module | None, FusedMASPenalty | None]:
+        """The model after training by a cell's method, None where that diverged; the penalty it had."""
         penalty = None
         if cell["method"] != PLAIN:
             variant = self.variants[cell["method"]]
@@ -159,19 +172,46 @@ class Language(Experiment):
             omega = importance_at(at, *variant[:2])
         model, rows = start.adapted(), start.make().learned
         if cell["method"] != PLAIN:
-            penalty = FusedMASPenalty(model, cell["lam"], adapters=variant.adapters)
+            penalty = FusedMASPenalty(model, adapters=variant.adapters)
             penalty.consolidate(importance=omega)
+        count = self.steps * self.batch
+        order = torch.randperm(len(rows))
+        taken = rows[order[:count]].split(self.batch)
+        if penalty is not None:
+            held_out = rows[order[count:][: self.held]].split(self.batch)
+            automatic = cell["lam"] == AUTO
+            penalty.lam = self._choose(penalty, taken, held_out) if automatic else cell["lam"]
+        for _ in self._training(model, taken, penalty):
+            pass
+        finite = all(p.isfinite().all() for p in model.parameters() if p.requires_grad)
+        return model if finite else None, penalty
+
+    def _training(
+        self, model: nn.Module, batches: Sequence[Tensor], penalty: FusedMASPenalty | None = None
+    ) -> Generator[Optimizer, None, None]:
+        """Train on batches of rows, and give the optimizer after every step."""
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, self.lr, weight_decay=0.0)
-        order = torch.randperm(len(rows))[: self.steps * self.batch]
-        for batch in rows[order].split(self.batch):
+        for batch in batches:
             optimizer.zero_grad()
             loss = nats(model, whole(batch)).mean()
             if penalty is not None:
                 loss = loss + penalty()
             loss.backward()
             optimizer.step()
-        return model if loss.isfinite() else None
+            yield optimizer
+
+    def _choose(
+        self, penalty: FusedMASPenalty, batches: Sequence[Tensor], held_out: Sequence[Tensor]
+    ) -> float:
+        """The lam for what is to be learned, from more of the same text alone."""
+        model = penalty.model
+
+        @torch.no_grad()
+        def measure() -> tuple[float, tuple[()]]:
+            return fmean(float(nats(model, whole(each)).mean()) for each in held_out), ()
+
+        return choose_lam(penalty, lambda: self._training(model, batches), measure)
 
     def show(self, results: Results) -> Page:
         """Perplexities, and a picture of what is learned and what is lost."""
@@ -184,30 +224,46 @@ class Language(Experiment):
                     for kind in founds[0]["perplexity"]
                 }
                 seeds = "" if method == BASE else str(len(founds))
-                rows.append({"method": method, "lam": number(lam), **kinds, "seeds": seeds})
+                told = _of_auto(founds) if isinstance(lam, str) else number(lam)
+                rows.append({"method": method, "lam": told, **kinds, "seeds": seeds})
         text = [
             titled(rows),
             f"Perplexity, mean and 95 % interval over the seeds. {results.place()}",
-            "![perplexity of what was known over that of what is learned, for every lam](language.svg)",
+            "![perplexity of what was known over that of what is learned; stars: auto](language.svg)",
         ]
         return Page("\n\n".join(text), {"language.svg": self.picture(results)})
 
     def picture(self, results: Results) -> Any:
-        """Perplexity of what was known over that of what is learned: a curve over lam for each method."""
+        """Perplexity of what was known over that of what is learned: a curve over lam for each method.
+
+        A star is what lam "auto" leads to.
+        """
         figure, (panel,) = canvas(1, 1, 4.5)
         curves: dict[str, list[list[float]]] = {}
+        stars: dict[str, list[float]] = {}
         for method, lam in self.compared():
             founds = results.by_seed(method=method, lam=lam).values()
             logs = [[log(each) for each in found["perplexity"].values()] for found in founds]
             if logs:
                 new, *known = (fmean(each) for each in zip(*logs, strict=True))
-                curves.setdefault(method, []).append([exp(new), exp(fmean(known))])
+                point = [exp(new), exp(fmean(known))]
+                if lam == AUTO:
+                    stars[method] = point
+                else:
+                    curves.setdefault(method, []).append(point)
         for i, (method, points) in enumerate(curves.items()):
             panel.plot(*zip(*points, strict=True), label=method, **look(i))
+            if method in stars:
+                panel.plot(*stars[method], "*", color=look(i)["color"], markersize=14)
         panel.set_xlabel("what is learned: perplexity")
         panel.set_ylabel("what was known: geometric mean of perplexities")
         legend(figure, panel, 4)
         return figure
+
+
+def _of_auto(founds: Sequence[Found]) -> str:
+    lams = sorted(found["chosen_lam"] for found in founds)
+    return "auto: " + " to ".join(f"{lam:.2g}" for lam in dict.fromkeys((lams[0], lams[-1])))
 
 
 @lru_cache(maxsize=len(VARIANTS))

@@ -125,8 +125,10 @@ def test_every_lam_is_measured_with_one_seed_before_two(tmp_path: Path) -> None:
     results = Results(tmp_path / "language.json", experiment.protocol())
 
     def measured(cell: Any) -> Any:
-        learned = 10 * (1 + (cell["lam"] or 0.0)) + cell["seed"]
-        return {"perplexity": {"Swahili": learned, "English": 4.0, "French": 9.0}}
+        auto = cell["lam"] == "auto"
+        learned = 10 * (1 + (0.5 if auto else cell["lam"] or 0.0)) + cell["seed"]
+        found = {"perplexity": {"Swahili": learned, "English": 4.0, "French": 9.0}}
+        return {**found, "chosen_lam": 0.25 + cell["seed"]} if auto else found
 
     fill(results, experiment.plan(results), measured)
     order = [(cell["method"], cell["lam"], cell["seed"]) for cell, _ in results.where()]
@@ -136,7 +138,8 @@ def test_every_lam_is_measured_with_one_seed_before_two(tmp_path: Path) -> None:
         ("L2 of A and B", 0.1, 0),
         ("MAS of s B A", 0.01, 0),
     ]
-    assert [seed for _, _, seed in order] == [0] * 8 + [1] * 7
+    assert [seed for _, _, seed in order] == [0] * 8 + [1] * 7 + [0, 0, 1, 1]
+    assert {lam for _, lam, _ in order[-4:]} == {"auto"}
     assert len(set(order)) == len(order)
 
     page = experiment.show(results)
@@ -144,9 +147,13 @@ def test_every_lam_is_measured_with_one_seed_before_two(tmp_path: Path) -> None:
     assert row.startswith("| MAS of s B A | 0.1 | 11.50 ± ")
     assert row.endswith(" | 4.00 ± 0.00 | 9.00 ± 0.00 | 2 |")
     assert "| before |  | 10.00 | 4.00 | 9.00 |  |" in page.text
+    assert "| MAS of s B A | auto: 0.25 to 1.2 | 15.50 ± " in page.text
     assert "](language.svg)" in page.text
     lines = {line.get_label(): line for line in page.figures["language.svg"].axes[0].lines}
-    assert list(lines) == ["before", "fine-tuning", *few]
+    assert [label for label in lines if label[0] != "_"] == ["before", "fine-tuning", *few]
+    stars = [line for line in lines.values() if line.get_marker() == "*"]
+    assert len(stars) == 2
+    assert stars[0].get_xdata() == pytest.approx([math.sqrt(15 * 16)])
     y = lines["MAS of s B A"].get_ydata()
     assert y == pytest.approx([6.0] * 3)
     x = lines["MAS of s B A"].get_xdata()
