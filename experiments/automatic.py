@@ -127,7 +127,7 @@ class Automatic(Experiment):
     """
 
     title: ClassVar[str] = "lam by itself"
-    seeds: int = 1
+    seeds: int = 3
     problems: tuple[str, ...] = tuple(PROBLEMS)
     methods: tuple[str, ...] = tuple(METHODS)
     grids: Mapping[str, Sequence[float]] = field(
@@ -145,7 +145,7 @@ class Automatic(Experiment):
 
     def quick(self) -> Automatic:
         """The arms, which need no data, and MAS."""
-        return replace(self, problems=("arms",), methods=("mas",))
+        return replace(self, problems=("arms",), methods=("mas",), seeds=1)
 
     def protocol(self) -> dict[str, Any]:
         return {"mode": "proximal", "validation": 0.1, "keep": 0.5, "max_samples": self.max_samples}
