@@ -18,18 +18,21 @@ adapters="parameters" the factors one by one. With either one, distillation is a
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from mas_ext._arguments import check_factor
+from mas_ext._arguments import check_factor, check_share
 from mas_ext.distillation import Distance, Distillation
 from mas_ext.importance import Forward
 from mas_ext.integrations.loading import (
@@ -38,15 +41,18 @@ from mas_ext.integrations.loading import (
     check_remember,
     once,
     penalty_of,
+    random_state_kept,
     remember,
     replace_method,
     try_importance,
 )
 from mas_ext.integrations.model_output import LogitRows, ModelOutput
+from mas_ext.methods.quadratic import Lam
 from mas_ext.optim.hooks import Handle, Mode, check_mode
 from mas_ext.parameters.names import bare_model
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.state import files as checkpoint
+from mas_ext.training.lam import choose_lam
 
 FILE, TEACHER = "mas_penalty.safetensors", "mas_teacher.safetensors"
 
@@ -106,7 +112,9 @@ class MASCallback(TrainerCallback):
     their own, which is read when training resumes. `penalty.save` after `train` keeps what was consolidated.
 
     Args:
-        lam: strength, see FusedMASPenalty.
+        lam: strength, see FusedMASPenalty. "auto": chosen before every training in which the penalty holds
+            something, see `chosen_lam`; best with mode="proximal" where that is possible, which no lam makes
+            diverge.
         batches: from the training dataloader to the samples that importance is taken from, this rank's part
             of them; by default all of them, each once.
         mode: "gradient" or "proximal", see FusedMASPenalty.attach.
@@ -122,12 +130,13 @@ class MASCallback(TrainerCallback):
             from before the training, see LogitDistillation; it counts from the first training on where
             `remember` is given, and from the second one on without it.
         temperature: of the distillation, see Distillation.
+        keep: for lam "auto", what matters: from 0, the new task alone, to 1, the old ones.
         options: further arguments of FusedMASPenalty.
     """
 
     def __init__(
         self,
-        lam: float = 1.0,
+        lam: Lam = 1.0,
         batches: Callable[[Any], Iterable[Any]] = once,
         mode: Mode = "gradient",
         forward: Forward | None = None,
@@ -137,15 +146,19 @@ class MASCallback(TrainerCallback):
         progress: bool = False,
         distillation: float = 0.0,
         temperature: float = 2.0,
+        keep: float = 0.5,
         **options: Any,
     ) -> None:
         check_mode(mode)
+        check_share(keep, "keep")
         check_batches(batches)
         check_remember(remember, distillation, max_samples, temperature)
         self.batches, self.mode = batches, mode
         self.remember, self.max_samples, self.progress = remember, max_samples, progress
         self.distillation, self.temperature = distillation, temperature
-        self.options = {"lam": lam, "forward": forward or ModelOutput(), **options}
+        self.automatic, self.keep = lam == "auto", keep
+        strength = 1.0 if self.automatic else lam
+        self.options = {"lam": strength, "forward": forward or ModelOutput(), **options}
         self.penalty: FusedMASPenalty | None = None
         self._teacher: LogitDistillation | None = None
         self._undo: list[Callable[[], None]] = []
@@ -172,6 +185,8 @@ class MASCallback(TrainerCallback):
                 known = trainer.get_test_dataloader(known)
             known = at_most(once(known), self.max_samples)
             remember(penalty, known, folder is not None, self.progress and first)
+        if self.automatic and penalty.num_tasks and folder is None:
+            penalty.lam = chosen_lam(penalty, trainer, state.max_steps, self.keep)
         if self.distillation and (penalty.num_tasks or self.remember is True):
             self._distill(trainer, model, folder)
         _put_last(self)
@@ -233,6 +248,65 @@ def _put_last(callback: TrainerCallback) -> None:
             # A new list: the old one is being gone through.
             handler.callbacks = [*(c for c in handler.callbacks if c is not callback), callback]
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def chosen_lam(penalty: FusedMASPenalty, trainer: Any, steps: int, keep: float = 0.5) -> float:
+    """The lam for a Trainer's next training, from its data alone: `mas_ext.choose_lam` with the Trainer's loss.
+
+    It is trained one and a half times, by a new optimizer of the Trainer's arguments in a plain loop, without a
+    schedule, clipping or a GradScaler, and afterwards all is as before. The loss is measured on batches of
+    eval_dataset, a twelfth as many as are trained on. The lam before counts as the mean of earlier choices.
+
+    Args:
+        penalty: a consolidated one, of the Trainer's model.
+        steps: how many the training has.
+        keep: what matters, from 0 (the new task alone) to 1 (the old ones).
+
+    Raises:
+        ValueError: a Trainer without one eval_dataset, or on several processes; what choose_lam raises.
+    """
+    args, model = trainer.args, trainer.model
+    if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, Mapping):
+        got = type(trainer.eval_dataset).__name__
+        raise ValueError(
+            f'lam: got "auto" and a Trainer whose eval_dataset is {got}, expected one data set of the new task'
+        )
+    if args.world_size > 1:
+        raise ValueError(
+            f'lam: got "auto" on {args.world_size} processes, expected a number or one process'
+        )
+
+    def loss(batch: Any) -> Tensor:
+        with trainer.compute_loss_context_manager():
+            found: Tensor = trainer.compute_loss(model, trainer._prepare_inputs(batch))
+        return found
+
+    def learn() -> Generator[Optimizer, None, None]:
+        own, trainer.optimizer = trainer.optimizer, None
+        try:
+            optimizer = trainer.create_optimizer()
+        finally:
+            trainer.optimizer = own
+        batches = (batch for _ in itertools.count() for batch in trainer.get_train_dataloader())
+        for _ in range(steps):
+            optimizer.zero_grad()
+            for batch in itertools.islice(batches, args.gradient_accumulation_steps):
+                model.train()
+                (loss(batch) / args.gradient_accumulation_steps).backward()
+            optimizer.step()
+            yield optimizer
+
+    count = max(1, steps * args.gradient_accumulation_steps // 12)
+    with random_state_kept():
+        held_out = [*itertools.islice(trainer.get_eval_dataloader(), count)]
+
+        @torch.no_grad()
+        def measure() -> tuple[float, tuple[()]]:
+            model.eval()
+            return fmean(float(loss(batch)) for batch in held_out), ()
+
+        before = [penalty.lam] * (penalty.num_tasks - 1)
+        return choose_lam(penalty, learn, measure, keep, before)
 
 
 class MASTrainerMixin:

@@ -348,6 +348,67 @@ def test_at_most_so_many_samples(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert shown.count("3/3") >= 1
 
 
+@pytest.mark.parametrize("mode", ["gradient", "proximal"])
+def test_lam_by_itself(tmp_path: Path, mode: Any) -> None:
+    """It is that of choose_lam in a loop written out, and training is as with that number."""
+    model, lams = network(), []
+    mas = MASCallback("auto", mode=mode, remember=corpus(0), keep=0.9)
+    for t in (1, 2):
+        plain = copy.deepcopy(model)
+        penalty = FusedMASPenalty(plain, forward=ModelOutput(), process_group=None)
+        if mas.penalty is None:
+            penalty.consolidate([stacked(corpus(0)[i : i + 8]) for i in (0, 8)])
+        else:
+            penalty.load_state_dict(mas.penalty.state_dict())
+
+        def learn(model: Any = plain, t: int = t) -> Iterator[torch.optim.Optimizer]:
+            optimizer = torch.optim.SGD(model.parameters(), LR)
+            batches = 3 * [stacked(corpus(t)[i : i + 2]) for i in range(0, 14, 2)]
+            for step in range(6):
+                optimizer.zero_grad()
+                for batch in batches[3 * step : 3 * step + 3]:
+                    (model(**batch).loss / 3).backward()
+                optimizer.step()
+                yield optimizer
+
+        def measure(model: Any = plain) -> tuple[float, tuple[()]]:
+            with torch.no_grad():
+                return float(model(**stacked(corpus(3, 8))).loss), ()
+
+        expected = mas_ext.choose_lam(penalty, learn, measure, 0.9, lams)  # type: ignore[arg-type]
+        trainer = InOrder(
+            model,
+            arguments(tmp_path),
+            train_dataset=corpus(t),
+            eval_dataset=corpus(3, 8),
+            callbacks=[mas],
+        )
+        trainer.train()
+        assert mas.penalty is not None
+        lams.append(mas.penalty.lam)
+        assert lams[-1] == pytest.approx(expected, rel=1e-6)
+
+        told = MASCallback(lams[-1], mode=mode, remember=corpus(0), keep=0.9)
+        if t > 1:
+            told.penalty = FusedMASPenalty(plain, forward=ModelOutput(), process_group=None)
+            told.penalty.load_state_dict(penalty.state_dict())
+            told.penalty.lam = lams[-1]
+        InOrder(plain, arguments(tmp_path), train_dataset=corpus(t), callbacks=[told]).train()
+        close(model, plain, 0)
+    assert lams[0] > 0
+    assert lams[0] != lams[1]
+
+
+def test_lam_by_itself_needs_data_of_the_new_task(tmp_path: Path) -> None:
+    for held_out in (None, {"a": corpus(2)}):
+        mas = MASCallback("auto", remember=corpus(0))
+        data = {"train_dataset": corpus(1), "eval_dataset": held_out}
+        with pytest.raises(ValueError, match=r"eval_dataset is (NoneType|dict), expected one"):
+            InOrder(network(), arguments(tmp_path), callbacks=[mas], **data).train()
+    with pytest.raises(ValueError, match="keep: got 2, expected"):
+        MASCallback("auto", keep=2)
+
+
 @pytest.mark.parametrize("size", [4, 5, 8])
 def test_at_most_so_many_of_anything(size: int) -> None:
     x = torch.arange(14.0)[:, None]
