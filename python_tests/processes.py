@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mas_ext import FusedMASPenalty
 
@@ -129,6 +131,12 @@ def train(
         if form == "add_grad":
             penalty.add_grad_()
         optimizer.step()
+
+
+def mesh_of(shape: Sequence[int]) -> DeviceMesh:
+    """All ranks: shards, or replicas of shards."""
+    names = ("replicate", "shard")[-len(shape) :]
+    return init_device_mesh("cpu", tuple(shape), mesh_dim_names=names)
 
 
 def run(worker: Any, ranks: int, folder: Path) -> list[Any]:

@@ -400,8 +400,7 @@ def estimate(
     sharding = Sharding.of(model, {n: p for n, p in view.parameters().items() if n in total.sums})
     if sharding is None:
         return total.into_mean()
-    samples = int(sharding.add_up(torch.tensor(total.samples)))
-    total.totals = total.totals._replace(samples=samples)
+    total.totals = total.totals._replace(samples=sharding.samples_of_all(total.samples))
     return {name: sharding.join(name, own) for name, own in total.into_mean().items()}
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from mas_ext.parameters.names import Binding, ModelView, check_whole, is_sharded
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
 
 Named = dict[str, Tensor]
 
@@ -79,10 +81,27 @@ def _fsdp_parameters(model: nn.Module) -> list[Any]:
     return [p for group in groups for p in group.fsdp_params]
 
 
+# Groups of all ranks of meshes that have two dimensions and don't span the world, as a stage of a pipeline.
+_groups: weakref.WeakKeyDictionary[DeviceMesh, ProcessGroup] = weakref.WeakKeyDictionary()
+
+
+def _group_over(mesh: DeviceMesh) -> ProcessGroup:
+    """All ranks of a mesh, which make their group together where there is none yet."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    ranks = sorted(mesh.mesh.flatten().tolist())
+    world = dist.group.WORLD
+    if world is not None and len(ranks) == world.size():
+        return world
+    if mesh not in _groups:
+        _groups[mesh] = dist.new_group(ranks, use_local_synchronization=True)
+    return _groups[mesh]
+
+
 def group_of(model: nn.Module) -> ProcessGroup | None:
-    """The ranks that a model is sharded over; None where each has the whole."""
+    """The ranks that a model is sharded over, and its replicas'; None where each has the whole."""
     parameters = _fsdp_parameters(model)
-    return parameters[0].sharded_param.device_mesh.get_group() if parameters else None
+    return _group_over(parameters[0].sharded_param.device_mesh) if parameters else None
 
 
 def optimizer_view(model: nn.Module, exclude: Sequence[str] = ()) -> ModelView:
@@ -115,11 +134,21 @@ class ShardedBinding(Binding):
 
 
 class _Shard(NamedTuple):
-    """How a tensor lies over a mesh: in pieces of equal size along dim, the last ones smaller or empty."""
+    """How a tensor lies over a mesh: in pieces of equal size along dim, the last ones smaller or empty.
+
+    The last dimension of the mesh is that of the pieces; over a first one of two, each has replicas (HSDP).
+    """
 
     mesh: DeviceMesh
     dim: int
     shape: tuple[int, ...]
+
+    @property
+    def placements(self) -> list[Placement]:
+        """As a DTensor has them."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        return [*[Replicate()] * (self.mesh.ndim - 1), Shard(self.dim)]
 
     def rows(self, number: int) -> _Shard:
         """The layout of a stack of such tensors."""
@@ -130,70 +159,87 @@ class _Shard(NamedTuple):
         t = t.detach()
         if is_sharded(t):
             if t.device_mesh == self.mesh:
-                from torch.distributed.tensor import Shard
-
-                return t.redistribute(placements=[Shard(self.dim)]).to_local()
+                return t.redistribute(placements=self.placements).to_local()
             t = t.full_tensor()
-        piece = self._pieces(t)[self.mesh.get_local_rank()]
+        piece = self._pieces(t)[self.mesh.get_local_rank(-1)]
         return piece.clone(memory_format=torch.contiguous_format)  # no view that keeps the whole
 
     def _pieces(self, t: Tensor) -> list[Tensor]:
-        """Every rank's piece of a whole tensor."""
-        ranks = self.mesh.size()
+        """All pieces of a whole tensor."""
+        ranks = self.mesh.size(-1)
         empty = t.narrow(self.dim, 0, 0)
         return [*t.chunk(ranks, self.dim), *[empty] * ranks][:ranks]
 
     def summed(self, t: Tensor | None, own: Tensor) -> Tensor:
         """This rank's piece of the sum over ranks of whole tensors, None being zeros; like `own`."""
-        size = -(-self.shape[self.dim] // self.mesh.size())
+        ranks = self.mesh.size(-1)
         each = [*self.shape]
-        each[self.dim] = size
+        each[self.dim] = -(-self.shape[self.dim] // ranks)
         # As pieces of equal size, one after another.
-        whole = own.new_zeros(self.mesh.size(), *each)
+        whole = own.new_zeros(ranks, *each)
         if t is not None:
             for place, piece in zip(whole, self._pieces(t), strict=True):
                 place.narrow(self.dim, 0, piece.shape[self.dim]).copy_(piece)
         total = own.new_empty(1, *each)
-        dist.reduce_scatter_tensor(total, whole, group=self.mesh.get_group())
+        dist.reduce_scatter_tensor(total, whole, group=self.mesh.get_group(-1))
+        if self.mesh.ndim > 1:
+            dist.all_reduce(total, group=self.mesh.get_group(0))
         return total[0].narrow(self.dim, 0, own.shape[self.dim])
 
     def join(self, own: Tensor) -> Tensor:
         """The sharded tensor, from every rank's own piece."""
-        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor import DTensor
 
         like = torch.empty(self.shape, device="meta")
-        place = [Shard(self.dim)]
         return DTensor.from_local(
-            own, self.mesh, place, run_check=False, shape=like.shape, stride=like.stride()
+            own,
+            self.mesh,
+            self.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
         )
 
 
+_EXPECTED = (
+    "expected every parameter sharded by fully_shard alone over one mesh, of shards or of replicas and "
+    "shards, on its device (exclude= leaves parameters out)"
+)
+
+
+def _placed(p: DTensor) -> str:
+    return f"placements {p.placements} on a mesh of shape {tuple(p.device_mesh.shape)}"
+
+
 def _shard_of(name: str, p: Tensor) -> _Shard:
-    """How a parameter is sharded; a TypeError that names it unless once, over a mesh of one dimension."""
-    from torch.distributed.tensor import DTensor, Shard
+    """How a parameter is sharded; a TypeError that names it unless once, with replicas or without."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
     if not isinstance(p, DTensor):
         got = "one that is not sharded beside others that are"
-    elif p.device_mesh.ndim != 1 or type(p.placements[0]) is not Shard:
-        got = f"placements {p.placements} on a mesh of shape {tuple(p.device_mesh.shape)}"
+    elif [type(place) for place in p.placements] not in ([Shard], [Replicate, Shard]):
+        got = _placed(p)
     elif p.device.type != p.device_mesh.device_type:
         got = f"a shard on {p.device.type} of a mesh on {p.device_mesh.device_type}"
     else:
-        return _Shard(p.device_mesh, p.placements[0].dim, tuple(p.shape))
-    raise TypeError(
-        f"parameter {name!r}: got {got}, expected every parameter sharded by fully_shard over one mesh of "
-        "one dimension, on its device (exclude= leaves parameters out)"
-    )
+        return _Shard(p.device_mesh, cast("Shard", p.placements[-1]).dim, tuple(p.shape))
+    raise TypeError(f"parameter {name!r}: got {got}, {_EXPECTED}")
 
 
 def refuse_outer(model: nn.Module, theta: Mapping[str, Tensor]) -> None:
-    """Raise a TypeError that names a sharded parameter which no unit of the model gathers."""
-    kept = {id(p.sharded_param) for p in _fsdp_parameters(model)}
+    """Raise a TypeError that names a sharded parameter which no unit of the model gathers whole."""
+    kept = {id(p.sharded_param): p for p in _fsdp_parameters(model)}
     for name, p in theta.items():
-        if is_sharded(p) and id(p) not in kept:
+        if not is_sharded(p):
+            continue
+        if id(p) not in kept:
             raise TypeError(
                 f"parameter {name!r}: got one that fully_shard of an outer module shards, expected that "
                 "module as model (exclude= leaves parameters out, but not of the model's passes)"
+            )
+        if kept[id(p)].is_dtensor:
+            raise TypeError(
+                f"parameter {name!r}: got {_placed(p)}, by fully_shard of a DTensor, {_EXPECTED}"
             )
 
 
@@ -216,10 +262,11 @@ class Sharding:
                     f"parameter {name!r}: got another mesh than that of {first[0]!r}, expected one mesh "
                     "for all"
                 )
-        self.group: ProcessGroup = first[1].mesh.get_group()
+        mesh = first[1].mesh
+        # All ranks, and those of them that hold one part each.
+        self.group, self._holders = _group_over(mesh), mesh.get_group(-1)
         self._agreement: Agreement | None = None
-        self._ranks: int = first[1].mesh.size()
-        self._device = torch.device(first[1].mesh.device_type)
+        self._device = torch.device(mesh.device_type)
 
     @staticmethod
     def of(model: nn.Module, theta: Mapping[str, Tensor]) -> Sharding | None:
@@ -307,15 +354,16 @@ class Sharding:
         """
         mesh, dim, shape = self._shards[name]
         size = math.prod(shape)
-        rows = -(-shape[0] // self._ranks) * mesh.get_local_rank()
+        rows = -(-shape[0] // self._holders.size()) * mesh.get_local_rank(-1)
         return size, 0 if dim else min(rows, shape[0]) * (size // max(1, shape[0]))
 
     def add_up(self, numbers: Tensor) -> Tensor:
-        """Numbers summed over the ranks, the same bits on all."""
-        return self._reduced(numbers, dist.ReduceOp.SUM)
+        """Numbers of each rank's part, summed over the parts, the same bits on all ranks."""
+        replicas = self.group.size() // self._holders.size()
+        return self._reduced(numbers, dist.ReduceOp.SUM) / replicas
 
     def least(self, numbers: Tensor) -> Tensor:
-        """The smallest of each of these numbers over the ranks."""
+        """The smallest of each of these numbers over the parts."""
         return self._reduced(numbers, dist.ReduceOp.MIN)
 
     def _reduced(self, numbers: Tensor, by: Any) -> Tensor:
@@ -324,21 +372,23 @@ class Sharding:
             dist.all_reduce(total, by, self.group)
         return total.to(numbers.device)
 
+    def samples_of_all(self, samples: int) -> int:
+        """How many samples all ranks have together."""
+        return int(self._reduced(torch.tensor(samples), dist.ReduceOp.SUM))
+
     def join(self, name: str, own: Tensor) -> Tensor:
         """The sharded tensor like a parameter, from every rank's own piece."""
         return self._shards[name].join(own)
 
     def sum(self, value: Tensor) -> Tensor:
-        """A value summed over the ranks, the same bits on all; its gradient is the gradient of the own part."""
+        """A value of each rank's part, summed over the parts; its gradient is the gradient of the own part."""
         total = value.detach().clone()
-        dist.all_reduce(total, group=self.group)
+        dist.all_reduce(total, group=self._holders)
         return value - value.detach() + total
 
     def share(self, remainders: Tensor) -> None:
-        """Give every rank an equal share of the sum over the ranks, in place."""
-        with self._exchanging():
-            dist.all_reduce(remainders, group=self.group)
-        remainders /= self._ranks
+        """Give every part an equal share of the sum over the parts, in place."""
+        remainders.copy_(self.add_up(remainders) / self._holders.size())
 
     # -- a state: omega.NAME and anchor.NAME of shape (rows, *shape), remainder.NAME, and others -------
 
@@ -353,7 +403,7 @@ class Sharding:
         for key, t in state.items():
             kind, _, name = key.partition(".")
             if kind == "remainder":
-                found[key] = t * self._ranks
+                found[key] = t * self._holders.size()
             elif kind in ("omega", "anchor"):
                 found[key] = self._shards[name].rows(len(t)).join(t)
         return found
@@ -372,7 +422,7 @@ class Sharding:
             t = state[key]
             kind, _, name = key.partition(".")
             if kind == "remainder":
-                found[key] = t / self._ranks
+                found[key] = t / self._holders.size()
             elif kind in ("omega", "anchor"):
                 if name not in self._shards:
                     raise KeyError(f"state: got {name!r}, which the model has no parameter for")

@@ -70,5 +70,7 @@ def _empty(entry: Any, like: Tensor | None) -> Tensor:
     dtype, rows = entry.properties.dtype, len(entry.size) > 0
     if like is None or not is_sharded(like) or not rows:
         return torch.empty(entry.size, dtype=dtype, device=None if like is None else like.device)
-    places = [tensor.Shard(p.dim + 1) for p in like.placements if isinstance(p, tensor.Shard)]
+    places = [
+        tensor.Shard(p.dim + 1) if isinstance(p, tensor.Shard) else p for p in like.placements
+    ]
     return tensor.empty(*entry.size, dtype=dtype, device_mesh=like.device_mesh, placements=places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -14,10 +15,24 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from processes import LAM, LR, TASKS, importance_of, network, one_process, run, tasks, train
+from processes import (
+    LAM,
+    LR,
+    TASKS,
+    importance_of,
+    mesh_of,
+    network,
+    one_process,
+    run,
+    tasks,
+    train,
+)
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from mas_ext import FusedMASPenalty, estimate_importance, load_distributed, optim
 
@@ -43,11 +58,11 @@ PLAIN = network()
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
 
 
-def sharded(model: nn.Module | None = None) -> nn.Module:
+def sharded(mesh: DeviceMesh, model: nn.Module | None = None) -> nn.Module:
     """Two units, and the root stays whole from its forward pass to its backward pass."""
     model = network() if model is None else model
-    fully_shard(model[0])
-    fully_shard(model)
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model
 
 
@@ -58,9 +73,9 @@ def full(t: Any) -> Tensor:
 # -- trainings -------------------------------------------------------------------------------------
 
 
-def trained(form: str, rank: int, ranks: int) -> list[dict[str, list[Tensor]]]:
+def trained(form: str, mesh: DeviceMesh, rank: int, ranks: int) -> list[dict[str, list[Tensor]]]:
     """After every task: theta, scale W and A."""
-    model = sharded()
+    model = sharded(mesh)
     penalty = FusedMASPenalty(
         model, lam=LAM, merge="consistent", anchor="own", omega_dtype=torch.float64
     )
@@ -162,10 +177,10 @@ def check(penalty: FusedMASPenalty, rule: Mapping[str, Any]) -> None:
     penalty.model.zero_grad()
 
 
-def states(rank: int, ranks: int, folder: Path, source: int) -> None:
+def states(mesh: DeviceMesh, rank: int, ranks: int, folder: Path, source: str) -> None:
     """Every rule; checkpoints that other numbers of ranks wrote; one file."""
     for i, rule in enumerate(RULES):
-        model = sharded()
+        model = sharded(mesh)
         penalty = consolidated(rule, model)
         check(penalty, rule)
         values = [torch.empty((), dtype=torch.float64) for _ in range(ranks)]
@@ -175,10 +190,10 @@ def states(rank: int, ranks: int, folder: Path, source: int) -> None:
         read = FusedMASPenalty(model, omega_dtype=torch.float64, **rule)
         load_distributed(read, folder / f"{source}-{i}", key="remembered")
         check(read, rule)
-        dcp.save({"remembered": read.state_dict()}, checkpoint_id=folder / f"{ranks}-{i}")
+        dcp.save({"remembered": read.state_dict()}, checkpoint_id=folder / f"{mesh.shape}-{i}")
 
-    penalty.save(folder / f"{ranks}.safetensors")
-    loaded = FusedMASPenalty.load(folder / f"{ranks}.safetensors", sharded())
+    penalty.save(folder / f"{mesh.shape}.safetensors")
+    loaded = FusedMASPenalty.load(folder / f"{mesh.shape}.safetensors", sharded(mesh))
     check(loaded, rule)
     loaded.drop(0)
     loaded.set_weight(1, 0.0)
@@ -231,13 +246,13 @@ class Odd(nn.Module):
         return self(x)[:, :1]
 
 
-def importance(rank: int, ranks: int) -> None:
+def importance(mesh: DeviceMesh, rank: int, ranks: int) -> None:
     """Of models that need the slow ways, at any moment, and parameters as they were after it."""
     torch.manual_seed(5)
     x = torch.randn(11, 6, dtype=torch.float64)
     expected = importance_of(Odd().requires_grad_(True), x)
     model = Odd()
-    fully_shard(model)
+    fully_shard(model, mesh=mesh)
     before = [*model.parameters()]
     assert all(isinstance(p, DTensor) for p in before)
     penalty = FusedMASPenalty(model, anchor="own", omega_dtype=torch.float64)
@@ -288,23 +303,29 @@ def importance(rank: int, ranks: int) -> None:
     model.head(x).sum().backward()
 
 
-def refused(rank: int, ranks: int) -> None:
+def refused(mesh: DeviceMesh, rank: int, ranks: int) -> None:
     """What must not be silent."""
-    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
-    hybrid = fully_shard(network(), mesh=mesh)
-    with pytest.raises(TypeError, match=r"parameter '0\.weight': got placements .* expected every"):
-        FusedMASPenalty(hybrid)
     with pytest.raises(TypeError, match="params: got a DTensor, as by fully_shard, expected"):
-        optim.SGD(hybrid.parameters())
+        optim.SGD(sharded(mesh).parameters())
+
+    two = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
+    for data_parallel in (fully_shard, replicate):
+        layer = parallelize_module(nn.Linear(4, 4), two["tensor"], ColwiseParallel())
+        data_parallel(layer, mesh=two["data"])
+        with pytest.raises(
+            TypeError,
+            match=r"'weight': got placements .*, Shard.* on a mesh of shape .* expected every",
+        ):
+            FusedMASPenalty(layer)
 
     partly = network()
-    fully_shard(partly[0])
+    fully_shard(partly[0], mesh=mesh)
     with pytest.raises(
         TypeError, match=r"parameter '1\.weight': got one that is not sharded beside"
     ):
         FusedMASPenalty(partly)
     outer = nn.Sequential(partly)
-    fully_shard(outer)
+    fully_shard(outer, mesh=mesh)
     with pytest.raises(
         TypeError, match=r"parameter '1\.weight': got one that fully_shard of an outer"
     ):
@@ -319,25 +340,25 @@ def refused(rank: int, ranks: int) -> None:
     assert set(inner.omega) == {"0.bias"}
 
     meshes = network()
-    fully_shard(meshes[0], mesh=mesh["replicate"])
-    fully_shard(meshes, mesh=init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("a", "b"))["b"])
+    fully_shard(meshes[0], mesh=two["data"])
+    fully_shard(meshes, mesh=two)
     with pytest.raises(TypeError, match=r"parameter '1\.weight': got another mesh"):
         FusedMASPenalty(meshes)
 
-    model = sharded()
+    model = sharded(mesh)
     with pytest.raises(ValueError, match="got None for a model that is sharded over ranks"):
         FusedMASPenalty(model, process_group=None)
     penalty = consolidated(RULES[0], model, process_group=dist.group.WORLD)
     check(penalty, RULES[0])
-    model[0] = fully_shard(nn.Linear(6, 5).double())
+    model[0] = fully_shard(nn.Linear(6, 5).double(), mesh=mesh)
     check(penalty, RULES[0])
-    model[0] = fully_shard(nn.Linear(7, 5).double())
+    model[0] = fully_shard(nn.Linear(7, 5).double(), mesh=mesh)
     with pytest.raises(ValueError, match=r"'0\.weight': got shape \(5, 7\) .* expected \(5, 6\)"):
         penalty()
 
     later = network()
     before = consolidated(RULES[1], later, process_group=None)
-    sharded(later)
+    sharded(mesh, later)
     for call in (before, before.add_grad_, lambda: before.consolidate([x])):
         with pytest.raises(TypeError, match="got fully_shard after the penalty was made"):
             call()
@@ -350,7 +371,7 @@ def refused(rank: int, ranks: int) -> None:
     check(after, RULES[1])
 
 
-def narrow(rank: int, ranks: int) -> None:
+def narrow(mesh: DeviceMesh, rank: int, ranks: int) -> None:
     """Omega of 16 and 8 bits is rounded as on one process, whatever the number of ranks."""
     offloaded = {"state_device": "cpu"}
     rules: list[dict[str, Any]] = [
@@ -365,7 +386,10 @@ def narrow(rank: int, ranks: int) -> None:
         options = {"omega_dtype": torch.uint8, **rule}
         alone, spread = (
             FusedMASPenalty(m, process_group=group, **options)
-            for m, group in ((network().to(dtype), None), (sharded(network().to(dtype)), "auto"))
+            for m, group in (
+                (network().to(dtype), None),
+                (sharded(mesh, network().to(dtype)), "auto"),
+            )
         )
         for t, (theta, omega) in enumerate([*remembered(), remembered()[1]]):
             omega["4.weight"] *= 1e-6
@@ -383,15 +407,15 @@ def narrow(rank: int, ranks: int) -> None:
                 assert torch.equal(full(spread.anchor[name]), alone.anchor[name]), (rule, t, name)
 
 
-def columns(rank: int, ranks: int) -> None:
+def columns(mesh: DeviceMesh, rank: int, ranks: int) -> None:
     """Shards along another dimension, and Adam's own step lengths."""
     torch.manual_seed(6)
     model = nn.Linear(8, 4, bias=False).double()
     start, omega = model.weight.detach().clone(), torch.rand(4, 8, dtype=torch.float64)
-    fully_shard(model, shard_placement_fn=lambda p: Shard(1))
+    fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(1))
     penalty = FusedMASPenalty(model, lam=LAM, anchor="own", omega_dtype=torch.float64)
     penalty.consolidate(importance={"weight": omega})
-    assert penalty.omega["weight"].placements == (Shard(1),)
+    assert penalty.omega["weight"].placements[-1] == Shard(1)
     close(full(penalty.omega["weight"]), omega)
     optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.0)
     penalty.attach(optimizer, mode="proximal")
@@ -405,25 +429,44 @@ def columns(rank: int, ranks: int) -> None:
     close(full(model.weight), (stepped + c * start) / (1 + c))
 
 
-def everything(folder: Path, source: int, rank: int, ranks: int) -> Any:
-    refused(rank, ranks)
-    narrow(rank, ranks)
-    states(rank, ranks, folder, source)
+def stages(rank: int, ranks: int) -> None:
+    """Two meshes of replicas of shards, each with a model and data of its own."""
+    names = ("stage", "replicate", "shard")
+    mesh = init_device_mesh("cpu", (2, ranks // 2, 1), mesh_dim_names=names)[names[1:]]
+    stage, replica = divmod(rank, ranks // 2)
+    torch.manual_seed(7)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)[stage]
+    penalty = FusedMASPenalty(sharded(mesh), omega_dtype=torch.float64)
+    penalty.consolidate([x[replica :: ranks // 2]])
+    for name, e in zip(penalty.omega, importance_of(network(), x), strict=True):
+        close(full(penalty.omega[name]), e)
+
+
+def everything(folder: Path, source: str, shape: tuple[int, ...], rank: int, ranks: int) -> Any:
+    mesh = mesh_of(shape)
+    refused(mesh, rank, ranks)
+    narrow(mesh, rank, ranks)
+    states(mesh, rank, ranks, folder, source)
     if not PASSES:
         return {}
-    columns(rank, ranks)
-    importance(rank, ranks)
-    return {form: trained(form, rank, ranks) for form in FORMS}
+    columns(mesh, rank, ranks)
+    importance(mesh, rank, ranks)
+    stages(rank, ranks)
+    return {form: trained(form, mesh, rank, ranks) for form in FORMS}
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_several_processes_train_as_one(tmp_path: Path) -> None:
     for i, rule in enumerate(RULES):
         state = {"remembered": consolidated(rule, network()).state_dict()}
-        dcp.save(state, checkpoint_id=tmp_path / f"1-{i}")
-    for source, ranks in ((1, 2), (2, 4)):
-        (tmp_path / f"{ranks}").mkdir()
-        found = run(partial(everything, tmp_path, source), ranks, tmp_path / f"{ranks}")
+        dcp.save(state, checkpoint_id=tmp_path / f"one-{i}")
+    source = "one"
+    for shape in ((2,), (2, 1), (4,), (1, 2), (2, 2)):
+        (tmp_path / f"{shape}").mkdir()
+        found = run(
+            partial(everything, tmp_path, source, shape), math.prod(shape), tmp_path / f"{shape}"
+        )
+        source = f"{shape}"
         for form in found[0]:
             expected = one_process(proximal=form == "proximal")._asdict()
             for t in range(TASKS):
@@ -434,9 +477,9 @@ def test_several_processes_train_as_one(tmp_path: Path) -> None:
                         close(value, expected[what][t][i])
     for i, rule in enumerate(RULES):
         penalty = FusedMASPenalty(network(), omega_dtype=torch.float64, **rule)
-        load_distributed(penalty, tmp_path / f"4-{i}", key="remembered")
+        load_distributed(penalty, tmp_path / f"{source}-{i}", key="remembered")
         check(penalty, rule)
-    check(FusedMASPenalty.load(tmp_path / "4.safetensors", network()), rule)
+    check(FusedMASPenalty.load(tmp_path / f"{source}.safetensors", network()), rule)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
