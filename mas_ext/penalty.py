@@ -132,7 +132,7 @@ class FusedMASPenalty(nn.Module):
             parameters' anchors are, as without it, float32, or float64 beside float64 parameters.
         process_group: the ranks of torch.distributed that train this model together: importance is summed
             over them, in consolidate and adapt, which every one of them calls. "auto" is the group of a
-            DistributedDataParallel wrapper, or the one that fully_shard shards over. For any other model on
+            DistributedDataParallel wrapper, or of the mesh that fully_shard shards over. For any other model on
             one of several ranks, say which: the group, or None where this rank trains it alone.
         state_device: "cpu" keeps omega and anchor in the CPU's memory (pinned, for parameters on a GPU): each
             use brings them to the parameters' device block by block, through 64 MiB of buffers and a stream
@@ -149,12 +149,12 @@ class FusedMASPenalty(nn.Module):
             goes with the anchor "latest" and the store "merged". "parameters": B and A one by one, as if each
             were a weight, though B R and R^-1 A give the same update; also what holds DoRA and other variants.
 
-    A model that fully_shard (FSDP2) has sharded over one mesh of one dimension: the state is sharded alike and
-    the kernels work on each rank's own part; omega, anchor and state_dict() hold DTensors. What runs the model,
-    or tells of all its parts, is called by all ranks together: penalty(), add_grad_, consolidate, adapt,
-    observe, check, save, load. Importance is measured in passes under FSDP's own hooks, and summed over ranks
-    into shards, unit by unit: no rank holds more whole parameters than in a training step. What is
-    consolidated keeps its shape.
+    A model that fully_shard (FSDP2) has sharded over one mesh, of shards or of replicas and shards (HSDP): the
+    state is sharded alike, bit for bit the same on replicas, and the kernels work on each rank's own part;
+    omega, anchor and state_dict() hold DTensors. What runs the model, or tells of all its parts, is called by
+    all ranks of the mesh together: the constructor, penalty(), add_grad_, consolidate, adapt, observe, check,
+    save, load. Importance is measured in passes under FSDP's own hooks, and summed over ranks into shards, unit
+    by unit: no rank holds more whole parameters than in a training step. What is consolidated keeps its shape.
 
     Raises:
         ValueError: an argument that is not one of the choices.

@@ -145,7 +145,7 @@ class _Shard(NamedTuple):
 
     @property
     def placements(self) -> list[Placement]:
-        """As a DTensor has them."""
+        """The placements of a DTensor that lies so."""
         from torch.distributed.tensor import Replicate, Shard
 
         return [*[Replicate()] * (self.mesh.ndim - 1), Shard(self.dim)]

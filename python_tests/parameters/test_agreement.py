@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from interrupts import PACKAGE
-from processes import run
+from processes import mesh_of, run
 from times import TIMES
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -84,14 +84,15 @@ def own(rank: int) -> Tensor:
 
 
 def made(kind: str, **options: Any) -> FusedMASPenalty:
-    """Under one of two wrappers, after a task."""
+    """Under a wrapper, after a task."""
     net: nn.Module = Net()
     if kind == "ddp":
         model: nn.Module = DistributedDataParallel(net, broadcast_buffers=False)
     else:
+        mesh = mesh_of((2, 2) if kind == "hsdp" else (dist.get_world_size(),))
         for layer in net.layers:  # type: ignore[union-attr]
-            fully_shard(layer)
-        model = fully_shard(net)
+            fully_shard(layer, mesh=mesh)
+        model = fully_shard(net, mesh=mesh)
     penalty = FusedMASPenalty(model, lam=0.5, omega_dtype=torch.float64, **options)
     penalty.consolidate([own(dist.get_rank())])
     return penalty
@@ -159,7 +160,7 @@ class Case(NamedTuple):
 
     act: Callable[[FusedMASPenalty, int], object]
     broken: Callable[[FusedMASPenalty], Any] = lambda penalty: mock.patch("os.devnull")
-    kinds: tuple[str, ...] = ("ddp", "fsdp")
+    kinds: tuple[str, ...] = ("ddp", "fsdp", "hsdp")
 
 
 def consolidate(penalty: FusedMASPenalty, rank: int, **given: Any) -> None:
@@ -273,7 +274,7 @@ CASES = {
     "writing": Case(save, raising(files, "save"), ("fsdp",)),
     "loading": Case(load),
     "loading, last": Case(load_state, raising(TrackedModel, "bind")),
-    "parts": Case(load_parts, kinds=("fsdp",)),
+    "parts": Case(load_parts, kinds=("fsdp", "hsdp")),
 }
 
 
@@ -531,7 +532,7 @@ def two_fail(kind: str, rank: int, ranks: int) -> None:
         assert State.of(penalty).equals(before), (kind, name)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
 def test_errors_on_two_of_four_ranks_are_one_on_all(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
