@@ -39,7 +39,7 @@ def test_consolidation() -> None:
     ):
         assert "lambda: " in line
     theta = {"w": torch.ones(2)}
-    state.add_task(theta, theta)
+    state.add_task(theta, {**theta})
     little = {"w": torch.full((2,), 1e-4)}
     line = line_of(RuntimeWarning, "of the strength", lambda: state.add_task(theta, little))
     assert "state.add_task(theta, little)" in line

@@ -170,7 +170,10 @@ class ImportanceSum:
                     with lockstep.installed():
                         yield
                         self._finish(lockstep, view)
-                    sums = {} if lockstep.sample is None else lockstep.sums
+                    # It is part of cycles, and would hold the sums until these are collected.
+                    sums, lockstep.sums = lockstep.sums, {}
+                    if lockstep.sample is None:
+                        sums = {}
                     for name, total in before.sums.items():
                         sums[name] = sums[name].add_(total) if name in sums else total.clone()
                     if agreement is None:

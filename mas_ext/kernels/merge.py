@@ -17,6 +17,29 @@ from mas_ext.kernels.registry import operator
 _ANCHOR_RULES = {"mean": 0, "move": 1, "keep": 2}
 
 
+def merge_omega_(
+    omega: Tensor,
+    importance: Tensor,
+    keep: float,
+    gain: float,
+    entry: int,
+    shift: int,
+    native: bool,
+) -> None:
+    """W' = max(0, keep W + gain Omega_t) of one tensor alone.
+
+    omega: a row of a state, or a part of one, of as many elements, which lie in its order.
+    importance: dense, and no one else's.
+    entry, shift: what rounding is seeded by, as in merge_.
+    """
+    one = torch.ones(1, dtype=torch.float64, device=omega.device)
+    # The kernel leaves the anchor as it is; the importance has that one's size and dtype.
+    size = importance.numel()
+    anchor = importance.as_strided((1, size), (size, 1))
+    state = State([0], omega.view(1, size), anchor, one, one[0], native)
+    merge_(state, [importance], [importance], keep, gain, "keep", entry, shift)
+
+
 @operator(
     f"({CHANGED_STATE}, Tensor[] theta, Tensor[] importance, float keep, float gain, str anchor_rule, "
     "int entry, int shift=0) -> Tensor",

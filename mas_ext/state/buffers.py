@@ -121,7 +121,7 @@ class Memory(NamedTuple):
         return {**present, **self.absent}
 
 
-def build_groups(
+def omega_groups(
     theta: Mapping[str, Tensor],
     parts: Mapping[str, ParameterState],
     rows: int,
@@ -130,7 +130,7 @@ def build_groups(
     gain: float = 1.0,
     sharding: Sharding | None = None,
 ) -> list[Group]:
-    """New groups for these parameters, holding what the parts know; the rest has Omega 0.
+    """New groups for these parameters without anchors, holding the omega that the parts know, else 0.
 
     Codes of 8 bits get the range that they need when gain times `added` comes to them, on all ranks that
     `sharding` is over.
@@ -150,10 +150,30 @@ def build_groups(
                 largest = -sharding.least(-largest)
             group.unit = unit_of(float(largest[0] + gain * largest[1]))
         for i, name in enumerate(names):
-            _fill(group, i, theta[name], parts.get(name), rows)
+            if name in parts:
+                _fill_omega(group, i, theta[name], parts[name])
         group.add_up()
         groups.append(group)
     return groups
+
+
+def add_anchors(
+    group: Group, theta: Mapping[str, Tensor], parts: Mapping[str, ParameterState], rule: MergeRule
+) -> None:
+    """Give a group the anchors that the parts know; those of the rest are the parameters."""
+    dtype, omega = group.layout[0][0], group.state.omega
+    kind = dtype if dtype == rule.anchor_dtype else compute_dtype(dtype)
+    flat = torch.zeros(omega.shape, dtype=kind, device=omega.device, pin_memory=omega.is_pinned())
+    for name, offset in zip(group.names, group.state.offsets, strict=True):
+        x, old = theta[name], parts.get(name)
+        for row, each in enumerate(flat):
+            anchor = flat_view(each, offset, x)
+            # Where W is 0 the anchor is of no matter, but 0 times what is not finite would be NaN.
+            anchor.copy_(x.detach()).nan_to_num_(0.0, 0.0, 0.0)
+            if old is not None and row < len(old.anchor):
+                kept = _in_both(x, old.anchor[row])
+                anchor[kept] = old.anchor[row][kept].to(anchor)
+    group.state = group.state._replace(anchor=flat)
 
 
 def flat_offsets(sizes: Sequence[int]) -> list[int]:
@@ -162,7 +182,7 @@ def flat_offsets(sizes: Sequence[int]) -> list[int]:
 
 
 def _zeros(tensors: list[Tensor], names: list[str], rows: int, rule: MergeRule) -> Group:
-    """A group for tensors of one device and dtype, of which nothing is known."""
+    """A group for tensors of one device and dtype, of which nothing is known, without anchors."""
     device, dtype = tensors[0].device, tensors[0].dtype
     *offsets, end = flat_offsets([x.numel() for x in tensors])
     offloaded = rule.state_device is not None
@@ -171,16 +191,15 @@ def _zeros(tensors: list[Tensor], names: list[str], rows: int, rule: MergeRule) 
     pinned = offloaded and device.type == "cuda"
     wide = rule.omega_dtype == torch.float64 and dtype != torch.float64
 
-    def flat(kind: torch.dtype) -> Tensor:
-        return torch.zeros(rows, end, dtype=kind, device=place, pin_memory=pinned)
-
     def scalars(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
+    kind = torch.float32 if wide else rule.omega_dtype
+    omega = torch.zeros(rows, end, dtype=kind, device=place, pin_memory=pinned)
     state = State(
         offsets,
-        flat(torch.float32 if wide else rule.omega_dtype),
-        flat(dtype if dtype == rule.anchor_dtype else compute_dtype(dtype)),
+        omega,
+        omega.new_empty(0),
         scalars(rows),
         scalars(),
         backends.serves(device, rule.backend),
@@ -192,26 +211,19 @@ def _largest(tensors: Sequence[Tensor]) -> float:
     return max([0.0, *(float(t.max()) for t in tensors if t.numel())])
 
 
-def _fill(group: Group, index: int, x: Tensor, old: ParameterState | None, rows: int) -> None:
-    """Write into a new group what is known of a parameter, whose sizes may have grown since."""
-    if old is not None and old.omega.dim() != x.dim() + 1:
+def _fill_omega(group: Group, index: int, x: Tensor, old: ParameterState) -> None:
+    """Write into a new group the omega of a parameter, whose sizes may have grown since, and its remainder."""
+    if old.omega.dim() != x.dim() + 1:
         raise ValueError(
             f"parameter {group.names[index]!r}: got shape {tuple(x.shape)}, expected "
             f"{old.omega.dim() - 1} dimensions as when it was consolidated"
         )
-    offset = group.state.offsets[index]
-    for row in range(rows):
-        omega, anchor = (
-            flat_view(t[row], offset, x) for t in (group.state.omega, group.state.anchor)
-        )
-        # Where W is 0 the anchor is of no matter, but 0 times what is not finite would be NaN.
-        anchor.copy_(x.detach()).nan_to_num_(0.0, 0.0, 0.0)
-        if old is not None and row < old.omega.shape[0]:
-            # A widened parameter keeps its leading part.
-            kept = tuple(
-                slice(0, min(a, b)) for a, b in zip(x.shape, old.omega.shape[1:], strict=True)
-            )
-            omega[kept] = group.encoded(old.omega[row][kept]).to(omega)
-            anchor[kept] = old.anchor[row][kept].to(anchor)
-    if old is not None:
-        group.remainders[index] = old.remainder
+    for row, known in zip(group.state.omega, old.omega, strict=False):
+        omega, kept = flat_view(row, group.state.offsets[index], x), _in_both(x, known)
+        omega[kept] = group.encoded(known[kept]).to(omega)
+    group.remainders[index] = old.remainder
+
+
+def _in_both(x: Tensor, old: Tensor) -> tuple[slice, ...]:
+    """The leading part that a widened tensor keeps."""
+    return tuple(slice(0, min(a, b)) for a, b in zip(x.shape, old.shape, strict=True))

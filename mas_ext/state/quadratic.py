@@ -19,13 +19,20 @@ from mas_ext._arguments import check_factor
 from mas_ext.failures import Diverged, IncompleteState, Vanished
 from mas_ext.kernels.dtypes import DTYPES, compute_dtype
 from mas_ext.kernels.flat_state import flat_view
-from mas_ext.kernels.merge import merge_
+from mas_ext.kernels.merge import merge_, merge_omega_
 from mas_ext.kernels.warning import warn
 from mas_ext.parameters.adapters import AdaptedWeight
 from mas_ext.parameters.fsdp import Sharding
 from mas_ext.parameters.names import check_supported
 from mas_ext.state import files as checkpoint
-from mas_ext.state.buffers import Group, Memory, ParameterState, build_groups, flat_offsets
+from mas_ext.state.buffers import (
+    Group,
+    Memory,
+    ParameterState,
+    add_anchors,
+    flat_offsets,
+    omega_groups,
+)
 from mas_ext.state.low_rank import (
     HeldWeight,
     UpdateGroup,
@@ -136,8 +143,8 @@ class Consolidation:
         Args:
             theta: the model's parameters by name; those neither known nor in `importance` are ignored.
             importance: Omega_t by name, in the parameters' shapes; a name left out counts as 0. At least 0,
-                unless the rule takes it `signed`, where W <- max(0, W + Omega_t). That of adapted weights is
-                taken out of the dictionary as it is merged.
+                unless the rule takes it `signed`, where W <- max(0, W + Omega_t). It is taken out of the
+                dictionary as it is merged.
             weight: multiplies Omega_t (and 1/S_t under "consistent").
             move_anchor: under the anchor "latest", whether that moves to theta.
             sharding: how the parameters are sharded, if these are one rank's shards. What is checked, and S_t,
@@ -187,15 +194,19 @@ class Consolidation:
                 f"importance: got a sum of {total} and a weight of {weight}, expected a factor in omega that "
                 f"float32 holds, not {gain:.3g}"
             )
-        rows = self._rows(entries)
-        groups = build_groups(known, old, rows, self.rule, importance, gain, sharding)
-        if merged:
-            self._merge(groups, known, importance, gain, move_anchor, sharding)
-        else:
+        updates = self._merged_updates(adapted, importance, gain, move_anchor)
+        rows, latest = self._rows(entries), merged and self.rule.anchor == "latest"
+        groups = omega_groups(known, old, rows, self.rule, importance, gain, sharding)
+        if latest:  # importance is freed before anchors take memory
+            self._merge(groups, known, importance, gain, sharding)
+        for group in groups:
+            add_anchors(group, known, {} if latest and move_anchor else old, self.rule)
+        if not merged:
             self._write_row(groups, known, importance, len(entries) - 1, move_anchor)
+        elif not latest:
+            self._merge(groups, known, importance, gain, sharding)
         for group in groups:
             _finish(group, sharding)
-        updates = self._merged_updates(adapted, importance, gain, move_anchor)
         self._warn_of_weakened(entries)
         self._take_over(Memory(self.lam, entries, groups, {}, updates, {}))
 
@@ -317,33 +328,30 @@ class Consolidation:
         self,
         groups: list[Group],
         theta: Mapping[str, Tensor],
-        importance: Mapping[str, Tensor],
+        importance: dict[str, Tensor],
         gain: float,
-        move_anchor: bool,
         sharding: Sharding | None,
     ) -> None:
-        own, keep = self.rule.anchor == "own", self.rule.keep
-        anchor = "mean" if own else "move" if move_anchor else "keep"
+        """One task into omega, and into anchors where each has its own; its importance is freed meanwhile."""
+        keep, entry = self.rule.keep, len(self.memory.entries)
         for group in groups:
-            x = [theta[name].to(group.state.omega.device) for name in group.names]
-            dtype = compute_dtype(group.state.anchor.dtype)
-            omegas = [
-                importance[name].to(t.device, dtype)
-                if name in importance
-                else torch.zeros_like(t, dtype=dtype)
-                for name, t in zip(group.names, x, strict=True)
-            ]
-            numbers = (keep, gain / group.unit, anchor, len(self.memory.entries))
-            if sharding is None:
-                added = merge_(group.state, x, omegas, *numbers)
-            else:
-                each = [
-                    merge_(group.subset([i]), x[i : i + 1], omegas[i : i + 1], *numbers, shift)
-                    for i, shift in enumerate(_shifts(group, sharding))
-                ]
-                added = torch.cat(each)
-            group.remainders *= keep
-            group.remainders += added.to(group.remainders.device) * group.unit
+            state, place = group.state, group.state.omega.device
+            for i, (name, shift) in enumerate(
+                zip(group.names, _shifts(group, sharding), strict=True)
+            ):
+                x, offset = theta[name], state.offsets[i]
+                new = torch.zeros_like(x, dtype=compute_dtype(x.dtype), device=place)
+                if name in importance:
+                    new.copy_(importance.pop(name))
+                numbers = (keep, gain / group.unit)
+                if self.rule.anchor == "latest":
+                    omega = state.omega[0, offset : offset + x.numel()]
+                    merge_omega_(omega, new, *numbers, entry, offset + shift, state.native)
+                else:
+                    own = group.subset([i])
+                    (added,) = merge_(own, [x.to(place)], [new], *numbers, "mean", entry, shift)
+                    group.remainders[i] *= keep
+                    group.remainders[i] += added.to(group.remainders.device) * group.unit
 
     def _merged_updates(
         self,
@@ -398,7 +406,10 @@ class Consolidation:
         parts, rows = memory.parts(), self._rows(memory.entries)
         known = {name: x for name, x in theta.items() if name in parts}
         absent = {name: p for name, p in parts.items() if name not in theta}
-        return memory._replace(groups=build_groups(known, parts, rows, self.rule), absent=absent)
+        groups = omega_groups(known, parts, rows, self.rule)
+        for group in groups:
+            add_anchors(group, known, parts, self.rule)
+        return memory._replace(groups=groups, absent=absent)
 
     def _take_over(self, memory: Memory) -> None:
         """Hold this from now on, in one assignment; after an error or an interruption, what was held before."""
@@ -505,11 +516,13 @@ def _numbers(each: Sequence[Tensor]) -> Tensor:
     return torch.tensor([t.item() for t in each], dtype=torch.float64)
 
 
-def _shifts(group: Group, sharding: Sharding) -> Iterator[int]:
+def _shifts(group: Group, sharding: Sharding | None) -> list[int]:
     """How much further each part would lie in a state of whole parameters, where one process has it."""
+    if sharding is None:
+        return [0] * len(group.names)
     sizes, before = zip(*map(sharding.place, group.names), strict=True)
-    for whole, start, own in zip(flat_offsets(sizes), before, group.state.offsets, strict=False):
-        yield whole + start - own
+    lie = zip(flat_offsets(sizes), before, group.state.offsets, strict=False)
+    return [whole + start - own for whole, start, own in lie]
 
 
 def _finish(group: Group, sharding: Sharding | None) -> None:
