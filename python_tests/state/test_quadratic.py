@@ -13,6 +13,7 @@ import torch
 from oracles import naive
 from torch import Tensor
 
+from benchmarks.memory import peak
 from mas_ext.failures import Vanished
 from mas_ext.kernels.backends import Backend
 from mas_ext.kernels.penalty import penalty
@@ -660,6 +661,19 @@ def test_anchors_that_are_not_finite_are_refused() -> None:
     state = Consolidation(MergeRule(), 1.0)
     with pytest.raises(ValueError, match="parameter 'w': got NaN or Inf"):
         state.add_task({"w": row(1, float("nan"))}, {"w": row(1, 1.0)})
+
+
+def test_importance_is_freed_before_there_are_new_anchors() -> None:
+    names = [str(i) for i in range(16)]
+    theta = {name: torch.zeros(64, 64) for name in names}
+    state = Consolidation(MergeRule(), 1.0)
+
+    def add_task() -> None:
+        state.add_task(theta, {name: torch.ones(64, 64) for name in names})
+
+    add_task()
+    # Importance and omega, or omega and anchors; and one tensor's importance once more.
+    assert peak(add_task) <= (2 * len(names) + 2) * 4 * 64 * 64
 
 
 @pytest.mark.parametrize("failure", [MemoryError, KeyboardInterrupt])
