@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -186,6 +188,17 @@ def as_fsdp_gathers(mesh: DeviceMesh, rank: int, ranks: int) -> None:
     assert sums == 0
 
 
+def freed(mesh: DeviceMesh, rank: int, ranks: int) -> None:
+    """What was observed is gone once it is consolidated, without a search for cycles."""
+    penalty = FusedMASPenalty(sharded(made(Plain), mesh))
+    gc.disable()
+    penalty.observe(torch.randn(4, 4, 6, dtype=torch.float64))
+    sums = [weakref.ref(t) for t in penalty._pending.sums.values()]
+    penalty.consolidate()
+    assert not any(found() is not None for found in sums)
+    gc.enable()
+
+
 def swept(mesh: DeviceMesh, rank: int, ranks: int) -> None:
     """Parts of the parameters one after another."""
     own = parts(ranks)[rank]
@@ -243,6 +256,7 @@ def everything(shape: tuple[int, ...], rank: int, ranks: int) -> int:
     mesh = mesh_of(shape)
     equal(mesh, rank, ranks)
     as_fsdp_gathers(mesh, rank, ranks)
+    freed(mesh, rank, ranks)
     swept(mesh, rank, ranks)
     rounded(mesh, rank, ranks)
     failing(mesh, rank, ranks)
