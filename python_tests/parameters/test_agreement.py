@@ -34,6 +34,7 @@ from mas_ext.state import files, quadratic
 
 X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 RANKS = 2
+SHARDED = ("fsdp", "hsdp")
 
 
 class Breaks(torch.autograd.Function):
@@ -160,7 +161,7 @@ class Case(NamedTuple):
 
     act: Callable[[FusedMASPenalty, int], object]
     broken: Callable[[FusedMASPenalty], Any] = lambda penalty: mock.patch("os.devnull")
-    kinds: tuple[str, ...] = ("ddp", "fsdp", "hsdp")
+    kinds: tuple[str, ...] = ("ddp", *SHARDED)
 
 
 def consolidate(penalty: FusedMASPenalty, rank: int, **given: Any) -> None:
@@ -258,23 +259,23 @@ CASES = {
     "signal": Case(consolidate, setting("interrupted", True)),
     "signal, adapt": Case(adapt, setting("interrupted", True)),
     "backward": Case(consolidate, setting("backward_error", OSError("here"))),
-    "backward, estimate": Case(estimate, setting("backward_error", OSError("here")), ("fsdp",)),
-    "backward, observe": Case(observe, setting("backward_error", OSError("here")), ("fsdp",)),
-    "forward, observe": Case(observe, setting("forward_error", OSError("here")), ("fsdp",)),
-    "merging": Case(consolidate, raising(quadratic, "merge_")),
-    "groups": Case(adapt, raising(quadratic, "build_groups")),
+    "backward, estimate": Case(estimate, setting("backward_error", OSError("here")), SHARDED),
+    "backward, observe": Case(observe, setting("backward_error", OSError("here")), SHARDED),
+    "forward, observe": Case(observe, setting("forward_error", OSError("here")), SHARDED),
+    "merging": Case(consolidate, raising(quadratic, "merge_omega_")),
+    "groups": Case(adapt, raising(quadratic, "omega_groups")),
     "check": Case(consolidate, raising(quadratic, "check_supported")),
     "after merging": Case(consolidate, late(quadratic.Consolidation, "add_task")),
     "remainders": Case(consolidate, raising(quadratic, "_finish")),
     "binding": Case(consolidate, raising(TrackedModel, "bind")),
     "rounding": Case(consolidate, raising(TrackedModel, "own_parameters")),
-    "sums": Case(consolidate, raising(Sharding, "add_up"), ("fsdp",)),
-    "shares": Case(consolidate, raising(Sharding, "share"), ("fsdp",)),
-    "packing": Case(save, raising(quadratic.Consolidation, "tensors"), ("fsdp",)),
-    "writing": Case(save, raising(files, "save"), ("fsdp",)),
+    "sums": Case(consolidate, raising(Sharding, "add_up"), SHARDED),
+    "shares": Case(consolidate, raising(Sharding, "share"), SHARDED),
+    "packing": Case(save, raising(quadratic.Consolidation, "tensors"), SHARDED),
+    "writing": Case(save, raising(files, "save"), SHARDED),
     "loading": Case(load),
     "loading, last": Case(load_state, raising(TrackedModel, "bind")),
-    "parts": Case(load_parts, kinds=("fsdp", "hsdp")),
+    "parts": Case(load_parts, kinds=SHARDED),
 }
 
 
