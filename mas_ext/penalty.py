@@ -27,9 +27,9 @@ from mas_ext.kernels.proximal import proximal_
 from mas_ext.kernels.warning import warn
 from mas_ext.optim.fused import FusedOptimizer
 from mas_ext.optim.hooks import Handle, Mode, register_hook, unwrapped
-from mas_ext.parameters.adapters import AdaptedWeight, measured
+from mas_ext.parameters.adapters import AdaptedWeight
 from mas_ext.parameters.agreement import Agreement
-from mas_ext.parameters.fsdp import group_of, optimizer_view, whole_tensor
+from mas_ext.parameters.fsdp import Sharding, group_of, optimizer_view, whole_tensor
 from mas_ext.parameters.names import (
     ModelView,
     check_patterns,
@@ -46,6 +46,7 @@ from mas_ext.parameters.ranks import (
     described_model,
     refuse_unused,
 )
+from mas_ext.parameters.sharded_adapters import refuse_without_rows
 from mas_ext.parameters.tracked_model import TrackedModel, alone
 from mas_ext.state import files as checkpoint
 from mas_ext.state.buffers import Group, Memory
@@ -61,6 +62,7 @@ from mas_ext.state.merge_rules import (
 )
 from mas_ext.state.offloading import group_penalty, run_kernel
 from mas_ext.state.quadratic import FORMAT, Consolidation, check_format
+from mas_ext.state.sharded_updates import ShardedUpdates
 
 if TYPE_CHECKING:  # torch may be built without it
     from torch.distributed import ProcessGroup
@@ -148,6 +150,8 @@ class FusedMASPenalty(nn.Module):
             omega_dtype of uint8, and D* as factors, under the name that the weight has without adapters. It
             goes with the anchor "latest" and the store "merged". "parameters": B and A one by one, as if each
             were a weight, though B R and R^-1 A give the same update; also what holds DoRA and other variants.
+            Under fully_shard each rank holds its rows of W, and every form of the penalty, attach too, is a
+            call of all ranks, which gathers the factors A.
 
     A model that fully_shard (FSDP2) has sharded over one mesh, of shards or of replicas and shards (HSDP): the
     state is sharded alike, bit for bit the same on replicas, and the kernels work on each rank's own part;
@@ -470,10 +474,7 @@ class FusedMASPenalty(nn.Module):
                         f"{name}: got {given[name]!r} for low-rank updates held in weight space, expected "
                         f'{expected!r}, or adapters="parameters"'
                     )
-            if self._tracked.sharding is not None:
-                raise ValueError(
-                    "adapters: got 'weights' for a model sharded by fully_shard, expected 'parameters'"
-                )
+            refuse_without_rows(self.model, found)
         return found
 
     # Unlike torch.compiler.disable, this does not import the compiler with the package.
@@ -482,13 +483,21 @@ class FusedMASPenalty(nn.Module):
         """The penalty of low-rank updates."""
         return [group.value() for group in self.updates()]
 
-    def updates(self) -> Iterator[UpdateGroup]:
+    def updates(self) -> Iterator[UpdateGroup | ShardedUpdates]:
         """The low-rank updates that are held, of the adapters that are active now."""
         held = self._state.memory.updates
         if not held:
             return iter(())
-        adapted = self._adapted()
+        adapted = self._tracked.adapted()
         self._warn_of_trained(held.keys() - adapted.keys())
+        self._follow_updates(adapted, self._tracked.sharding)
+        return self._state.bound_updates(adapted, self._tracked.sharding)
+
+    def _follow_updates(
+        self, adapted: Mapping[str, AdaptedWeight], sharding: Sharding | None
+    ) -> None:
+        """Have what is held of adapted weights follow those with other factors, or under other names."""
+        held = self._state.memory.updates
         changed = self._tracked.other_factors(adapted, held)
         if changed:
             moved = {old: new for old, new in changed.items() if old != new}
@@ -497,10 +506,10 @@ class FusedMASPenalty(nn.Module):
                 warn(f"adapted weights under other names: {told}", RuntimeWarning)
             with alone(self.model):
                 state = copy.copy(self._state)
-                state.follow_updates(adapted, changed)
+                self._tracked.view(held)  # takes over how weights of other names are sharded
+                state.follow_updates(adapted, changed, sharding)
                 self._held = self._held._replace(state=state)
                 self._tracked.remember_factors(adapted)
-        return self._state.bound_updates(adapted)
 
     def _warn_of_trained(self, names: Collection[str]) -> None:
         """Tell of weights without adapters that are trained, though their updates are held."""
@@ -607,7 +616,7 @@ class FusedMASPenalty(nn.Module):
         """
         with alone(self.model):
             adapted = self._adapted()
-            with measured(adapted):
+            with self._tracked.measured(adapted):
                 view = optimizer_view(self.model, self.exclude)
                 self._follow(view)
                 with self._pending.running(view):
@@ -625,6 +634,7 @@ class FusedMASPenalty(nn.Module):
         # Estimators may run the model in training mode, which moves running statistics.
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         try:
+            measured = self._tracked.measured
             with alone(self.model), measured(self._adapted()), suppress(Diverged):
                 view, total = optimizer_view(self.model, self.exclude), self._pending.empty()
                 with total.running(view):
@@ -869,7 +879,7 @@ class FusedMASPenalty(nn.Module):
             self._follow(view)
             if not self._tracked.was_sharded_since(view):  # else a new penalty takes what is held
                 self.bound()  # in the shapes that parameters have now
-            found = {**self._state.tensors(), **self._pending.tensors()}
+            found = {**self._state.tensors(self._tracked.sharding), **self._pending.tensors()}
         found["settings"] = checkpoint.encode(self._settings())
         if self._tracked.sharding is not None:
             found = self._tracked.sharding.join_state(found)
@@ -912,15 +922,16 @@ class FusedMASPenalty(nn.Module):
         settings = _decoded(found.pop("settings")) if "settings" in found else {}
         view = self._tracked.view(self._state.memory.names)
         theta = self._tracked.own_parameters(view)
-        if self._tracked.sharding is None:
+        sharding = self._tracked.sharding and self._tracked.sharding.within(call)
+        if sharding is None:
             found = {key: whole_tensor(t) for key, t in found.items()}
         else:
-            found = self._tracked.sharding.within(call).own_state(found)
+            found = sharding.own_state(found)
         pending = self._pending.empty()
         observed = {key: t for key, t in found.items() if key.startswith("pending")}
         pending.load_tensors(observed, theta)
         state = copy.copy(self._state)
-        state.load_tensors({k: t for k, t in found.items() if k not in observed}, theta)
+        state.load_tensors({k: t for k, t in found.items() if k not in observed}, theta, sharding)
         self._refuse_other_adapters(state.memory)
         call.refuse_different(lambda: self._common(state))
         self._warn_of_other(settings)
@@ -1072,7 +1083,7 @@ class FusedMASPenalty(nn.Module):
         """
         with alone(self.model):
             adapted, known = self._adapted(), self._state.memory.names
-            with measured(adapted) as weights:
+            with self._tracked.measured(adapted) as weights:
                 view = self._tracked.view(known)
                 self._follow(view)
                 given = {"weight": weight, "ends a task": ending is not None}
@@ -1084,6 +1095,8 @@ class FusedMASPenalty(nn.Module):
                         **described_model(view),
                     }
                 )
+                sharding = self._tracked.sharding and self._tracked.sharding.within(call)
+                self._follow_updates(adapted, sharding)
                 names = {view.name_of(p): name for name, p in weights.items()}
                 omega = {names.get(name, name): t for name, t in find(view, call).items()}
                 _refuse_factors(omega, adapted, view)
@@ -1096,8 +1109,7 @@ class FusedMASPenalty(nn.Module):
                     if factor != 1:
                         omega[name] = factor * omega[name]
                 theta = {names.get(n, n): p for n, p in self._tracked.own_parameters(view).items()}
-                state, sharding = copy.copy(self._state), self._tracked.sharding
-                sharding = sharding and sharding.within(call)
+                state = copy.copy(self._state)
                 state.add_task(theta, omega, weight, ending is not None, sharding, adapted)
                 pending = self._pending.empty() if ending is not None else self._pending
             self._tracked.bind(state.memory.groups, self._tracked.view(known) if adapted else view)

@@ -88,7 +88,12 @@ TESTS = {
     "mas_ext/state/quadratic.py": [*STATE, "state/test_files.py"],
     "mas_ext/state/folders.py": ["state/test_replacing.py", "test_windows.py"],
     "mas_ext/state/replacing.py": ["state/test_replacing.py", "state/test_files.py"],
-    "mas_ext/state/sharded_files.py": ["parameters/test_fsdp.py"],
+    "mas_ext/state/sharded_files.py": [
+        "parameters/test_fsdp.py",
+        "parameters/test_fsdp_adapters.py",
+    ],
+    "mas_ext/state/sharded_updates.py": ["parameters/test_fsdp_adapters.py"],
+    "mas_ext/parameters/sharded_adapters.py": ["parameters/test_fsdp_adapters.py"],
     "mas_ext/parameters/ranks.py": ["parameters/test_ranks.py", "parameters/test_agreement.py"],
     "mas_ext/parameters/agreement.py": ["parameters/test_agreement.py"],
     "mas_ext/parameters/lockstep.py": ["parameters/test_lockstep.py", "parameters/test_fsdp.py"],

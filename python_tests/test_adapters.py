@@ -343,6 +343,19 @@ def test_a_model_that_is_wrapped_is_followed() -> None:
     assert "renamed.weight" in penalty.omega
 
 
+def test_a_model_that_is_wrapped_is_followed_into_the_next_task() -> None:
+    model = make()
+    penalty, _ = penalty_and_definition(model)
+    given = torch.rand(3, 6, dtype=torch.float64)
+    penalty.consolidate(importance={"second.weight": given})
+    model.renamed = model.second
+    del model.second
+    with pytest.warns(RuntimeWarning, match="adapted weights under other names"):
+        penalty.consolidate(importance={"renamed.weight": given})
+    assert penalty.omega.keys() == {"renamed.weight"}
+    torch.testing.assert_close(penalty.omega["renamed.weight"], 2 * given)
+
+
 def test_observed_batches_count_as_given_ones() -> None:
     model = make()
     penalty, definition = penalty_and_definition(model)

@@ -39,6 +39,7 @@ from mas_ext.optim.step_size import (
 from mas_ext.parameters.names import is_sharded
 from mas_ext.state.buffers import Group
 from mas_ext.state.low_rank import UpdateGroup
+from mas_ext.state.sharded_updates import ShardedUpdates
 
 # Options of torch's optimizers that these lack.
 _REFUSED = ("foreach", "maximize", "differentiable")
@@ -191,7 +192,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # All that can fail comes before the first parameter moves.
         for group in self.param_groups:
             _check_own_numbers(group)
-        updates: list[UpdateGroup] = []
+        updates: list[UpdateGroup | ShardedUpdates] = []
         if self._penalty is not None and self._mode == "gradient":
             updates = [*self._penalty.updates()]
         factors = {id(p) for update in updates for p in update.trained()}

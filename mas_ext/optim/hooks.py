@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 from mas_ext.optim.step_size import STEP_SIZES, Step, StepSizes, check_numbers, constant
 from mas_ext.state.buffers import Group
 from mas_ext.state.low_rank import UpdateGroup
+from mas_ext.state.sharded_updates import ShardedUpdates
 
 Mode = Literal["gradient", "proximal"]
 
@@ -23,7 +24,7 @@ class Penalty(Protocol):
     def add_grad_to(self, only: Collection[int], times: Tensor | None = None) -> None:
         """Add the penalty's gradient, times a factor, into .grad of the parameters with these ids."""
 
-    def updates(self) -> Iterator[UpdateGroup]:
+    def updates(self) -> Iterator[UpdateGroup | ShardedUpdates]:
         """The low-rank updates that are held, of the adapters that are active now."""
 
     def proximal_(

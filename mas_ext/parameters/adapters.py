@@ -9,6 +9,7 @@ its weight. The gradient of the sum is that of a matrix of zeros, E, in y = laye
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mas_ext.kernels.dtypes import DTYPES
+from mas_ext.parameters.fsdp import own_rows
 from mas_ext.parameters.names import StandIn, frozen, is_hidden, is_sharded
 from mas_ext.parameters.restoring import restoring
 
@@ -26,12 +28,13 @@ from mas_ext.parameters.restoring import restoring
 class Factor(NamedTuple):
     """A factor of a low-rank product: a parameter, whose dimensions behind the first count as one."""
 
-    parameter: nn.Parameter
+    parameter: Tensor
     transposed: bool = False
 
     def matrix(self, like_parameter: Tensor) -> Tensor:
         """The factor's matrix, of the parameter or of a tensor of its shape, such as its gradient."""
-        flat = like_parameter.reshape(len(like_parameter), -1)
+        rows, *others = like_parameter.shape
+        flat = like_parameter.reshape(rows, math.prod(others))
         return flat.T if self.transposed else flat
 
 
@@ -45,16 +48,20 @@ class LowRankProduct(NamedTuple):
 
 
 class AdaptedWeight(NamedTuple):
-    """A frozen weight, a parameter of `owner`, and the products of the adapters that are active now."""
+    """A frozen weight, a parameter of `owner`, and the products of the adapters that are active now.
+
+    sharded: the parameter as fully_shard keeps it between passes, of which this rank has some rows.
+    """
 
     owner: nn.Module
     key: str
     products: list[LowRankProduct]
+    sharded: Any = None
 
     @property
     def weight(self) -> nn.Parameter:
-        """The weight without the products; as it is kept, if it is quantised."""
-        found = self.owner._parameters[self.key]
+        """The weight without the products; as it is kept, if it is quantised or sharded."""
+        found = self.owner._parameters[self.key] if self.sharded is None else self.sharded
         assert found is not None
         return found
 
@@ -77,15 +84,31 @@ class AdaptedWeight(NamedTuple):
             return self.weight.dtype
         return self.products[0].left.parameter.dtype if self.products else torch.float32
 
+    @property
+    def rows(self) -> range:
+        """The rows of the weight that this rank has: all of them, unless it is sharded."""
+        return range(self.shape[0]) if self.sharded is None else own_rows(self.sharded)
+
+    def own(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Which places in the weight, as one dimension, lie in this rank's rows, and where in these."""
+        columns = math.prod(self.shape[1:])
+        begin, end = (row * columns for row in (self.rows.start, self.rows.stop))
+        mine = (begin <= places) & (places < end)
+        return mine, places[mine] - begin
+
     @torch.no_grad()
     def numbers(self, places: Tensor) -> Tensor:
         """Elements of the weight, by their places in it as one dimension; float64, on the CPU.
 
-        Of a quantised one they are what its layer makes of unit vectors.
+        Of a quantised one they are what its layer makes of unit vectors. Those in other ranks' rows are 0.
         """
         weight = self.weight
         if not self.is_quantised:
-            return weight.detach().reshape(-1)[places.to(weight.device)].double().cpu()
+            found = torch.zeros(len(places), dtype=torch.float64)
+            mine, there = self.own(places)
+            local = weight if self.sharded is None else self.sharded.to_local()
+            found[mine] = local.reshape(-1)[there.to(weight.device)].double().cpu()
+            return found
         rows, columns = places // self.shape[1], places % self.shape[1]
         used, which = columns.unique(return_inverse=True)
         x = torch.zeros(len(used) + 1, self.shape[1], dtype=self.dtype, device=weight.device)
@@ -98,10 +121,10 @@ class AdaptedWeight(NamedTuple):
         with restoring(restore):
             self.owner.training = True  # in eval mode some rearrange their weight
             y = self.owner(x).double().cpu()
-        found: Tensor = (y[:-1] - y[-1])[which, rows]
-        return found
+        made: Tensor = (y[:-1] - y[-1])[which, rows]
+        return made
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """The products' factors."""
         return [f.parameter for p in self.products for f in (p.left, p.right)]
 
@@ -230,9 +253,9 @@ def _plus_zeros(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
     return y + F.linear(x.to(zeros), zeros).to(y)
 
 
-def factors_of(weight: Tensor) -> Sequence[nn.Parameter]:
+def factors_of(weight: Tensor) -> Sequence[Tensor]:
     """The factors of the products that are added to a weight while it is `measured`; none of another tensor."""
-    found: Sequence[nn.Parameter] = getattr(weight, "adapter_factors", ())
+    found: Sequence[Tensor] = getattr(weight, "adapter_factors", ())
     return found
 
 
@@ -241,12 +264,17 @@ def measured(adapted: Mapping[str, AdaptedWeight]) -> Iterator[dict[str, nn.Para
     """For a while, gradients are of the adapted weights, each use of its own, and not of the factors.
 
     A weight's gradient is that of the sum with its products. Yields parameters by the weights' names, which
-    share their memory; a StandIn for one that is quantised.
+    share their memory; a StandIn for one that is quantised; of one that is sharded the parameter itself, whose
+    flag FSDP gives to the gathered weight, too.
     """
-    quantised = [w for w in adapted.values() if w.is_quantised]
-    before = [(w, w.weight) for w in adapted.values() if not w.is_quantised]
+    sharded = [w.sharded for w in adapted.values() if w.sharded is not None]
+    whole = [w for w in adapted.values() if w.sharded is None]
+    quantised = [w for w in whole if w.is_quantised]
+    before = [(w, w.weight) for w in whole if not w.is_quantised]
 
     def restore() -> None:
+        for p in sharded:
+            p.requires_grad_(False)
         for w, weight in before:
             w.owner._parameters[w.key] = weight
         for w in quantised:
@@ -254,6 +282,8 @@ def measured(adapted: Mapping[str, AdaptedWeight]) -> Iterator[dict[str, nn.Para
             w.owner._parameters.pop(_ZEROS, None)
 
     with frozen(p for w in adapted.values() for p in w.parameters()), restoring(restore):
+        for p in sharded:
+            p.requires_grad_(True)
         for w, weight in before:
             w.owner._parameters[w.key] = nn.Parameter(weight.detach())
         for w in quantised:
@@ -261,8 +291,10 @@ def measured(adapted: Mapping[str, AdaptedWeight]) -> Iterator[dict[str, nn.Para
             w.owner._parameters[_ZEROS] = StandIn(zero.expand(w.shape))
             w.owner._forward_hooks[_HOOK] = _plus_zeros  # type: ignore[index]
         found: dict[str, Any] = {
-            n: w.owner._parameters[_ZEROS if w.is_quantised else w.key] for n, w in adapted.items()
+            n: w.owner._parameters[_ZEROS] if w.is_quantised else w.weight
+            for n, w in adapted.items()
         }
         for name, p in found.items():
-            p.adapter_factors = adapted[name].parameters()
+            if adapted[name].sharded is None:
+                p.adapter_factors = adapted[name].parameters()
         yield found

@@ -81,6 +81,20 @@ def _fsdp_parameters(model: nn.Module) -> list[Any]:
     return [p for group in groups for p in group.fsdp_params]
 
 
+def sharded_parameters(model: nn.Module) -> dict[int, Any]:
+    """FSDP's own records of the parameters, by the ids of what hangs in their places now, whole or sharded."""
+    return {
+        id(p._module_info.module._parameters.get(p._module_info.param_name)): p
+        for p in _fsdp_parameters(model)
+    }
+
+
+def prepare_passes(model: nn.Module) -> None:
+    """Have FSDP find out now what it does in the first pass, such as the dtype that it reduces gradients in."""
+    for state in fsdp_states(model):
+        state._lazy_init()
+
+
 # Groups of all ranks of meshes that have two dimensions and don't span the world, as a stage of a pipeline.
 _groups: weakref.WeakKeyDictionary[DeviceMesh, ProcessGroup] = weakref.WeakKeyDictionary()
 
@@ -154,6 +168,18 @@ class _Shard(NamedTuple):
         """The layout of a stack of such tensors."""
         return _Shard(self.mesh, self.dim + 1, (number, *self.shape))
 
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The sizes of the first pieces."""
+        each = [*self.shape]
+        each[self.dim] = -(-self.shape[self.dim] // self.mesh.size(-1))
+        return tuple(each)
+
+    @property
+    def begin(self) -> int:
+        """Where this rank's piece begins, along dim."""
+        return min(self.size[self.dim] * self.mesh.get_local_rank(-1), self.shape[self.dim])
+
     def own(self, t: Tensor) -> Tensor:
         """This rank's piece of a tensor that may be whole or sharded in any way."""
         t = t.detach()
@@ -170,18 +196,27 @@ class _Shard(NamedTuple):
         empty = t.narrow(self.dim, 0, 0)
         return [*t.chunk(ranks, self.dim), *[empty] * ranks][:ranks]
 
+    def filled(self, pieces: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Pieces filled up with zeros to equal size, stacked."""
+        found = like.new_zeros(len(pieces), *self.size)
+        for place, piece in zip(found, pieces, strict=True):
+            place.narrow(self.dim, 0, piece.shape[self.dim]).copy_(piece)
+        return found
+
+    def spread(self, t: Tensor | None, like: Tensor) -> Tensor:
+        """Every rank's piece of a whole tensor, None being zeros, as `filled` gives them."""
+        if t is None:
+            return like.new_zeros(self.mesh.size(-1), *self.size)
+        return self.filled(self._pieces(t), like)
+
+    def put_together(self, filled: Tensor) -> Tensor:
+        """The whole tensor, from every rank's piece, as `filled` gives them."""
+        return torch.cat([*filled], self.dim).narrow(self.dim, 0, self.shape[self.dim])
+
     def summed(self, t: Tensor | None, own: Tensor) -> Tensor:
         """This rank's piece of the sum over ranks of whole tensors, None being zeros; like `own`."""
-        ranks = self.mesh.size(-1)
-        each = [*self.shape]
-        each[self.dim] = -(-self.shape[self.dim] // ranks)
-        # As pieces of equal size, one after another.
-        whole = own.new_zeros(ranks, *each)
-        if t is not None:
-            for place, piece in zip(whole, self._pieces(t), strict=True):
-                place.narrow(self.dim, 0, piece.shape[self.dim]).copy_(piece)
-        total = own.new_empty(1, *each)
-        dist.reduce_scatter_tensor(total, whole, group=self.mesh.get_group(-1))
+        total = own.new_empty(1, *self.size)
+        dist.reduce_scatter_tensor(total, self.spread(t, own), group=self.mesh.get_group(-1))
         if self.mesh.ndim > 1:
             dist.all_reduce(total, group=self.mesh.get_group(0))
         return total[0].narrow(self.dim, 0, own.shape[self.dim])
@@ -224,6 +259,49 @@ def _shard_of(name: str, p: Tensor) -> _Shard:
     else:
         return _Shard(p.device_mesh, cast("Shard", p.placements[-1]).dim, tuple(p.shape))
     raise TypeError(f"parameter {name!r}: got {got}, {_EXPECTED}")
+
+
+def sharded_dim(p: Tensor) -> int:
+    """The dimension that a sharded parameter is cut along."""
+    return _shard_of("weight", p).dim
+
+
+def own_rows(p: Tensor) -> range:
+    """The rows that this rank has of a parameter that is sharded by rows."""
+    shard = _shard_of("weight", p)
+    return range(shard.begin, min(shard.begin + shard.size[0], shard.shape[0]))
+
+
+class _Gathering(torch.autograd.Function):
+    """Whole tensors from every rank's pieces, all of one dtype, in one exchange.
+
+    A piece's gradient is the sum over the ranks of the whole tensor's gradients, in one exchange, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shards: Sequence[_Shard], *own: Tensor) -> tuple[Tensor, ...]:
+        ctx.shards, ctx.lengths = shards, [t.shape[s.dim] for s, t in zip(shards, own, strict=True)]
+        mesh = shards[0].mesh
+        flat = torch.cat([s.filled([t], t).flatten() for s, t in zip(shards, own, strict=True)])
+        found = flat.new_empty(mesh.size(-1) * len(flat))
+        dist.all_gather_into_tensor(found, flat, group=mesh.get_group(-1))
+        parts = found.view(mesh.size(-1), -1).split([math.prod(s.size) for s in shards], 1)
+        return tuple(
+            s.put_together(part.reshape(-1, *s.size)) for s, part in zip(shards, parts, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        mesh = ctx.shards[0].mesh
+        each = [s.spread(g, g).flatten(1) for s, g in zip(ctx.shards, grads, strict=True)]
+        flat = torch.cat(each, 1)
+        total = flat.new_empty(flat.shape[1])
+        dist.reduce_scatter_tensor(total, flat.flatten(), group=mesh.get_group(-1))
+        parts = total.split([math.prod(s.size) for s in ctx.shards])
+        return None, *(
+            part.view(s.size).narrow(s.dim, 0, length)
+            for s, part, length in zip(ctx.shards, parts, ctx.lengths, strict=True)
+        )
 
 
 def refuse_outer(model: nn.Module, theta: Mapping[str, Tensor]) -> None:
@@ -352,10 +430,26 @@ class Sharding:
 
         A part along another dimension than the first, which lies in many places, is said to come first.
         """
-        mesh, dim, shape = self._shards[name]
-        size = math.prod(shape)
-        rows = -(-shape[0] // self._holders.size()) * mesh.get_local_rank(-1)
-        return size, 0 if dim else min(rows, shape[0]) * (size // max(1, shape[0]))
+        shard = self._shards[name]
+        size, rows = math.prod(shard.shape), shard.shape[0]
+        return size, 0 if shard.dim else shard.begin * (size // max(1, rows))
+
+    def gathered(self, parameters: Sequence[Tensor], own: Sequence[Tensor]) -> list[Tensor]:
+        """The whole of sharded parameters, or of tensors like them, from this rank's pieces; differentiable.
+
+        In one exchange for each dtype, and one more for the gradients, which are summed over the ranks.
+        """
+        shards = [_shard_of("factor", p) for p in parameters]
+        found = [*own]
+        for dtype in dict.fromkeys(t.dtype for t in own):
+            chosen = [i for i, t in enumerate(own) if t.dtype == dtype]
+            with self._exchanging():
+                whole: Any = _Gathering.apply(  # type: ignore[no-untyped-call]
+                    [shards[i] for i in chosen], *[own[i] for i in chosen]
+                )
+            for i, t in zip(chosen, whole, strict=True):
+                found[i] = t
+        return found
 
     def add_up(self, numbers: Tensor) -> Tensor:
         """Numbers of each rank's part, summed over the parts, the same bits on all ranks."""
@@ -389,6 +483,21 @@ class Sharding:
     def share(self, remainders: Tensor) -> None:
         """Give every part an equal share of the sum over the parts, in place."""
         remainders.copy_(self.add_up(remainders) / self._holders.size())
+
+    def _with_rows(self, name: str, like: Tensor) -> _Shard:
+        """The layout of a tensor with a row for each one of a parameter's."""
+        if name not in self._shards:
+            raise KeyError(f"state: got {name!r}, which the model has no parameter for")
+        shard = self._shards[name]
+        return shard._replace(dim=0, shape=(shard.shape[0], *like.shape[1:]))
+
+    def join_rows(self, name: str, own: Tensor) -> Tensor:
+        """The sharded tensor with a row for each one of a parameter's, from every rank's rows."""
+        return self._with_rows(name, own).join(own)
+
+    def own_rows(self, name: str, t: Tensor) -> Tensor:
+        """This rank's rows of a tensor with a row for each one of a parameter's."""
+        return self._piece(self._with_rows(name, t), t)
 
     # -- a state: omega.NAME and anchor.NAME of shape (rows, *shape), remainder.NAME, and others -------
 

@@ -113,7 +113,7 @@ def named_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str,
 
 
 @contextmanager
-def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
     """While it lasts, the parameters require no gradient."""
     trained = [p for p in parameters if p.requires_grad]
 

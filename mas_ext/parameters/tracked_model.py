@@ -14,9 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from mas_ext.kernels import backends
-from mas_ext.parameters.adapters import AdaptedWeight, adapted_weights
-from mas_ext.parameters.fsdp import ShardedBinding, Sharding, local_parts, optimizer_view
+from mas_ext.parameters.adapters import AdaptedWeight, adapted_weights, measured
+from mas_ext.parameters.fsdp import (
+    ShardedBinding,
+    Sharding,
+    local_parts,
+    optimizer_view,
+    prepare_passes,
+)
 from mas_ext.parameters.names import Binding, Layout, ModelView, layouts
+from mas_ext.parameters.sharded_adapters import as_sharded
 
 
 class ParameterGroup(Protocol):
@@ -59,7 +66,7 @@ class TrackedModel:
         # Parameters by the name that each was last seen under.
         self._seen: dict[str, weakref.ref[Tensor]] = {}
         # Factors of adapted weights by the weight's name, as they were last seen.
-        self._factors: dict[str, list[weakref.ref[nn.Parameter]]] = {}
+        self._factors: dict[str, list[weakref.ref[Tensor]]] = {}
         self.sharding = Sharding.of(model, optimizer_view(model, exclude).parameters())
 
     @property
@@ -113,14 +120,25 @@ class TrackedModel:
     def adapted(self) -> dict[str, AdaptedWeight]:
         """The weights that adapters update, but for the excluded ones."""
         found = adapted_weights(self.model)
-        if not found or not self._exclude:
-            return found
-        view = ModelView(self.model, self._exclude)
-        return {
-            name: weight
-            for name, weight in found.items()
-            if all(view.name_of(p) in view.places for p in (weight.weight, *weight.parameters()))
-        }
+        if found and self._exclude:
+            view = ModelView(self.model, self._exclude)
+            found = {
+                name: weight
+                for name, weight in found.items()
+                if all(
+                    view.name_of(p) in view.places for p in (weight.weight, *weight.parameters())
+                )
+            }
+        return found if self.sharding is None or not found else as_sharded(self.model, found)
+
+    def measured(
+        self, adapted: Mapping[str, AdaptedWeight]
+    ) -> AbstractContextManager[dict[str, nn.Parameter]]:
+        """While it lasts, gradients are of the adapted weights, and not of the factors."""
+        if self.sharding is not None:
+            self.view(())  # while these are found as adapted weights
+            prepare_passes(self.model)  # with the factors as what is trained
+        return measured(adapted)
 
     def remember_factors(self, adapted: Mapping[str, AdaptedWeight]) -> None:
         """Know the adapters' factors again."""
@@ -160,7 +178,8 @@ class TrackedModel:
         view = optimizer_view(self.model, self._exclude)
         theta = view.parameters()
         if self.sharding is not None:
-            self.sharding.follow(theta, consolidated)
+            weights = {name: w.weight for name, w in self.adapted().items()}
+            self.sharding.follow({**weights, **theta}, consolidated)
         elif self.was_sharded_since(view):
             raise TypeError(
                 "model: got fully_shard after the penalty was made, expected before; a new penalty takes the "

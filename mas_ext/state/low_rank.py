@@ -34,6 +34,8 @@ from mas_ext.kernels.low_rank import (
 )
 from mas_ext.kernels.merge import merge_
 from mas_ext.parameters.adapters import AdaptedWeight, Factor, LowRankProduct
+from mas_ext.parameters.fsdp import Sharding
+from mas_ext.parameters.sharded_adapters import by_rows
 from mas_ext.state.merge_rules import MergeRule
 
 # So many elements of a weight tell whether it is still the one that was consolidated; of a quantised one
@@ -48,9 +50,19 @@ class AnchorProduct(NamedTuple):
     right: Tensor
     scale: float
 
+    def numbers(self, places: Tensor) -> Tensor:
+        """Elements, by their places in it as one dimension; float64, on the CPU."""
+        columns = max(1, self.right.shape[1])
+        places = places.to(self.left.device)
+        rows, across = self.left[places // columns], self.right.T[places % columns]
+        return self.scale * (rows.double() * across.double()).sum(1).cpu()
+
 
 class HeldWeight(NamedTuple):
     """What is known of one weight, which is taken for a matrix of shape (m, n).
+
+    Of a sharded weight omega and the left factors of the anchor have this rank's rows; the rest is the same on
+    all ranks.
 
     shape: the weight's own.
     omega: W over unit, of shape (m, n), in the rule's dtype; codes of 8 bits in uint8.
@@ -69,7 +81,7 @@ class HeldWeight(NamedTuple):
     def weight(self) -> Tensor:
         """W, decoded, of the weight's shape."""
         codes = self.omega.dtype == torch.uint8
-        return ((from_codes(self.omega) if codes else self.omega) * self.unit).view(self.shape)
+        return self._shaped((from_codes(self.omega) if codes else self.omega) * self.unit)
 
     @property
     def update(self) -> Tensor:
@@ -78,12 +90,15 @@ class HeldWeight(NamedTuple):
         for p in self.anchor.values():
             dtype = compute_dtype(p.left.dtype)
             total = total.to(dtype) + p.scale * (p.left.to(dtype) @ p.right.to(dtype))
-        return total.view(self.shape)
+        return self._shaped(total)
 
-    def followed(self, adapted: AdaptedWeight, rule: MergeRule) -> HeldWeight:
-        """Where the weight is now; without the anchors of adapters that were merged into it.
+    def _shaped(self, rows: Tensor) -> Tensor:
+        return rows.view(len(rows), *self.shape[1:])
 
-        One was merged where the weight is nearer to its sum with what that adapter added.
+    def distances(self, adapted: AdaptedWeight) -> Tensor:
+        """Squared distances of the sample, and of its sums with what each adapter added, from the weight now.
+
+        Over the elements that this rank has.
 
         Raises:
             ValueError: the weight has another shape than when it was consolidated.
@@ -93,18 +108,46 @@ class HeldWeight(NamedTuple):
                 f"adapted weight: got shape {tuple(adapted.shape)}, expected {self.shape} as when it was "
                 "consolidated"
             )
-        chosen = _chosen(self.omega.numel(), len(self.sample))
-        moved = adapted.numbers(chosen) - self.sample
+        places = _chosen(math.prod(self.shape), len(self.sample))
+        mine, there = adapted.own(places)
+        moved = (adapted.numbers(places) - self.sample)[mine]
+        rests = [moved - p.numbers(there) for p in self.anchor.values()]
+        return torch.stack([each.square().sum() for each in (moved, *rests)])
 
-        def was_merged(p: AnchorProduct) -> bool:
-            dtype = compute_dtype(p.left.dtype)
-            added = p.scale * (p.left.to(dtype) @ p.right.to(dtype))
-            rest = moved - added.reshape(-1)[chosen].double().cpu()
-            return bool(rest.square().sum() < moved.square().sum())
 
-        anchor = {name: p for name, p in self.anchor.items() if not was_merged(p)}
-        place = rule.state_device or adapted.weight.device
-        return self._replace(omega=self.omega.to(place), anchor=anchor)
+def followed(
+    held: Mapping[str, HeldWeight],
+    adapted: Mapping[str, AdaptedWeight],
+    rule: MergeRule,
+    sharding: Sharding | None = None,
+) -> dict[str, HeldWeight]:
+    """Where weights are now; without the anchors of adapters that were merged into them.
+
+    One was merged where the weight is nearer to its sum with what that adapter added.
+
+    Raises:
+        ValueError: a weight has another shape than when it was consolidated.
+    """
+    found = _added_up({n: w.distances(adapted[n]) for n, w in held.items()}, sharding)
+    now = {}
+    for name, w in held.items():
+        moved, *rests = found[name]
+        anchor = {
+            adapter: p
+            for (adapter, p), rest in zip(w.anchor.items(), rests, strict=True)
+            if not rest < moved
+        }
+        place = rule.state_device or adapted[name].weight.device
+        now[name] = w._replace(omega=w.omega.to(place), anchor=anchor)
+    return now
+
+
+def _added_up(named: Mapping[str, Tensor], sharding: Sharding | None) -> dict[str, Tensor]:
+    """Tensors of one dimension, summed over the ranks in one exchange."""
+    if sharding is None or not named:
+        return {**named}
+    flat = sharding.add_up(torch.cat([*named.values()]))
+    return dict(zip(named, flat.split([len(t) for t in named.values()]), strict=True))
 
 
 def _chosen(size: int, count: int) -> Tensor:
@@ -122,45 +165,118 @@ def anchored(product: LowRankProduct) -> AnchorProduct:
     return AnchorProduct(left, right, product.scale)
 
 
+@torch.no_grad()
 def with_task(
-    name: str,
+    held: Mapping[str, HeldWeight],
+    adapted: Mapping[str, AdaptedWeight],
+    importance: dict[str, Tensor],
+    rule: MergeRule,
+    gain: float,
+    entry: int,
+    move_anchor: bool,
+    sharding: Sharding | None = None,
+) -> dict[str, HeldWeight]:
+    """One task more: W' = keep W + gain Omega_t, and the present products as the anchors of adapted weights.
+
+    Adapters that are not active now keep theirs, unless they were merged since.
+
+    Args:
+        held: what is known of the adapted weights.
+        adapted: these, all of them in `held` or in `importance`.
+        importance: Omega_t by name, in the weights' shapes, or this rank's rows of these; taken out of the
+            dictionary as it is merged. A name left out counts as 0.
+        entry: the entry's number, which seeds the rounding of bfloat16 and of codes.
+        move_anchor: whether anchors move where there are some.
+        sharding: how the weights are sharded, if they are; all ranks call it together.
+
+    Raises:
+        Diverged: factors that are not finite, or importance that overflows omega.
+    """
+    if sharding is not None:
+        adapted = by_rows(adapted, sharding, lambda p: p.detach().to_local())  # type: ignore[attr-defined]
+    finite = {n: all(p.isfinite().all() for p in w.parameters()) for n, w in adapted.items()}
+    for name in _false_anywhere(finite, sharding):
+        raise Diverged(
+            f"adapters of {name!r}: got NaN or Inf, expected finite values; where training diverged, a smaller "
+            "lam or lr helps"
+        )
+    known = followed(held, adapted, rule, sharding)
+    units = _units(known, adapted, importance, rule, gain, sharding)
+    samples = _added_up({name: _sample(w) for name, w in adapted.items()}, sharding)
+    new = {}
+    for name, w in adapted.items():
+        old, unit = known.get(name), units[name]
+        omega = _merged(old, w, importance.pop(name, None), rule, gain / unit, entry, unit)
+        anchor = {} if old is None else dict(old.anchor)
+        if old is None or move_anchor:
+            anchor |= {p.adapter: anchored(p) for p in w.products}
+        new[name] = HeldWeight(tuple(w.shape), omega, unit, anchor, samples[name])
+    finite = {
+        n: not w.omega.is_floating_point() or bool(w.omega.isfinite().all()) for n, w in new.items()
+    }
+    for name in _false_anywhere(finite, sharding):
+        raise Diverged(
+            f"importance of {name!r}: got values with which omega overflows {new[name].omega.dtype}, expected "
+            "smaller"
+        )
+    return new
+
+
+def _false_anywhere(flags: Mapping[str, bool], sharding: Sharding | None) -> list[str]:
+    """The names of what is false on any rank."""
+    each = torch.tensor([*flags.values()], dtype=torch.float64)
+    if sharding is not None:
+        each = sharding.least(each)
+    return [name for name, flag in zip(flags, each.tolist(), strict=True) if not flag]
+
+
+def _units(
+    known: Mapping[str, HeldWeight],
+    adapted: Mapping[str, AdaptedWeight],
+    importance: Mapping[str, Tensor],
+    rule: MergeRule,
+    gain: float,
+    sharding: Sharding | None,
+) -> dict[str, float]:
+    """The factors of omegas with one task more: those that codes of 8 bits need for the largest values."""
+    if rule.omega_dtype != torch.uint8:
+        return dict.fromkeys(adapted, 1.0)
+
+    def largest(t: Tensor | None) -> float:
+        return 0.0 if t is None or not t.numel() else float(t.max())
+
+    pairs = [
+        (largest(known[n].weight) if n in known else 0.0, largest(importance.get(n)))
+        for n in adapted
+    ]
+    each = torch.tensor(pairs, dtype=torch.float64).view(-1, 2)
+    if sharding is not None:
+        each = -sharding.least(-each)
+    return {
+        name: unit_of(old * rule.keep + gain * new)
+        for name, (old, new) in zip(adapted, each.tolist(), strict=True)
+    }
+
+
+def _merged(
     old: HeldWeight | None,
     adapted: AdaptedWeight,
     importance: Tensor | None,
     rule: MergeRule,
     gain: float,
     entry: int,
-    move_anchor: bool,
-) -> HeldWeight:
-    """One task more: W' = keep W + gain Omega_t, and the present products as its anchor.
-
-    Adapters that are not active now keep theirs, unless they were merged since.
-
-    importance: Omega_t in the weight's shape; None counts as 0.
-    entry: the entry's number, which seeds the rounding of bfloat16 and of codes.
-    move_anchor: whether the anchor moves where there is one.
-
-    Raises:
-        Diverged: factors that are not finite, or importance that overflows omega.
-    """
-    if not all(p.isfinite().all() for p in adapted.parameters()):
-        raise Diverged(
-            f"adapters of {name!r}: got NaN or Inf, expected finite values; where training diverged, a smaller "
-            "lam or lr helps"
-        )
-    old = None if old is None else old.followed(adapted, rule)
+    unit: float,
+) -> Tensor:
+    """W' over its unit, in the rule's dtype: of this rank's rows, rounded as in the whole weight."""
     place = rule.state_device or adapted.weight.device
-    shape = (adapted.shape[0], math.prod(adapted.shape[1:]))
+    columns = math.prod(adapted.shape[1:])
+    shape, shift = (len(adapted.rows), columns), adapted.rows.start * columns
     dtype = compute_dtype(adapted.dtype)
     new = (
         torch.zeros(shape, dtype=dtype, device=place)
         if importance is None
         else importance.detach().reshape(shape).to(place, dtype, copy=True)
     )
-    unit = 1.0
-    if rule.omega_dtype == torch.uint8:
-        known = float(old.weight.max()) * rule.keep if old is not None and new.numel() else 0.0
-        unit = unit_of(known + gain * (float(new.max()) if new.numel() else 0.0))
     wide = rule.omega_dtype == torch.float64 and dtype != torch.float64
     omega = torch.zeros(shape, dtype=torch.float32 if wide else rule.omega_dtype, device=place)
     if old is not None:
@@ -171,15 +287,8 @@ def with_task(
         native = backends.serves(new.device, rule.backend)
         # The kernel leaves the anchor as it is; the importance has that one's sizes and dtype.
         flat = State([0], omega.view(1, -1), new.view(1, -1), one, one[0], native)
-        merge_(flat, [new], [new], rule.keep, gain / unit, "keep", entry)
-    if omega.is_floating_point() and not omega.isfinite().all():
-        raise Diverged(
-            f"importance of {name!r}: got values with which omega overflows {omega.dtype}, expected smaller"
-        )
-    anchor = {} if old is None else dict(old.anchor)
-    if old is None or move_anchor:
-        anchor |= {p.adapter: anchored(p) for p in adapted.products}
-    return HeldWeight(tuple(adapted.shape), omega, unit, anchor, _sample(adapted))
+        merge_(flat, [new], [new], rule.keep, gain, "keep", entry, shift)
+    return omega
 
 
 class UpdateGroup(NamedTuple):
@@ -301,17 +410,21 @@ def _group(
 
 
 def pack_updates(
-    held: Mapping[str, HeldWeight],
+    held: Mapping[str, HeldWeight], sharding: Sharding | None = None
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The held weights as named tensors, and what is no tensor by the weights' names."""
+    """The held weights as named tensors, sharded as they are, and what is no tensor by the weights' names."""
     tensors, told = {}, {}
+
+    def joined(name: str, t: Tensor) -> Tensor:
+        return t if sharding is None else sharding.join_rows(name, t)
+
     for name, w in held.items():
         scales = {adapter: a.scale for adapter, a in w.anchor.items()}
         told[name] = {"shape": [*w.shape], "unit": w.unit, "scales": scales}
-        tensors[f"update.omega.{name}"] = w.omega
+        tensors[f"update.omega.{name}"] = joined(name, w.omega)
         tensors[f"update.sample.{name}"] = w.sample
         for adapter, a in w.anchor.items():
-            tensors[f"update.left.{name}.{adapter}"] = a.left.contiguous()
+            tensors[f"update.left.{name}.{adapter}"] = joined(name, a.left.contiguous())
             tensors[f"update.right.{name}.{adapter}"] = a.right.contiguous()
     return tensors, told
 
@@ -336,11 +449,17 @@ def keys_of_updates(told: Any) -> set[str]:
     return found
 
 
-def unpack_updates(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, HeldWeight]:
-    """The held weights, from what pack_updates gave.
+def unpack_updates(
+    told: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    place: torch.device,
+    sharding: Sharding | None = None,
+) -> dict[str, HeldWeight]:
+    """The held weights on a device, from what pack_updates gave on any number of ranks.
 
     Raises:
         ValueError: wrong shapes or dtypes, or values that are not finite.
+        KeyError: a weight that a sharded model lacks.
     """
     held = {}
     for name, about in told.items():
@@ -348,28 +467,35 @@ def unpack_updates(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> di
         rows = shape[0] if shape else 0
         size = (rows, math.prod(shape[1:]))
 
-        def read(key: str, *sizes: int | None, dtypes: Collection[torch.dtype] = DTYPES) -> Tensor:
+        def read(
+            key: str,
+            *sizes: int | None,
+            rows_of: str | None = None,
+            dtypes: Collection[torch.dtype] = DTYPES,
+        ) -> Tensor:
             t = tensors[key]
             fits = t.dim() == len(sizes) and all(
                 n in (None, own) for n, own in zip(sizes, t.shape, strict=True)
             )
+            if fits and sharding is not None and rows_of is not None:
+                t = sharding.own_rows(rows_of, t)
             if not fits or t.dtype not in dtypes or not torch.isfinite(t).all():
                 raise ValueError(
                     f"state, {key!r}: got {t.dtype} of shape {tuple(t.shape)}, expected finite numbers of "
                     f"shape {sizes}"
                 )
-            return t
+            return t.to(place)
 
         anchor = {}
         for adapter, scale in about["scales"].items():
-            left = read(f"update.left.{name}.{adapter}", size[0], None)
+            left = read(f"update.left.{name}.{adapter}", size[0], None, rows_of=name)
             right = read(f"update.right.{name}.{adapter}", left.shape[1], size[1])
             anchor[adapter] = AnchorProduct(left, right, float(scale))
-        omega = read(f"update.omega.{name}", *size, dtypes=OMEGA_DTYPES)
+        omega = read(f"update.omega.{name}", *size, rows_of=name, dtypes=OMEGA_DTYPES)
         if omega.dtype.is_floating_point and (omega < 0).any():
             raise ValueError(f"state, omega of {name!r}: got negative values, expected importance")
         sample = read(f"update.sample.{name}", None, dtypes=(torch.float64,)).cpu()
-        counts = [len(_chosen(omega.numel(), n)) for n in (_SAMPLES, _SAMPLES_OF_CODES)]
+        counts = [len(_chosen(math.prod(size), n)) for n in (_SAMPLES, _SAMPLES_OF_CODES)]
         if len(sample) not in counts:
             raise ValueError(
                 f"state, sample of {name!r}: got {len(sample)} numbers, expected {counts[0]} or {counts[1]}"

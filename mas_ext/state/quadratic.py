@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,12 +37,14 @@ from mas_ext.state.low_rank import (
     HeldWeight,
     UpdateGroup,
     bound_updates,
+    followed,
     keys_of_updates,
     pack_updates,
     unpack_updates,
     with_task,
 )
 from mas_ext.state.merge_rules import MergeRule, TaskEntry, separate_anchor
+from mas_ext.state.sharded_updates import ShardedUpdates
 
 FORMAT = 1
 
@@ -105,8 +107,11 @@ class Consolidation:
         self._warn_of_weakened(entries)
         self._take_over(self.memory._replace(entries=entries))
 
-    def bound_updates(self, adapted: Mapping[str, AdaptedWeight]) -> Iterator[UpdateGroup]:
+    def bound_updates(
+        self, adapted: Mapping[str, AdaptedWeight], sharding: Sharding | None = None
+    ) -> Iterator[UpdateGroup | ShardedUpdates]:
         """The state of adapted weights, as the kernels take it."""
+        held = self.memory.updates
 
         def factor(device: torch.device) -> Tensor:
             known = self.memory.factors
@@ -114,15 +119,24 @@ class Consolidation:
                 known[device] = torch.tensor(self.scale, dtype=torch.float64, device=device)
             return known[device]
 
-        return bound_updates(self.memory.updates, adapted, factor, self.rule)
+        def bind(products: Mapping[str, AdaptedWeight]) -> Iterator[UpdateGroup]:
+            return bound_updates(held, products, factor, self.rule)
+
+        if sharding is None:
+            return bind(adapted)
+        own = {n: adapted[n] for n in held if n in adapted and adapted[n].products}
+        return iter([ShardedUpdates(own, sharding, bind)] if own else [])
 
     def follow_updates(
-        self, adapted: Mapping[str, AdaptedWeight], names: Mapping[str, str]
+        self,
+        adapted: Mapping[str, AdaptedWeight],
+        names: Mapping[str, str],
+        sharding: Sharding | None = None,
     ) -> None:
         """Take adapted weights under other names, by their old ones; no anchor where an adapter was merged."""
         moved = {names.get(name, name): weight for name, weight in self.memory.updates.items()}
-        for name in names.values():
-            moved[name] = moved[name].followed(adapted[name], self.rule)
+        changed = {name: moved[name] for name in names.values()}
+        moved |= followed(changed, adapted, self.rule, sharding)
         self.memory = self.memory._replace(updates=moved)
 
     def fit(self, theta: Mapping[str, Tensor]) -> None:
@@ -159,7 +173,8 @@ class Consolidation:
             TypeError: importance that is no tensor.
         """
         weight = check_factor(weight, "weight")
-        total = self._check_importance(theta, importance, sharding)
+        adapted = adapted or {}
+        total = self._check_importance(theta, importance, sharding, adapted)
         if total is None:
             warn(
                 "consolidate: no parameter requires a gradient, nothing is consolidated",
@@ -177,7 +192,6 @@ class Consolidation:
                 "(rename() keeps it)",
                 RuntimeWarning,
             )
-        adapted = adapted or {}
         for name, held in self.memory.updates.items():
             if name in importance and name not in adapted:
                 # After a merge the weight itself is trained: W counts for it.
@@ -194,7 +208,7 @@ class Consolidation:
                 f"importance: got a sum of {total} and a weight of {weight}, expected a factor in omega that "
                 f"float32 holds, not {gain:.3g}"
             )
-        updates = self._merged_updates(adapted, importance, gain, move_anchor)
+        updates = self._merged_updates(adapted, importance, gain, move_anchor, sharding)
         rows, latest = self._rows(entries), merged and self.rule.anchor == "latest"
         groups = omega_groups(known, old, rows, self.rule, importance, gain, sharding)
         if latest:  # importance is freed before anchors take memory
@@ -243,6 +257,7 @@ class Consolidation:
         theta: Mapping[str, Tensor],
         importance: Mapping[str, Tensor],
         sharding: Sharding | None,
+        adapted: Collection[str],
     ) -> float | None:
         """S_t, after every check; None where there is nothing to consolidate."""
         if not importance:
@@ -287,6 +302,10 @@ class Consolidation:
                 raise ValueError(
                     f"importance of {name!r}: got values with minimum {low}, expected values from 0 up"
                 )
+        if sharding is not None:
+            # Elsewhere the estimator tells one case from the other, and refuses it.
+            found = zip(importance, sums.tolist(), strict=True)
+            _warn_of_fused([name for name, s in found if s == 0 and name in adapted])
         total = float(sums.sum())
         if not math.isfinite(total):
             raise Diverged(f"importance: got a sum of {total}, expected a finite one")
@@ -359,6 +378,7 @@ class Consolidation:
         importance: dict[str, Tensor],
         gain: float,
         move_anchor: bool,
+        sharding: Sharding | None,
     ) -> dict[str, HeldWeight]:
         """The state of adapted weights with one task more, whose importance is freed as it is merged."""
         keep, known = self.rule.keep, self.memory.updates
@@ -368,20 +388,10 @@ class Consolidation:
             for name, weight in known.items()
             if name not in adapted and name not in importance
         }
-        entry = len(self.memory.entries)
-        for name, weight in adapted.items():
-            if name in importance or name in known:
-                updates[name] = with_task(
-                    name,
-                    known.get(name),
-                    weight,
-                    importance.pop(name, None),
-                    self.rule,
-                    gain,
-                    entry,
-                    move_anchor,
-                )
-        return updates
+        now = {n: w for n, w in adapted.items() if n in importance or n in known}
+        held = {name: known[name] for name in now if name in known}
+        numbers = (gain, len(self.memory.entries), move_anchor)
+        return updates | with_task(held, now, importance, self.rule, *numbers, sharding)
 
     def _warn_of_weakened(self, entries: list[TaskEntry]) -> None:
         """Tell of old tasks whose strength falls to a third of what it was, a ninth, and so on."""
@@ -440,8 +450,11 @@ class Consolidation:
 
     # -- state dict --------------------------------------------------------------------------------
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The state as named tensors; what is no tensor as JSON in bytes."""
+    def tensors(self, sharding: Sharding | None = None) -> dict[str, Tensor]:
+        """The state as named tensors; what is no tensor as JSON in bytes.
+
+        sharding: of what this state is one rank's; of adapted weights, that of all ranks is what is told.
+        """
         config: dict[str, Any] = {
             "format": FORMAT,
             "merge": self.rule.merge,
@@ -452,7 +465,7 @@ class Consolidation:
             "names": list(self.memory.parts()),
             "absent": list(self.memory.absent),
         }
-        updates, told = pack_updates(self.memory.updates)
+        updates, told = pack_updates(self.memory.updates, sharding)
         if told:  # what has none is read by versions that know of none
             config["updates"] = told
         found = {"config": checkpoint.encode(config), **updates}
@@ -460,8 +473,16 @@ class Consolidation:
             found.update({f"{kind}.{name}": t for kind, t in p._asdict().items()})
         return found
 
-    def load_tensors(self, found: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` gave, for these parameters; nothing changes on an error."""
+    def load_tensors(
+        self,
+        found: Mapping[str, Tensor],
+        theta: Mapping[str, Tensor],
+        sharding: Sharding | None = None,
+    ) -> None:
+        """Take over what `tensors` gave, for these parameters; nothing changes on an error.
+
+        sharding: of what theta are one rank's shards.
+        """
         keys = (
             "format",
             "merge",
@@ -499,7 +520,9 @@ class Consolidation:
                 )
             shape = (rows, *(theta[name].shape if name in theta else p.omega.shape[1:]))
             _check_part(name, p, shape)
-        updates = unpack_updates(config["updates"], found)
+        device = next((x.device for x in theta.values()), torch.device("cpu"))
+        place = torch.device(self.rule.state_device or device)
+        updates = unpack_updates(config["updates"], found, place, sharding)
         memory = self._fitted(Memory(lam, entries, [], parts, updates, {}), theta)
         for group in memory.groups:
             for i, name in enumerate(group.names):
@@ -509,6 +532,17 @@ class Consolidation:
                         "smaller ones"
                     )
         self._take_over(memory)
+
+
+def _warn_of_fused(names: Sequence[str]) -> None:
+    """Tell of adapted weights whose importance is zero."""
+    if names:
+        warn(
+            f"importance of {names[0]!r}: got zero, so that the task adds nothing to what holds its update; "
+            "expected of a layer without influence, while one kernel for a weight and its adapter asks for "
+            'adapters="parameters"',
+            RuntimeWarning,
+        )
 
 
 def _numbers(each: Sequence[Tensor]) -> Tensor:

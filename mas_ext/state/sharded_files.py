@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mas_ext.parameters.adapters import adapted_weights
 from mas_ext.parameters.agreement import Agreement
 from mas_ext.parameters.fsdp import optimizer_view
 from mas_ext.parameters.names import is_sharded
@@ -47,13 +48,12 @@ def load_distributed(
 
     with penalty.together("load_distributed") as agreement:
         reader = FileSystemReader(checkpoint_id)
-        theta = optimizer_view(penalty.model).parameters()
+        likes = _likes(penalty.model)
         state: dict[str, Any] = {}
         saved = reader.read_metadata().state_dict_metadata
         for name, entry in saved.items():
             if name.startswith(f"{key}."):
-                like = theta.get(name.removeprefix(f"{key}.").partition(".")[2])
-                state[name] = _empty(entry, like)
+                state[name] = _empty(entry, *likes(name.removeprefix(f"{key}.")))
         if not state:
             raise KeyError(
                 f"key: got {key!r}, expected one of {sorted({n.split('.')[0] for n in saved})}"
@@ -63,14 +63,25 @@ def load_distributed(
     penalty.load_state_dict({name.removeprefix(f"{key}."): t for name, t in state.items()})
 
 
-def _empty(entry: Any, like: Tensor | None) -> Tensor:
-    """A tensor to read a saved one into: beside a parameter, rows first, and sharded as the parameter is."""
+def _likes(model: nn.Module) -> Callable[[str], tuple[Tensor | None, int]]:
+    """From a tensor's key to the parameter that it lies as, and how many dimensions it has before that's."""
+    theta: Mapping[str, Tensor] = optimizer_view(model).parameters()
+    weights = {f"update.omega.{name}": w.weight for name, w in adapted_weights(model).items()}
+
+    def like(key: str) -> tuple[Tensor | None, int]:
+        return (weights[key], 0) if key in weights else (theta.get(key.partition(".")[2]), 1)
+
+    return like
+
+
+def _empty(entry: Any, like: Tensor | None, before: int) -> Tensor:
+    """A tensor to read a saved one into: beside a parameter, and sharded as the parameter is."""
     from torch.distributed import tensor
 
-    dtype, rows = entry.properties.dtype, len(entry.size) > 0
-    if like is None or not is_sharded(like) or not rows:
+    dtype, scalar = entry.properties.dtype, len(entry.size) == 0
+    if like is None or not is_sharded(like) or scalar:
         return torch.empty(entry.size, dtype=dtype, device=None if like is None else like.device)
     places = [
-        tensor.Shard(p.dim + 1) if isinstance(p, tensor.Shard) else p for p in like.placements
+        tensor.Shard(p.dim + before) if isinstance(p, tensor.Shard) else p for p in like.placements
     ]
     return tensor.empty(*entry.size, dtype=dtype, device_mesh=like.device_mesh, placements=places)

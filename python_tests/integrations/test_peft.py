@@ -40,7 +40,8 @@ ADAPTED = ["table", "wide", "narrow", "turned", "last"]
 
 def adapted(**options: Any) -> Any:
     torch.manual_seed(3)
-    config = LoraConfig(r=2, lora_alpha=3, target_modules=ADAPTED, fan_in_fan_out=False, **options)
+    options = {"target_modules": ADAPTED, **options}
+    config = LoraConfig(r=2, lora_alpha=3, fan_in_fan_out=False, **options)
     model = get_peft_model(Net().double(), config, autocast_adapter_dtype=False)
     shake(model, 0.2)
     return model
