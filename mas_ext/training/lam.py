@@ -17,7 +17,10 @@ from mas_ext.failures import Diverged
 from mas_ext.optim.hooks import Handle, Mode
 from mas_ext.optim.step_size import STEP_SIZES
 from mas_ext.parameters.adapters import adapted_weights
+from mas_ext.parameters.fsdp import Sharding, local_parts, resharded
+from mas_ext.parameters.names import is_sharded
 from mas_ext.penalty import FusedMASPenalty
+from mas_ext.state.low_rank import UpdateGroup
 
 # Trains the model on the new task, with an optimizer of its own that it gives after every step.
 Learn = Callable[[], Generator[Optimizer, None, None]]
@@ -72,21 +75,34 @@ def _products(penalty: FusedMASPenalty) -> Tensor:
     """
     total = torch.zeros(4, dtype=torch.float64)
     for p, q, d in (*_of_parameters(penalty), *_of_updates(penalty)):
-        g = torch.zeros_like(d) if p.grad is None else p.grad.to_dense().double()
+        g = torch.zeros_like(d) if p.grad is None else _local(p.grad).to_dense().double()
         found = torch.stack([each.sum() for each in (g * g, q * q, -g * d, q * d)])
         total = total.to(found.device) + found
-    return total
+    return _of_all_ranks(penalty, total)
+
+
+def _local(t: Tensor) -> Tensor:
+    """This rank's part of a tensor that is sharded; any other as it is."""
+    return local_parts([t])[0] if is_sharded(t) else t
+
+
+def _of_all_ranks(penalty: FusedMASPenalty, sums: Tensor) -> Tensor:
+    """Sums over what is held, from this rank's part of them."""
+    theta = {n: p for group, own in penalty.bound() for n, p in zip(group.names, own, strict=True)}
+    sharding = Sharding.of(penalty.model, theta)
+    return sums if sharding is None else sharding.add_up(sums)
 
 
 def _of_parameters(penalty: FusedMASPenalty) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The parameters that are held, each with lam h and d in float64."""
     for group, theta in penalty.bound():
         for i, p in enumerate(theta):
-            q, w = torch.zeros_like(p, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+            x = _local(p)
+            q, w = torch.zeros_like(x, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
             for alpha, (omega, anchor) in zip(
-                group.state.alpha.tolist(), group.state.rows(i, p), strict=True
+                group.state.alpha.tolist(), group.state.rows(i, x), strict=True
             ):
-                d = p.double() - anchor.to(q)
+                d = x.double() - anchor.to(q)
                 q += 2 * alpha * omega.to(q) * d
                 w = w.to(q) + alpha * omega.to(q)
             yield p, q, torch.where(w > 0, q / (2 * w), d)
@@ -94,7 +110,7 @@ def _of_parameters(penalty: FusedMASPenalty) -> Iterator[tuple[Tensor, Tensor, T
 
 def _of_updates(penalty: FusedMASPenalty) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The trained factors of updates that are held, each with lam h and d in float64."""
-    for group in penalty.updates():
+    for group in _updates(penalty):
         pulls = {id(p): torch.zeros_like(p) for p in group.trained()}
         group.add_grad_(pulls)
         for product, anchor in zip(group.products, group.anchors, strict=True):
@@ -111,11 +127,24 @@ def _of_updates(penalty: FusedMASPenalty) -> Iterator[tuple[Tensor, Tensor, Tens
                     )
 
 
+def _updates(penalty: FusedMASPenalty) -> list[UpdateGroup]:
+    """The low-rank updates that are held; a ValueError where they are sharded."""
+    found: list[UpdateGroup] = []
+    for group in penalty.updates():
+        if not isinstance(group, UpdateGroup):
+            raise ValueError(
+                "penalty: got one of low-rank updates under fully_shard, expected whole ones, or "
+                'adapters="parameters"'
+            )
+        found.append(group)
+    return found
+
+
 @torch.no_grad()
 def _share_held(penalty: FusedMASPenalty, optimizer: Optimizer) -> float:
     """The share with 2 eta lam W > 1 of the held parameters that have a step size."""
     places = {id(p): (g, i) for g, theta in penalty.bound() for i, p in enumerate(theta)}
-    held, count = 0, 0
+    held_of_all = torch.zeros(2, dtype=torch.float64)
     step_sizes = STEP_SIZES.get(type(optimizer))
     if step_sizes is None:
         return math.nan
@@ -124,14 +153,15 @@ def _share_held(penalty: FusedMASPenalty, optimizer: Optimizer) -> float:
         for p in step.parameters:
             if id(p) in places:
                 group, i = places[id(p)]
-                rows = zip(group.state.alpha.tolist(), group.state.rows(i, p), strict=True)
-                w = sum(alpha * omega.to(p.device, torch.float64) for alpha, (omega, _) in rows)
-                eta = torch.as_tensor(step.eta, dtype=torch.float64, device=p.device)
+                x = _local(p)
+                rows = zip(group.state.alpha.tolist(), group.state.rows(i, x), strict=True)
+                w = sum(alpha * omega.to(x.device, torch.float64) for alpha, (omega, _) in rows)
+                eta = torch.as_tensor(step.eta, dtype=torch.float64, device=x.device)
                 if step.second_moment is not None:
-                    v = step.second_moment[id(p)].double()
+                    v = _local(step.second_moment[id(p)]).double()
                     eta = eta / ((v * step.correction).sqrt() + step.eps)
-                held += int((2 * eta * w > 1).sum())
-                count += p.numel()
+                held_of_all += torch.tensor([int((2 * eta * w > 1).sum()), x.numel()])
+    held, count = _of_all_ranks(penalty, held_of_all).tolist()
     return held / count if count else math.nan
 
 
@@ -179,7 +209,8 @@ def choose_lam(
             not count.
 
     Raises:
-        ValueError: keep is not from 0 to 1; a penalty that holds nothing yet; a training without steps, or with
+        ValueError: keep is not from 0 to 1; a penalty that holds nothing yet, or low-rank updates under
+            fully_shard; a training without steps, or with
             fewer than half as many when it is called again.
         TypeError: an optimizer whose step sizes are unknown; outputs that are one tensor.
         Diverged: a loss that is not finite.
@@ -187,6 +218,7 @@ def choose_lam(
     check_share(keep, "keep")
     if penalty.num_tasks == 0:
         raise ValueError("penalty: got one that holds nothing yet, expected a consolidated one")
+    mode: Mode = "gradient" if _updates(penalty) else "proximal"
     with _put_back(penalty):
         first, old = _measured(penalty, measure)
         steps = sum(1 for _ in learn())
@@ -205,7 +237,7 @@ def choose_lam(
         moved = float(_products(penalty)[3]) / 2
         if not moved > 0:
             return 0.0
-        points = list(_way_back(penalty, learn, measure, max(1, steps // 2), gain / moved))
+        points = list(_way_back(penalty, learn, measure, mode, max(1, steps // 2), gain / moved))
     unlearned = [(point.loss - learned) / gain for point in points]
     if old:
         lost = [_lost(old, point.outputs) for point in points]
@@ -229,7 +261,7 @@ class _Point(NamedTuple):
 
 
 def _way_back(
-    penalty: FusedMASPenalty, learn: Learn, measure: Measure, steps: int, unit: float
+    penalty: FusedMASPenalty, learn: Learn, measure: Measure, mode: Mode, steps: int, unit: float
 ) -> Iterator[_Point]:
     """Learn on for so many steps with a growing lam, and measure from time to time."""
     sums = torch.zeros(4)
@@ -238,7 +270,6 @@ def _way_back(
         nonlocal sums
         sums = sums + _products(penalty).cpu() / torch.tensor([1.0, 1.0, 1.0, penalty.lam])
 
-    mode: Mode = "gradient" if any(True for _ in penalty.updates()) else "proximal"
     penalty.lam = unit * WEAKEST
     handles: list[Handle | RemovableHandle] = []
     n = 0
@@ -269,6 +300,9 @@ def _measured(penalty: FusedMASPenalty, measure: Measure) -> tuple[float, Sequen
     """Loss and outputs, with the modules' modes afterwards as before: the training goes on in them."""
     modes = [(module, module.training) for module in penalty.model.modules()]
     loss, outputs = measure()
+    resharded(
+        penalty.model
+    )  # or what a pass without a backward pass gathered is used again, as it was
     for module, training in modes:
         module.training = training
     if isinstance(outputs, Tensor):
@@ -301,6 +335,7 @@ def _lost(old: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
 def _put_back(penalty: FusedMASPenalty) -> Iterator[None]:
     """Have the model, its gradients and modes, lam and torch's random numbers afterwards as before."""
     model, lam = penalty.model, penalty.lam
+    resharded(model)
     frozen = {id(w.weight) for w in adapted_weights(model).values()}  # of no use to copy, and large
     tensors = [
         (t, t.detach().clone())
@@ -317,6 +352,7 @@ def _put_back(penalty: FusedMASPenalty) -> Iterator[None]:
             yield
         finally:
             penalty.lam = lam
+            resharded(model)
             with torch.no_grad():
                 for t, before in tensors:
                     t.copy_(before)

@@ -34,7 +34,14 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from mas_ext import FusedMASPenalty, estimate_importance, load_distributed, optim
+from mas_ext import (
+    FusedMASPenalty,
+    choose_lam,
+    estimate_importance,
+    load_distributed,
+    optim,
+    read_pull,
+)
 
 FORMS = ["loss", "add_grad", "gradient", "proximal"]
 # What every rule remembers, task by task, of these weights.
@@ -429,6 +436,37 @@ def columns(mesh: DeviceMesh, rank: int, ranks: int) -> None:
     close(full(model.weight), (stepped + c * start) / (1 + c))
 
 
+def chosen(mesh: DeviceMesh) -> None:
+    """What the penalty does to a step, and the lam that is chosen, are those of one process."""
+    found = []
+    for model, group in ((network(), None), (sharded(mesh), "auto")):
+        options = {"omega_dtype": torch.float64, "process_group": group}
+        penalty = FusedMASPenalty(model, lam=LAM, **options)
+        penalty.consolidate(importance=remembered()[1][1])
+        torch.manual_seed(8)
+        x = torch.randn(8, 6, dtype=torch.float64)
+
+        def loss(model: nn.Module = model, x: Tensor = x) -> Tensor:
+            return (model(x) - 1).square().mean()
+
+        def learn(model: nn.Module = model, loss: Any = loss) -> Any:
+            optimizer = torch.optim.Adam(model.parameters(), 0.01)
+            for _ in range(40):
+                optimizer.zero_grad()
+                loss().backward()
+                optimizer.step()
+                yield optimizer
+
+        lam = choose_lam(penalty, learn, lambda loss=loss: (float(loss().detach()), ()))
+        *_, optimizer = learn()
+        penalty.lam = 100 * lam
+        optimizer.zero_grad()
+        loss().backward()
+        found.append([lam, *read_pull(penalty, optimizer)])
+    assert found[1] == pytest.approx(found[0], rel=1e-6), str(found)
+    assert 0 < found[0][-1] < 1
+
+
 def stages(rank: int, ranks: int) -> None:
     """Two meshes of replicas of shards, each with a model and data of its own."""
     names = ("stage", "replicate", "shard")
@@ -450,6 +488,7 @@ def everything(folder: Path, source: str, shape: tuple[int, ...], rank: int, ran
     if not PASSES:
         return {}
     columns(mesh, rank, ranks)
+    chosen(mesh)
     importance(mesh, rank, ranks)
     stages(rank, ranks)
     return {form: trained(form, mesh, rank, ranks) for form in FORMS}
