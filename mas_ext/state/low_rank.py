@@ -25,14 +25,13 @@ from mas_ext.kernels.dtypes import (
     to_codes,
     unit_of,
 )
-from mas_ext.kernels.flat_state import State
 from mas_ext.kernels.low_rank import (
     UpdateState,
     low_rank_add_grad_,
     low_rank_value,
     low_rank_with_gradients,
 )
-from mas_ext.kernels.merge import merge_
+from mas_ext.kernels.merge import merge_omega_
 from mas_ext.parameters.adapters import AdaptedWeight, Factor, LowRankProduct
 from mas_ext.parameters.fsdp import Sharding
 from mas_ext.parameters.sharded_adapters import by_rows
@@ -283,11 +282,8 @@ def _merged(
         before = old.weight.reshape(shape).to(place) / unit
         omega.copy_(to_codes(before) if omega.dtype == torch.uint8 else before)
     if new.numel():
-        one = torch.ones(1, dtype=torch.float64, device=new.device)
         native = backends.serves(new.device, rule.backend)
-        # The kernel leaves the anchor as it is; the importance has that one's sizes and dtype.
-        flat = State([0], omega.view(1, -1), new.view(1, -1), one, one[0], native)
-        merge_(flat, [new], [new], rule.keep, gain, "keep", entry, shift)
+        merge_omega_(omega, new, rule.keep, gain, entry, shift, native)
     return omega
 
 
