@@ -120,7 +120,7 @@ class _Stepped(NamedTuple):
     other_grads: bool
 
     def among(self, chosen: Sequence[bool]) -> _Stepped:
-        """Those that are chosen, each by its truth value."""
+        """The parameters that are chosen, each by its truth value."""
         parameters = [*compress(self.parameters, chosen)]
         grads, kept = [*compress(self.grads, chosen)], [*compress(self.kept, chosen)]
         return _Stepped(parameters, grads, kept, self.other_grads)

@@ -17,7 +17,7 @@ def test_what_is_there_is_shown_and_not_measured_again(
     results = Results(tmp_path / "split-mnist.json", quick.protocol())
     for cell in quick.plan(results):
         found = {"average_accuracy": 0.5, "forgetting": 0.25, "validation_accuracy": 0.5}
-        results.add(cell, found, 1.0)
+        results.add(cell, {**found, "chosen_lam": [None, 2.0]}, 1.0)
     written = results.path.read_bytes()
     assert main(["split-mnist", "--quick", "--out", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
