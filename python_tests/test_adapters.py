@@ -33,6 +33,7 @@ from mas_ext.parameters.adapters import (
     adapted_weights,
 )
 from mas_ext.state.low_rank import keys_of_updates
+from mas_ext.training import lam as lam_module
 from mas_ext.training.lam import choose_lam, read_pull
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -742,8 +743,11 @@ def test_the_pull_of_updates(how: str) -> None:
     assert found.at_rest == pytest.approx(-penalty.lam * product(g, d) / product(h, d), rel=1e-9)
 
 
-def test_lam_of_updates_by_itself() -> None:
-    """With the lam that is chosen, learning stops where it should, and with ten times that much earlier."""
+def test_lam_of_updates_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the lam that is chosen, learning stops where it should, and with ten times that much earlier.
+
+    Of every step on the way back, products are of the loss's gradient, without the penalty's.
+    """
     torch.manual_seed(0)
     model = make()
     penalty, _ = penalty_and_definition(model)
@@ -762,8 +766,23 @@ def test_lam_of_updates_by_itself() -> None:
             optimizer.step()
             yield optimizer
 
+    trained = [p for p in model.parameters() if p.requires_grad]
+    products, calls = lam_module._products, []
+
+    def checked(penalty: FusedMASPenalty) -> Tensor:
+        if calls:  # the first one is of the way that was gone, between steps
+            with torch.enable_grad():
+                slopes = torch.autograd.grad(loss(), trained)
+            for p, slope in zip(trained, slopes, strict=True):
+                torch.testing.assert_close(p.grad, slope)
+        calls.append(penalty.lam)
+        return products(penalty)
+
     before = copy.deepcopy(model.state_dict())
-    lam = choose_lam(penalty, learn, lambda: (float(loss().detach()), ()))
+    with monkeypatch.context() as patch:
+        patch.setattr(lam_module, "_products", checked)
+        lam = choose_lam(penalty, learn, lambda: (float(loss().detach()), ()))
+    assert len(calls) == 300
     assert penalty.lam == 0.7
     for name, t in model.state_dict().items():
         assert torch.equal(t, before[name]), name
