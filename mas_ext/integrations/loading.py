@@ -142,12 +142,16 @@ def once(loader: Any) -> Any:
 
     Anything but a DataLoader of a map-style data set is left as it is, and taken to give each rank its own.
     """
+    size = batch_size_of(loader)
+    return loader if size is None else _loader(own_part(loader.dataset), loader, size)
+
+
+def batch_size_of(loader: Any) -> int | None:
+    """How many samples of a map-style data set a DataLoader puts into a batch; None for anything else."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return loader
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    if size is None:
-        return loader
-    return _loader(own_part(loader.dataset), loader, size)
+        return None
+    size: int | None = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    return size
 
 
 def at_most(batches: Any, samples: int | None) -> Any:

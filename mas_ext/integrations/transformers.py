@@ -18,12 +18,10 @@ adapters="parameters" the factors one by one. With either one, distillation is a
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -35,24 +33,23 @@ from transformers.trainer_callback import CallbackHandler
 from mas_ext._arguments import check_factor, check_share
 from mas_ext.distillation import Distance, Distillation
 from mas_ext.importance import Forward
+from mas_ext.integrations import choosing
 from mas_ext.integrations.loading import (
     at_most,
     check_batches,
     check_remember,
     once,
     penalty_of,
-    random_state_kept,
     remember,
     replace_method,
     try_importance,
 )
 from mas_ext.integrations.model_output import LogitRows, ModelOutput
-from mas_ext.methods.quadratic import Lam
+from mas_ext.methods.quadratic import Lam, is_automatic
 from mas_ext.optim.hooks import Handle, Mode, check_mode
 from mas_ext.parameters.names import bare_model
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.state import files as checkpoint
-from mas_ext.training.lam import choose_lam
 
 FILE, TEACHER = "mas_penalty.safetensors", "mas_teacher.safetensors"
 
@@ -113,11 +110,11 @@ class MASCallback(TrainerCallback):
 
     Args:
         lam: strength, see FusedMASPenalty. "auto": chosen before every training in which the penalty holds
-            something, see `chosen_lam`; best with mode="proximal" where that is possible, which no lam makes
-            diverge.
+            something, see `chosen_lam`.
         batches: from the training dataloader to the samples that importance is taken from, this rank's part
             of them; by default all of them, each once.
-        mode: "gradient" or "proximal", see FusedMASPenalty.attach.
+        mode: "gradient" or "proximal", see FusedMASPenalty.attach. None is "gradient", and for lam "auto",
+            where no low-rank updates are held, "proximal", which no lam makes diverge.
         forward: see estimate_importance; batches are mappings of the model's inputs. By default ModelOutput().
         remember: for a model that was trained elsewhere: a data set as the Trainer takes it, or a DataLoader,
             that stands for what it knows. The penalty is consolidated on it before the first step of the first
@@ -138,7 +135,7 @@ class MASCallback(TrainerCallback):
         self,
         lam: Lam = 1.0,
         batches: Callable[[Any], Iterable[Any]] = once,
-        mode: Mode = "gradient",
+        mode: Mode | None = None,
         forward: Forward | None = None,
         *,
         remember: Any = None,
@@ -149,14 +146,15 @@ class MASCallback(TrainerCallback):
         keep: float = 0.5,
         **options: Any,
     ) -> None:
-        check_mode(mode)
+        if mode is not None:
+            check_mode(mode)
         check_share(keep, "keep")
         check_batches(batches)
         check_remember(remember, distillation, max_samples, temperature)
         self.batches, self.mode = batches, mode
         self.remember, self.max_samples, self.progress = remember, max_samples, progress
         self.distillation, self.temperature = distillation, temperature
-        self.automatic, self.keep = lam == "auto", keep
+        self.automatic, self.keep = is_automatic(lam), keep
         strength = 1.0 if self.automatic else lam
         self.options = {"lam": strength, "forward": forward or ModelOutput(), **options}
         self.penalty: FusedMASPenalty | None = None
@@ -185,12 +183,15 @@ class MASCallback(TrainerCallback):
                 known = trainer.get_test_dataloader(known)
             known = at_most(once(known), self.max_samples)
             remember(penalty, known, folder is not None, self.progress and first)
+        if self.automatic:
+            choosing.check_one_process()
         if self.automatic and penalty.num_tasks and folder is None:
             penalty.lam = chosen_lam(penalty, trainer, state.max_steps, self.keep)
         if self.distillation and (penalty.num_tasks or self.remember is True):
             self._distill(trainer, model, folder)
         _put_last(self)
-        self._undo.append(attach(penalty, optimizer, self.mode).remove)
+        mode = choosing.form(self.mode, self.automatic, penalty)
+        self._undo.append(attach(penalty, optimizer, mode).remove)
 
     def _distill(self, trainer: Any, model: nn.Module, folder: Path | None) -> None:
         """Have this training's losses get the term, from the teacher of its beginning."""
@@ -271,42 +272,24 @@ def chosen_lam(penalty: FusedMASPenalty, trainer: Any, steps: int, keep: float =
         raise ValueError(
             f'lam: got "auto" and a Trainer whose eval_dataset is {got}, expected one data set of the new task'
         )
-    if args.world_size > 1:
-        raise ValueError(
-            f'lam: got "auto" on {args.world_size} processes, expected a number or one process'
-        )
 
     def loss(batch: Any) -> Tensor:
         with trainer.compute_loss_context_manager():
             found: Tensor = trainer.compute_loss(model, trainer._prepare_inputs(batch))
         return found
 
-    def learn() -> Generator[Optimizer, None, None]:
+    def begin() -> Optimizer:
+        model.train()
         own, trainer.optimizer = trainer.optimizer, None
         try:
-            optimizer = trainer.create_optimizer()
+            optimizer: Optimizer = trainer.create_optimizer()
         finally:
             trainer.optimizer = own
-        batches = (batch for _ in itertools.count() for batch in trainer.get_train_dataloader())
-        for _ in range(steps):
-            optimizer.zero_grad()
-            for batch in itertools.islice(batches, args.gradient_accumulation_steps):
-                model.train()
-                (loss(batch) / args.gradient_accumulation_steps).backward()
-            optimizer.step()
-            yield optimizer
+        return optimizer
 
-    count = max(1, steps * args.gradient_accumulation_steps // 12)
-    with random_state_kept():
-        held_out = [*itertools.islice(trainer.get_eval_dataloader(), count)]
-
-        @torch.no_grad()
-        def measure() -> tuple[float, tuple[()]]:
-            model.eval()
-            return fmean(float(loss(batch)) for batch in held_out), ()
-
-        before = [penalty.lam] * (penalty.num_tasks - 1)
-        return choose_lam(penalty, learn, measure, keep, before)
+    data = trainer.get_train_dataloader(), trainer.get_eval_dataloader()
+    accumulated = args.gradient_accumulation_steps
+    return choosing.chosen_lam(penalty, keep, loss, begin, *data, steps, accumulated)
 
 
 class MASTrainerMixin:

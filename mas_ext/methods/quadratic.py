@@ -19,6 +19,13 @@ from mas_ext.penalty import FusedMASPenalty
 Lam = float | Literal["auto"]
 
 
+def is_automatic(lam: Any) -> bool:
+    """Whether a strength is to be chosen; a ValueError for a word that is not "auto"."""
+    if isinstance(lam, str) and lam != "auto":
+        raise ValueError(f"lam: got {lam!r}, expected a number or 'auto'")
+    return isinstance(lam, str)
+
+
 def times(factor: float, lam: Lam) -> Lam:
     """factor lam; a word as it is."""
     return lam if isinstance(lam, str) else factor * lam
@@ -37,10 +44,8 @@ class Quadratic(Method):
     def __init__(self, lam: Lam, mode: Mode | None = None, **penalty: Any) -> None:
         # As wide as each parameter: float64 is for those of float64 alone. A trainer knows no other rank.
         width = {"omega_dtype": torch.float64, "process_group": None}
-        if isinstance(lam, str) and lam != "auto":
-            raise ValueError(f"lam: got {lam!r}, expected a number or 'auto'")
         self._arguments = {"lam": lam, **width, **penalty}
-        self.automatic = lam == "auto"
+        self.automatic = is_automatic(lam)
         self.mode, self.weight = mode, 1.0
         self.penalty: FusedMASPenalty | None = None
 

@@ -1,0 +1,137 @@
+"""lam by itself in other people's trainers: `mas_ext.choose_lam` with their loss, optimizer and data."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Generator, Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Subset
+
+from mas_ext.integrations.loading import batch_size_of, random_state_kept
+from mas_ext.optim.hooks import Mode
+from mas_ext.penalty import FusedMASPenalty
+from mas_ext.training.lam import choose_lam
+
+# The share of a task's samples that its lam is chosen by, where there are no validation data.
+SHARE = 0.1
+
+
+def form(mode: Mode | None, automatic: bool, penalty: FusedMASPenalty) -> Mode:
+    """A mode that was given, else "proximal" for a lam that was chosen, unless low-rank updates are held."""
+    if mode is not None:
+        return mode
+    chosen = automatic and penalty.num_tasks > 0
+    return "proximal" if chosen and next(penalty.updates(), None) is None else "gradient"
+
+
+def check_one_process() -> None:
+    """Raise a ValueError on several processes, whose choices would differ."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if ranks > 1:
+        raise ValueError(f'lam: got "auto" on {ranks} processes, expected a number or one process')
+
+
+def chosen_lam(
+    penalty: FusedMASPenalty,
+    keep: float,
+    loss: Callable[[Any], Tensor],
+    begin: Callable[[], Optimizer],
+    batches: Iterable[Any],
+    held_out: Iterable[Any],
+    steps: int,
+    accumulated: int = 1,
+    old: Callable[[Any], Sequence[Tensor]] = lambda batch: (),
+) -> float:
+    """The lam for a training that is about to begin, from its data alone: `mas_ext.choose_lam` in a plain loop.
+
+    It is trained one and a half times, without a schedule, clipping or a GradScaler, and afterwards all is as
+    before. The lam of the penalty counts as the mean of earlier choices.
+
+    Args:
+        penalty: a consolidated one.
+        keep: what matters, from 0, the new task alone, to 1, the old ones.
+        loss: of the model on a batch, 0-dim.
+        begin: gives a new optimizer at the beginning of a training.
+        batches: to train on, an epoch each time they are gone through.
+        held_out: batches that are not trained on, and the same ones each time; of these, a twelfth as many as
+            are trained on are looked at.
+        steps: how many the training has.
+        accumulated: batches per step.
+        old: of a batch, outputs for earlier tasks alone, (N, ...) each; none where tasks share all outputs.
+
+    Raises:
+        ValueError: on several processes; what choose_lam raises.
+    """
+    check_one_process()
+
+    def learn() -> Generator[Optimizer, None, None]:
+        optimizer = begin()
+        endless = (batch for _ in itertools.count() for batch in batches)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            for batch in itertools.islice(endless, accumulated):
+                (loss(batch) / accumulated).backward()
+            optimizer.step()
+            yield optimizer
+
+    @torch.no_grad()
+    def measure() -> tuple[float, list[Tensor]]:
+        penalty.model.eval()
+        losses, outputs = [], []
+        with random_state_kept():
+            torch.manual_seed(0)  # what is drawn of the data, such as crops, is the same each time
+            for batch in itertools.islice(held_out, max(1, steps * accumulated // 12)):
+                losses.append(float(loss(batch)))
+                outputs.append(old(batch))
+        return fmean(losses), [torch.cat(parts) for parts in zip(*outputs, strict=True)]
+
+    before = [penalty.lam] * (penalty.num_tasks - 1)
+    with random_state_kept():
+        return choose_lam(penalty, learn, measure, keep, before)
+
+
+def in_two(loader: Any) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Loaders like one of a data set: of nine tenths of its samples, shuffled, and of the others in order.
+
+    Which ones is drawn at random, the same on every call. Whole batches are trained on, where there is one.
+
+    Raises:
+        ValueError: no loader of a data set that can be read in any order, in batches, or of a single sample.
+    """
+    size = batch_size_of(loader)
+    if size is None or len(loader.dataset) < 2:
+        got = type(getattr(loader, "dataset", loader)).__name__
+        raise ValueError(
+            f'lam: got "auto" and training data in a {got}, expected a DataLoader with batches of a data set '
+            "of two samples or more, which can be read in any order"
+        )
+    count = len(loader.dataset)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    few = max(1, int(SHARE * count))
+    train, held_out = (Subset(loader.dataset, part) for part in (order[few:], sorted(order[:few])))
+    how = {"collate_fn": loader.collate_fn, "num_workers": loader.num_workers}
+    return (
+        DataLoader(train, size, shuffle=True, drop_last=count - few >= size, **how),
+        DataLoader(held_out, size, **how),
+    )
+
+
+def beginning(optimizer: Optimizer) -> Optimizer:
+    """A copy of an optimizer, for the same parameters, without hooks.
+
+    Where it has a schedule, its learning rate is the one that this begins with or, after a warm-up that says
+    so, leads to: max_lr, or initial_lr, of a group.
+    """
+    own = copy.deepcopy(
+        optimizer, {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    )
+    for group in own.param_groups:
+        group["lr"] = group.get("max_lr", group.get("initial_lr", group["lr"]))
+    return own
