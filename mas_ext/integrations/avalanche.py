@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from avalanche.models.utils import avalanche_forward, is_multi_task_module
@@ -27,8 +28,10 @@ from mas_ext.compat import AveragedFromFirst, BatchMeans
 from mas_ext.importance import EstimatorName, FisherSum, ImportanceSum
 from mas_ext.importance.fisher import Labels
 from mas_ext.importance.objectives import Objective
+from mas_ext.integrations import choosing
 from mas_ext.integrations.loading import own_part, try_importance
 from mas_ext.methods.path import PathIntegral
+from mas_ext.methods.quadratic import Lam, is_automatic
 from mas_ext.optim.hooks import Handle, Mode, check_mode
 from mas_ext.parameters.names import named_parameters
 from mas_ext.penalty import FusedMASPenalty
@@ -42,15 +45,24 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
     what they leave. Importance is tried on two samples before an experience's first step.
 
     Args:
-        step: "gradient" or "proximal", see FusedMASPenalty.attach.
+        lam: its strength; "auto": chosen before every experience but the first, see `chosen_lam`.
+        step: "gradient" or "proximal", see FusedMASPenalty.attach. None is "gradient", and for a strength
+            "auto" "proximal", which no lam makes diverge.
+        keep: for a strength "auto", what matters: from 0, the new experience alone, to 1, the old ones.
     """
 
-    def __init__(self, step: Mode = "gradient") -> None:
+    def __init__(self, lam: Lam | Sequence[float], step: Mode | None, keep: float) -> None:
         super().__init__()
-        check_mode(step, "step")
-        self.step = step
+        if step is not None:
+            check_mode(step, "step")
+        check_share(keep, "keep")
+        self.automatic, self.keep = is_automatic(lam), keep
+        self.strength: Any = 1.0 if self.automatic else lam
+        self.step, self._form = step, step or "gradient"
         self.penalty: FusedMASPenalty | None = None
         self._handle: Handle | None = None
+        # Task labels of the experiences so far.
+        self._tasks: set[int] = set()
 
     def build(self, model: nn.Module) -> FusedMASPenalty:
         """The penalty of a model."""
@@ -70,15 +82,22 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
             self.penalty = self.build(strategy.model)
         self.try_out(self.penalty, strategy)
         self._detach()  # from a training that ended in an error
+        if self.automatic:
+            choosing.check_one_process()
+        if self.automatic and self.penalty.num_tasks:
+            old = sorted(self._tasks - {*strategy.experience.task_labels})
+            batches = _batches(strategy, kwargs.get("num_workers", 0))
+            self.penalty.lam = chosen_lam(self.penalty, strategy, batches, self.keep, old)
         # A new list: the old one is being gone through.
         strategy.plugins = [*(p for p in strategy.plugins if not _calls(p, self)), _Last(self)]
-        if self.step == "proximal":
+        self._form = choosing.form(self.step, self.automatic, self.penalty)
+        if self._form == "proximal":
             self._handle = self.penalty.attach(strategy.optimizer, mode="proximal")
 
     def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Add the penalty's gradient to the loss's, which is reduced over the ranks by now."""
         assert self.penalty is not None
-        if self.step == "gradient":
+        if self._form == "gradient":
             strategy.loss = strategy.loss.detach() + self.penalty.add_grad_()
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -88,6 +107,7 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         self._detach()
         assert self.penalty is not None
         self.consolidate(self.penalty, _batches(strategy, kwargs.get("num_workers", 0)))
+        self._tasks |= {*strategy.experience.task_labels}
 
     def _detach(self) -> None:
         if self._handle is not None:
@@ -120,32 +140,33 @@ class MASPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
     Avalanche's numbers, see compat.avalanche.
 
     Args:
-        lambda_reg: strength.
+        lambda_reg: strength, or "auto", see QuadraticPlugin.
         alpha: share of the old importance that is kept, from 0 to 1; of no effect with `merge`.
         verbose: show a progress bar.
         importance: "exact", "batch", "local", see estimate_importance, or "avalanche".
         objective: see estimate_importance. Outputs that a classifier masks count for nothing.
         merge: instead of the average, "sum" (the MAS paper), "consistent" (MAS-alpha) or "decay" of
             FusedMASPenalty.
-        step: "gradient" or "proximal", see FusedMASPenalty.attach.
+        step, keep: see QuadraticPlugin.
         exclude: fnmatch patterns on the names of parameters to leave out.
         options: further arguments of FusedMASPenalty.
     """
 
     def __init__(
         self,
-        lambda_reg: float = 1.0,
+        lambda_reg: Lam = 1.0,
         alpha: float = 0.5,
         verbose: bool = False,
         *,
         importance: EstimatorName | Literal["avalanche"] = "exact",
         objective: Objective = "l2",
         merge: Merge | None = None,
-        step: Mode = "gradient",
+        step: Mode | None = None,
+        keep: float = 0.5,
         exclude: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        super().__init__(step)
+        super().__init__(lambda_reg, step, keep)
         check_share(alpha, "alpha")
         self.verbose = verbose
         self._estimator = (
@@ -155,7 +176,7 @@ class MASPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
         )
         rule = {"merge": "decay", "gamma": alpha} if merge is None else {"merge": merge}
         self._kind = AveragedFromFirst if merge is None else FusedMASPenalty
-        self._options = {"lam": lambda_reg, "exclude": exclude, **rule, **options}
+        self._options = {"lam": self.strength, "exclude": exclude, **rule, **options}
 
     def build(self, model: nn.Module) -> FusedMASPenalty:
         return self._kind(model, importance=self._estimator, **self._options)
@@ -175,29 +196,30 @@ class EWCPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
     keeps two numbers per parameter, whatever the number of experiences.
 
     Args:
-        ewc_lambda: strength, without one-half.
+        ewc_lambda: strength, without one-half, or "auto", see QuadraticPlugin.
         mode: "separate" or "online".
         decay_factor: with "online", share of the old importance that is kept, from 0 to 1.
         keep_importance_data: with "separate", keep every experience by itself (store "per_task").
         labels: "true", "predicted", "sampled" or "all", see estimate_fisher.
-        step: "gradient" or "proximal", see FusedMASPenalty.attach.
+        step, keep: see QuadraticPlugin.
         exclude: fnmatch patterns on the names of parameters to leave out.
         options: further arguments of FusedMASPenalty.
     """
 
     def __init__(
         self,
-        ewc_lambda: float,
+        ewc_lambda: Lam,
         mode: Literal["separate", "online"] = "separate",
         decay_factor: float | None = None,
         keep_importance_data: bool = False,
         *,
         labels: Labels = "true",
-        step: Mode = "gradient",
+        step: Mode | None = None,
+        keep: float = 0.5,
         exclude: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        super().__init__(step)
+        super().__init__(ewc_lambda, step, keep)
         if mode not in ("separate", "online"):
             raise ValueError(f"mode: got {mode!r}, expected 'separate' or 'online'")
         if (decay_factor is None) == (mode == "online"):
@@ -215,7 +237,7 @@ class EWCPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
             else {"merge": "decay", "gamma": decay_factor}
         )
         self._estimator = FisherSum(labels, _logits, exclude)
-        self._options = {"lam": ewc_lambda, "exclude": exclude, **rule, **options}
+        self._options = {"lam": self.strength, "exclude": exclude, **rule, **options}
 
     def build(self, model: nn.Module) -> FusedMASPenalty:
         return FusedMASPenalty(model, importance=self._estimator, **self._options)
@@ -232,31 +254,34 @@ class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  #
     si_lambda chosen for it is too large here.
 
     Args:
-        si_lambda: strength, of which half counts; a list has one for each experience, the last for all others.
+        si_lambda: strength, of which half counts; a list has one for each experience, the last for all others;
+            "auto", see QuadraticPlugin.
         eps: damping, > 0.
         excluded_parameters: names of modules or parameters, or fnmatch patterns. As in Avalanche, parameters
             of normalisations that follow the batch are excluded, too.
         device: "as_strategy": the state lies where the parameters are.
-        step: "gradient" or "proximal", see FusedMASPenalty.attach.
+        step, keep: see QuadraticPlugin.
         options: further arguments of FusedMASPenalty.
     """
 
     def __init__(
         self,
-        si_lambda: float | Sequence[float],
+        si_lambda: Lam | Sequence[float],
         eps: float = 1e-7,
         excluded_parameters: Sequence[str] | None = None,
         device: Any = "as_strategy",
         *,
-        step: Mode = "gradient",
+        step: Mode | None = None,
+        keep: float = 0.5,
         **options: Any,
     ) -> None:
-        super().__init__(step)
+        super().__init__(si_lambda, step, keep)
         if not eps > 0:
             raise ValueError(f"eps: got {eps}, expected more than 0")
         if device != "as_strategy":
             raise ValueError(f"device: got {device!r}, expected 'as_strategy'")
-        self.si_lambda = list(si_lambda) if isinstance(si_lambda, Sequence) else [si_lambda]
+        lams = self.strength
+        self.si_lambda = list(lams) if isinstance(lams, Sequence) else [lams]
         self.eps, self._excluded, self._options = eps, excluded_parameters or (), options
         self._path = PathIntegral({})
 
@@ -270,8 +295,9 @@ class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  #
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         super().before_training_exp(strategy, *args, **kwargs)
         assert self.penalty is not None
-        experience = strategy.clock.train_exp_counter
-        self.penalty.lam = self.si_lambda[min(experience, len(self.si_lambda) - 1)] / 2
+        if not self.automatic:
+            experience = strategy.clock.train_exp_counter
+            self.penalty.lam = self.si_lambda[min(experience, len(self.si_lambda) - 1)] / 2
         theta = named_parameters(self.penalty.model, self.penalty.exclude)
         self._path = PathIntegral(theta)
 
@@ -290,7 +316,60 @@ class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  #
         self._path = PathIntegral({})
 
 
-def _batches(strategy: Any, num_workers: int) -> Iterable[Any]:
+def chosen_lam(
+    penalty: FusedMASPenalty,
+    strategy: Any,
+    batches: DataLoader[Any],
+    keep: float = 0.5,
+    old: Sequence[int] = (),
+) -> float:
+    """The lam for an experience, from its data alone: `mas_ext.choose_lam` with the strategy's loss.
+
+    A tenth of the samples, drawn at random, is held out meanwhile, of which a twelfth as many as are trained on
+    are looked at. It is trained one and a half times as many steps as the experience has, by a copy of the
+    strategy's optimizer in a plain loop, without other plugins, and afterwards all is as before. Outputs for
+    the earlier experiences are those of their tasks' heads, or of their classes. The lam before counts as the
+    mean of earlier choices.
+
+    Args:
+        penalty: a consolidated one, of the strategy's model.
+        strategy: one that begins an experience, as in a plugin's before_training_exp.
+        batches: of the experience.
+        keep: what matters, from 0 (the new experience alone) to 1 (the old ones).
+        old: labels of earlier tasks.
+
+    Raises:
+        ValueError: on several processes; an experience of one sample; what choose_lam raises.
+    """
+    train, held_out = choosing.in_two(batches)
+    multi = is_multi_task_module(strategy.model)
+    now = {*getattr(strategy.experience, "classes_in_this_experience", ())}
+    classes = sorted({*getattr(strategy.experience, "previous_classes", ())} - now)
+
+    def loss(batch: Any) -> Tensor:
+        strategy.mbatch = [*batch]
+        strategy._unpack_minibatch()
+        strategy.mb_output = strategy.forward()
+        found: Tensor = strategy.criterion()
+        return found
+
+    def outputs(batch: Any) -> list[Tensor]:  # behind the loss of the same batch
+        if multi:
+            return [avalanche_forward(strategy.model, strategy.mb_x, task) for task in old]
+        return [strategy.mb_output[:, classes]] if classes else []
+
+    before = strategy.mbatch, strategy.mb_output
+    try:
+        return choosing.chosen_lam(
+            *(penalty, keep, loss, partial(choosing.beginning, strategy.optimizer)),
+            *(train, held_out, strategy.train_epochs * len(batches)),
+            old=outputs,
+        )
+    finally:
+        strategy.mbatch, strategy.mb_output = before
+
+
+def _batches(strategy: Any, num_workers: int) -> DataLoader[Any]:
     """Batches (x, y, ..., task label) of the experience in its own order, as Avalanche's plugins read it."""
     dataset = strategy.experience.dataset
     return DataLoader(

@@ -14,17 +14,24 @@ rank: not with FSDP or DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import wraps
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
+from mas_ext._arguments import check_share
 from mas_ext.distillation import Distance, Distillation
 from mas_ext.importance import batches as batch_of
+from mas_ext.integrations import choosing
 from mas_ext.integrations.loading import (
     at_most,
     check_batches,
@@ -36,10 +43,12 @@ from mas_ext.integrations.loading import (
     replace_method,
     try_importance,
 )
+from mas_ext.methods.quadratic import Lam, is_automatic
 from mas_ext.optim.hooks import Mode, check_mode
 from mas_ext.penalty import FusedMASPenalty
 
 Batches = Callable[[Trainer], Iterable[Any]]
+OldOutputs = Callable[[LightningModule, Any], Sequence[Tensor]]
 
 # What the teacher's tensors are called in a checkpoint begins with it.
 _TEACHER = "teacher."
@@ -56,10 +65,13 @@ class MASCallback(Callback):
     training goes on is from before the task is consolidated, `trainer.save_checkpoint` after `fit` has it.
 
     Args:
-        lam: strength, see FusedMASPenalty.
+        lam: strength, see FusedMASPenalty. "auto": chosen before every training in which the penalty holds
+            something, see `chosen_lam`.
         batches: from the trainer to the samples that importance is taken from, this rank's part of them; by
             default those of the training dataloader, each once.
-        mode: "gradient", or "proximal" with an automatic or a manual step of SGD, Adam or AdamW.
+        mode: "gradient", or "proximal" with an automatic or a manual step of SGD, Adam or AdamW. None is
+            "gradient", and for lam "auto", where no low-rank updates are held, "proximal", which no lam makes
+            diverge.
         name: tells several of these callbacks apart in a checkpoint.
         remember: for a module that was trained elsewhere: a data set whose items are the training's, or
             batches, that stand for what it knows. The penalty is consolidated on it before the first step of
@@ -73,15 +85,19 @@ class MASCallback(Callback):
             is given, and from the second one on without it. With automatic optimisation alone. The output is
             that of self(x) in training_step, x being the batch's first item, or else is computed once more.
         temperature, distance: of the distillation.
+        keep: for lam "auto", what matters: from 0, the new task alone, to 1, the old ones.
+        old: for lam "auto", of the module and a batch: outputs for the earlier tasks alone, (N, ...) each, such
+            as those of their heads. Without them, as where tasks share all outputs, lam is chosen by the new
+            task's loss alone.
         options: further arguments of FusedMASPenalty. Without a `forward` the module is called with the batch's
             first item.
     """
 
     def __init__(
         self,
-        lam: float = 1.0,
+        lam: Lam = 1.0,
         batches: Batches | None = None,
-        mode: Mode = "gradient",
+        mode: Mode | None = None,
         name: str = "",
         *,
         remember: Any = None,
@@ -90,19 +106,25 @@ class MASCallback(Callback):
         distillation: float = 0.0,
         temperature: float = 2.0,
         distance: Distance = "classes",
+        keep: float = 0.5,
+        old: OldOutputs | None = None,
         **options: Any,
     ) -> None:
-        check_mode(mode)
+        if mode is not None:
+            check_mode(mode)
+        check_share(keep, "keep")
         check_batches(batches)
         check_remember(remember, distillation, max_samples, temperature)
         self.batches, self.mode, self.name = batches, mode, name
         self.remember, self.max_samples, self.progress = remember, max_samples, progress
         self.distillation, self.temperature, self.distance = distillation, temperature, distance
-        self.lam, self.options = lam, options
+        self.automatic, self.keep, self.old = is_automatic(lam), keep, old
+        self.options = {"lam": 1.0 if self.automatic else lam, **options}
         self.penalty: FusedMASPenalty | None = None
         self._loaded: dict[str, Any] = {}
         self._teacher: Distillation | None = None
         self._undo: list[Callable[[], None]] = []
+        self._form: Mode = "gradient"
         # Whether importance is still to be tried, and whether training has ended and is to be consolidated.
         self._untried = self._ended = False
 
@@ -126,8 +148,10 @@ class MASCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the penalty of this module, with the state so far, also of another module."""
         self._detach()  # from a training that ended in an error
-        options = {"lam": self.lam, **self.options}
-        penalty = self.penalty = penalty_of(pl_module, self.penalty, trainer.world_size, options)
+        if self.automatic:
+            _check_choice(trainer)
+        penalty = penalty_of(pl_module, self.penalty, trainer.world_size, self.options)
+        self.penalty = penalty
         taught = {
             key.removeprefix(_TEACHER): t
             for key, t in self._loaded.items()
@@ -146,12 +170,15 @@ class MASCallback(Callback):
             try_importance(penalty, lambda: batches(trainer))
         if self.remember is not None and self.remember is not True:
             known = once(loader_like(self.remember, trainer.train_dataloader))
-            known = _as_seen(trainer, at_most(known, self.max_samples))
+            known = _Seen(trainer, at_most(known, self.max_samples))
             shown = self.progress and trainer.is_global_zero
             remember(penalty, known, trainer.global_step > 0, shown)
+        if self.automatic and penalty.num_tasks and trainer.global_step == 0:
+            penalty.lam = chosen_lam(penalty, trainer, self.keep, self.old)
         if self.distillation and (penalty.num_tasks or self.remember is True):
             self._distill(pl_module, taught)
-        if self.mode == "proximal":
+        self._form = choosing.form(self.mode, self.automatic, penalty)
+        if self._form == "proximal":
             self._undo += [penalty.attach(o, "proximal").remove for o in trainer.optimizers]
 
     def _distill(self, module: LightningModule, taught: dict[str, torch.Tensor]) -> None:
@@ -200,7 +227,7 @@ class MASCallback(Callback):
     ) -> None:
         """Add the penalty's gradient to those of this optimizer."""
         assert self.penalty is not None
-        if self.mode == "gradient":
+        if self._form == "gradient":
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
             self.penalty.add_grad_to(own, _scale_left(trainer, optimizer))
 
@@ -221,7 +248,7 @@ class MASCallback(Callback):
         try:
             pl_module.to(trainer.strategy.root_device)
             if self.batches is None:
-                batches = _as_seen(trainer, at_most(once(_loader(trainer)), self.max_samples))
+                batches = _Seen(trainer, at_most(once(_loader(trainer)), self.max_samples))
             else:
                 batches = at_most(self.batches(trainer), self.max_samples)
             self.penalty.consolidate(batches, progress=self.progress and trainer.is_global_zero)
@@ -232,6 +259,101 @@ class MASCallback(Callback):
         for undo in self._undo:
             undo()
         self._undo, self._teacher = [], None
+
+
+def chosen_lam(
+    penalty: FusedMASPenalty, trainer: Trainer, keep: float = 0.5, old: OldOutputs | None = None
+) -> float:
+    """The lam for a training that begins, from its data alone: `mas_ext.choose_lam` with training_step's loss.
+
+    A tenth of the training dataloader's samples, drawn at random, is held out meanwhile, of which a twelfth as
+    many as are trained on are looked at. It is trained one and a half times as many steps as `fit` may take, by
+    a copy of the module's optimizer in a plain loop: without a schedule, clipping, a GradScaler and other
+    callbacks. Nothing is logged, metrics that training_step updates begin anew, and afterwards parameters,
+    buffers, gradients, modes and random numbers are as before. The lam before counts as the mean of earlier
+    choices.
+
+    Args:
+        penalty: a consolidated one, of the module in training.
+        trainer: one whose training starts, as in a callback's on_train_start.
+        keep: what matters, from 0 (the new task alone) to 1 (the old ones).
+        old: of the module and a batch, outputs for earlier tasks alone, (N, ...) each.
+
+    Raises:
+        ValueError: manual optimisation, several optimizers, several processes, a training without an end, or
+            training data that can't be read in any order; what choose_lam raises.
+    """
+    _check_choice(trainer)
+    module = trainer.lightning_module
+    loaders = choosing.in_two(trainer.train_dataloader)
+    batches, held_out = (_Seen(trainer, loader) for loader in loaders)
+    # Lightning's own way to tell what training_step takes.
+    numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+
+    def loss(batch: Any) -> Tensor:
+        result = trainer.strategy.training_step(batch, *([0] if numbered else []))
+        found: Tensor | None = result["loss"] if isinstance(result, Mapping) else result
+        if found is None:
+            raise ValueError(
+                'training_step: got None, expected a loss of every batch where lam is "auto"'
+            )
+        return found
+
+    with _unlogged(module):
+        return choosing.chosen_lam(
+            *(penalty, keep, loss, partial(choosing.beginning, trainer.optimizers[0])),
+            *(batches, held_out, int(trainer.estimated_stepping_batches)),
+            trainer.accumulate_grad_batches,
+            (lambda batch: ()) if old is None else partial(old, module),
+        )
+
+
+def _check_choice(trainer: Trainer) -> None:
+    """Raise a ValueError where lam can't be chosen for a training."""
+    choosing.check_one_process()
+    if not trainer.lightning_module.automatic_optimization or len(trainer.optimizers) != 1:
+        raise ValueError(
+            f'lam: got "auto" and {len(trainer.optimizers)} optimizers with automatic_optimization '
+            f"{trainer.lightning_module.automatic_optimization}, expected one with True; elsewhere, give "
+            "mas_ext.choose_lam functions that train and measure"
+        )
+    steps = trainer.estimated_stepping_batches
+    if not 0 < steps < math.inf:
+        raise ValueError(
+            f'lam: got "auto" and a training of {steps} steps, expected max_epochs or max_steps'
+        )
+    choosing.in_two(trainer.train_dataloader)
+
+
+@contextmanager
+def _unlogged(module: LightningModule) -> Iterator[None]:
+    """Have a module log nothing, and the metrics that are updated meanwhile begin anew."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        pass
+
+    metrics = [(m, m.update_count) for m in module.modules() if isinstance(m, Metric)]
+    undo = [replace_method(module, name, nothing) for name in ("log", "log_dict")]
+    try:
+        yield
+    finally:
+        for each in undo:
+            each()
+        for metric, count in metrics:
+            if metric.update_count != count:
+                metric.reset()
+
+
+class _Seen:
+    """Batches as the module sees them, each time they are gone through."""
+
+    def __init__(self, trainer: Trainer, batches: Iterable[Any]) -> None:
+        self.trainer, self.batches = trainer, batches
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            converted = self.trainer.precision_plugin.convert_input(batch)
+            yield self.trainer.strategy.batch_to_device(converted)
 
 
 def _scale_left(trainer: Trainer, optimizer: Optimizer) -> torch.Tensor | None:
@@ -250,10 +372,3 @@ def _loader(trainer: Trainer) -> DataLoader[Any]:
             "or batches= a function from the trainer to batches"
         )
     return loader
-
-
-def _as_seen(trainer: Trainer, batches: Iterable[Any]) -> Iterator[Any]:
-    """Batches as the module sees them."""
-    for batch in batches:
-        converted = trainer.precision_plugin.convert_input(batch)
-        yield trainer.strategy.batch_to_device(converted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.benchmarks.scenarios.supervised import with_classes_timeline
 from avalanche.benchmarks.scenarios.task_aware import task_incremental_benchmark
@@ -21,7 +23,7 @@ from avalanche.training import Naive
 from avalanche.training import plugins as theirs
 from integrations.ranks import both
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import mas_ext
 from mas_ext.failures import Diverged
@@ -488,3 +490,124 @@ def test_a_training_that_failed_leaves_no_second_consolidation() -> None:
     assert made.plugins == plugins
     assert plugin.penalty is not None
     assert plugin.penalty.num_tasks == 1
+
+
+# -- the strength by itself ------------------------------------------------------------------------
+
+PLUGINS: dict[str, Callable[[], Any]] = {
+    "mas": lambda: ours.MASPlugin("auto", keep=0.9, omega_dtype=torch.float64),
+    "ewc": lambda: ours.EWCPlugin("auto", keep=0.9, omega_dtype=torch.float64),
+    "si": lambda: ours.SynapticIntelligencePlugin("auto", keep=0.9),
+}
+
+
+class Start(theirs.SupervisedPlugin):  # type: ignore[misc]
+    """The random numbers, the model and what held it when an experience begins, before other plugins."""
+
+    def __init__(self, plugin: Any) -> None:
+        super().__init__()
+        self.plugin = plugin
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        self.random, self.model = torch.get_rng_state(), copy.deepcopy(strategy.model)
+        penalty = self.plugin.penalty
+        self.held = None if penalty is None else dict(penalty.state_dict())
+        self.optimizer = copy.deepcopy(strategy.optimizer.state_dict())
+
+
+@pytest.mark.parametrize("network", [plain, grows, heads])
+@pytest.mark.parametrize("name", PLUGINS)
+def test_strength_by_itself(name: str, network: Network) -> None:
+    """It is that of choose_lam in a loop written out, and training is as with that number."""
+    plugin = PLUGINS[name]()
+    start, lams = Start(plugin), list[float]()
+    made, seed = strategy(network, plugin)
+    made.plugins.insert(0, start)
+    for t, experience in enumerate(stream()):
+        made.train(experience)
+        assert plugin.penalty is not None
+        assert made.mbatch is None
+        if t == 0:
+            continue
+        assert start.held is not None
+        penalty = PLUGINS[name]().build(start.model)
+        penalty.load_state_dict(start.held)
+        lams.append(written_out(start, experience, t, lams, penalty))
+        assert plugin.penalty.lam == pytest.approx(lams[-1], rel=1e-9)
+    assert lams[0] > 0
+    assert lams[0] != lams[1]
+    assert len(seed.losses) == 3 * 2 * 5
+
+
+def written_out(
+    start: Start, experience: Any, t: int, before: list[float], penalty: mas_ext.FusedMASPenalty
+) -> float:
+    """choose_lam with a loop over nine tenths of an experience, measured on the other two samples."""
+    model = start.model
+    multi = isinstance(model, MTSimpleMLP)
+    x, y = (torch.stack([torch.as_tensor(s[i]) for s in experience.dataset]) for i in (0, 1))
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(0))
+    known, rest = order[2:], order[:2].sort().values
+    data = DataLoader(TensorDataset(x[known], y[known]), 5, shuffle=True, drop_last=True)
+
+    def output(x: Tensor, task: int) -> Tensor:
+        found: Tensor = model(x, torch.full((len(x),), task)) if multi else model(x)
+        return found
+
+    def learn() -> Iterator[torch.optim.Optimizer]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+        optimizer.load_state_dict(copy.deepcopy(start.optimizer))
+        batches = (batch for _ in range(3) for batch in data)
+        for a, b in itertools.islice(batches, 10):  # two epochs of five
+            optimizer.zero_grad()
+            F.cross_entropy(output(a, t), b).backward()
+            optimizer.step()
+            yield optimizer
+
+    def measure() -> tuple[float, list[Tensor]]:
+        model.eval()
+        with torch.no_grad():
+            logits = output(x[rest], t)
+            shared = [logits[:, : CLASSES * t]]
+            old = [output(x[rest], k) for k in range(t)] if multi else shared
+            return float(F.cross_entropy(logits, y[rest])), old
+
+    torch.set_rng_state(start.random)
+    return mas_ext.choose_lam(penalty, learn, measure, 0.9, before)
+
+
+class Given(theirs.SupervisedPlugin):  # type: ignore[misc]
+    """Sets the strength of a plugin's penalty at the beginning of every experience."""
+
+    def __init__(self, plugin: Any, lams: list[float]) -> None:
+        super().__init__()
+        self.plugin, self.lams = plugin, lams
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        self.plugin.penalty.lam = self.lams[strategy.clock.train_exp_counter]
+
+
+def test_training_with_a_strength_by_itself() -> None:
+    """It is that with the same number in the proximal form."""
+    plugin, told = PLUGINS["mas"](), ours.MASPlugin(1.0, step="proximal", omega_dtype=torch.float64)
+    (made, seed), lams = strategy(plain, plugin), list[float]()
+    for experience in stream():
+        made.train(experience)
+        lams.append(plugin.penalty.lam)
+    twin, twins = strategy(plain, told)
+    twin.plugins.insert(2, Given(told, lams))
+    for experience in stream():
+        twin.train(experience)
+    assert len({*lams}) == 3
+    assert seed.losses == twins.losses
+    for p, q in zip(made.model.parameters(), twin.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_wrong_strengths() -> None:
+    for make, words in (
+        (lambda: ours.MASPlugin("atuo"), "lam: got 'atuo', expected a number or 'auto'"),  # type: ignore[arg-type]
+        (lambda: ours.EWCPlugin("auto", keep=2), "keep: got 2, expected a number from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make()

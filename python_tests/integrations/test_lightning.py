@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torchmetrics import SumMetric
 
 import mas_ext
 from mas_ext import FusedMASPenalty
@@ -703,3 +704,170 @@ def test_example() -> None:
     assert plain < 92 < 97 < learned
     assert all(old > 97 for old, _ in kept)
     assert all(new > 95 for _, new in kept)
+
+
+# -- lam by itself ---------------------------------------------------------------------------------
+
+
+class Noting(Module):
+    """It logs, and counts the samples that training_step has seen in a metric and by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = SumMetric()
+        self.steps = 0
+
+    def training_step(self, batch: Any, index: int) -> dict[str, Tensor]:  # type: ignore[override]
+        self.steps += 1
+        self.seen.update(len(batch[0]))
+        loss = super().training_step(batch, index)
+        self.log("loss", loss, on_step=True)
+        self.log_dict({"seen": self.seen}, on_epoch=True)
+        return {"loss": loss}
+
+
+class Start(Callback):  # type: ignore[misc]
+    """The random numbers that a training begins with."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.state = torch.get_rng_state()
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_lam_by_itself(tmp_path: Path, heads: bool) -> None:
+    """It is that of choose_lam in a loop written out, and training is as with that number."""
+
+    def old(module: LightningModule, batch: Any) -> list[Tensor]:
+        return [module(batch[0])[:, :2]]
+
+    module, told, lams = Noting(), Noting(), list[float]()
+    held: dict[str, tuple[Tensor, Tensor]] = {}
+    callback = MASCallback("auto", keep=0.9, old=old if heads else None)
+    plain = MASCallback(mode="proximal")
+    for t in range(3):
+        net, start = copy.deepcopy(module.net).double(), Start()
+        chose = trainer(tmp_path, start, callback)
+        chose.fit(module, loader(t, 4))
+        assert callback.penalty is not None
+        if t:
+            torch.set_rng_state(start.state)
+            lams.append(written_out(net, held, t, old if heads else None, lams))
+            assert callback.penalty.lam == pytest.approx(lams[-1], rel=1e-9)
+            assert plain.penalty is not None
+            plain.penalty.lam = callback.penalty.lam
+        fitted = trainer(tmp_path, plain)
+        fitted.fit(told, loader(t, 4))
+        assert fitted.callback_metrics["seen"] == 32
+        assert chose.callback_metrics == fitted.callback_metrics
+        written.close(dict(module.named_parameters()), dict(told.named_parameters()))
+        # Two epochs and half as many steps; measured before, between, and after each of the latter.
+        assert module.steps - told.steps == t * (16 + 8 + 2 + 8)
+        held = {
+            n.removeprefix("net."): (callback.penalty.omega[n], callback.penalty.anchor[n])
+            for n in callback.penalty.omega
+        }
+    assert lams[0] > 0
+    assert lams[0] != lams[1]
+
+
+def written_out(
+    net: torch.nn.Module,
+    held: dict[str, tuple[Tensor, Tensor]],
+    t: int,
+    old: Any,
+    before: list[float],
+) -> float:
+    """choose_lam with a loop over nine tenths of a task, measured on a batch of the others."""
+    penalty = FusedMASPenalty(net)
+    penalty.consolidate(importance={n: omega for n, (omega, _) in held.items()})
+    for n, (_, anchor) in held.items():
+        torch.testing.assert_close(dict(net.named_parameters())[n].detach(), anchor)
+    x, y = written.task(t)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    known, rest = order[3:], order[:3].sort().values
+    data = DataLoader(TensorDataset(x[known], y[known]), 4, shuffle=True, drop_last=True)
+
+    def learn() -> Any:
+        optimizer = torch.optim.SGD(net.parameters(), lr=written.LR, momentum=0.5)
+        done = 0
+        while done < 16:
+            for a, b in data:
+                if done == 16:
+                    break
+                optimizer.zero_grad()
+                F.cross_entropy(net(a), b).backward()
+                optimizer.step()
+                done += 1
+                yield optimizer
+
+    def measure() -> tuple[float, list[Tensor]]:
+        net.eval()  # or dropout draws
+        with torch.no_grad():
+            output = net(x[rest])
+            return float(F.cross_entropy(output, y[rest])), [output[:, :2]] if old else []
+
+    return mas_ext.choose_lam(penalty, learn, measure, 0.9, before)
+
+
+def test_lam_by_itself_is_kept_where_training_goes_on(tmp_path: Path) -> None:
+    module, callback = Module(), MASCallback("auto")
+    trainer(tmp_path, callback).fit(module, loader(0))
+    chose = trainer(tmp_path, callback)
+    chose.fit(module, loader(1))
+    assert callback.penalty is not None
+    lam, file = callback.penalty.lam, tmp_path / "half.ckpt"
+    half = trainer(tmp_path, callback, max_epochs=1)
+    half.fit(module, loader(2))
+    half.save_checkpoint(file)
+    then = callback.penalty.lam
+    assert then not in (1.0, lam)
+
+    again = MASCallback("auto")
+    trainer(tmp_path, again, max_epochs=2).fit(Module(), loader(2), ckpt_path=file)
+    assert again.penalty is not None
+    assert again.penalty.lam == then
+
+
+class TwoOptimizers(Module):
+    def __init__(self) -> None:
+        super().__init__(manual=True)
+
+    def configure_optimizers(self) -> Any:
+        return [Module.configure_optimizers(self) for _ in range(2)]
+
+
+class Endless(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        return zip(*written.task(0), strict=True)
+
+
+def test_lam_by_itself_where_it_can_not_be_chosen(tmp_path: Path) -> None:
+    """It is refused before the first task, not when the second one begins."""
+    one = DataLoader(TensorDataset(*(part[:1] for part in written.task(0))))
+    for module, data, options, words in (
+        (Module(manual=True), loader(0), {}, "1 optimizers with automatic_optimization False"),
+        (TwoOptimizers(), loader(0), {}, "2 optimizers with automatic_optimization False"),
+        (Module(), DataLoader(Endless(), 4), {"max_steps": 3}, "training data in a Endless"),
+        (Module(), one, {}, "training data in a TensorDataset, .* two samples or more"),
+        (Module(), loader(0), {"max_epochs": -1}, "a training of inf steps, expected max_epochs"),
+    ):
+        callback = MASCallback("auto", batches=lambda trainer: loader(0))
+        with pytest.raises(ValueError, match=f'lam: got "auto" and {words}'):
+            trainer(tmp_path, callback, **options).fit(module, data)
+        assert callback.penalty is None
+    with pytest.raises(ValueError, match="keep: got -1, expected"):
+        MASCallback("auto", keep=-1)
+    with pytest.raises(ValueError, match="lam: got 'atuo', expected a number or 'auto'"):
+        MASCallback("atuo")  # type: ignore[arg-type]
+
+
+class Skipping(Module):
+    def training_step(self, batch: Any, index: int) -> Any:
+        loss = super().training_step(batch, index)
+        return None if index == 0 else loss
+
+
+def test_lam_by_itself_needs_a_loss(tmp_path: Path) -> None:
+    module, callback = Skipping(), MASCallback("auto", remember=loader(1).dataset)
+    with pytest.raises(ValueError, match="training_step: got None, expected a loss of every batch"):
+        trainer(tmp_path, callback).fit(module, loader(0))
