@@ -12,7 +12,7 @@ PACKAGE = Path(mas_ext.__file__).parent
 # Beginnings of docstrings that send the reader elsewhere, or that say what a thing is by what it is not.
 REFUSED = ("See ", "See.", "That ", "Those ", "The same", "What of ", "As ")
 # Each adapter offers these under the name that fits the library that it is for.
-ADAPTERS = {"MASCallback", "attach"}
+ADAPTERS = {"chosen_lam", "MASCallback", "attach"}
 
 
 def trees() -> Iterator[tuple[Path, ast.Module]]:

@@ -51,7 +51,9 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         keep: for a strength "auto", what matters: from 0, the new experience alone, to 1, the old ones.
     """
 
-    def __init__(self, lam: Lam | Sequence[float], step: Mode | None, keep: float) -> None:
+    def __init__(
+        self, lam: Lam | Sequence[float] = 1.0, step: Mode | None = None, keep: float = 0.5
+    ) -> None:
         super().__init__()
         if step is not None:
             check_mode(step, "step")
@@ -360,7 +362,7 @@ def chosen_lam(
 
     before = strategy.mbatch, strategy.mb_output
     try:
-        return choosing.chosen_lam(
+        return choosing.choose_in_loop(
             *(penalty, keep, loss, partial(choosing.beginning, strategy.optimizer)),
             *(train, held_out, strategy.train_epochs * len(batches)),
             old=outputs,

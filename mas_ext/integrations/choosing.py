@@ -38,7 +38,7 @@ def check_one_process() -> None:
         raise ValueError(f'lam: got "auto" on {ranks} processes, expected a number or one process')
 
 
-def chosen_lam(
+def choose_in_loop(
     penalty: FusedMASPenalty,
     keep: float,
     loss: Callable[[Any], Tensor],

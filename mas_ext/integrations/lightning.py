@@ -300,7 +300,7 @@ def chosen_lam(
         return found
 
     with _unlogged(module):
-        return choosing.chosen_lam(
+        return choosing.choose_in_loop(
             *(penalty, keep, loss, partial(choosing.beginning, trainer.optimizers[0])),
             *(batches, held_out, int(trainer.estimated_stepping_batches)),
             trainer.accumulate_grad_batches,

@@ -289,7 +289,7 @@ def chosen_lam(penalty: FusedMASPenalty, trainer: Any, steps: int, keep: float =
 
     data = trainer.get_train_dataloader(), trainer.get_eval_dataloader()
     accumulated = args.gradient_accumulation_steps
-    return choosing.chosen_lam(penalty, keep, loss, begin, *data, steps, accumulated)
+    return choosing.choose_in_loop(penalty, keep, loss, begin, *data, steps, accumulated)
 
 
 class MASTrainerMixin:
