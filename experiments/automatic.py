@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import fmean
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -188,32 +189,24 @@ class Automatic(Experiment):
         """A table per method, and the distances and spreads over all problems."""
         text = []
         for method in self.methods:
-            rows, distances, best, units = [], [], [], []
+            rows, distances, seeds = [], [], list[Seed]()
             for problem in self.problems:
-                row = self._row(results, problem, method)
-                if row is None:
-                    continue
-                words, distance, lams, in_units = row
-                rows.append(words)
-                distances.append(distance)
-                best += lams
-                units += in_units
+                found = [*self._seeds(results, problem, method)]
+                if found:
+                    rows.append(_row(problem, found))
+                    distances.append(fmean(each.own - each.best for each in found))
+                    seeds += found
             if rows:
-                behind = -100 * sum(distances) / len(distances)
                 text += [
                     f"**`{method}`**",
                     titled(rows),
-                    f"On average {behind:.1f} points behind hindsight, at most "
-                    f"{-100 * min(distances):.1f}. The best lam spans {_decades(best):.1f} decades, in "
-                    f"units of the loss {_decades(units):.1f}.",
+                    f"On average {-100 * fmean(distances):.1f} points behind hindsight, at most "
+                    f"{-100 * min(distances):.1f}. {_spreads(seeds)}",
                 ]
         return Page("\n\n".join([*text, results.place()]))
 
-    def _row(
-        self, results: Results, problem: str, method: str
-    ) -> tuple[dict[str, str], float, list[float], list[float]] | None:
-        """A line of the table; the mean distance to hindsight; each seed's best lam, raw and in units."""
-        plain, own, oracle, lams, units, taken = [], [], [], [], [], []
+    def _seeds(self, results: Results, problem: str, method: str) -> Iterator[Seed]:
+        """What was found of a problem, seed by seed, where all of it was."""
         for seed in range(self.seeds):
             cell = self._cell(problem, method, seed)
             lam = chosen(results, self._oracle(results, cell))
@@ -222,27 +215,90 @@ class Automatic(Experiment):
             if lam is None or not all(each in results for each in needed):
                 continue
             finetuned, automatic, unit = (results[each] for each in needed)
-            plain.append(finetuned["average_accuracy"])
-            own.append(automatic["average_accuracy"])
-            oracle.append(results[{**cell, "lam": lam}]["average_accuracy"])
-            taken += [each for each in automatic["chosen_lam"] if each is not None]
             # online EWC calls lam what is twice that of the penalty.
-            strength = lam / 2 if method == "online-ewc" else lam
-            lams.append(strength)
-            units.append(strength * unit["energy"] / unit["loss"])
-        if not own:
-            return None
-        words = {
-            "problem": problem,
-            "fine-tuning, %": percent(plain, 1),
-            "auto, %": percent(own, 1),
-            "hindsight, %": percent(oracle, 1),
-            "lam, auto": f"{min(taken):.2g} to {max(taken):.2g}",
-            "lam, hindsight": ", ".join(map(number, lams)),
-            "in units of the loss": ", ".join(map(number, units)),
-        }
-        return words, sum(a - b for a, b in zip(own, oracle, strict=True)) / len(own), lams, units
+            factor = 0.5 if method == "online-ewc" else 1.0
+            tried = {
+                factor * float(other["lam"]): found["average_accuracy"]
+                for other, found in results.where(**cell)
+                if isinstance(other["lam"], float | int) and "average_accuracy" in found
+            }
+            yield Seed(
+                finetuned["average_accuracy"],
+                automatic["average_accuracy"],
+                factor * lam,
+                tried,
+                [each for each in automatic["chosen_lam"] if each is not None],
+                unit["energy"] / unit["loss"],
+            )
 
 
-def _decades(values: Sequence[float]) -> float:
-    return math.log10(max(values) / min(values))
+class Seed(NamedTuple):
+    """What was found of a problem and a method with one seed.
+
+    plain, own: average accuracy of fine-tuning, and with lam "auto". lam: the best one in hindsight. tried:
+    accuracy by lam. chosen: for each task after the first, the geometric mean of its choice and those before.
+    per_loss: what the penalty at lam 1 comes to, over the loss.
+    """
+
+    plain: float
+    own: float
+    lam: float
+    tried: Mapping[float, float]
+    chosen: Sequence[float]
+    per_loss: float
+
+    @property
+    def best(self) -> float:
+        """Average accuracy with the best lam in hindsight."""
+        return self.tried[self.lam]
+
+    def as_good(self, points: float) -> list[float]:
+        """The lam with which accuracy is at most so many points below the best."""
+        return [lam for lam, found in self.tried.items() if found >= self.best - points / 100]
+
+
+def _row(problem: str, seeds: Sequence[Seed]) -> dict[str, str]:
+    """A line of the table."""
+    taken = [lam for seed in seeds for lam in seed.chosen]
+    return {
+        "problem": problem,
+        "fine-tuning, %": percent([seed.plain for seed in seeds], 1),
+        "auto, %": percent([seed.own for seed in seeds], 1),
+        "hindsight, %": percent([seed.best for seed in seeds], 1),
+        "lam, auto": f"{min(taken):.2g} to {max(taken):.2g}",
+        "lam, hindsight": ", ".join(number(seed.lam) for seed in seeds),
+        "in units of the loss": ", ".join(number(seed.lam * seed.per_loss) for seed in seeds),
+        "in units of the choice": ", ".join(number(seed.lam / seed.chosen[-1]) for seed in seeds),
+    }
+
+
+def _spreads(seeds: Sequence[Seed]) -> str:
+    """How far the best lam of the problems, and others as good, lie apart, raw and in units."""
+
+    def told(points: float) -> str:
+        units: tuple[Callable[[Seed], float], ...] = (
+            lambda seed: 1.0,
+            lambda seed: seed.per_loss,
+            lambda seed: 1 / seed.chosen[-1],
+        )
+        raw, loss, choice = (
+            _decades([[unit(seed) * lam for lam in seed.as_good(points)] for seed in seeds])
+            for unit in units
+        )
+        return f"{raw:.1f} decades, in units of the loss {loss:.1f}, in units of the last choice {choice:.1f}"
+
+    return f"The best lam spans {told(0)}; one within half a point of it {told(0.5)}."
+
+
+def _decades(sets: Sequence[Sequence[float]]) -> float:
+    """The fewest decades within which there is a value of every set."""
+    values = sorted((math.log10(value), i) for i, values in enumerate(sets) for value in values)
+    spans = []
+    for start, (low, _) in enumerate(values):
+        missing = {*range(len(sets))}
+        for high, i in values[start:]:
+            missing.discard(i)
+            if not missing:
+                spans.append(high - low)
+                break
+    return min(spans)

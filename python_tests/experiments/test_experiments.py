@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -505,6 +506,7 @@ def test_automatic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(row[4]) == pytest.approx(100 * by_lam[best]["average_accuracy"], abs=0.051)
     assert float(row[6]) == best
     assert float(row[7]) == pytest.approx(best * unit["energy"] / unit["loss"], rel=0.01)
+    assert float(row[8]) == pytest.approx(best / found["chosen_lam"][-1], rel=0.01)
     assert unit["loss"] > 0
     learner, method = small(None, 0), create("mas", lam=1e-12, mode="proximal", max_samples=300)
     kept = []
@@ -520,6 +522,57 @@ def test_automatic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = {name: (after[name] - before[name]).double() for name in omega}
     energy = sum(float((w.double() * moved[name] ** 2).sum()) for name, w in omega.items())
     assert unit["energy"] == pytest.approx(energy, rel=1e-4)
+
+
+def test_spread_of_lam(tmp_path: Path) -> None:
+    """The best lam, and the nearest of those within half a point, of all ways to take one of each problem."""
+    experiment: Any = replace(EXPERIMENTS["automatic"], seeds=1, methods=("online-ewc",))
+    results = Results(tmp_path / "automatic.json", experiment.protocol())
+    tried = {
+        "arms": {2e3: 0.7, 2e2: 0.5, 2e4: 0.9, 2e5: 0.6},
+        "data sets": {2e3: 0.401, 2e2: 0.2, 2e4: 0.403, 2e5: 0.4},
+    }
+    per_loss, last = {"arms": 1e-2, "data sets": 1e-4}, {"arms": 1e5, "data sets": 1e2}
+    for problem, found in tried.items():
+        cell = {"problem": problem, "method": "online-ewc", "seed": 0}
+        results.add({**cell, "lam": "unit"}, {"energy": per_loss[problem], "loss": 1.0}, 0.0)
+        chose = {"average_accuracy": 0.3, "chosen_lam": [None, 7.0, last[problem]]}
+        results.add({**cell, "lam": "auto"}, chose, 0.0)
+        results.add({**cell, "method": "finetune", "lam": None}, {"average_accuracy": 0.2}, 0.0)
+        results.add({**cell, "lam": 2e7}, {"diverged": True}, 0.0)
+        for lam, accuracy in found.items():
+            results.add({**cell, "lam": lam}, {"average_accuracy": accuracy}, 0.0)
+    experiment = replace(experiment, grids={"online-ewc": (1.0, 2e3)})
+    text = experiment.show(results).text
+    words = []
+    for points in (0, 0.5):
+        sets = {
+            problem: [
+                lam / 2 for lam, a in found.items() if a >= max(found.values()) - points / 100
+            ]
+            for problem, found in tried.items()
+        }
+        spans = [
+            min(
+                abs(math.log10(a * units["arms"] / b / units["data sets"]))
+                for a in sets["arms"]
+                for b in sets["data sets"]
+            )
+            for units in (
+                {"arms": 1.0, "data sets": 1.0},
+                per_loss,
+                {problem: 1 / lam for problem, lam in last.items()},
+            )
+        ]
+        raw, loss, choice = spans
+        words.append(
+            f"{raw:.1f} decades, in units of the loss {loss:.1f}, in units of the last choice {choice:.1f}"
+        )
+    assert words == [
+        "0.0 decades, in units of the loss 2.0, in units of the last choice 3.0",
+        "0.0 decades, in units of the loss 1.0, in units of the last choice 2.0",
+    ]
+    assert f"The best lam spans {words[0]}; one within half a point of it {words[1]}." in text
 
 
 def test_parts() -> None:
