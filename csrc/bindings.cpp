@@ -291,21 +291,20 @@ void bind(py::module_ m, const char* name) {
   });
 
   sub.def("merge", [](const py::tuple& fields, handle theta, handle importance, double keep,
-                      double gain, int anchor, std::int64_t entry, std::int64_t shift,
+                      double gain, bool moves_anchor, std::int64_t entry, std::int64_t shift,
                       handle scratch, handle remainder, Where where) {
     Call<On> call("theta", theta, fields[0]);
     mas::Merge args = {};
     args.state = call.state(fields);
     if (args.state.rows != 1) mas::refuse("alpha: got {} numbers, expected 1", args.state.rows);
     call.beside("importance", importance, sum_dtype(call.dtype()));
-    if (anchor < 0 || anchor > 2) throw std::invalid_argument("anchor: expected 0, 1 or 2");
     constexpr std::int64_t most = std::int64_t{1} << 62;
     if (shift < -most || shift > most) {
       throw std::invalid_argument("shift: expected a number of up to 2^62");
     }
     args.keep = keep;
     args.gain = gain;
-    args.anchor = static_cast<mas::Anchor>(anchor);
+    args.moves_anchor = moves_anchor;
     args.entry = entry;
     args.shift = shift;
     args.partial = call.scratch(scratch);

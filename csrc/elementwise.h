@@ -303,17 +303,17 @@ struct Merged {
   double remainder;
 };
 
-// W' = max(0, keep W + gain Omega_t). With Anchor::mean the anchor becomes the mean weighted by
+// W' = max(0, keep W + gain Omega_t). Where it moves, the anchor becomes the mean weighted by
 // keep W and gain Omega_t, and the remainder takes up what the two quadratics cost at their common
 // minimum.
 template <class C>
 MAS_FN Merged<C> merge_element(C omega, C anchor, C importance, C theta, C keep, C gain,
-                               Anchor rule) {
+                               bool moves_anchor) {
   const C entry = gain * importance;
   const C kept = keep * omega;
   const C sum = kept + entry;
   const C total = sum < C(0) ? C(0) : sum;  // NaN stays
-  if (rule != Anchor::mean) return {total, rule == Anchor::move ? theta : anchor, 0.0};
+  if (!moves_anchor) return {total, anchor, 0.0};
   const C share = kept > C(0) && total > C(0) ? entry / total : C(1);
   const C distance = theta - anchor;
   const C moved = kept > C(0) ? anchor + share * distance : theta;

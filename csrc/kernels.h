@@ -13,9 +13,6 @@ enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3, fl
 // What happens to the gradient while the penalty is read: nothing, written anew, added to.
 enum class Gradient : int { none = 0, write = 1, add = 2 };
 
-// Where a merge puts the anchor: the weighted mean of old and new, the new values, or unchanged.
-enum class Anchor : int { mean = 0, move = 1, keep = 2 };
-
 // Work is cut into chunks of this many elements of one tensor. A sum has one slot per chunk, summed
 // in order, so that its bits depend neither on the number of threads nor on the grid.
 constexpr std::int64_t kChunk = 8192;
@@ -132,14 +129,15 @@ struct Accumulate {
   double weight;
 };
 
-// W' = max(0, keep W + gain Omega_t), for a state of one row. The importance Omega_t is float64 for
-// a float64 theta, else float32.
+// W' = max(0, keep W + gain Omega_t), for a state of one row, and the anchor as the weighted mean
+// of the old one and theta, or as it is. The importance Omega_t is float64 for a float64 theta,
+// else float32.
 struct Merge {
   Segments segments;  // theta and importance
   State state;
   double keep;
   double gain;
-  Anchor anchor;
+  bool moves_anchor;
   std::int64_t entry;  // the entry's number, which seeds the rounding of bfloat16 and float8 by a
                        // hash with (shift + index in the row)
   std::int64_t shift;

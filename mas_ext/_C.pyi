@@ -85,7 +85,7 @@ class cpu:
         importance: Sequence[Tensor],
         keep: float,
         gain: float,
-        anchor: int,
+        moves_anchor: bool,
         entry: int,
         shift: int,
         scratch: Tensor,

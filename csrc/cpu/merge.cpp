@@ -20,7 +20,7 @@ double merge_chunk(Type<T>, Type<O>, Type<A>, Chunk chunk, const Merge& args) {
     for (std::int64_t l = 0; l < lanes; ++l) {
       const auto m =
           merge_element<C>(static_cast<C>(load(omega[i + l])), load(anchor[i + l]),
-                           importance[i + l], load(theta[i + l]), keep, gain, args.anchor);
+                           importance[i + l], load(theta[i + l]), keep, gain, args.moves_anchor);
       omega[i + l] = store_omega<O>(m.omega, args.shift + offset + i + l, args.entry);
       anchor[i + l] = store<A>(m.anchor);
       remainder[l] += m.remainder;

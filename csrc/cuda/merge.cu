@@ -26,7 +26,7 @@ __global__ void merge_chunks(const Table __grid_constant__ table, Merge args) {
     auto a = read<N>(anchor + i);
     for (int l = 0; l < N; ++l) {
       const auto m = merge_element<C>(static_cast<C>(load(w.lane[l])), load(a.lane[l]), y.lane[l],
-                                      load(x.lane[l]), keep, gain, args.anchor);
+                                      load(x.lane[l]), keep, gain, args.moves_anchor);
       w.lane[l] = store_omega<O>(m.omega, args.shift + offset + i + l, args.entry);
       a.lane[l] = store<A>(m.anchor);
       remainder += m.remainder;

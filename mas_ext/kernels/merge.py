@@ -14,8 +14,6 @@ from mas_ext.kernels.flat_state import CHANGED_STATE, State, flat_view
 from mas_ext.kernels.order import in_order
 from mas_ext.kernels.registry import operator
 
-_ANCHOR_RULES = {"mean": 0, "move": 1, "keep": 2}
-
 
 def merge_omega_(
     omega: Tensor,
@@ -37,11 +35,11 @@ def merge_omega_(
     size = importance.numel()
     anchor = importance.as_strided((1, size), (size, 1))
     state = State([0], omega.view(1, size), anchor, one, one[0], native)
-    merge_(state, [importance], [importance], keep, gain, "keep", entry, shift)
+    merge_(state, [importance], [importance], keep, gain, False, entry, shift)
 
 
 @operator(
-    f"({CHANGED_STATE}, Tensor[] theta, Tensor[] importance, float keep, float gain, str anchor_rule, "
+    f"({CHANGED_STATE}, Tensor[] theta, Tensor[] importance, float keep, float gain, bool moves_anchor, "
     "int entry, int shift=0) -> Tensor",
     shapes=lambda state, theta, *_: state.omega.new_empty(len(theta), dtype=torch.float64),
 )
@@ -51,15 +49,15 @@ def merge_(
     importance: Sequence[Tensor],
     keep: float,
     gain: float,
-    anchor_rule: str,
+    moves_anchor: bool,
     entry: int,
     shift: int = 0,
 ) -> Tensor:
     """One task into omega and anchor of a state of one row: W' = max(0, keep W + gain Omega_t).
 
-    `anchor_rule`: "mean": A' = A + w / W' (theta - A) with w = gain Omega_t, and theta where keep W is 0;
-    "move": A' = theta; "keep": A' = A. Returns, for each tensor, what comes to keep times the remainder:
-    sum keep W w / W' (theta - A)^2 under "mean", else 0, as a float64 tensor of shape (tensors,).
+    Where `moves_anchor`, A' = A + w / W' (theta - A) with w = gain Omega_t, and theta where keep W is 0.
+    Returns, for each tensor, what comes to keep times the remainder: sum keep W w / W' (theta - A)^2, 0 where
+    the anchor stays, as a float64 tensor of shape (tensors,).
     bfloat16 and uint8 omegas are rounded stochastically by a hash of (shift + index in the row,
     entry).
     """
@@ -71,27 +69,23 @@ def merge_(
             omega, anchor = (flat_view(t[0], offset, x) for t in (state.omega, state.anchor))
             kept = torch.tensor(keep, dtype=dtype, device=x.device) * omega_values(omega, dtype)
             total = (kept + w).clamp(min=0)
-            if anchor_rule == "mean":
+            if moves_anchor:
                 share = torch.where((kept > 0) & (total > 0), w / total, torch.ones_like(w))
                 old = anchor.to(dtype)
                 distance = x.to(dtype) - old
                 pull = kept * share * distance
                 added[i] = (pull.double() * distance.double()).sum()
                 anchor.copy_(torch.where(kept > 0, old + share * distance, x.to(dtype)))
-            elif anchor_rule == "move":
-                anchor.copy_(x)
             index = torch.arange(offset, offset + x.numel(), device=x.device) + shift
             index = flat_view(index, 0, x)
             omega.copy_(round_stochastically(total, omega.dtype, index, entry))
         return added
-    if anchor_rule not in _ANCHOR_RULES:
-        raise ValueError(f"anchor_rule: got {anchor_rule!r}, expected one of {[*_ANCHOR_RULES]}")
     scratch = scratch_for(theta)
     # alpha and the remainder are not read; they may lie on another device.
     one = torch.ones(1, dtype=torch.float64, device=scratch.device)
     whole = state._replace(alpha=one, remainder=one[0])
     remainder = torch.empty(len(theta), dtype=torch.float64, device=scratch.device)
-    rule = (keep, gain, _ANCHOR_RULES[anchor_rule], entry, shift)
+    rule = (keep, gain, moves_anchor, entry, shift)
     run = partial(launch, "merge", theta, whole, theta)
     in_order(theta, [importance], [], lambda new: run(new, *rule, scratch, remainder))
     torch.autograd.graph.increment_version([state.omega, state.anchor])

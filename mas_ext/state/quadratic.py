@@ -368,7 +368,7 @@ class Consolidation:
                     merge_omega_(omega, new, *numbers, entry, offset + shift, state.native)
                 else:
                     own = group.subset([i])
-                    (added,) = merge_(own, [x.to(place)], [new], *numbers, "mean", entry, shift)
+                    (added,) = merge_(own, [x.to(place)], [new], *numbers, True, entry, shift)
                     group.remainders[i] *= keep
                     group.remainders[i] += added.to(group.remainders.device) * group.unit
 

@@ -319,10 +319,10 @@ def test_numbers_are_rounded_to_16_bits_as_torch_does(backend: Backend, dtype: t
 
 @each_dtype
 @pytest.mark.parametrize(
-    ("rule", "keep"), [("mean", 1.0), ("mean", 0.7), ("mean", 0.0), ("move", 0.7), ("keep", 0.7)]
+    ("moves_anchor", "keep"), [(True, 1.0), (True, 0.7), (True, 0.0), (False, 0.7)]
 )
 def test_merge(
-    backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype, rule: str, keep: float
+    backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype, moves_anchor: bool, keep: float
 ) -> None:
     case = make(dtype, omega_dtype, device=backend.device)
     case.omega[:, ::3] = 0
@@ -330,7 +330,7 @@ def test_merge(
     for t in importance:
         t.view(-1)[::6] = 0
     pieces = list(case.pieces())
-    added = merge_(case.state(backend.native), case.theta, importance, keep, 0.8, rule, 3)
+    added = merge_(case.state(backend.native), case.theta, importance, keep, 0.8, moves_anchor, 3)
     assert added.shape == (len(case.theta),)
     for i, x, w, a in pieces:
         new = 0.8 * flat_array(importance[i])
@@ -341,13 +341,13 @@ def test_merge(
         least = CODES[1] if omega_dtype == torch.uint8 else 1e-30
         assert np.all(np.abs(got_omega - total) <= unit * total + least)
         fine = 1e-14 if dtype == torch.float64 else 1e-6
-        if rule == "mean":
+        if moves_anchor:
             share = np.where(total > 0, new / np.where(total > 0, total, 1), 1)
             expected = a[0] + share * (x - a[0])
             cost = float(np.sum(keep * w[0] * share * (x - a[0]) ** 2))
             assert float(added[i]) == pytest.approx(cost, rel=10 * fine, abs=1e-30)
         else:
-            expected = x if rule == "move" else a[0]
+            expected = a[0]
             assert float(added[i]) == 0
         np.testing.assert_allclose(got_anchor, expected, rtol=fine, atol=4 * fine)
 
@@ -363,21 +363,21 @@ def test_squares_of_float32_are_taken_in_float64(backend: Backend, distance: flo
     case.alpha.fill_(1 / distance**2)
     assert float(penalty(case.theta, case.state(backend.native))) == pytest.approx(100, rel=1e-6)
     importance = [torch.ones_like(case.theta[0])]
-    added = merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, "mean", 0)
+    added = merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, True, 0)
     assert float(added[0]) == pytest.approx(100 * distance**2 / 2, rel=1e-6, abs=0)
 
 
 def test_merge_never_goes_below_zero(backend: Backend) -> None:
     case = make(torch.float32, shapes=[(100,)], device=backend.device)
     importance = [torch.full_like(case.theta[0], -1e9)]
-    merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, "move", 0)
+    merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, False, 0)
     assert torch.equal(case.omega[0, :100], torch.zeros(100, device=backend.device))
 
 
 def test_a_huge_gain_of_nothing_is_nothing(backend: Backend) -> None:
     case = make(torch.float32, shapes=[(100,)], device=backend.device)
     before, importance = case.omega.clone(), [torch.zeros_like(case.theta[0])]
-    merge_(case.state(backend.native), case.theta, importance, 1.0, 1e300, "mean", 0)
+    merge_(case.state(backend.native), case.theta, importance, 1.0, 1e300, True, 0)
     assert torch.equal(case.omega, before)
 
 
@@ -385,7 +385,7 @@ def test_merge_does_not_hide_nan(backend: Backend) -> None:
     case = make(torch.float32, shapes=[(10,)], device=backend.device)
     case.omega[:, ::2] = 0
     importance = [torch.full_like(case.theta[0], float("nan"))]
-    merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, "mean", 0)
+    merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, True, 0)
     assert case.omega[0, :10].isnan().all()
 
 
@@ -394,7 +394,7 @@ def test_merge_does_not_hide_any_nan(backend: Backend, omega_dtype: torch.dtype)
     case = make(torch.float32, omega_dtype, shapes=[(1000,)], device=backend.device)
     # All bits set: whatever is added to them would make them a number.
     nan = torch.full((1000,), 0x7FFFFFFF, dtype=torch.int32, device=backend.device)
-    merge_(case.state(backend.native), case.theta, [nan.view(torch.float32)], 1.0, 1.0, "move", 5)
+    merge_(case.state(backend.native), case.theta, [nan.view(torch.float32)], 1.0, 1.0, False, 5)
     assert case.omega[0, :1000].isnan().all()
 
 
@@ -405,7 +405,7 @@ def test_a_rounded_omega_grows_without_bias(backend: Backend, omega_dtype: torch
     case.omega.copy_(stored(torch.full(case.omega.shape, 8.0), omega_dtype))
     importance = [torch.full_like(case.theta[0], 0.02)]
     for entry in range(entries):
-        merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, "mean", entry)
+        merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, True, entry)
     mean = float(case.rows(case.omega, 0).mean())
     assert mean == pytest.approx(8.0 + 0.02 * entries, rel=0.005)
     # Rounded to nearest, it would never have left 8.
@@ -423,7 +423,7 @@ def test_a_part_with_a_shift_is_rounded_as_in_the_whole(
         case = make(torch.float32, omega_dtype, shapes=[(5000 - begin,)], device=backend.device)
         case.omega.zero_()
         given = [importance[begin:].clone()]
-        merge_(case.state(backend.native), case.theta, given, 1.0, 1.0, "move", 3, shift)
+        merge_(case.state(backend.native), case.theta, given, 1.0, 1.0, False, 3, shift)
         return case.omega[0, : 5000 - begin]
 
     whole = merged(0, 0)
@@ -435,7 +435,7 @@ def test_8_bits_below_the_least_are_right_on_average(backend: Backend) -> None:
     case = make(torch.float32, torch.uint8, shapes=[(100_000,)], device=backend.device)
     case.omega.zero_()
     importance = [torch.full_like(case.theta[0], 0.3 * CODES[1])]
-    merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, "mean", 5)
+    merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, True, 5)
     assert case.omega.max() == 1
     assert float(case.rows(case.omega, 0).mean()) == pytest.approx(0.3 * CODES[1], rel=0.02)
 
@@ -445,7 +445,7 @@ def test_8_bits_stay_as_they_are_without_importance(backend: Backend) -> None:
     case.omega.copy_(torch.arange(256, dtype=torch.uint8)[None])
     importance = [torch.zeros_like(case.theta[0])]
     for entry in range(10):
-        merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, "mean", entry)
+        merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, True, entry)
     assert torch.equal(case.omega[0].cpu(), torch.arange(256, dtype=torch.uint8))
 
 
@@ -453,7 +453,7 @@ def test_8_bits_never_grow_beyond_their_largest(backend: Backend) -> None:
     case = make(torch.float32, torch.uint8, shapes=[(9,)], device=backend.device)
     importance = [torch.full_like(case.theta[0], 1e30)]
     importance[0][::2] = float("inf")
-    merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, "move", 0)
+    merge_(case.state(backend.native), case.theta, importance, 1.0, 1.0, False, 0)
     assert case.omega[0, :9].tolist() == [255] * 9
 
 
@@ -480,7 +480,7 @@ def test_every_backend_gives_the_reference_bits(
     for compiled in (False, backend.native):
         omega, anchor = one.omega.clone(), one.anchor.clone()
         state = one._replace(omega=omega, anchor=anchor).state(compiled)
-        merge_(state, one.theta, importance, 1.0, 0.9, "mean", 7)
+        merge_(state, one.theta, importance, 1.0, 0.9, True, 7)
         results.append((omega, anchor))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
@@ -525,20 +525,19 @@ def test_anchors_of_16_bits_give_the_bits_of_float32(
 
 
 @each_narrow_dtype
-@pytest.mark.parametrize("rule", ["move", "keep"])
-def test_merged_anchors_of_16_bits(
-    backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype, rule: str
+def test_anchors_of_16_bits_beside_a_merge(
+    backend: Backend, dtype: torch.dtype, omega_dtype: torch.dtype
 ) -> None:
     whole = make(dtype, omega_dtype, device=backend.device)
     importance = [t.float().abs() for t in whole.theta]
     narrow, wide = with_both_anchors(whole)
     for case in (narrow, wide):
-        merge_(case.state(backend.native), case.theta, importance, 0.7, 0.8, rule, 3)
+        merge_(case.state(backend.native), case.theta, importance, 0.7, 0.8, False, 3)
     assert torch.equal(narrow.omega, wide.omega)
     assert narrow.anchor.dtype == dtype
     assert torch.equal(narrow.anchor.float(), wide.anchor)
-    for i, x, _, a in narrow.pieces():
-        assert np.array_equal(a[0], x if rule == "move" else wide.rows(wide.anchor, i)[0])
+    for i, _, _, a in narrow.pieces():
+        assert np.array_equal(a[0], wide.rows(wide.anchor, i)[0])
 
 
 @pytest.mark.parametrize("alpha", [1e-60, 0.1, 1e8, 1e300])
@@ -635,7 +634,7 @@ def test_what_goes_with_a_tensor_may_have_other_strides(backend: Backend) -> Non
         accumulate_(total, companions, 0.5, backend.native)
         omega, anchor = case.omega[:1].clone(), case.anchor[:1].clone()
         state = case._replace(omega=omega, anchor=anchor).state(backend.native)
-        merge_(state, case.theta, companions, 1.0, 0.5, "mean", 1)
+        merge_(state, case.theta, companions, 1.0, 0.5, True, 1)
         results.append([*theta, *total, omega, anchor])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -926,12 +925,9 @@ def test_the_extension_refuses_numbers_that_mean_nothing() -> None:
             compiled.penalty(theta, grad, 2, state, None, scratch, value.double(), 1)
         one = torch.ones(1, dtype=torch.float64)
         single = state._replace(alpha=one, omega=state.omega[:1], anchor=state.anchor[:1])
-        for anchor in (-1, 3):
-            with pytest.raises(ValueError, match="anchor: expected 0, 1 or 2"):
-                compiled.merge(single, theta, grad, 1.0, 1.0, anchor, 0, 0, scratch, scratch, 1)
         for shift in (-(2**62) - 1, 2**62 + 1):
             with pytest.raises(ValueError, match=r"shift: expected a number of up to 2\^62"):
-                compiled.merge(single, theta, grad, 1.0, 1.0, 0, 0, shift, scratch, scratch, 1)
+                compiled.merge(single, theta, grad, 1.0, 1.0, True, 0, shift, scratch, scratch, 1)
         turned = [grad[0], torch.zeros(2, 3).t()]
         with pytest.raises(EMULATED.OtherStrides, match="another order"):
             compiled.penalty(theta, turned, 2, state, None, scratch, value, 1)
@@ -990,7 +986,7 @@ def operator_calls(case: Case, compiled: bool) -> dict[str, tuple[Any, ...]]:
             *([0.1, 0.9, 0.99, 1e-8, 0.01, 0.02], [len(theta)], False, one, None),
         ),
         "accumulate_": (like, theta, 0.5, compiled),
-        "merge_": (*state, theta, like, 1.0, 0.5, "mean", 1),
+        "merge_": (*state, theta, like, 1.0, 0.5, True, 1),
         "low_rank_value": (left, right, *updates),
         "low_rank_with_gradients": (left, right, *updates),
         "low_rank_add_grad_": (left, right, *added, *updates),
