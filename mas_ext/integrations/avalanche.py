@@ -87,7 +87,7 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         if self.automatic:
             choosing.check_one_process()
         if self.automatic and self.penalty.num_tasks:
-            old = sorted(self._tasks - {*strategy.experience.task_labels})
+            old = sorted(self._tasks - _labels(strategy))
             batches = _batches(strategy, kwargs.get("num_workers", 0))
             self.penalty.lam = chosen_lam(self.penalty, strategy, batches, self.keep, old)
         # A new list: the old one is being gone through.
@@ -109,7 +109,7 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         self._detach()
         assert self.penalty is not None
         self.consolidate(self.penalty, _batches(strategy, kwargs.get("num_workers", 0)))
-        self._tasks |= {*strategy.experience.task_labels}
+        self._tasks |= _labels(strategy)
 
     def _detach(self) -> None:
         if self._handle is not None:
@@ -369,6 +369,11 @@ def chosen_lam(
         )
     finally:
         strategy.mbatch, strategy.mb_output = before
+
+
+def _labels(strategy: Any) -> set[int]:
+    """The task labels of the experience; none where a benchmark knows no tasks."""
+    return {*getattr(strategy.experience, "task_labels", ())}
 
 
 def _batches(strategy: Any, num_workers: int) -> DataLoader[Any]:

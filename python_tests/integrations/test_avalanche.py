@@ -39,17 +39,18 @@ def _double() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-def stream() -> list[Any]:
-    """Three experiences of 23 samples, each with classes and a task label of its own."""
+def stream(shared: bool = False) -> list[Any]:
+    """Three experiences of 23 samples, each with classes and a task label of its own, or all with the same."""
     datasets = []
     for t in range(TASKS):
         generator = torch.Generator().manual_seed(t)
         y = torch.arange(23) % CLASSES
         x = torch.randn(23, INPUTS, generator=generator) + 2 * torch.eye(INPUTS)[y + t]
-        labelled = TensorDataset(x, y + CLASSES * t)
+        labelled = TensorDataset(x, y if shared else y + CLASSES * t)
         labelled.targets = labelled.tensors[1].tolist()  # type: ignore[attr-defined]
         datasets.append(as_classification_dataset(labelled))
-    benchmark = task_incremental_benchmark(benchmark_from_datasets(train=datasets))
+    benchmark = benchmark_from_datasets(train=datasets)
+    benchmark = benchmark if shared else task_incremental_benchmark(benchmark)
     experiences = list(with_classes_timeline(benchmark).train_stream)
     for experience in experiences:  # as a list, which its multi-head classifier needs
         experience.classes_in_this_experience = list(experience.classes_in_this_experience)
@@ -515,24 +516,44 @@ class Start(theirs.SupervisedPlugin):  # type: ignore[misc]
         self.optimizer = copy.deepcopy(strategy.optimizer.state_dict())
 
 
-@pytest.mark.parametrize("network", [plain, grows, heads])
-@pytest.mark.parametrize("name", PLUGINS)
-def test_strength_by_itself(name: str, network: Network) -> None:
+class End(theirs.SupervisedPlugin):  # type: ignore[misc]
+    """The batch that an experience begins with, after other plugins."""
+
+    batch: Any = ()
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        self.batch = strategy.mbatch
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "shared"),
+    [
+        ("mas", plain, True),
+        ("mas", plain, False),
+        ("mas", grows, False),
+        ("mas", heads, False),
+        ("ewc", heads, False),
+        ("si", grows, True),
+        ("si", grows, False),
+    ],
+)
+def test_strength_by_itself(name: str, network: Network, shared: bool) -> None:
     """It is that of choose_lam in a loop written out, and training is as with that number."""
     plugin = PLUGINS[name]()
     start, lams = Start(plugin), list[float]()
     made, seed = strategy(network, plugin)
     made.plugins.insert(0, start)
-    for t, experience in enumerate(stream()):
+    made.plugins.append(end := End())
+    for t, experience in enumerate(stream(shared)):
         made.train(experience)
         assert plugin.penalty is not None
-        assert made.mbatch is None
+        assert end.batch is None
         if t == 0:
             continue
         assert start.held is not None
         penalty = PLUGINS[name]().build(start.model)
         penalty.load_state_dict(start.held)
-        lams.append(written_out(start, experience, t, lams, penalty))
+        lams.append(written_out(start, experience, t, lams, penalty, shared))
         assert plugin.penalty.lam == pytest.approx(lams[-1], rel=1e-9)
     assert lams[0] > 0
     assert lams[0] != lams[1]
@@ -540,11 +561,16 @@ def test_strength_by_itself(name: str, network: Network) -> None:
 
 
 def written_out(
-    start: Start, experience: Any, t: int, before: list[float], penalty: mas_ext.FusedMASPenalty
+    start: Start,
+    experience: Any,
+    t: int,
+    before: list[float],
+    penalty: mas_ext.FusedMASPenalty,
+    shared: bool,
 ) -> float:
     """choose_lam with a loop over nine tenths of an experience, measured on the other two samples."""
     model = start.model
-    multi = isinstance(model, MTSimpleMLP)
+    multi, task = isinstance(model, MTSimpleMLP), 0 if shared else t
     x, y = (torch.stack([torch.as_tensor(s[i]) for s in experience.dataset]) for i in (0, 1))
     order = torch.randperm(23, generator=torch.Generator().manual_seed(0))
     known, rest = order[2:], order[:2].sort().values
@@ -560,16 +586,16 @@ def written_out(
         batches = (batch for _ in range(3) for batch in data)
         for a, b in itertools.islice(batches, 10):  # two epochs of five
             optimizer.zero_grad()
-            F.cross_entropy(output(a, t), b).backward()
+            F.cross_entropy(output(a, task), b).backward()
             optimizer.step()
             yield optimizer
 
     def measure() -> tuple[float, list[Tensor]]:
         model.eval()
         with torch.no_grad():
-            logits = output(x[rest], t)
-            shared = [logits[:, : CLASSES * t]]
-            old = [output(x[rest], k) for k in range(t)] if multi else shared
+            logits = output(x[rest], task)
+            old = [output(x[rest], k) for k in range(t)] if multi else [logits[:, : CLASSES * t]]
+            old = [] if shared else old
             return float(F.cross_entropy(logits, y[rest])), old
 
     torch.set_rng_state(start.random)

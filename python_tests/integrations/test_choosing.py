@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR, OneCycleLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from mas_ext import optim
+from mas_ext import FusedMASPenalty, optim
+from mas_ext.integrations import choosing
 from mas_ext.integrations.choosing import beginning, check_one_process, in_two
 
 
@@ -72,3 +75,49 @@ def test_not_on_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match='lam: got "auto" on 2 processes, expected a number or one'
     ):
         check_one_process()
+
+
+class Noisy(Dataset[Tensor]):
+    """Samples that are drawn anew each time."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Tensor:
+        return index + torch.rand(3)
+
+
+@pytest.mark.parametrize(("steps", "accumulated", "seen"), [(100, 1, 8), (30, 2, 5), (5, 1, 1)])
+def test_what_is_measured(
+    monkeypatch: pytest.MonkeyPatch, steps: int, accumulated: int, seen: int
+) -> None:
+    """The first batches, a twelfth as many as are trained on, with what is drawn of them the same each time."""
+    model, batches, trained = torch.nn.Linear(3, 2), list[Tensor](), list[Tensor]()
+    penalty = FusedMASPenalty(model)
+    penalty.consolidate([torch.randn(4, 3)])
+
+    def loss(batch: Tensor) -> Tensor:
+        (trained if torch.is_grad_enabled() else batches).append(batch)
+        return model(batch).square().mean()
+
+    def once(_: Any, learn: Any, measure: Any, keep: float, before: Any) -> float:
+        random = torch.get_rng_state()
+        first, second = measure(), measure()
+        assert torch.equal(torch.get_rng_state(), random)
+        assert first[0] == second[0] == pytest.approx(fmean(map(float, map(loss, batches[:seen]))))
+        assert torch.equal(first[1][0], torch.cat([batch + 1 for batch in batches[:seen]]))
+        assert len(batches) == 2 * seen
+        trained.clear()
+        assert len([*learn()]) == steps
+        return keep
+
+    monkeypatch.setattr(choosing, "choose_lam", once)
+    train, held_out = (DataLoader(Noisy(), 4) for _ in range(2))
+    lam = choosing.choose_in_loop(
+        *(penalty, 0.3, loss, lambda: torch.optim.SGD(model.parameters(), 1e-6)),
+        *(train, held_out, steps, accumulated),
+        old=lambda batch: [batch + 1],
+    )
+    assert lam == 0.3
+    assert len(trained) == steps * accumulated
+    assert all(int(batch[0, 0]) == 4 * (i % 16) for i, batch in enumerate(trained))
