@@ -148,6 +148,55 @@ def test_all_is_as_it_was() -> None:
     assert bowl.penalty.lam == 7.0
 
 
+def test_what_modules_keep_is_as_it_was() -> None:
+    """Buffers that training replaces, lists, counters and tensors that are neither buffer nor parameter."""
+    bowl = Bowl(steps=30)
+    model: Any = bowl.model
+    model.register_buffer("centre", torch.arange(3.0))
+    model.outputs, model.count, model.by_name = [1.0], 3, {}
+    model.sums = torch.arange(2.0)
+    centre, calls = model.centre, model.calls
+
+    def learn() -> Generator[torch.optim.Optimizer, None, None]:
+        for optimizer in bowl.learn():
+            model.centre = model.centre * 0.9
+            model.outputs.append(0.0)
+            model.count += 1
+            model.by_name["x"] = model.x.sum()
+            model.sums += 1
+            yield optimizer
+
+    choose_lam(bowl.penalty, learn, bowl.measure)
+    assert model.centre is centre
+    assert model.calls is calls
+    assert torch.equal(model.centre, torch.arange(3.0))
+    assert (model.outputs, model.count, model.by_name) == ([1.0], 3, {})
+    assert torch.equal(model.sums, torch.arange(2.0))
+
+
+def test_a_training_that_moves_nothing_is_refused() -> None:
+    bowl = Bowl(lr=0.0)
+    with pytest.raises(
+        ValueError, match="learn: got a training of 160 steps that moves no parameter"
+    ):
+        choose_lam(bowl.penalty, bowl.learn, bowl.measure)
+    assert bowl.penalty.lam == 7
+    # Nothing that is held may be moved: there is nothing to choose.
+    bowl = Bowl()
+    bowl.model.x.requires_grad_(False)
+    y = bowl.model.y
+
+    def learn() -> Generator[torch.optim.Optimizer, None, None]:
+        optimizer = torch.optim.SGD([y], 0.1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            y.square().sum().backward()
+            optimizer.step()
+            yield optimizer
+
+    assert choose_lam(bowl.penalty, learn, lambda: (float(y.detach().square().sum()), ())) == 0
+
+
 def test_all_is_as_it_was_after_an_error() -> None:
     bowl = Bowl()
     count = 0

@@ -4,11 +4,11 @@
 
     strategy = Naive(model=model, optimizer=optimizer, plugins=[MASPlugin(lambda_reg=1.0)], ...)
 
-The penalty goes into the gradients in `before_update`, and its value into `strategy.loss` for the loggers;
-`after_training_exp` consolidates, from the experience's data. Heads may be added and grow. On several processes
-the model is in DistributedDataParallel (`DistributedHelper.wrap_model`), and every rank reads its part of the
-data. `save_checkpoint` and `maybe_load_checkpoint` keep a plugin with its strategy; after loading it is found
-in `strategy.plugins`.
+The penalty goes into the gradients in `before_update`, and its value into `strategy.loss` for the loggers, or
+in the proximal form into the optimizer's step; `after_training_exp` consolidates, from the experience's data.
+Heads may be added and grow. On several processes the model is in DistributedDataParallel
+(`DistributedHelper.wrap_model`), and every rank reads its part of the data. `save_checkpoint` and
+`maybe_load_checkpoint` keep a plugin with its strategy; after loading it is found in `strategy.plugins`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mas_ext._arguments import check_share
+from mas_ext._arguments import check_factor, check_share
 from mas_ext.compat import AveragedFromFirst, BatchMeans
 from mas_ext.importance import EstimatorName, FisherSum, ImportanceSum
 from mas_ext.importance.fisher import Labels
@@ -49,20 +49,29 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         step: "gradient" or "proximal", see FusedMASPenalty.attach. None is "gradient", and for a strength
             "auto" "proximal", which no lam makes diverge.
         keep: for a strength "auto", what matters: from 0, the new experience alone, to 1, the old ones.
+        name: what subclasses call the strength.
+
+    Attributes:
+        lams: what was chosen so far.
     """
 
     def __init__(
-        self, lam: Lam | Sequence[float] = 1.0, step: Mode | None = None, keep: float = 0.5
+        self,
+        lam: Lam | Sequence[float] = 1.0,
+        step: Mode | None = None,
+        keep: float = 0.5,
+        name: str = "lam",
     ) -> None:
         super().__init__()
         if step is not None:
             check_mode(step, "step")
         check_share(keep, "keep")
-        self.automatic, self.keep = is_automatic(lam), keep
+        self.automatic, self.keep = is_automatic(lam, name), keep
         self.strength: Any = 1.0 if self.automatic else lam
         self.step, self._form = step, step or "gradient"
         self.penalty: FusedMASPenalty | None = None
         self._handle: Handle | None = None
+        self.lams: list[float] = []
         # Task labels of the experiences so far.
         self._tasks: set[int] = set()
 
@@ -80,16 +89,19 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Make the penalty at the first experience; by now the model has the heads for it."""
+        if self.automatic:
+            choosing.check_one_process()
+            choosing.check_optimizer(strategy.optimizer, strategy.model)
         if self.penalty is None:
             self.penalty = self.build(strategy.model)
         self.try_out(self.penalty, strategy)
         self._detach()  # from a training that ended in an error
-        if self.automatic:
-            choosing.check_one_process()
         if self.automatic and self.penalty.num_tasks:
             old = sorted(self._tasks - _labels(strategy))
             batches = _batches(strategy, kwargs.get("num_workers", 0))
-            self.penalty.lam = chosen_lam(self.penalty, strategy, batches, self.keep, old)
+            lam = chosen_lam(self.penalty, strategy, batches, self.keep, old, self.lams)
+            self.penalty.lam = lam
+            self.lams.append(lam)
         # A new list: the old one is being gone through.
         strategy.plugins = [*(p for p in strategy.plugins if not _calls(p, self)), _Last(self)]
         self._form = choosing.form(self.step, self.automatic, self.penalty)
@@ -168,7 +180,7 @@ class MASPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
         exclude: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        super().__init__(lambda_reg, step, keep)
+        super().__init__(lambda_reg, step, keep, "lambda_reg")
         check_share(alpha, "alpha")
         self.verbose = verbose
         self._estimator = (
@@ -221,7 +233,7 @@ class EWCPlugin(QuadraticPlugin, supports_distributed=True):  # type: ignore[cal
         exclude: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        super().__init__(ewc_lambda, step, keep)
+        super().__init__(ewc_lambda, step, keep, "ewc_lambda")
         if mode not in ("separate", "online"):
             raise ValueError(f"mode: got {mode!r}, expected 'separate' or 'online'")
         if (decay_factor is None) == (mode == "online"):
@@ -277,13 +289,13 @@ class SynapticIntelligencePlugin(QuadraticPlugin, supports_distributed=True):  #
         keep: float = 0.5,
         **options: Any,
     ) -> None:
-        super().__init__(si_lambda, step, keep)
+        super().__init__(si_lambda, step, keep, "si_lambda")
         if not eps > 0:
             raise ValueError(f"eps: got {eps}, expected more than 0")
         if device != "as_strategy":
             raise ValueError(f"device: got {device!r}, expected 'as_strategy'")
-        lams = self.strength
-        self.si_lambda = list(lams) if isinstance(lams, Sequence) else [lams]
+        lams = self.strength if isinstance(self.strength, Sequence) else [self.strength]
+        self.si_lambda = [check_factor(lam, "si_lambda") for lam in lams]
         self.eps, self._excluded, self._options = eps, excluded_parameters or (), options
         self._path = PathIntegral({})
 
@@ -324,14 +336,15 @@ def chosen_lam(
     batches: DataLoader[Any],
     keep: float = 0.5,
     old: Sequence[int] = (),
+    before: Sequence[float] = (),
 ) -> float:
     """The lam for an experience, from its data alone: `mas_ext.choose_lam` with the strategy's loss.
 
     A tenth of the samples, drawn at random, is held out meanwhile, of which a twelfth as many as are trained on
     are looked at. It is trained one and a half times as many steps as the experience has, by a copy of the
     strategy's optimizer in a plain loop, without other plugins, and afterwards all is as before. Outputs for
-    the earlier experiences are those of their tasks' heads, or of their classes. The lam before counts as the
-    mean of earlier choices.
+    the earlier experiences are those of their tasks' heads, or of their classes, where the benchmark tells of
+    these; else the new loss alone decides.
 
     Args:
         penalty: a consolidated one, of the strategy's model.
@@ -339,6 +352,7 @@ def chosen_lam(
         batches: of the experience.
         keep: what matters, from 0 (the new experience alone) to 1 (the old ones).
         old: labels of earlier tasks.
+        before: what was chosen for earlier experiences, in order.
 
     Raises:
         ValueError: on several processes; an experience of one sample; what choose_lam raises.
@@ -360,15 +374,15 @@ def chosen_lam(
             return [avalanche_forward(strategy.model, strategy.mb_x, task) for task in old]
         return [strategy.mb_output[:, classes]] if classes else []
 
-    before = strategy.mbatch, strategy.mb_output
+    kept = strategy.mbatch, strategy.mb_output
     try:
         return choosing.choose_in_loop(
-            *(penalty, keep, loss, partial(choosing.beginning, strategy.optimizer)),
+            *(penalty, keep, before, loss, partial(choosing.beginning, strategy.optimizer)),
             *(train, held_out, strategy.train_epochs * len(batches)),
             old=outputs,
         )
     finally:
-        strategy.mbatch, strategy.mb_output = before
+        strategy.mbatch, strategy.mb_output = kept
 
 
 def _labels(strategy: Any) -> set[int]:

@@ -14,6 +14,7 @@ rank: not with FSDP or DeepSpeed.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 
 from mas_ext._arguments import check_share
 from mas_ext.distillation import Distance, Distillation
@@ -52,6 +53,8 @@ OldOutputs = Callable[[LightningModule, Any], Sequence[Tensor]]
 
 # What the teacher's tensors are called in a checkpoint begins with it.
 _TEACHER = "teacher."
+# What was chosen for lam so far, and whether the last of it is for a training that has not ended.
+_LAMS, _CHOSEN = "lams", "lam_is_chosen"
 
 
 class MASCallback(Callback):
@@ -91,6 +94,9 @@ class MASCallback(Callback):
             task's loss alone.
         options: further arguments of FusedMASPenalty. Without a `forward` the module is called with the batch's
             first item.
+
+    Attributes:
+        lams: what was chosen so far with lam "auto".
     """
 
     def __init__(
@@ -112,6 +118,8 @@ class MASCallback(Callback):
     ) -> None:
         if mode is not None:
             check_mode(mode)
+        if old is not None and not (callable(old) and lam == "auto"):
+            raise ValueError(f'old: got {old!r} with lam {lam!r}, expected a function, with "auto"')
         check_share(keep, "keep")
         check_batches(batches)
         check_remember(remember, distillation, max_samples, temperature)
@@ -125,6 +133,9 @@ class MASCallback(Callback):
         self._teacher: Distillation | None = None
         self._undo: list[Callable[[], None]] = []
         self._form: Mode = "gradient"
+        self.lams: list[float] = []
+        # Whether lam is to be chosen before the first step, and whether it is for the training that goes on.
+        self._waits = self._chosen = False
         # Whether importance is still to be tried, and whether training has ended and is to be consolidated.
         self._untried = self._ended = False
 
@@ -139,7 +150,11 @@ class MASCallback(Callback):
         if self._loaded or self.penalty is None:
             return self._loaded
         teacher = {} if self._teacher is None else self._teacher.state_dict()
-        return {**self.penalty.state_dict(), **{_TEACHER + name: t for name, t in teacher.items()}}
+        found = {_TEACHER + name: t for name, t in teacher.items()}
+        if self.automatic:
+            found |= {_LAMS: torch.tensor(self.lams, dtype=torch.float64)}
+            found |= {_CHOSEN: torch.tensor(self._chosen)}
+        return {**self.penalty.state_dict(), **found}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a state until training starts, when the module has its precision."""
@@ -152,16 +167,13 @@ class MASCallback(Callback):
             _check_choice(trainer)
         penalty = penalty_of(pl_module, self.penalty, trainer.world_size, self.options)
         self.penalty = penalty
-        taught = {
-            key.removeprefix(_TEACHER): t
-            for key, t in self._loaded.items()
-            if key.startswith(_TEACHER)
-        }
-        if self._loaded:
-            penalty.load_state_dict(
-                {key: t for key, t in self._loaded.items() if not key.startswith(_TEACHER)}
-            )
-            self._loaded = {}
+        loaded, self._loaded = self._loaded, {}
+        if _LAMS in loaded:
+            self.lams = loaded.pop(_LAMS).tolist()
+        self._chosen = bool(loaded.pop(_CHOSEN, False))
+        taught = {key: loaded.pop(key) for key in [*loaded] if key.startswith(_TEACHER)}
+        if loaded:
+            penalty.load_state_dict(loaded)
         self._ended, self._untried = False, self.batches is None
         if self.batches is None:
             _loader(trainer)
@@ -173,15 +185,23 @@ class MASCallback(Callback):
             known = _Seen(trainer, at_most(known, self.max_samples))
             shown = self.progress and trainer.is_global_zero
             remember(penalty, known, trainer.global_step > 0, shown)
-        if self.automatic and penalty.num_tasks and trainer.global_step == 0:
-            penalty.lam = chosen_lam(penalty, trainer, self.keep, self.old)
+        self._waits = self.automatic and penalty.num_tasks > 0 and not self._chosen
+        if not self._waits:
+            self._begin(trainer, pl_module, taught)
+
+    def _begin(
+        self, trainer: Trainer, module: LightningModule, taught: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Have this training's losses and steps get what belongs to them."""
+        penalty = self.penalty
+        assert penalty is not None
         if self.distillation and (penalty.num_tasks or self.remember is True):
-            self._distill(pl_module, taught)
+            self._distill(module, taught)
         self._form = choosing.form(self.mode, self.automatic, penalty)
         if self._form == "proximal":
             self._undo += [penalty.attach(o, "proximal").remove for o in trainer.optimizers]
 
-    def _distill(self, module: LightningModule, taught: dict[str, torch.Tensor]) -> None:
+    def _distill(self, module: LightningModule, taught: Mapping[str, torch.Tensor]) -> None:
         """Have this training's losses get the term, from the teacher of its beginning."""
         if not module.automatic_optimization:
             raise ValueError(
@@ -191,7 +211,7 @@ class MASCallback(Callback):
         forward = self.options.get("forward")
         teacher = Distillation(module, self.temperature, forward, self.distance)
         if taught:
-            teacher.load_state_dict(taught)
+            teacher.load_state_dict({key.removeprefix(_TEACHER): t for key, t in taught.items()})
         self._teacher = teacher
         own, outputs = module.training_step, []
 
@@ -216,11 +236,18 @@ class MASCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Try importance on the first batch."""
+        """Try importance on the first batch; choose lam, now that other hooks have begun the training, too."""
+        assert self.penalty is not None
         if self._untried and batch is not None:
-            assert self.penalty is not None
             self._untried = False
             try_importance(self.penalty, lambda: [batch])
+        if self._waits:
+            self._waits = False
+            lam = chosen_lam(self.penalty, trainer, self.keep, self.old, self.lams)
+            self.penalty.lam = lam
+            self.lams.append(lam)
+            self._chosen = True
+            self._begin(trainer, pl_module, {})
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -252,6 +279,7 @@ class MASCallback(Callback):
             else:
                 batches = at_most(self.batches(trainer), self.max_samples)
             self.penalty.consolidate(batches, progress=self.progress and trainer.is_global_zero)
+            self._chosen = False
         finally:
             pl_module.to(home)
 
@@ -262,22 +290,26 @@ class MASCallback(Callback):
 
 
 def chosen_lam(
-    penalty: FusedMASPenalty, trainer: Trainer, keep: float = 0.5, old: OldOutputs | None = None
+    penalty: FusedMASPenalty,
+    trainer: Trainer,
+    keep: float = 0.5,
+    old: OldOutputs | None = None,
+    before: Sequence[float] = (),
 ) -> float:
     """The lam for a training that begins, from its data alone: `mas_ext.choose_lam` with training_step's loss.
 
     A tenth of the training dataloader's samples, drawn at random, is held out meanwhile, of which a twelfth as
-    many as are trained on are looked at. It is trained one and a half times as many steps as `fit` may take, by
-    a copy of the module's optimizer in a plain loop: without a schedule, clipping, a GradScaler and other
-    callbacks. Nothing is logged, metrics that training_step updates begin anew, and afterwards parameters,
-    buffers, gradients, modes and random numbers are as before. The lam before counts as the mean of earlier
-    choices.
+    many as are trained on are looked at: training_step in eval mode and without gradients, too. It is trained
+    one and a half times as many steps as `fit` may still take, by a copy of the module's optimizer in a plain
+    loop: without a schedule, clipping, a GradScaler and other callbacks. Nothing is logged, and afterwards the
+    module, with its metrics and what else it keeps, and random numbers are as before.
 
     Args:
         penalty: a consolidated one, of the module in training.
-        trainer: one whose training starts, as in a callback's on_train_start.
+        trainer: one whose training starts, as in a callback's on_train_batch_start.
         keep: what matters, from 0 (the new task alone) to 1 (the old ones).
         old: of the module and a batch, outputs for earlier tasks alone, (N, ...) each.
+        before: what was chosen for earlier tasks, in order.
 
     Raises:
         ValueError: manual optimisation, several optimizers, several processes, a training without an end, or
@@ -290,8 +322,10 @@ def chosen_lam(
     # Lightning's own way to tell what training_step takes.
     numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
+    calls = itertools.count()
+
     def loss(batch: Any) -> Tensor:
-        result = trainer.strategy.training_step(batch, *([0] if numbered else []))
+        result = trainer.strategy.training_step(batch, *([next(calls)] if numbered else []))
         found: Tensor | None = result["loss"] if isinstance(result, Mapping) else result
         if found is None:
             raise ValueError(
@@ -299,10 +333,11 @@ def chosen_lam(
             )
         return found
 
-    with _unlogged(module):
+    steps = int(trainer.estimated_stepping_batches) - trainer.global_step
+    with _unlogged(trainer, module):
         return choosing.choose_in_loop(
-            *(penalty, keep, loss, partial(choosing.beginning, trainer.optimizers[0])),
-            *(batches, held_out, int(trainer.estimated_stepping_batches)),
+            *(penalty, keep, before, loss, partial(choosing.beginning, trainer.optimizers[0])),
+            *(batches, held_out, steps),
             trainer.accumulate_grad_batches,
             (lambda batch: ()) if old is None else partial(old, module),
         )
@@ -317,31 +352,31 @@ def _check_choice(trainer: Trainer) -> None:
             f"{trainer.lightning_module.automatic_optimization}, expected one with True; elsewhere, give "
             "mas_ext.choose_lam functions that train and measure"
         )
+    choosing.check_optimizer(trainer.optimizers[0], trainer.lightning_module)
+    choosing.in_two(trainer.train_dataloader)
     steps = trainer.estimated_stepping_batches
     if not 0 < steps < math.inf:
         raise ValueError(
             f'lam: got "auto" and a training of {steps} steps, expected max_epochs or max_steps'
         )
-    choosing.in_two(trainer.train_dataloader)
 
 
 @contextmanager
-def _unlogged(module: LightningModule) -> Iterator[None]:
-    """Have a module log nothing, and the metrics that are updated meanwhile begin anew."""
+def _unlogged(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Have a module log nothing."""
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         pass
 
-    metrics = [(m, m.update_count) for m in module.modules() if isinstance(m, Metric)]
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
     undo = [replace_method(module, name, nothing) for name in ("log", "log_dict")]
     try:
         yield
     finally:
+        trainer.loggers = loggers
         for each in undo:
             each()
-        for metric, count in metrics:
-            if metric.update_count != count:
-                metric.reset()
 
 
 class _Seen:
@@ -353,6 +388,8 @@ class _Seen:
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
             converted = self.trainer.precision_plugin.convert_input(batch)
+            module = self.trainer.lightning_module
+            converted = module._on_before_batch_transfer(converted, dataloader_idx=0)
             yield self.trainer.strategy.batch_to_device(converted)
 
 

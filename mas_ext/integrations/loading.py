@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
 
 from mas_ext._arguments import check_count, check_factor, check_positive
 from mas_ext.importance import batches as batch_of
@@ -143,7 +143,7 @@ def once(loader: Any) -> Any:
     Anything but a DataLoader of a map-style data set is left as it is, and taken to give each rank its own.
     """
     size = batch_size_of(loader)
-    return loader if size is None else _loader(own_part(loader.dataset), loader, size)
+    return loader if size is None else _loader(own_part(samples_of(loader)), loader, size)
 
 
 def batch_size_of(loader: Any) -> int | None:
@@ -190,8 +190,24 @@ def loader_like(data: Any, like: Any) -> Any:
 
 
 def _loader(dataset: Any, like: DataLoader[Any], size: int) -> DataLoader[Any]:
-    collate = partial(_collated, like.collate_fn)
-    return DataLoader(dataset, batch_size=size, collate_fn=collate, num_workers=like.num_workers)
+    how = {**reading(like), "collate_fn": partial(_collated, like.collate_fn)}
+    return DataLoader(dataset, batch_size=size, **how)
+
+
+def reading(loader: DataLoader[Any]) -> dict[str, Any]:
+    """The arguments of a DataLoader that say how samples are read and put together."""
+    names = ["collate_fn", "num_workers", "worker_init_fn", "pin_memory", "timeout"]
+    if loader.num_workers:
+        names += ["multiprocessing_context", "prefetch_factor", "persistent_workers"]
+    return {name: getattr(loader, name) for name in names}
+
+
+def samples_of(loader: DataLoader[Any]) -> Any:
+    """The map-style data set of a loader, or the part of it that a SubsetRandomSampler draws from."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    if isinstance(sampler, SubsetRandomSampler):
+        return Subset(loader.dataset, [*sampler.indices])
+    return loader.dataset
 
 
 def _collated(collate: Callable[[Any], Any], items: Any) -> Any:

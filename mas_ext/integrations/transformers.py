@@ -18,13 +18,17 @@ adapters="parameters" the factors one by one. With either one, distillation is a
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
@@ -47,6 +51,7 @@ from mas_ext.integrations.loading import (
 from mas_ext.integrations.model_output import LogitRows, ModelOutput
 from mas_ext.methods.quadratic import Lam, is_automatic
 from mas_ext.optim.hooks import Handle, Mode, check_mode
+from mas_ext.optim.step_size import STEP_SIZES
 from mas_ext.parameters.names import bare_model
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.state import files as checkpoint
@@ -128,6 +133,8 @@ class MASCallback(TrainerCallback):
             `remember` is given, and from the second one on without it.
         temperature: of the distillation, see Distillation.
         keep: for lam "auto", what matters: from 0, the new task alone, to 1, the old ones.
+        lams: what was chosen so far, an attribute. The lam of a checkpoint counts as one choice; a penalty that
+            is set counts as none.
         options: further arguments of FusedMASPenalty.
     """
 
@@ -158,6 +165,7 @@ class MASCallback(TrainerCallback):
         strength = 1.0 if self.automatic else lam
         self.options = {"lam": strength, "forward": forward or ModelOutput(), **options}
         self.penalty: FusedMASPenalty | None = None
+        self.lams: list[float] = []
         self._teacher: LogitDistillation | None = None
         self._undo: list[Callable[[], None]] = []
 
@@ -166,6 +174,9 @@ class MASCallback(TrainerCallback):
     ) -> None:
         """Make the penalty of this model, with the state so far, also of another model."""
         self._detach()  # from a training that ended in an error
+        if self.automatic:
+            choosing.check_one_process()
+            choosing.check_optimizer(_bare(optimizer), model)
         trainer, folder = _running()
         first = state.is_world_process_zero
         if folder is not None and self.penalty is None and not (folder / FILE).exists():
@@ -183,10 +194,10 @@ class MASCallback(TrainerCallback):
                 known = trainer.get_test_dataloader(known)
             known = at_most(once(known), self.max_samples)
             remember(penalty, known, folder is not None, self.progress and first)
-        if self.automatic:
-            choosing.check_one_process()
-        if self.automatic and penalty.num_tasks and folder is None:
-            penalty.lam = chosen_lam(penalty, trainer, state.max_steps, self.keep)
+        if self.automatic and penalty.num_tasks:
+            if folder is None:
+                penalty.lam = chosen_lam(penalty, trainer, state.max_steps, self.keep, self.lams)
+            self.lams.append(penalty.lam)
         if self.distillation and (penalty.num_tasks or self.remember is True):
             self._distill(trainer, model, folder)
         _put_last(self)
@@ -251,20 +262,29 @@ def _put_last(callback: TrainerCallback) -> None:
         frame = frame.f_back  # type: ignore[assignment]
 
 
-def chosen_lam(penalty: FusedMASPenalty, trainer: Any, steps: int, keep: float = 0.5) -> float:
+def chosen_lam(
+    penalty: FusedMASPenalty,
+    trainer: Any,
+    steps: int,
+    keep: float = 0.5,
+    before: Sequence[float] = (),
+) -> float:
     """The lam for a Trainer's next training, from its data alone: `mas_ext.choose_lam` with the Trainer's loss.
 
-    It is trained one and a half times, by a new optimizer of the Trainer's arguments in a plain loop, without a
-    schedule, clipping or a GradScaler, and afterwards all is as before. The loss is measured on batches of
-    eval_dataset, a twelfth as many as are trained on. The lam before counts as the mean of earlier choices.
+    It is trained one and a half times, by a copy of the Trainer's optimizer in a plain loop, without a
+    schedule, clipping or a GradScaler; where that is none of SGD, Adam and AdamW, by a new one of the Trainer's
+    arguments. Afterwards all is as before, the numbers that the Trainer keeps, too. The loss is measured on
+    batches of eval_dataset, a twelfth as many as are trained on.
 
     Args:
         penalty: a consolidated one, of the Trainer's model.
         steps: how many the training has.
         keep: what matters, from 0 (the new task alone) to 1 (the old ones).
+        before: what was chosen for earlier tasks, in order.
 
     Raises:
-        ValueError: a Trainer without one eval_dataset, or on several processes; what choose_lam raises.
+        ValueError: a Trainer without one eval_dataset, or on several processes, or with an optimizer that is
+            neither known nor that of its arguments; what choose_lam raises.
     """
     args, model = trainer.args, trainer.model
     if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, Mapping):
@@ -280,16 +300,56 @@ def chosen_lam(penalty: FusedMASPenalty, trainer: Any, steps: int, keep: float =
 
     def begin() -> Optimizer:
         model.train()
-        own, trainer.optimizer = trainer.optimizer, None
-        try:
-            optimizer: Optimizer = trainer.create_optimizer()
-        finally:
-            trainer.optimizer = own
-        return optimizer
+        own = _bare(trainer.optimizer)
+        if type(own) in STEP_SIZES:
+            return choosing.beginning(own)
+        with _kept(trainer):  # others may not survive a copy
+            trainer.optimizer = None
+            made: Optimizer = trainer.create_optimizer()
+        if type(made) is not type(own):
+            raise ValueError(
+                f'lam: got "auto" with {type(own).__name__}, expected SGD, Adam, AdamW, or the optimizer that '
+                f"the arguments make, {type(made).__name__}"
+            )
+        return made
 
-    data = trainer.get_train_dataloader(), trainer.get_eval_dataloader()
-    accumulated = args.gradient_accumulation_steps
-    return choosing.choose_in_loop(penalty, keep, loss, begin, *data, steps, accumulated)
+    with _kept(trainer):
+        data = trainer.get_train_dataloader(), trainer.get_eval_dataloader()
+        accumulated = args.gradient_accumulation_steps
+        return choosing.choose_in_loop(
+            *(penalty, keep, before, loss, begin), *data, steps, accumulated
+        )
+
+
+def _bare(optimizer: Any) -> Optimizer:
+    """An optimizer without accelerate's wrapper."""
+    found: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return found
+
+
+@contextmanager
+def _kept(trainer: Any) -> Iterator[None]:
+    """Have a Trainer's attributes, with the numbers in them, and accelerate's lists of loaders be as before."""
+    attributes = dict(vars(trainer))
+    plain = {name: copy.deepcopy(value) for name, value in attributes.items() if _is_plain(value)}
+    loaders = trainer.accelerator._dataloaders, GradientState().dataloader_references
+    before = [[*each] for each in loaders]
+    try:
+        yield
+    finally:
+        changed = {name: value for name, value in plain.items() if attributes[name] != value}
+        vars(trainer).clear()
+        vars(trainer).update(attributes | changed)
+        for each, items in zip(loaders, before, strict=True):
+            each[:] = items
+
+
+def _is_plain(value: Any, depth: int = 4) -> bool:
+    """Whether this is a number, a word, or a collection of some."""
+    if isinstance(value, (dict, list, tuple, set, deque)):
+        items = [*value.values()] if isinstance(value, dict) else [*value]
+        return depth > 0 and len(items) <= 4096 and all(_is_plain(x, depth - 1) for x in items)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 class MASTrainerMixin:

@@ -19,10 +19,10 @@ from mas_ext.penalty import FusedMASPenalty
 Lam = float | Literal["auto"]
 
 
-def is_automatic(lam: Any) -> bool:
-    """Whether a strength is to be chosen; a ValueError for a word that is not "auto"."""
+def is_automatic(lam: Any, name: str = "lam") -> bool:
+    """Whether a strength is to be chosen; a ValueError of the argument for a word that is not "auto"."""
     if isinstance(lam, str) and lam != "auto":
-        raise ValueError(f"lam: got {lam!r}, expected a number or 'auto'")
+        raise ValueError(f"{name}: got {lam!r}, expected a number or 'auto'")
     return isinstance(lam, str)
 
 

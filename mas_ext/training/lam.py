@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mas_ext._arguments import check_share
 from mas_ext.failures import Diverged
+from mas_ext.importance.model_state import Habits, ModelState
 from mas_ext.optim.hooks import Handle, Mode
 from mas_ext.optim.step_size import STEP_SIZES
 from mas_ext.parameters.adapters import adapted_weights
@@ -194,13 +195,14 @@ def choose_lam(
     stands for 2 E are as in Pull, and the form is "gradient", as these have no other: best with Adam, whose
     steps no lam makes longer.
 
-    The model, its gradients and modes, the penalty and torch's random numbers are afterwards as before.
+    The model, its gradients and modes and what else its modules keep, the penalty and torch's random numbers
+    are afterwards as before. Where the training moves nothing that has importance, 0 is returned.
 
     Args:
         penalty: a consolidated one, of a model that is at the start of the task.
         learn: learn() trains penalty.model on the new task from where it is, without the penalty, with a new
-            optimizer, which it yields after every step. It is called twice, and the second one closed half-way.
-        The penalty is attached to that one's optimizer until then.
+            optimizer, which it yields after every step. It is called twice, and the second one closed half-way;
+            the penalty is attached to that one's optimizer until then.
         measure: measure() -> loss, outputs: the loss of the new task on data that it is not trained on, and the
             outputs for earlier tasks on the same data, (N, ...) each, such as those of the old heads. It
             may set modes, as by model.eval(); the training goes on in its own.
@@ -210,8 +212,8 @@ def choose_lam(
 
     Raises:
         ValueError: keep is not from 0 to 1; a penalty that holds nothing yet, or low-rank updates under
-            fully_shard; a training without steps, or with
-            fewer than half as many when it is called again.
+            fully_shard; a training without steps, or that moves nothing, or with fewer than half as many steps
+            when it is called again.
         TypeError: an optimizer whose step sizes are unknown; outputs that are one tensor.
         Diverged: a loss that is not finite.
     """
@@ -219,11 +221,16 @@ def choose_lam(
     if penalty.num_tasks == 0:
         raise ValueError("penalty: got one that holds nothing yet, expected a consolidated one")
     mode: Mode = "gradient" if _updates(penalty) else "proximal"
-    with _put_back(penalty):
+    with _put_back(penalty) as at_first:
         first, old = _measured(penalty, measure)
         steps = sum(1 for _ in learn())
         if steps == 0:
             raise ValueError("learn: got a training without steps, expected some")
+        if not _of_all_ranks(penalty, _count_moved(at_first)) > 0:
+            raise ValueError(
+                f"learn: got a training of {steps} steps that moves no parameter, expected a learning rate "
+                "above 0"
+            )
         learned, _ = _measured(penalty, measure)
         gain = first - learned
         if not math.isfinite(gain):
@@ -312,6 +319,12 @@ def _measured(penalty: FusedMASPenalty, measure: Measure) -> tuple[float, Sequen
     return loss, outputs
 
 
+def _count_moved(tensors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """How many trained parameters are others than these copies of them."""
+    pairs = [(_local(t.detach()), _local(before)) for t, before in tensors if t.requires_grad]
+    return torch.tensor(float(sum(not torch.equal(now, before) for now, before in pairs)))
+
+
 def _crossing(lams: Sequence[float], unlearned: Sequence[float], most: float) -> float:
     """The lam up to which at most so much is unlearned, between points in proportion, in logarithms of lam."""
     last = max((k for k, u in enumerate(unlearned) if u <= most), default=0)
@@ -332,8 +345,11 @@ def _lost(old: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
 
 
 @contextmanager
-def _put_back(penalty: FusedMASPenalty) -> Iterator[None]:
-    """Have the model, its gradients and modes, lam and torch's random numbers afterwards as before."""
+def _put_back(penalty: FusedMASPenalty) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Have the model, whatever its modules keep, lam and torch's random numbers afterwards as before.
+
+    Gives the parameters and buffers, and copies of them.
+    """
     model, lam = penalty.model, penalty.lam
     resharded(model)
     frozen = {id(w.weight) for w in adapted_weights(model).values()}  # of no use to copy, and large
@@ -342,21 +358,15 @@ def _put_back(penalty: FusedMASPenalty) -> Iterator[None]:
         for t in (*model.parameters(), *model.buffers())
         if id(t) not in frozen
     ]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
+    state = ModelState(model, Habits())  # gradients, and whatever else modules keep
     devices = {t.device for t, _ in tensors if t.is_cuda}
     with torch.random.fork_rng(devices):
         try:
-            for p, _ in gradients:
-                p.grad = None
-            yield
+            yield tensors
         finally:
             penalty.lam = lam
             resharded(model)
+            state.restore()
             with torch.no_grad():
                 for t, before in tensors:
                     t.copy_(before)
-            for p, grad in gradients:
-                p.grad = grad
-            for module, training in modes:
-                module.training = training

@@ -632,7 +632,11 @@ def test_training_with_a_strength_by_itself() -> None:
 
 def test_wrong_strengths() -> None:
     for make, words in (
-        (lambda: ours.MASPlugin("atuo"), "lam: got 'atuo', expected a number or 'auto'"),  # type: ignore[arg-type]
+        (lambda: ours.MASPlugin("atuo"), "lambda_reg: got 'atuo', expected a number or 'auto'"),  # type: ignore[arg-type]
+        (
+            lambda: ours.SynapticIntelligencePlugin([1.0, "auto"]),  # type: ignore[list-item]
+            "si_lambda: got 'auto'",
+        ),
         (lambda: ours.EWCPlugin("auto", keep=2), "keep: got 2, expected a number from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=words):

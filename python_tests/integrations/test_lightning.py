@@ -21,6 +21,7 @@ from integrations.ranks import both
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -710,27 +711,50 @@ def test_example() -> None:
 
 
 class Noting(Module):
-    """It logs, and counts the samples that training_step has seen in a metric and by itself."""
+    """It logs, and counts the samples that training_step has seen in a metric, and its steps by itself.
+
+    Its data are another task's until on_before_batch_transfer, and its training begins in a hook of its own.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen = SumMetric()
-        self.steps = 0
+        self.losses: list[Tensor] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.scale = 3.0
+
+    def on_before_batch_transfer(self, batch: Any, index: int) -> Any:
+        return batch[0] * 2, batch[1]
 
     def training_step(self, batch: Any, index: int) -> dict[str, Tensor]:  # type: ignore[override]
-        self.steps += 1
         self.seen.update(len(batch[0]))
-        loss = super().training_step(batch, index)
+        loss = self.scale * super().training_step(batch, index)
+        self.losses.append(loss.detach())
         self.log("loss", loss, on_step=True)
         self.log_dict({"seen": self.seen}, on_epoch=True)
+        for logger in self.loggers:
+            logger.log_metrics({"index": index})
         return {"loss": loss}
 
 
 class Start(Callback):  # type: ignore[misc]
-    """The random numbers that a training begins with."""
+    """The random numbers of the first batch of a training."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.state = torch.get_rng_state()
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 0:
+            self.state = torch.get_rng_state()
+
+
+class Kept(DummyLogger):  # type: ignore[misc]
+    """What a module itself writes into its logger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index: list[int] = []
+
+    def log_metrics(self, metrics: dict[str, Any], *_: Any, **__: Any) -> None:
+        self.index += [metrics["index"]] if "index" in metrics else []
 
 
 @pytest.mark.parametrize("heads", [False, True])
@@ -742,14 +766,20 @@ def test_lam_by_itself(tmp_path: Path, heads: bool) -> None:
 
     module, told, lams = Noting(), Noting(), list[float]()
     held: dict[str, tuple[Tensor, Tensor]] = {}
-    callback = MASCallback("auto", keep=0.9, old=old if heads else None)
-    plain = MASCallback(mode="proximal")
+    wide: Any = {"omega_dtype": torch.float64}
+    callback = MASCallback("auto", keep=0.9, old=old if heads else None, **wide)
+    plain = MASCallback(mode="proximal", **wide)
     for t in range(3):
         net, start = copy.deepcopy(module.net).double(), Start()
         chose = trainer(tmp_path, start, callback)
+        chose.loggers = [logged := Kept()]
         chose.fit(module, loader(t, 4))
+        assert logged.index == 2 * [*range(8)]
         assert callback.penalty is not None
-        if t:
+        if t == 0:
+            omega = written.importance(module.net, 2 * written.task(0)[0])
+            written.close(callback.penalty.omega, {f"net.{n}": w for n, w in omega.items()})
+        else:
             torch.set_rng_state(start.state)
             lams.append(written_out(net, held, t, old if heads else None, lams))
             assert callback.penalty.lam == pytest.approx(lams[-1], rel=1e-9)
@@ -760,8 +790,7 @@ def test_lam_by_itself(tmp_path: Path, heads: bool) -> None:
         assert fitted.callback_metrics["seen"] == 32
         assert chose.callback_metrics == fitted.callback_metrics
         written.close(dict(module.named_parameters()), dict(told.named_parameters()))
-        # Two epochs and half as many steps; measured before, between, and after each of the latter.
-        assert module.steps - told.steps == t * (16 + 8 + 2 + 8)
+        assert torch.equal(torch.stack(module.losses), torch.stack(told.losses))
         held = {
             n.removeprefix("net."): (callback.penalty.omega[n], callback.penalty.anchor[n])
             for n in callback.penalty.omega
@@ -778,11 +807,12 @@ def written_out(
     before: list[float],
 ) -> float:
     """choose_lam with a loop over nine tenths of a task, measured on a batch of the others."""
-    penalty = FusedMASPenalty(net)
+    penalty = FusedMASPenalty(net, omega_dtype=torch.float64)
     penalty.consolidate(importance={n: omega for n, (omega, _) in held.items()})
     for n, (_, anchor) in held.items():
         torch.testing.assert_close(dict(net.named_parameters())[n].detach(), anchor)
     x, y = written.task(t)
+    x = 2 * x  # as the module has it before it is transferred
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     known, rest = order[3:], order[:3].sort().values
     data = DataLoader(TensorDataset(x[known], y[known]), 4, shuffle=True, drop_last=True)
@@ -795,7 +825,7 @@ def written_out(
                 if done == 16:
                     break
                 optimizer.zero_grad()
-                F.cross_entropy(net(a), b).backward()
+                (3 * F.cross_entropy(net(a), b)).backward()
                 optimizer.step()
                 done += 1
                 yield optimizer
@@ -804,28 +834,50 @@ def written_out(
         net.eval()  # or dropout draws
         with torch.no_grad():
             output = net(x[rest])
-            return float(F.cross_entropy(output, y[rest])), [output[:, :2]] if old else []
+            return 3 * float(F.cross_entropy(output, y[rest])), [output[:, :2]] if old else []
 
     return mas_ext.choose_lam(penalty, learn, measure, 0.9, before)
 
 
-def test_lam_by_itself_is_kept_where_training_goes_on(tmp_path: Path) -> None:
-    module, callback = Module(), MASCallback("auto")
-    trainer(tmp_path, callback).fit(module, loader(0))
-    chose = trainer(tmp_path, callback)
-    chose.fit(module, loader(1))
-    assert callback.penalty is not None
-    lam, file = callback.penalty.lam, tmp_path / "half.ckpt"
-    half = trainer(tmp_path, callback, max_epochs=1)
-    half.fit(module, loader(2))
-    half.save_checkpoint(file)
-    then = callback.penalty.lam
-    assert then not in (1.0, lam)
+class Saved(Callback):  # type: ignore[misc]
+    """A checkpoint of the middle of a training."""
 
-    again = MASCallback("auto")
-    trainer(tmp_path, again, max_epochs=2).fit(Module(), loader(2), ckpt_path=file)
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.file)
+
+
+def test_lam_by_itself_where_training_goes_on(tmp_path: Path) -> None:
+    """Within a task it is kept; for the next task it is chosen again, by the same Trainer and by a new one."""
+    module, callback, file = Module(), MASCallback("auto"), tmp_path / "half.ckpt"
+    for t in range(2):
+        trainer(tmp_path, callback).fit(module, loader(t))
+    trainer(tmp_path, callback, Saved(file)).fit(module, loader(2))
+    assert callback.penalty is not None
+    assert len({*callback.lams}) == len(callback.lams) == 2
+    assert callback.penalty.lam == callback.lams[-1]
+
+    again, then = MASCallback("auto"), trainer(tmp_path)
+    then.callbacks.append(again)
+    then.fit(Module(), loader(2), ckpt_path=file)
     assert again.penalty is not None
-    assert again.penalty.lam == then
+    assert again.lams == callback.lams
+    assert again.penalty.lam == callback.penalty.lam
+    # Lightning rounds weights of float64 to float32 where it loads them.
+    written.close(again.penalty.omega, callback.penalty.omega, 1e-5)
+
+    then.save_checkpoint(tmp_path / "end.ckpt")
+    then.fit_loop.max_epochs = 4
+    then.fit(then.lightning_module, loader(3))
+    assert len({*again.lams}) == len(again.lams) == 3
+
+    new = MASCallback("auto")
+    trainer(tmp_path, new, max_epochs=4).fit(Module(), loader(3), ckpt_path=tmp_path / "end.ckpt")
+    assert new.lams[:2] == again.lams[:2]
+    assert len(new.lams) == 3
 
 
 class TwoOptimizers(Module):
@@ -857,6 +909,16 @@ def test_lam_by_itself_where_it_can_not_be_chosen(tmp_path: Path) -> None:
         assert callback.penalty is None
     with pytest.raises(ValueError, match="keep: got -1, expected"):
         MASCallback("auto", keep=-1)
+    with pytest.raises(
+        ValueError, match=r'old: got .* with lam 1, expected a function, with "auto"'
+    ):
+        MASCallback(1, old=lambda module, batch: [])
+    for wrong in (lambda m, b: m(b[0]), lambda m, b: None, lambda m, b: [1.0]):
+        callback = MASCallback("auto", remember=loader(1).dataset, old=wrong)
+        with pytest.raises(
+            TypeError, match=r"old: got a function that gives a .*, expected one that"
+        ):
+            trainer(tmp_path, callback).fit(Module(), loader(0))
     with pytest.raises(ValueError, match="lam: got 'atuo', expected a number or 'auto'"):
         MASCallback("atuo")  # type: ignore[arg-type]
 

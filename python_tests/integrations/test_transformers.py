@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import GradientState
 from integrations.ranks import both
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -397,6 +398,79 @@ def test_lam_by_itself(tmp_path: Path, mode: Any) -> None:
         close(model, plain, 0)
     assert lams[0] > 0
     assert lams[0] != lams[1]
+
+
+class Remembering(InOrder):
+    """It keeps numbers and lists of what its losses are computed from, as trl's does."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.tokens, self.seen = 0, {"train": [0], "eval": [0]}
+
+    def compute_loss(self, model: Any, inputs: Any, *given: Any, **options: Any) -> Any:
+        self.tokens += inputs["input_ids"].numel()
+        self.seen["train" if model.training else "eval"].append(self.tokens)
+        return super().compute_loss(model, inputs, *given, **options)
+
+
+class Begun(TrainerCallback):  # type: ignore[misc]
+    """What a Trainer keeps when its first step begins."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.loaders = [*GradientState().dataloader_references]
+            self.tokens, self.seen = self.trainer.tokens, copy.deepcopy(self.trainer.seen)
+
+
+def test_lam_by_itself_leaves_the_trainer_as_it_was(tmp_path: Path) -> None:
+    seen = []
+    for lam in ("auto", 1.0):
+        mas, begun = MASCallback(lam, remember=corpus(0)), Begun()
+        begun.trainer = trainer = Remembering(
+            network(),
+            arguments(tmp_path),
+            train_dataset=corpus(1),
+            eval_dataset=corpus(3, 8),
+            callbacks=[mas, begun],
+        )
+        before = len(GradientState().dataloader_references)
+        trainer.train()
+        assert len(mas.lams) == (lam == "auto")
+        loaders = len(begun.loaders) - before
+        seen.append((begun.tokens, begun.seen, loaders, trainer.tokens, trainer.seen))
+    assert seen[0] == seen[1]
+    assert len(seen[0][-1]["train"]) == 1 + 14
+
+
+def test_lam_by_itself_with_an_optimizer_of_ones_own(tmp_path: Path) -> None:
+    """It is trained by that one, not by the arguments' one, which differs in its learning rate here."""
+    lams = []
+    for options, lr in (({}, 3 * LR), ({"learning_rate": 3 * LR}, None)):
+        model, mas = network(), MASCallback("auto", remember=corpus(0))
+        own = lr and torch.optim.SGD(model.parameters(), lr)
+        schedule = own and torch.optim.lr_scheduler.LambdaLR(own, lambda step: 1.0)
+        trainer = InOrder(
+            model,
+            arguments(tmp_path, **options),
+            train_dataset=corpus(1),
+            eval_dataset=corpus(3, 8),
+            callbacks=[mas],
+            optimizers=(own, schedule),
+        )
+        trainer.train()
+        lams += mas.lams
+    assert lams[0] == pytest.approx(lams[1], rel=1e-9)
+    model, mas = network(), MASCallback("auto", remember=corpus(0))
+    data = {"train_dataset": corpus(1), "eval_dataset": corpus(3, 8)}
+    own = torch.optim.RMSprop(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(own, lambda step: 1.0)
+    with pytest.raises(
+        ValueError, match='lam: got "auto" with RMSprop, expected SGD, Adam or AdamW'
+    ):
+        InOrder(
+            model, arguments(tmp_path), callbacks=[mas], optimizers=(own, schedule), **data
+        ).train()
+    assert mas.penalty is None
 
 
 def test_lam_by_itself_needs_data_of_the_new_task(tmp_path: Path) -> None:
