@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
 
 from mas_ext.importance import batches as batch_of
-from mas_ext.integrations.loading import batch_size_of, random_state_kept, reading, samples_of
+from mas_ext.integrations.loading import batch_size_of, how_read, random_state_kept, samples_of
 from mas_ext.optim.hooks import Mode
 from mas_ext.optim.step_size import STEP_SIZES
 from mas_ext.parameters.adapters import adapted_weights
@@ -144,7 +144,7 @@ def in_two(loader: Any) -> tuple[DataLoader[Any], DataLoader[Any]]:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     few = max(1, int(SHARE * count))
     train, held_out = (Subset(samples, part) for part in (order[few:], sorted(order[:few])))
-    how = reading(loader)
+    how = how_read(loader)
     return (
         DataLoader(train, size, shuffle=True, drop_last=count - few >= size, **how),
         DataLoader(held_out, size, **how),

@@ -190,11 +190,11 @@ def loader_like(data: Any, like: Any) -> Any:
 
 
 def _loader(dataset: Any, like: DataLoader[Any], size: int) -> DataLoader[Any]:
-    how = {**reading(like), "collate_fn": partial(_collated, like.collate_fn)}
+    how = {**how_read(like), "collate_fn": partial(_collated, like.collate_fn)}
     return DataLoader(dataset, batch_size=size, **how)
 
 
-def reading(loader: DataLoader[Any]) -> dict[str, Any]:
+def how_read(loader: DataLoader[Any]) -> dict[str, Any]:
     """The arguments of a DataLoader that say how samples are read and put together."""
     names = ["collate_fn", "num_workers", "worker_init_fn", "pin_memory", "timeout"]
     if loader.num_workers:

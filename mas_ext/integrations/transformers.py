@@ -332,16 +332,16 @@ def _kept(trainer: Any) -> Iterator[None]:
     """Have a Trainer's attributes, with the numbers in them, and accelerate's lists of loaders be as before."""
     attributes = dict(vars(trainer))
     plain = {name: copy.deepcopy(value) for name, value in attributes.items() if _is_plain(value)}
-    loaders = trainer.accelerator._dataloaders, GradientState().dataloader_references
-    before = [[*each] for each in loaders]
+    of_all, own = GradientState(), trainer.accelerator
+    iterated, prepared = [*of_all.dataloader_references], [*own._dataloaders]
     try:
         yield
     finally:
         changed = {name: value for name, value in plain.items() if attributes[name] != value}
         vars(trainer).clear()
         vars(trainer).update(attributes | changed)
-        for each, items in zip(loaders, before, strict=True):
-            each[:] = items
+        of_all.dataloader_references = iterated
+        own._dataloaders[:] = prepared
 
 
 def _is_plain(value: Any, depth: int = 4) -> bool:
