@@ -526,34 +526,38 @@ class End(theirs.SupervisedPlugin):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
-    ("name", "network", "shared"),
+    ("name", "network", "shared", "order"),
     [
-        ("mas", plain, True),
-        ("mas", plain, False),
-        ("mas", grows, False),
-        ("mas", heads, False),
-        ("ewc", heads, False),
-        ("si", grows, True),
-        ("si", grows, False),
+        ("mas", plain, True, (0, 1, 2)),
+        ("mas", plain, False, (0, 1, 2)),
+        ("mas", grows, False, (0, 1, 2)),
+        ("mas", heads, False, (0, 1, 0)),
+        ("ewc", heads, False, (0, 1, 2)),
+        ("si", grows, True, (0, 1, 2)),
+        ("si", grows, False, (0, 1, 2)),
     ],
 )
-def test_strength_by_itself(name: str, network: Network, shared: bool) -> None:
+def test_strength_by_itself(
+    name: str, network: Network, shared: bool, order: tuple[int, ...]
+) -> None:
     """It is that of choose_lam in a loop written out, and training is as with that number."""
     plugin = PLUGINS[name]()
     start, lams = Start(plugin), list[float]()
     made, seed = strategy(network, plugin)
     made.plugins.insert(0, start)
     made.plugins.append(end := End())
-    for t, experience in enumerate(stream(shared)):
+    for i, t in enumerate(order):
+        experience = stream(shared)[t]
         made.train(experience)
         assert plugin.penalty is not None
         assert end.batch is None
-        if t == 0:
+        if i == 0:
             continue
         assert start.held is not None
         penalty = PLUGINS[name]().build(start.model)
         penalty.load_state_dict(start.held)
-        lams.append(written_out(start, experience, t, lams, penalty, shared))
+        old = sorted({*order[:i]} - {t})
+        lams.append(written_out(start, experience, t, lams, penalty, shared, old))
         assert plugin.penalty.lam == pytest.approx(lams[-1], rel=1e-9)
     assert lams[0] > 0
     assert lams[0] != lams[1]
@@ -567,6 +571,7 @@ def written_out(
     before: list[float],
     penalty: mas_ext.FusedMASPenalty,
     shared: bool,
+    heads: list[int],
 ) -> float:
     """choose_lam with a loop over nine tenths of an experience, measured on the other two samples."""
     model = start.model
@@ -594,7 +599,7 @@ def written_out(
         model.eval()
         with torch.no_grad():
             logits = output(x[rest], task)
-            old = [output(x[rest], k) for k in range(t)] if multi else [logits[:, : CLASSES * t]]
+            old = [output(x[rest], k) for k in heads] if multi else [logits[:, : CLASSES * t]]
             old = [] if shared else old
             return float(F.cross_entropy(logits, y[rest])), old
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -152,7 +151,9 @@ class Noisy(Dataset[Tensor]):
         return index + (torch.rand(3) + np.random.rand() + random.random()) / 3
 
 
-@pytest.mark.parametrize(("steps", "accumulated", "seen"), [(100, 1, 8), (30, 2, 5), (5, 1, 1)])
+@pytest.mark.parametrize(
+    ("steps", "accumulated", "seen"), [(100, 1, 8), (30, 2, 5), (5, 1, 1), (200, 1, 13)]
+)
 def test_what_is_measured(
     monkeypatch: pytest.MonkeyPatch, steps: int, accumulated: int, seen: int
 ) -> None:
@@ -168,10 +169,14 @@ def test_what_is_measured(
     def chosen(_: Any, learn: Any, measure: Any, keep: float, before: Any) -> float:
         assert before == [2.0]
         drawn = torch.get_rng_state(), random.getstate()
-        first, second = measure(), measure()
+        first = measure()
         assert torch.equal(torch.get_rng_state(), drawn[0])
         assert random.getstate() == drawn[1]
-        assert first[0] == second[0] == pytest.approx(fmean(map(float, map(loss, batches[:seen]))))
+        for draw in (random.random, np.random.rand, lambda: torch.rand(1)):
+            draw()
+        second = measure()
+        together = float(loss(torch.cat(batches[:seen])).detach())
+        assert first[0] == second[0] == pytest.approx(together)
         assert torch.equal(first[1][0], torch.cat([batch + 1 for batch in batches[:seen]]))
         assert len(batches) == 2 * seen
         trained.clear()
@@ -179,7 +184,7 @@ def test_what_is_measured(
         return keep
 
     monkeypatch.setattr(choosing, "choose_lam", chosen)
-    train, held_out = (DataLoader(Noisy(), 4) for _ in range(2))
+    train, held_out = (DataLoader(Noisy(), 5) for _ in range(2))
     lam = choosing.choose_in_loop(
         *(penalty, 0.3, [2.0], loss, lambda: torch.optim.SGD(model.parameters(), 1e-6)),
         *(train, held_out, steps, accumulated),
@@ -187,4 +192,4 @@ def test_what_is_measured(
     )
     assert lam == 0.3
     assert len(trained) == steps * accumulated
-    assert all(int(batch[0, 0]) == 4 * (i % 16) for i, batch in enumerate(trained))
+    assert all(int(batch[0, 0]) == 5 * (i % 13) for i, batch in enumerate(trained))

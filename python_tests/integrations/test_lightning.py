@@ -29,6 +29,7 @@ from torchmetrics import SumMetric
 
 import mas_ext
 from mas_ext import FusedMASPenalty
+from mas_ext.integrations import choosing
 from mas_ext.integrations.lightning import MASCallback
 
 
@@ -751,7 +752,7 @@ class Kept(DummyLogger):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self.index: list[int] = []
+        self.index = [-1]
 
     def log_metrics(self, metrics: dict[str, Any], *_: Any, **__: Any) -> None:
         self.index += [metrics["index"]] if "index" in metrics else []
@@ -774,7 +775,7 @@ def test_lam_by_itself(tmp_path: Path, heads: bool) -> None:
         chose = trainer(tmp_path, start, callback)
         chose.loggers = [logged := Kept()]
         chose.fit(module, loader(t, 4))
-        assert logged.index == 2 * [*range(8)]
+        assert logged.index == [-1, *range(8), *range(8)]
         assert callback.penalty is not None
         if t == 0:
             omega = written.importance(module.net, 2 * written.task(0)[0])
@@ -850,8 +851,17 @@ class Saved(Callback):  # type: ignore[misc]
             trainer.save_checkpoint(self.file)
 
 
-def test_lam_by_itself_where_training_goes_on(tmp_path: Path) -> None:
+def test_lam_by_itself_where_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within a task it is kept; for the next task it is chosen again, by the same Trainer and by a new one."""
+    steps, choose = list[int](), choosing.choose_in_loop
+
+    def counted(*given: Any, **options: Any) -> float:
+        steps.append(given[7])
+        return choose(*given, **options)
+
+    monkeypatch.setattr(choosing, "choose_in_loop", counted)
     module, callback, file = Module(), MASCallback("auto"), tmp_path / "half.ckpt"
     for t in range(2):
         trainer(tmp_path, callback).fit(module, loader(t))
@@ -878,6 +888,7 @@ def test_lam_by_itself_where_training_goes_on(tmp_path: Path) -> None:
     trainer(tmp_path, new, max_epochs=4).fit(Module(), loader(3), ckpt_path=tmp_path / "end.ckpt")
     assert new.lams[:2] == again.lams[:2]
     assert len(new.lams) == 3
+    assert steps == [8, 8, 8, 8]  # two epochs of four batches, in every training
 
 
 class TwoOptimizers(Module):
