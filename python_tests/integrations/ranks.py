@@ -103,6 +103,9 @@ def main() -> None:
     model, omega = globals()[library](folder)
     found = {"state": model.state_dict(), "omega": {n: w.clone() for n, w in omega.items()}}
     torch.save(found, folder / f"{dist.get_rank()}.pt")
+    # The group's threads may not outlive the interpreter, and no rank may wait for one that is gone.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
