@@ -22,9 +22,7 @@ from mas_ext.optim.step_size import STEP_SIZES
 from mas_ext.parameters.adapters import adapted_weights
 from mas_ext.penalty import FusedMASPenalty
 from mas_ext.training.lam import choose_lam
-
-# The share of a task's samples that its lam is chosen by, where there are no validation data.
-SHARE = 0.1
+from mas_ext.training.settings import CHOOSING_SHARE
 
 
 def form(mode: Mode | None, automatic: bool, penalty: FusedMASPenalty) -> Mode:
@@ -142,7 +140,7 @@ def in_two(loader: Any) -> tuple[DataLoader[Any], DataLoader[Any]]:
         )
     count = len(samples)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    few = max(1, int(SHARE * count))
+    few = max(1, int(CHOOSING_SHARE * count))
     train, held_out = (Subset(samples, part) for part in (order[few:], sorted(order[:few])))
     how = how_read(loader)
     return (
@@ -154,8 +152,8 @@ def in_two(loader: Any) -> tuple[DataLoader[Any], DataLoader[Any]]:
 def beginning(optimizer: Optimizer) -> Optimizer:
     """A copy of an optimizer, for the same parameters, without hooks.
 
-    Where it has a schedule, its learning rate is the one that this begins with or, after a warm-up that says
-    so, leads to: initial_lr, or max_lr, of a group, the latter with the momentum that goes with it.
+    Where it has a schedule, its learning rate is the schedule's base, a group's initial_lr. Where a schedule
+    rises to a max_lr (OneCycleLR, CyclicLR), it is that one, with the momentum that goes with it.
     """
     own = copy.deepcopy(
         optimizer, {id(p): p for group in optimizer.param_groups for p in group["params"]}
